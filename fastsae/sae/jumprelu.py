@@ -1,0 +1,162 @@
+"""The JumpReLU SAE: a learned threshold per feature, an L0 penalty with straight-through gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from fastsae.sae.base import SparseAutoencoder
+from fastsae.sae.outputs import TrainOutput
+from fastsae_kernels import AutoencodeSpec, reference
+from fastsae_kernels.pre_act import pre_act_loss
+
+Sparsity = Literal["step", "quadratic", "tanh"]
+
+
+class FusedJumpReLUSAE(SparseAutoencoder):
+    """A JumpReLU SAE whose passes never hold a `[tokens, d_sae]` tensor, forward or backward.
+
+        hidden_pre   = x @ W_enc + b_enc                          (x - b_dec, with apply_b_dec_to_input)
+        feature_acts = hidden_pre * (hidden_pre > threshold)      then the k largest of a token, if k is given
+        sae_out      = feature_acts @ W_dec + b_dec
+
+    Drop-in for SAELens' `JumpReLUSAE` and `JumpReLUTrainingSAE`: same parameters, state dict, files and numbers.
+
+    Args:
+        d_in: Width of the activations.
+        d_sae: Number of features.
+        bandwidth: Width of the straight-through window, in activation units.
+        init_threshold: Initial threshold of every feature, in activation units.
+        k: At most the k largest active features of a token survive; None is exact JumpReLU.
+        apply_b_dec_to_input: Subtract `b_dec` before the encoder.
+        ste_to_input: Let the straight-through estimate reach encoder and input (Anthropic, January 2025).
+        dtype: Of the weights; `threshold` stays float32.
+        device: Where the parameters are made.
+
+    Raises:
+        ValueError: A size, `k`, `bandwidth` or `init_threshold` is out of its range.
+
+    Source:
+        Rajamanoharan et al. 2024, arXiv:2407.14435.
+    """
+
+    architecture = "jumprelu"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        bandwidth: float = 0.05,
+        init_threshold: float = 0.01,
+        k: int | None = None,
+        apply_b_dec_to_input: bool = False,
+        ste_to_input: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(d_in, d_sae, k=k, apply_b_dec_to_input=apply_b_dec_to_input, dtype=dtype, device=device)
+        if not bandwidth > 0:
+            raise ValueError(f"bandwidth: expected a number > 0, got {bandwidth}")
+        if init_threshold < 0:
+            raise ValueError(f"init_threshold: expected a number >= 0, got {init_threshold}")
+        self.bandwidth, self.init_threshold, self.ste_to_input = bandwidth, init_threshold, ste_to_input
+        self.threshold = nn.Parameter(torch.full((d_sae,), float(init_threshold), dtype=self._wide(), device=device))
+
+    def _wide(self) -> torch.dtype:
+        return torch.promote_types(self.dtype, torch.float32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedJumpReLUSAE:
+        before = self.threshold.data
+        super()._apply(fn, recurse)
+        if self.threshold.dtype != self._wide():
+            # a bf16 threshold stops learning: its steps are smaller than its rounding (SAELens #728)
+            self.threshold.data = before.to(device=self.threshold.device, dtype=self._wide())
+        return self
+
+    def gate_threshold(self) -> Tensor:
+        return self.threshold.clamp(min=0)
+
+    def _spec(self, penalty: Any = "l0") -> AutoencodeSpec:
+        # without a gradient the window's inactive entries would be listed for nothing
+        bandwidth = self.bandwidth if torch.is_grad_enabled() else 0.0
+        return AutoencodeSpec(bandwidth=bandwidth, k=self.k, penalty=penalty, ste_to_input=self.ste_to_input)
+
+    def encode(self, x: Tensor) -> Tensor:
+        acts = reference.encode(
+            self._sae_in(x),
+            self.W_enc,
+            self.b_enc,
+            self.gate_threshold(),
+            bandwidth=self.bandwidth,
+            k=self.k,
+            ste_to_input=self.ste_to_input,
+        )
+        return acts.to(self.dtype)
+
+    def training_forward(
+        self,
+        x: Tensor,
+        l0_coefficient: float | Tensor = 1.0,
+        sparsity: Sparsity = "step",
+        *,
+        target_l0: float | None = None,
+        dead_mask: Tensor | None = None,
+        pre_act_loss_coefficient: float = 3e-6,
+    ) -> TrainOutput:
+        """One training pass: reconstruction, sparsity and, where dead features are given, the pre-activation loss.
+
+            mse_loss     = mean over tokens of |x - sae_out|^2
+            l0_loss      = l0_coefficient * mean of  L0                                   "step"
+                                                     2 / target_l0 * (L0 - target_l0)^2   "quadratic"
+                                                     sum tanh(4 acts |W_dec|)             "tanh"
+            pre_act_loss = pre_act_loss_coefficient * mean of sum over dead relu(threshold - hidden_pre) |W_dec|
+
+        The same terms, reductions and gradients as SAELens' `JumpReLUTrainingSAE.training_forward_pass`.
+
+        Args:
+            x: `[..., d_in]`.
+            l0_coefficient: Weight of the sparsity term.
+            sparsity: Its form.
+            target_l0: For `quadratic`: active features per token to aim at.
+            dead_mask: `[d_sae]` bool, features to pull back towards firing.
+            pre_act_loss_coefficient: Weight of that pull.
+
+        Raises:
+            ValueError: `sparsity` is unknown, `target_l0` is missing or not positive, or a shape is wrong.
+        """
+        if sparsity not in get_args(Sparsity):
+            raise ValueError(f"sparsity: expected one of {', '.join(get_args(Sparsity))}, got {sparsity!r}")
+        if sparsity == "quadratic" and not (target_l0 is not None and target_l0 > 0):
+            raise ValueError(f"target_l0: expected a number > 0 with sparsity='quadratic', got {target_l0}")
+        with torch.no_grad():
+            self.threshold.clamp_(min=0)
+        if sparsity == "tanh":
+            output = self._autoencode(x, "tanh", self.decoder_norms())
+        else:
+            output = self._autoencode(x, "l0")
+        penalty = output.penalty
+        if sparsity == "quadratic":
+            assert target_l0 is not None
+            penalty = (penalty - target_l0).square() * (2 / target_l0)
+        losses = {}
+        if dead_mask is not None:
+            sae_in = self._sae_in(x).reshape(-1, self.d_in)
+            pull = pre_act_loss(sae_in, self.W_enc, self.b_enc, self.threshold, self.decoder_norms(), dead_mask)
+            losses["pre_act_loss"] = pre_act_loss_coefficient * pull
+        return self._train_output(x, output, l0_coefficient * penalty.mean(), losses, "l0_loss")
+
+    @torch.no_grad()
+    def fold_activation_scale_(self, scale: float) -> None:
+        super().fold_activation_scale_(scale)
+        self.threshold.div_(scale)
+
+    def config(self) -> dict[str, Any]:
+        return {
+            **super().config(),
+            "bandwidth": self.bandwidth,
+            "init_threshold": self.init_threshold,
+            "ste_to_input": self.ste_to_input,
+        }

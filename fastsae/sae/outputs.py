@@ -1,0 +1,45 @@
+"""What a training pass returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastsae_kernels import SparseActs
+
+
+@dataclass
+class TrainOutput:
+    """One training pass; call `loss.backward()`.
+
+    Args:
+        sae_out: `[..., d_in]` reconstruction, in the input's dtype.
+        loss: Scalar, the sum of `losses`.
+        losses: Each term by name: `mse_loss` (squared error summed over d_in, mean over tokens), `l0_loss` or `l1_loss`,
+            and `pre_act_loss` where dead features were given.
+        l0: Scalar, mean number of active features per token.
+        fvu: Scalar, fraction of the batch's variance left unexplained: `sum |x - sae_out|^2 / sum |x - mean x|^2`.
+        feature_counts: `[d_sae]` int64, tokens of the batch on which each feature is active.
+        encode_again: Recomputes the activations; set where the dense path ran and kept none.
+    """
+
+    sae_out: Tensor
+    loss: Tensor
+    losses: dict[str, Tensor]
+    l0: Tensor
+    fvu: Tensor
+    feature_counts: Tensor
+    sparse_acts: SparseActs | None
+    encode_again: Callable[[], SparseActs]
+
+    @property
+    def acts(self) -> SparseActs:
+        """Activations of the flattened tokens, without gradient; active entries only.
+
+        While activity is dense the pass keeps none, and this encodes again: as large as the activity is.
+        """
+        if self.sparse_acts is None:
+            self.sparse_acts = self.encode_again()
+        return self.sparse_acts.active()

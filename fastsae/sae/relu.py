@@ -1,0 +1,56 @@
+"""The standard SAE: ReLU with an L1 penalty."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastsae.sae.base import SparseAutoencoder
+from fastsae.sae.outputs import TrainOutput
+from fastsae_kernels import reference
+
+
+class FusedReLUSAE(SparseAutoencoder):
+    """A ReLU SAE with an L1 penalty, on the same ops as `FusedJumpReLUSAE`.
+
+        feature_acts = relu(x @ W_enc + b_enc) ;  sae_out = feature_acts @ W_dec + b_dec
+
+    Drop-in for SAELens' `standard` architecture.
+
+    Args:
+        d_in: Width of the activations.
+        d_sae: Number of features.
+        k: At most the k largest active features of a token survive; None keeps all.
+        apply_b_dec_to_input: Subtract `b_dec` before the encoder.
+        dtype: Of the weights.
+        device: Where the parameters are made.
+
+    Source:
+        Bricken et al. 2023, "Towards Monosemanticity".
+    """
+
+    architecture = "standard"
+
+    def gate_threshold(self) -> Tensor:
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return torch.zeros(self.d_sae, dtype=wide, device=self.device)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return reference.encode(self._sae_in(x), self.W_enc, self.b_enc, self.gate_threshold().to(self.dtype), k=self.k)
+
+    def training_forward(
+        self, x: Tensor, l1_coefficient: float | Tensor = 1.0, *, scale_by_decoder_norm: bool = True
+    ) -> TrainOutput:
+        """One training pass.
+
+            mse_loss = mean over tokens of |x - sae_out|^2
+            l1_loss  = l1_coefficient * mean over tokens of sum feature_acts * |W_dec|
+
+        Args:
+            x: `[..., d_in]`.
+            l1_coefficient: Weight of the sparsity term.
+            scale_by_decoder_norm: Multiply each activation by its decoder row's norm, as SAELens does; without it a free
+                decoder escapes the penalty by growing.
+        """
+        output = self._autoencode(x, "l1", self.decoder_norms() if scale_by_decoder_norm else None)
+        return self._train_output(x, output, l1_coefficient * output.penalty.mean(), {}, "l1_loss")

@@ -1,0 +1,19 @@
+"""Fused sparse autoencoder ops for PyTorch: encode, JumpReLU, top-k, decode and every gradient, without a dense tensor."""
+
+from fastsae_kernels.dispatch import ActivityHint, use_backend
+from fastsae_kernels.gradients import AutoencodeOutput
+from fastsae_kernels.ops import autoencode, decode, encode
+from fastsae_kernels.sparse_acts import FeatureMajor, SparseActs
+from fastsae_kernels.spec import AutoencodeSpec
+
+__all__ = [
+    "ActivityHint",
+    "AutoencodeOutput",
+    "AutoencodeSpec",
+    "FeatureMajor",
+    "SparseActs",
+    "autoencode",
+    "decode",
+    "encode",
+    "use_backend",
+]

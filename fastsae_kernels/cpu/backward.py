@@ -1,0 +1,97 @@
+"""Sparse backward on a CPU, feature-major: every gradient from the entries alone, no `[N, d_sae]` tensor, no atomics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastsae_kernels.cpu.decode import gather_sum
+from fastsae_kernels.cpu.encode import SCRATCH_ELEMENTS, sampled_dot
+from fastsae_kernels.sparse_acts import FeatureMajor, SparseActs
+
+
+def by_feature(acts: SparseActs) -> FeatureMajor:
+    """The entries of packed `acts` by feature, then token."""
+    if acts.feature_major is None:
+        features, order = torch.sort(acts.indices, stable=True)
+        offsets = torch.searchsorted(features, torch.arange(acts.shape[1] + 1, dtype=torch.int32), out_int32=True)
+        acts.feature_major = FeatureMajor(offsets, acts.row_ids().int()[order], acts.values[order])
+    return acts.feature_major
+
+
+def feature_ids(feature_offsets: Tensor) -> Tensor:
+    """Feature of each entry in feature-major order, `[nnz]` int64."""
+    d_sae = feature_offsets.numel() - 1
+    return torch.arange(d_sae).repeat_interleave(feature_offsets.diff())
+
+
+def row_order(tokens: Tensor) -> Tensor:
+    """Permutation that takes entries from feature-major to row-major order."""
+    return torch.sort(tokens, stable=True).indices
+
+
+def to_rows(acts: SparseActs, by_feature_values: Tensor) -> Tensor:
+    """Reorders one number per entry from feature-major to the row-major order of `acts`."""
+    return by_feature_values[row_order(by_feature(acts).tokens)]
+
+
+def to_features(acts: SparseActs, by_row_values: Tensor) -> Tensor:
+    """Reorders one number per entry from the row-major order of `acts` to feature-major."""
+    out = torch.empty_like(by_row_values)
+    out[row_order(by_feature(acts).tokens)] = by_row_values
+    return out
+
+
+def grad_of_acts(entries: FeatureMajor, W_dec: Tensor, grad_out: Tensor) -> Tensor:
+    """`grad_out[n] . W_dec[j]` at each entry in feature-major order, `[nnz]` fp32.
+
+    The feature's decoder row stays in cache while its tokens are walked; a narrower dtype is widened chunk by chunk.
+    """
+    if W_dec.dtype in (torch.float32, torch.float64):
+        return sampled_dot(entries.offsets, entries.tokens, W_dec, grad_out)
+    d_sae, wide = W_dec.shape[0], grad_out.float()
+    size = max(64, SCRATCH_ELEMENTS // max(1, W_dec.shape[1]))
+    bounds = [*entries.offsets[:-1:size].tolist(), entries.tokens.numel()]
+    parts = [
+        sampled_dot(
+            entries.offsets[start : start + size + 1] - bounds[i],
+            entries.tokens[bounds[i] : bounds[i + 1]],
+            W_dec[start : start + size],
+            wide,
+        )
+        for i, start in enumerate(range(0, d_sae, size))
+    ]
+    return torch.cat(parts)
+
+
+def weight_gradient(entries: FeatureMajor, values: Tensor, rows: Tensor) -> Tensor:
+    """`out[j] = sum over the entries of feature j of value * rows[token]`, `[d_sae, d]` in the dtype of `rows`."""
+    return gather_sum(entries.offsets, entries.tokens, values, rows.contiguous())
+
+
+def sum_by_feature(features: Tensor, values: Tensor, d_sae: int) -> Tensor:
+    """`[d_sae]` sums of `values` over each feature's entries, in entry order and the dtype of `values`."""
+    return values.new_zeros(d_sae).index_add_(0, features, values)
+
+
+def grad_input(acts: SparseActs, grad_hidden_pre: Tensor, W_enc: Tensor) -> Tensor:
+    """`grad_x[n] = sum over the entries of row n of grad_hidden_pre * W_enc[:, index]`; values in row-major order."""
+    return gather_sum(acts.row_offsets, acts.indices, grad_hidden_pre, W_enc.t().contiguous())
+
+
+def decode_backward(acts: SparseActs, W_dec: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `decode` with respect to the values (row-major, `[nnz]`) and `W_dec`."""
+    entries = by_feature(acts)
+    grad_values = to_rows(acts, grad_of_acts(entries, W_dec, grad_out))
+    return grad_values, weight_gradient(entries, entries.values, grad_out)
+
+
+def encode_backward(
+    acts: SparseActs, x: Tensor, W_enc: Tensor, grad_hidden_pre: Tensor, needs_x: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of `encode` with respect to x (on demand), `W_enc` and `b_enc` from those of its entries, row-major."""
+    entries = by_feature(acts)
+    by_features = to_features(acts, grad_hidden_pre)
+    grad_b_enc = sum_by_feature(feature_ids(entries.offsets), by_features, acts.shape[1])
+    grad_x = grad_input(acts, grad_hidden_pre, W_enc) if needs_x else None
+    return grad_x, weight_gradient(entries, by_features, x).t(), grad_b_enc

@@ -1,0 +1,106 @@
+"""Which backend runs an op, and whether activity is sparse enough for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["cpu", "triton", "dense"]
+
+# Share of entries above which a gather costs more than the product that it replaces. CPU: measured, see
+# benchmarks; CUDA: bandwidth over arithmetic rate of an H200 with gathers half from L2, not yet measured.
+MAX_DENSITY = {"cpu": 0.02, "cuda": 0.006}
+
+_forced: ContextVar[Backend | None] = ContextVar("fastsae_backend", default=None)
+
+
+@contextlib.contextmanager
+def use_backend(backend: Backend | None) -> Iterator[None]:
+    """Runs ops on one backend inside the `with` block instead of choosing by device; None restores the choice.
+
+    `cpu` and `triton` name the sparse backends (Triton on CPU tensors needs its interpreter), `dense` the chunked dense
+    path.
+    """
+    token = _forced.set(backend)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def forced_backend() -> Backend | None:
+    """The backend of the enclosing `use_backend`, if any."""
+    return _forced.get()
+
+
+def backend_of(x: Tensor) -> Backend:
+    """The backend for tensors where `x` lies: `cpu`, or `triton` on a GPU.
+
+    Raises:
+        RuntimeError: `x` is on a GPU and Triton is not installed; a GPU tensor never falls back in silence.
+    """
+    forced = _forced.get()
+    if forced is not None:
+        return forced
+    if x.device.type == "cpu":
+        return "cpu"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        raise RuntimeError(
+            f"x is on {x.device}, whose kernels need Triton, and Triton is not installed: "
+            'pip install triton, or choose `with fastsae_kernels.use_backend("dense")`'
+        ) from None
+    return "triton"
+
+
+class ActivityHint:
+    """How many features were active lately, known without waiting for the GPU.
+
+    After each pass the per-token counts are reduced on the device and copied to pinned memory behind an event; a later
+    pass reads the newest copy that has arrived. A stale hint costs time, never exactness: a row that outgrows its
+    capacity is computed by the device-side overflow path.
+    """
+
+    HEADROOM = 2.0  # capacity over the largest count seen
+
+    def __init__(self) -> None:
+        self.mean: float | None = None
+        self.largest: int | None = None
+        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def update(self, l0: Tensor) -> None:
+        """Takes the per-token counts of a pass, `[N]`."""
+        if l0.numel() == 0 or self._pending is not None:
+            return
+        summary = torch.stack([l0.double().mean(), l0.max().double()])
+        if not summary.is_cuda:
+            self.mean, self.largest = float(summary[0]), int(summary[1])
+            return
+        host = torch.empty(2, dtype=torch.float64, pin_memory=True)
+        host.copy_(summary, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending = (host, event)
+
+    def poll(self) -> None:
+        """Reads the pending counts if they have arrived."""
+        if self._pending is not None and self._pending[1].query():
+            self.mean, self.largest = float(self._pending[0][0]), int(self._pending[0][1])
+            self._pending = None
+
+    def is_dense(self, d_sae: int, device_type: str) -> bool:
+        """Whether the dense path is the faster one; True while nothing is known."""
+        self.poll()
+        return self.mean is None or self.mean > MAX_DENSITY.get(device_type, MAX_DENSITY["cuda"]) * d_sae
+
+    def capacity(self, d_sae: int) -> int:
+        """Entries to reserve per row: a power of two above the largest count seen."""
+        self.poll()
+        wanted = max(32, int((self.largest or 0) * self.HEADROOM))
+        return min(1 << (wanted - 1).bit_length(), d_sae)

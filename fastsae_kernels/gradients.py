@@ -1,0 +1,65 @@
+"""What every backend's `autoencode` returns, and the element-wise part of its backward."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastsae_kernels.sparse_acts import SparseActs
+from fastsae_kernels.spec import AutoencodeSpec
+
+
+class AutoencodeOutput(NamedTuple):
+    """One forward pass over N tokens."""
+
+    sae_out: Tensor  # [N, d_out] in the input's dtype
+    penalty: Tensor  # [N] fp32
+    l0: Tensor  # [N] int64, active features of each token
+    feature_counts: Tensor  # [d_sae] int64, tokens on which each feature is active
+    acts: SparseActs | None  # the entries; None where the dense path ran
+
+
+class AutoencodeGrads(NamedTuple):
+    """Gradients of one pass, each with the shape of its parameter; None where not asked for."""
+
+    x: Tensor | None
+    W_enc: Tensor
+    b_enc: Tensor
+    threshold: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+    feature_scale: Tensor | None
+
+
+def gate_backward(
+    active: Tensor, window: Tensor, threshold: Tensor, grad_acts: Tensor, grad_penalty: Tensor, spec: AutoencodeSpec
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients behind the JumpReLU gate, element by element.
+
+        estimate        = window * (threshold * grad_acts + [l0] grad_penalty) / bandwidth
+        grad_hidden_pre = active * grad_acts (+ estimate, if ste_to_input)
+        grad_threshold  = -estimate, still to be summed over tokens
+
+    Args:
+        active: Bool, any shape.
+        window: Bool, same shape; ignored without a bandwidth.
+        threshold: Broadcastable to that shape.
+        grad_acts: Gradient with respect to the feature activations, penalty slope included.
+        grad_penalty: Gradient with respect to the penalty of the element's token.
+        spec: The options.
+
+    Returns:
+        `(grad_hidden_pre, grad_threshold)`; the second is None without a bandwidth.
+    """
+    grad_hidden_pre = torch.where(active, grad_acts, 0)
+    if spec.bandwidth == 0:
+        return grad_hidden_pre, None
+    estimate = threshold * grad_acts
+    if spec.penalty == "l0":
+        estimate = estimate + grad_penalty
+    estimate = torch.where(window, estimate, 0) / spec.bandwidth
+    if spec.ste_to_input:
+        grad_hidden_pre = grad_hidden_pre + estimate
+    return grad_hidden_pre, -estimate
