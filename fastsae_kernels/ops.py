@@ -140,7 +140,7 @@ def autoencode(
         hint.update(output.l0)
     leading = x.shape[:-1]
     return output._replace(
-        sae_out=output.sae_out.reshape(*leading, -1),
+        sae_out=output.sae_out.reshape(*leading, W_dec.shape[1]),
         penalty=output.penalty.reshape(leading),
         l0=output.l0.reshape(leading),
     )

@@ -68,7 +68,7 @@ class Step(torch.autograd.Function):
         hidden_pre, threshold = ctx.saved_tensors
         if ctx.bandwidth == 0:
             return torch.zeros_like(hidden_pre), torch.zeros_like(threshold), None, None
-        estimate = in_window(hidden_pre, threshold, ctx.bandwidth) / ctx.bandwidth * grad
+        estimate = in_window(hidden_pre, threshold, ctx.bandwidth) * grad / ctx.bandwidth
         grad_hidden_pre = estimate.to(hidden_pre.dtype) if ctx.ste_to_input else torch.zeros_like(hidden_pre)
         return grad_hidden_pre, -estimate.flatten(0, -2).sum(0), None, None
 
@@ -98,7 +98,7 @@ def encode(
     ste_to_input: bool = False,
 ) -> Tensor:
     """Dense feature activations, `JumpReLU(x @ W_enc + b_enc)` then top-k, `[N, d_sae]`."""
-    acts: Tensor = JumpReLU.apply(hidden_pre(x, W_enc, b_enc), threshold, bandwidth, ste_to_input)  # type: ignore[no-untyped-call]
+    acts: Tensor = JumpReLU.apply(hidden_pre(x, W_enc, b_enc), threshold, bandwidth, ste_to_input)
     return acts * topk_keep(acts.detach(), k)
 
 
@@ -151,11 +151,11 @@ def autoencode(
         spec: The options.
     """
     pre = hidden_pre(x, W_enc, b_enc)
-    acts: Tensor = JumpReLU.apply(pre, threshold, spec.bandwidth, spec.ste_to_input)  # type: ignore[no-untyped-call]
+    acts: Tensor = JumpReLU.apply(pre, threshold, spec.bandwidth, spec.ste_to_input)
     keep = topk_keep(acts.detach(), spec.k)
     acts = acts * keep
     if spec.penalty == "l0":
-        step: Tensor = Step.apply(pre, threshold, spec.bandwidth, spec.ste_to_input)  # type: ignore[no-untyped-call]
+        step: Tensor = Step.apply(pre, threshold, spec.bandwidth, spec.ste_to_input)
         penalty = (step * keep).sum(-1)
     else:
         scaled = acts if feature_scale is None else acts * feature_scale

@@ -24,6 +24,7 @@ from fastsae_kernels.sparse_acts import FeatureMajor, SparseActs, topk_mask
 
 SCRATCH_ELEMENTS = 2**21  # of a chunk's product: 4 to 8 MB, which stays in a server core's share of L2 and L3
 RESCORE_MARGIN_COLUMNS = 4
+RESCORE_MIN_ELEMENTS = 2**14  # of a chunk's product; below, the second score costs more than the faster product saves
 WORD = 8  # bytes of mask looked at together
 
 
@@ -59,7 +60,7 @@ class _Product:
     def __init__(self, x: Tensor, weights: Tensor, b_enc: Tensor, lower: Tensor, size: int) -> None:
         self.x, self.weights, self.b_enc, self.lower = x, weights, b_enc, lower
         self.n_tokens, self.x_t = x.shape[0], x.t()
-        self.rescore = x.dtype == torch.float32 and has_fast_bf16() and size * x.shape[0] >= 2**14
+        self.rescore = x.dtype == torch.float32 and has_fast_bf16() and size * x.shape[0] >= RESCORE_MIN_ELEMENTS
         self.mask = torch.zeros(-(-size * self.n_tokens // WORD) * WORD, dtype=torch.bool)
         dtype = torch.bfloat16 if self.rescore else x.dtype
         self.buffer = torch.empty(size * self.n_tokens, dtype=dtype)
@@ -88,8 +89,8 @@ class _Product:
         rounded[:, d_in + 3] = _round_up(rest + (offset.abs() + rest.abs()) * (d_in + 8) * 2.0**-22)
         return rounded
 
-    def candidates(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`(offsets [C + 1], tokens [n], hidden_pre [n] fp32)` of one chunk, by feature then token."""
+    def candidates(self, start: int, stop: int, limit: int | None) -> tuple[Tensor, Tensor, Tensor] | None:
+        """`(offsets [C + 1], tokens [n], hidden_pre [n])` of one chunk, by feature then token; None beyond `limit`."""
         n_features = stop - start
         weights = self.weights[start:stop]
         buffer = self.buffer[: n_features * self.n_tokens].view(n_features, self.n_tokens)
@@ -107,6 +108,8 @@ class _Product:
             # a bound in a narrower dtype is pushed down by its own rounding; the exact test follows on the survivors
             slack = (bound.abs() + self.lower[start:stop].abs()) * 4 * torch.finfo(buffer.dtype).eps
             torch.gt(buffer, (bound - slack).to(buffer.dtype)[:, None], out=view)
+        if limit is not None and int(torch.count_nonzero(mask)) > limit:
+            return None  # before their indices, 16 bytes each, are written out
         flat = nonzero_flat(mask)
         offsets = torch.searchsorted(flat, torch.arange(n_features + 1) * self.n_tokens)
         features = torch.arange(n_features).repeat_interleave(offsets.diff(), output_size=flat.numel())
@@ -177,7 +180,12 @@ def encode(
         stop = min(start + size, d_sae)
         if not is_finite(product.weights[start:stop]):
             return None
-        offsets, tokens, hidden_pre = product.candidates(start, stop)
+        # a chunk four times as dense as the limit: activity is dense, or this chunk is odd and the dense path exact too
+        limit = None if max_entries is None else int(max_entries * min(1.0, 4 * (stop - start) / d_sae))
+        candidates = product.candidates(start, stop, limit)
+        if candidates is None:
+            return None
+        offsets, tokens, hidden_pre = candidates
         features = torch.arange(start, stop).repeat_interleave(offsets.diff(), output_size=tokens.numel())
         theta = threshold[features]
         active = hidden_pre > theta

@@ -1,0 +1,210 @@
+"""The command line: `fastsae train` and `fastsae evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from fastsae.errors import FastsaeError, UsageError
+from fastsae.train.config import PRESETS, TrainConfig
+from fastsae.version import __version__
+
+DESCRIPTION = """\
+Sparse autoencoders (SAEs) for language models.
+
+  fastsae train                       train on the embedded chat model and dialogues: no network, no GPU
+  fastsae train --model Qwen/Qwen2.5-0.5B-Instruct --dataset HuggingFaceH4/ultrachat_200k --split train_sft \\
+                --layer 12 --tokens 40000000
+  fastsae train --output my-sae --resume     go on with an interrupted run
+  fastsae evaluate my-sae             measure a saved SAE on held-out dialogues
+"""
+GROUPS = {
+    "data": "data and language model",
+    "sae": "sparse autoencoder",
+    "training": "training",
+    "running": "running",
+}
+SUMMARY = (
+    ("fvu", "of the variance is left unexplained (FVU), position 0 excluded", "{:.4f}"),
+    ("l0", "features fire on a token (L0)", "{:.1f}"),
+    ("dead_share", "of the features never fire", "{:.1%}"),
+    ("mse", "squared error per element, averaged per dialogue (MSE)", "{:.4g}"),
+    ("special_mse", "the same on special tokens", "{:.4g}"),
+    ("ce", "nats per token: the model's own cross-entropy", "{:.4f}"),
+    ("ce_spliced", "with the reconstruction in place of the activations", "{:.4f}"),
+    ("delta_loss_percent", "% change of the cross-entropy (delta loss)", "{:+.2f}"),
+    ("recovered", "of the loss between zeros and the model is recovered", "{:.1%}"),
+)
+
+
+def _parse_optional(kind: Any) -> tuple[Any, bool]:
+    """The type inside `X | None`, and whether None is allowed."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        inner = [part for part in typing.get_args(kind) if part is not type(None)]
+        return inner[0], True
+    return kind, False
+
+
+def _optional(kind: Any) -> Any:
+    def parse(text: str) -> Any:
+        return None if text.lower() == "none" else kind(text)
+
+    parse.__name__ = kind.__name__  # argparse names it in its message
+    return parse
+
+
+def add_config_flags(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
+    """One flag per field of TrainConfig; absent flags stay absent, so that presets and saved configs show through."""
+    kinds = typing.get_type_hints(TrainConfig)
+    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
+    for f in fields(TrainConfig):
+        if names is not None and f.name not in names:
+            continue
+        kind, is_optional = _parse_optional(kinds[f.name])
+        text = f.metadata["help"].replace("%", "%%")
+        if f.default is not None:
+            text += f" [{f.default}]"
+        settings: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+        if kind is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is typing.Literal:
+            settings["choices"] = typing.get_args(kind)
+        else:
+            settings |= {"type": _optional(kind) if is_optional else kind, "metavar": kind.__name__.upper()}
+        groups[f.metadata["group"]].add_argument("--" + f.name.replace("_", "-"), dest=f.name, **settings)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("fastsae", description=DESCRIPTION, formatter_class=formatter)
+    parser.add_argument("--version", action="version", version=f"fastsae {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="train an SAE on a chat model, each dialogue whole (the FAST method)",
+        description="Trains, evaluates and saves an SAE. Without arguments: the embedded demo, a few minutes on a CPU.",
+    )
+    train.add_argument("--output", type=Path, help="folder for the results [sae-MODEL-layerL]")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
+    train.add_argument("--preset", choices=PRESETS, default="recommended", help="named set of options [recommended]")
+    train.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_config_flags(train)
+
+    measure = commands.add_parser(
+        "evaluate",
+        help="measure a saved SAE on held-out dialogues",
+        description="Measures reconstruction, sparsity and delta loss. A folder of `fastsae train` knows its model and data.",
+    )
+    measure.add_argument("path", type=Path, help="folder with cfg.json and sae_weights.safetensors")
+    measure.add_argument("--json", type=Path, help="also write the metrics to this file")
+    measure.add_argument("--quiet", action="store_true", help="no progress bars")
+    names = "model dataset split layer model_dtype max_length max_dialogues dedup_words eval_dialogues forward_tokens device seed"
+    add_config_flags(measure, names.split())
+    return parser
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = {f.name for f in fields(TrainConfig)}
+    return {name: value for name, value in vars(arguments).items() if name in names}
+
+
+def resumed_config(output: Path, given: dict[str, Any]) -> TrainConfig:
+    """The config of the run in `output`; flags given beside --resume must agree with it."""
+    from fastsae.train.run import read_config
+
+    config = read_config(output)
+    for name, value in given.items():
+        if name != "device" and getattr(config, name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(
+                f"{flag}: the run in {output} was started with {getattr(config, name)}, got {value}; "
+                "drop the flag to resume, or start a new run without --resume"
+            )
+    return replace(config, **{name: value for name, value in given.items() if name == "device"})
+
+
+def command_train(arguments: argparse.Namespace) -> None:
+    """`fastsae train`."""
+    from fastsae.train.run import REPORT_FILE, train
+
+    given = _given(arguments)
+    if arguments.resume:
+        if arguments.output is None:
+            raise UsageError("--resume: expected --output with the folder of the interrupted run")
+        config, output = resumed_config(arguments.output, given), arguments.output
+    else:
+        config = TrainConfig(**{**PRESETS[arguments.preset], **given})
+        layer = "-middle" if config.layer is None else f"-layer{config.layer}"
+        output = arguments.output or Path(f"sae-{Path(config.model).name}{layer}")
+    metrics = train(config, output, resume=arguments.resume, progress=not arguments.quiet)
+    print(f"\n{output}: {metrics['tokens']:,} tokens in {metrics['seconds']:.0f} s")
+    print_summary(metrics)
+    print(f"\nreport   {output / REPORT_FILE}\nload it  fastsae.FusedJumpReLUSAE.load({str(output)!r})")
+
+
+def command_evaluate(arguments: argparse.Namespace) -> None:
+    """`fastsae evaluate`."""
+    from fastsae.sae.files import write_json
+    from fastsae.train.run import CONFIG_FILE, evaluate_folder, read_config
+
+    given = _given(arguments)
+    if (arguments.path / CONFIG_FILE).is_file():
+        config = replace(read_config(arguments.path), **given)
+    else:
+        missing = [f"--{name}" for name in ("model", "dataset", "layer") if name not in given]
+        if missing:
+            raise UsageError(f"{arguments.path} has no {CONFIG_FILE} that names its data; give {', '.join(missing)}")
+        config = TrainConfig(**given)
+    result = evaluate_folder(arguments.path, config, progress=not arguments.quiet)
+    print_summary(result.metrics)
+    if arguments.json:
+        write_json(arguments.json, result.metrics)
+
+
+def print_summary(metrics: dict[str, Any]) -> None:
+    """The headline numbers, one a line, with what they mean."""
+    for name, meaning, form in SUMMARY:
+        value = metrics.get(name)
+        print(f"  {'undefined' if value is None else form.format(value):>10}  {meaning}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns 0, 1 for a failure, 2 for wrong usage, 130 when interrupted."""
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        {"train": command_train, "evaluate": command_evaluate}[arguments.command](arguments)
+    except FastsaeError as error:
+        print(f"fastsae: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except OSError as error:
+        print(f"fastsae: {describe_os_error(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fastsae: interrupted; a run with a checkpoint goes on with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def describe_os_error(error: OSError) -> str:
+    """A full disk or a forbidden folder in words."""
+    import errno
+
+    place = error.filename or "a file"
+    if error.errno == errno.ENOSPC:
+        return f"the disk is full, {place} could not be written; free some space, then go on with --resume"
+    return f"{place}: {error.strerror or error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

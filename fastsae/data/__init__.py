@@ -1,0 +1,1 @@
+"""From chat datasets to shuffled activations: load, deduplicate, sequence, run the model, mix."""

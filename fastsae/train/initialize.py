@@ -1,0 +1,69 @@
+"""What an SAE takes from the data before its first step: scale, b_dec, b_enc."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastsae.sae import FusedJumpReLUSAE, SparseAutoencoder
+
+SAMPLE = 16_384  # tokens that the estimates look at
+
+
+def activation_scale(acts: Tensor) -> float:
+    """The factor that gives activations `[N, d_in]` a mean norm of `sqrt(d_in)`: `sqrt(d_in) / mean |x|`."""
+    return acts.shape[1] ** 0.5 / max(acts.float().norm(dim=1).mean().item(), 1e-12)
+
+
+def geometric_median(points: Tensor, max_steps: int = 100, tolerance: float = 1e-7) -> Tensor:
+    """The point with the least sum of distances to `points` `[N, d]`, by Weiszfeld's iteration, in fp32.
+
+        w_i = 1 / max(|p_i - m|, 1e-6) ;  m' = sum w_i p_i / sum w_i
+
+    Stops where the sum of distances changes by less than `tolerance` of itself.
+
+    Source:
+        arXiv:2506.07691, appendix A.
+    """
+    points = points.float()
+    median = points.mean(0)
+    last = float("inf")
+    for _ in range(max_steps):
+        distances = (points - median).norm(dim=1)
+        total = distances.sum().item()
+        if abs(last - total) <= tolerance * total:
+            break
+        last = total
+        weights = 1 / distances.clamp_min(1e-6)
+        median = (weights[:, None] * points).sum(0) / weights.sum()
+    return median
+
+
+@torch.no_grad()
+def initialize_from_data(sae: SparseAutoencoder, acts: Tensor, b_dec_init: str, init_l0: float | None) -> None:
+    """Sets `b_dec` to the data's centre and `b_enc` so that about `init_l0` features fire on a token.
+
+        b_enc_j = threshold_j - quantile_{1 - init_l0 / d_sae}(x @ W_enc_j)
+
+    With the usual zero bias half of all features fire at first: a slow, dense phase whose only work is to become sparse.
+
+    Args:
+        sae: Fresh.
+        acts: `[N, d_in]`, as the SAE will see them (scaled).
+        b_dec_init: `geometric_median`, `mean` or `zero`.
+        init_l0: Features per token to begin with; None leaves `b_enc` at 0.
+
+    Source:
+        The quantile rule: Anthropic, "Circuits Updates - January 2025".
+    """
+    acts = acts[:SAMPLE].to(sae.device, torch.float32)
+    if b_dec_init != "zero":
+        sae.b_dec.copy_(geometric_median(acts) if b_dec_init == "geometric_median" else acts.mean(0))
+    if init_l0 is None or init_l0 >= sae.d_sae:
+        return
+    sae_in = acts - sae.b_dec.float() if sae.apply_b_dec_to_input else acts
+    rank = max(1, round(acts.shape[0] * init_l0 / sae.d_sae))
+    threshold = sae.threshold if isinstance(sae, FusedJumpReLUSAE) else torch.zeros_like(sae.b_enc)
+    for ids in torch.arange(sae.d_sae, device=sae.device).split(1024):
+        hidden_pre = sae.W_enc[:, ids].float().t() @ sae_in.t()  # [1024, N]
+        sae.b_enc[ids] = (threshold[ids] - hidden_pre.topk(rank, dim=1).values[:, -1]).to(sae.dtype)

@@ -1,0 +1,200 @@
+"""One training run from a config to a folder: data, training with checkpoints, evaluation, files, report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fastsae.data.buffer import MixingBuffer, activation_stream
+from fastsae.errors import FastsaeError, UsageError
+from fastsae.evaluate import Evaluation, evaluate, write_report
+from fastsae.sae import SparseAutoencoder
+from fastsae.sae.files import write_json
+from fastsae.train import checkpoint
+from fastsae.train.config import TrainConfig, field_names
+from fastsae.train.pipeline import Pipeline, build_pipeline
+from fastsae.train.trainer import Trainer, build_sae
+from fastsae.version import __version__
+
+CONFIG_FILE, METRICS_FILE, REPORT_FILE = "config.json", "metrics.json", "report.html"
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Trains, evaluates and saves an SAE; returns the metrics.
+
+    Writes to `output`: SAELens' `cfg.json` and `sae_weights.safetensors`, `config.json`, `metrics.json`, `report.html`, and,
+    while it runs, a checkpoint. Nothing is written before model, data and options are known to fit.
+
+    Args:
+        config: The run.
+        output: A folder that is new or empty, or, to resume, the folder of a run.
+        resume: Go on from the newest checkpoint in `output`.
+        progress: Show progress bars.
+
+    Raises:
+        UsageError: An option, or `output`, does not fit.
+        FastsaeError: The run failed for a reason the message names.
+    """
+    started = time.perf_counter()
+    if not resume:
+        check_output(output)
+    saved = checkpoint.load_latest(output) if resume else None
+    pipeline = build_pipeline(config)
+    config = replace(config, layer=pipeline.residual.layer)
+    device = pipeline.residual.device
+    sae = build_sae(config, pipeline.residual.d_in, device)
+    sequencer = pipeline.sequencer(config)
+    stream = activation_stream(pipeline.residual, sequencer, config.drop_first_position)
+    buffer = MixingBuffer(stream, config.buffer_tokens, config.batch_size, config.seed, device)
+    trainer = Trainer(sae, buffer, config)
+    seconds_before = 0.0
+    if saved is not None:
+        sequencer.load_state_dict(saved["sequencer"])
+        buffer.load_state_dict(saved["buffer"])
+        trainer.load_state_dict(saved["trainer"])
+        seconds_before = saved["seconds"]
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / CONFIG_FILE, described(config))
+        trainer.initialize(buffer.sample())
+
+    def save_checkpoint() -> None:
+        state = {
+            "sequencer": sequencer.state_dict(),
+            "buffer": buffer.state_dict(),
+            "trainer": trainer.state_dict(),
+            "seconds": seconds_before + time.perf_counter() - started,
+        }
+        checkpoint.save(output, trainer.step, state)
+
+    _run_with_bar(trainer, save_checkpoint, progress)
+    sae.fold_activation_scale_(trainer.scale)
+    result = evaluate(
+        sae,
+        pipeline.residual,
+        pipeline.tokenizer,
+        pipeline.held_out_batches(config),
+        special_ids=pipeline.special_ids,
+        progress=progress,
+    )
+    metrics = {
+        **result.metrics,
+        "seconds": seconds_before + time.perf_counter() - started,
+        "tokens": trainer.step * config.batch_size,
+        "tokens_evaluated": result.metrics["tokens"],
+    }
+    write_run(output, config, sae, trainer, result, metrics)
+    return metrics
+
+
+def _run_with_bar(trainer: Trainer, save_checkpoint: Any, progress: bool) -> None:
+    config = trainer.config
+    with tqdm(
+        total=config.steps * config.batch_size,
+        initial=trainer.step * config.batch_size,
+        unit="tok",
+        unit_scale=True,
+        desc="training",
+        disable=not progress,
+    ) as bar:
+
+        def on_log(row: dict[str, float]) -> None:
+            bar.update(row["tokens"] - bar.n)
+            bar.set_postfix(loss=f"{row['loss']:.4g}", l0=f"{row['l0']:.1f}", fvu=f"{row['fvu']:.3f}")
+
+        trainer.run(on_log, save_checkpoint)
+
+
+def check_output(output: Path) -> None:
+    """Raises UsageError unless `output` is new or an empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(
+            f"--output: expected a new or empty folder, but {output} exists; "
+            "choose another with --output, or go on with an interrupted run with --resume"
+        )
+
+
+def described(config: TrainConfig) -> dict[str, Any]:
+    """The resolved config and what it ran on."""
+    versions = {"fastsae": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {**asdict(config), "versions": versions}
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The config that a run saved.
+
+    Raises:
+        UsageError: `folder` holds none.
+        FastsaeError: It is corrupt.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return TrainConfig(**{name: saved[name] for name in field_names()})
+    except FileNotFoundError:
+        raise UsageError(
+            f"{folder}: expected the folder of a run of `fastsae train`, {CONFIG_FILE} is missing"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise FastsaeError(f"{path}: expected the options of a run, got a corrupt file ({error!r})") from None
+
+
+def write_run(
+    output: Path,
+    config: TrainConfig,
+    sae: SparseAutoencoder,
+    trainer: Trainer,
+    result: Evaluation,
+    metrics: dict[str, Any],
+) -> None:
+    """Writes the run's files, the metrics last: where they are, the run is complete. Then drops its checkpoints."""
+    sae.save(
+        output,
+        model_name=config.model,
+        hook_name=f"blocks.{config.layer}.hook_resid_post",
+        dataset_path=config.dataset,
+        context_size=config.max_length,
+        l0=metrics["l0"],
+    )
+    settings = described(config)
+    write_report(output / REPORT_FILE, config=settings, metrics=metrics, history=trainer.history, evaluation=result)
+    write_json(output / METRICS_FILE, metrics)
+    checkpoint.discard(output)
+
+
+def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True) -> Evaluation:
+    """Evaluates a saved SAE on the held-out dialogues of `config`.
+
+    Raises:
+        UsageError: The SAE does not fit the model.
+        FastsaeError: The folder holds no readable SAE.
+    """
+    try:
+        sae = SparseAutoencoder.load(folder)
+    except FileNotFoundError as error:
+        raise UsageError(str(error)) from None
+    except ValueError as error:
+        raise FastsaeError(str(error)) from None
+    pipeline: Pipeline = build_pipeline(config)
+    if sae.d_in != pipeline.residual.d_in:
+        raise UsageError(
+            f"{folder}: expected an SAE of width d_in = {pipeline.residual.d_in} as {config.model!r} has, got {sae.d_in}"
+        )
+    return evaluate(
+        sae.to(pipeline.residual.device),
+        pipeline.residual,
+        pipeline.tokenizer,
+        pipeline.held_out_batches(config),
+        special_ids=pipeline.special_ids,
+        progress=progress,
+    )

@@ -1,0 +1,180 @@
+"""The thin trainer: one loop over batches of activations, all state in one place, nothing read back per step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae.data.buffer import ActivationBatch
+from fastsae.errors import FastsaeError
+from fastsae.sae import FusedJumpReLUSAE, FusedReLUSAE, SparseAutoencoder, TrainOutput
+from fastsae.train import checkpoint
+from fastsae.train.config import TrainConfig
+from fastsae.train.initialize import activation_scale, initialize_from_data
+from fastsae.train.schedules import learning_rate, sparsity_share
+
+
+def build_sae(config: TrainConfig, d_in: int, device: torch.device) -> SparseAutoencoder:
+    """A fresh SAE of the configured architecture, drawn from `config.seed`."""
+    torch.manual_seed(config.seed)
+    d_sae = config.d_sae or config.expansion * d_in
+    shared: dict[str, Any] = {
+        "k": config.k,
+        "apply_b_dec_to_input": config.apply_b_dec_to_input,
+        "dtype": getattr(torch, config.dtype),
+        "device": device,
+    }
+    if config.architecture == "relu":
+        return FusedReLUSAE(d_in, d_sae, **shared)
+    return FusedJumpReLUSAE(
+        d_in,
+        d_sae,
+        bandwidth=config.bandwidth,
+        init_threshold=config.init_threshold,
+        ste_to_input=config.ste_to_input,
+        **shared,
+    )
+
+
+class Trainer:
+    """Trains an SAE on an iterator of `ActivationBatch`.
+
+    Args:
+        sae: Fresh, on its device.
+        batches: Endless, or long enough for `config.steps`.
+        config: The run.
+    """
+
+    def __init__(self, sae: SparseAutoencoder, batches: Iterator[ActivationBatch], config: TrainConfig) -> None:
+        self.sae, self.batches, self.config = sae, batches, config
+        self.step, self.scale = 0, 1.0
+        self.optimizer = torch.optim.Adam(
+            sae.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=sae.dtype == torch.float32
+        )
+        self.silent_tokens = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
+        self.dead_mask: Tensor | None = None
+        self.history: list[dict[str, float]] = []
+        self._sums: dict[str, Tensor] = {}
+        self._clock = time.perf_counter()
+
+    def initialize(self, sample: Tensor) -> None:
+        """Sets scale, `b_dec` and `b_enc` from activations `[N, d_in]`."""
+        if self.config.normalize_activations:
+            self.scale = activation_scale(sample)
+        initialize_from_data(self.sae, sample * self.scale, self.config.b_dec_init, self.config.init_l0)
+
+    def run(
+        self,
+        on_log: Callable[[dict[str, float]], None] = lambda row: None,
+        on_checkpoint: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Trains to the last step; calls back after each row of the curves and where a checkpoint is due."""
+        config = self.config
+        self._clock = time.perf_counter()
+        while self.step < config.steps:
+            output = self.train_step(next(self.batches))
+            self._accumulate(output)
+            if self.step % config.log_every == 0 or self.step == config.steps:
+                on_log(self._log())
+            if config.checkpoint_every and self.step % config.checkpoint_every == 0 and self.step < config.steps:
+                on_checkpoint()
+
+    def train_step(self, batch: ActivationBatch) -> TrainOutput:
+        """One step of Adam on one batch."""
+        config, sae = self.config, self.sae
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, config)
+        x = batch.acts.to(sae.device, sae.dtype) * self.scale
+        output = self._forward(x, sparsity_share(self.step, config))
+        self.optimizer.zero_grad(set_to_none=True)
+        output.loss.backward()
+        if config.normalize_decoder:
+            remove_parallel_gradient(sae.W_dec)
+        if config.clip_norm:
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip_norm)
+        self.optimizer.step()
+        if config.normalize_decoder:
+            sae.normalize_decoder_()
+        self.silent_tokens += x.shape[0]
+        self.silent_tokens[output.feature_counts > 0] = 0
+        self.step += 1
+        return output
+
+    def _forward(self, x: Tensor, share: float) -> TrainOutput:
+        config, sae = self.config, self.sae
+        if isinstance(sae, FusedReLUSAE):
+            return sae.training_forward(x, config.l1_coefficient * share)
+        assert isinstance(sae, FusedJumpReLUSAE)
+        return sae.training_forward(
+            x,
+            config.l0_coefficient * share,
+            config.sparsity,
+            target_l0=config.target_l0,
+            dead_mask=self.dead_mask if config.pre_act_loss_coefficient else None,
+            pre_act_loss_coefficient=config.pre_act_loss_coefficient,
+        )
+
+    def _accumulate(self, output: TrainOutput) -> None:
+        """Sums on the device; the host reads them when a row is logged, not per step."""
+        values = {"loss": output.loss, "l0": output.l0, "fvu": output.fvu, **output.losses}
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def _log(self) -> dict[str, float]:
+        config = self.config
+        n_steps = self.step - (int(self.history[-1]["step"]) if self.history else 0)
+        means = {name: total.item() / n_steps for name, total in self._sums.items()}
+        if not all(torch.isfinite(torch.tensor(list(means.values())))):
+            raise FastsaeError(
+                f"step {self.step}: the loss is not finite ({means['loss']}). Lower --lr, keep --normalize-activations, "
+                "or check the activations of this layer; resume from the last checkpoint with other settings in a new run"
+            )
+        dead = self.silent_tokens >= config.dead_tokens
+        self.dead_mask = dead if dead.any() else None
+        now = time.perf_counter()
+        row = {
+            "step": self.step,
+            "tokens": self.step * config.batch_size,
+            **means,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "dead_share": dead.float().mean().item(),
+            "tokens_per_second": n_steps * config.batch_size / max(now - self._clock, 1e-9),
+        }
+        self._clock, self._sums = now, {}
+        self.history.append(row)
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the data; see `load_state_dict`."""
+        return {
+            "step": self.step,
+            "scale": self.scale,
+            "sae": dict(self.sae.state_dict()),
+            "optimizer": checkpoint.optimizer_state(self.optimizer),
+            "silent_tokens": self.silent_tokens,
+            "dead_mask": torch.empty(0, dtype=torch.bool) if self.dead_mask is None else self.dead_mask,
+            "sums": dict(self._sums),
+            "history": self.history,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken, bit for bit on a CPU."""
+        self.step, self.scale, self.history = state["step"], state["scale"], state["history"]
+        self.sae.load_state_dict(state["sae"])
+        checkpoint.load_optimizer_state(self.optimizer, state["optimizer"])
+        device = self.sae.device
+        self.silent_tokens = state["silent_tokens"].to(device)
+        self.dead_mask = state["dead_mask"].to(device) if state["dead_mask"].numel() else None
+        self._sums = {name: total.to(device) for name, total in state["sums"].items()}
+
+
+@torch.no_grad()
+def remove_parallel_gradient(W_dec: torch.nn.Parameter) -> None:
+    """Projects each row's gradient orthogonal to the unit-norm row: `g -= (g . w) w`; before Adam, unlike SAELens v5."""
+    if W_dec.grad is not None:
+        W_dec.grad.addcmul_((W_dec.grad * W_dec).sum(1, keepdim=True), W_dec, value=-1)

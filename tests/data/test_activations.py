@@ -1,0 +1,303 @@
+"""Reading and replacing the residual stream, on small models of four architectures made from configs."""
+
+import json
+import sys
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from fastsae.data.activations import ResidualStream, check_layer, decoder_layers, load_model
+from fastsae.errors import FastsaeError, UsageError
+
+N_LAYERS = 3
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": N_LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+CONFIGS = {
+    "qwen2": transformers.Qwen2Config(**COMMON),
+    "llama": transformers.LlamaConfig(**COMMON),
+    "gemma2": transformers.Gemma2Config(**COMMON, head_dim=8, sliding_window=6),
+    # As many experts as layers: the lists of experts must not be taken for the list of blocks.
+    "mixtral": transformers.MixtralConfig(**COMMON, num_local_experts=N_LAYERS, num_experts_per_tok=2),
+    "gpt2": transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=N_LAYERS, n_head=4, n_positions=64),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def model(request):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[request.param]).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def qwen():
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS["qwen2"]).eval().requires_grad_(False)
+
+
+def batch(lengths=(11, 5, 1)):
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return torch.randint(0, 97, mask.shape, generator=generator) * mask, mask
+
+
+def count_calls(modules):
+    calls = [0] * len(modules)
+
+    def hook(i):
+        def count(*_):
+            calls[i] += 1
+
+        return count
+
+    return calls, [module.register_forward_hook(hook(i)) for i, module in enumerate(modules)]
+
+
+def test_layers_are_the_blocks_in_order(model):
+    layers = decoder_layers(model)
+    assert len(layers) == N_LAYERS
+    assert all(any("attn" in name or "attention" in name for name, _ in layer.named_children()) for layer in layers)
+
+
+@pytest.mark.parametrize("layer", range(N_LAYERS))
+def test_equals_hidden_states_of_transformers(model, layer):
+    ids, mask = batch()
+    stream = ResidualStream(model, layer)
+    hooks = len(stream.block._forward_hooks)
+    acts = stream(ids, mask)
+    assert len(stream.block._forward_hooks) == hooks
+    assert acts.shape == (*ids.shape, stream.d_in) == (3, 11, 32)
+    assert not acts.requires_grad
+    # transformers gives the last block's output behind the final norm, so that one is taken from the norm's input.
+    inputs = []
+    norm = next(module for name, module in model.base_model.named_children() if name in ("norm", "ln_f"))
+    handle = norm.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    states = model(ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False).hidden_states
+    handle.remove()
+    expected = inputs[0] if layer == N_LAYERS - 1 else states[layer + 1]
+    torch.testing.assert_close(acts[mask], expected[mask], rtol=0, atol=0)
+
+
+def test_padding_changes_nothing(model):
+    ids, mask = batch()
+    stream = ResidualStream(model, 1)
+    padded = stream(ids, mask)
+    for row, length in enumerate(mask.sum(dim=1).tolist()):
+        alone = stream(ids[row : row + 1, :length], mask[row : row + 1, :length])
+        torch.testing.assert_close(padded[row, :length], alone[0], rtol=0, atol=1e-5)
+    other = torch.where(mask, ids, 50)
+    torch.testing.assert_close(stream(other, mask)[mask], padded[mask], rtol=0, atol=1e-5)
+
+
+def test_later_layers_and_the_head_are_not_computed(model):
+    calls, handles = count_calls([*decoder_layers(model), model.get_output_embeddings()])
+    ResidualStream(model, 1)(*batch())
+    for handle in handles:
+        handle.remove()
+    # The hook of block 1 that stops the forward pass comes after the counting one.
+    assert calls == [1, 1, 0, 0]
+
+
+def test_splice(model):
+    ids, mask = batch()
+    stream = ResidualStream(model, 1)
+    clean = stream.logits(ids, mask)
+    assert clean.shape == (3, 11, 97)
+    torch.testing.assert_close(clean, model(ids, attention_mask=mask.long()).logits, rtol=0, atol=1e-6)
+    seen = []
+    same = stream.splice(ids, mask, lambda hidden: seen.append(hidden) or hidden.clone())
+    torch.testing.assert_close(same, clean, rtol=0, atol=0)
+    torch.testing.assert_close(seen[0][mask], stream(ids, mask)[mask], rtol=0, atol=0)
+    # Replacing all of block 1's output by zeros is to compute block 2 and the rest from zeros.
+    zeroed = stream.splice(ids, mask, lambda hidden: torch.zeros_like(hidden, dtype=torch.float64))
+    rows = zeroed[mask]
+    assert (rows - clean[mask]).abs().max() > 1e-3
+    torch.testing.assert_close(rows, rows[:1].expand_as(rows), rtol=0, atol=1e-5)
+    torch.testing.assert_close(stream.logits(ids, mask), clean, rtol=0, atol=0)
+
+
+def test_hooks_are_removed_after_an_error(qwen):
+    def fail(hidden):
+        raise RuntimeError("in replace")
+
+    stream = ResidualStream(qwen, 0)
+    with pytest.raises(RuntimeError, match="in replace"):
+        stream.splice(*batch(), fail)
+    assert not stream.block._forward_hooks
+
+
+class Wrapped(nn.Module):
+    """A block, with its input unpacked from a tuple or its output packed into one, or both."""
+
+    def __init__(self, inner, pack):
+        super().__init__()
+        self.inner, self.pack = inner, pack
+        self.attention_type = getattr(inner, "attention_type", "full_attention")
+
+    def forward(self, hidden, *args, **kwargs):
+        output = self.inner(hidden[0] if isinstance(hidden, tuple) else hidden, *args, **kwargs)
+        # Blocks return the hidden states alone in newer transformers, and first in a tuple in older ones.
+        return (output[0] if isinstance(output, tuple) else output, "extra") if self.pack else output
+
+
+def test_blocks_that_return_tuples(qwen):
+    ids, mask = batch()
+    plain = ResidualStream(qwen, 1)
+    acts, zeroed = plain(ids, mask), plain.splice(ids, mask, torch.zeros_like)
+    layers = decoder_layers(qwen)
+    layers[1], layers[2] = Wrapped(layers[1], pack=True), Wrapped(layers[2], pack=False)
+    wrapped = ResidualStream(qwen, 1)
+    torch.testing.assert_close(wrapped(ids, mask), acts, rtol=0, atol=0)
+    torch.testing.assert_close(wrapped.splice(ids, mask, torch.zeros_like), zeroed, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layer", [-1, N_LAYERS, 99])
+def test_layer_out_of_range(qwen, layer):
+    for use in (check_layer, ResidualStream):
+        with pytest.raises(UsageError, match=rf"layer: expected 0 to 2 \(the model has 3 layers\), got {layer}"):
+            use(qwen, layer)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite(qwen, value):
+    def spoil(_module, _args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden[0, 3, 5] = value
+
+    ids, mask = batch((4, 4))
+    decoder_layers(qwen)[1].register_forward_hook(spoil)
+    with pytest.raises(FastsaeError, match=r"layer 1: the activations of 12.5 % of the tokens.*--model-dtype float32"):
+        ResidualStream(qwen, 1)(ids, mask)
+    mask[0, 3] = False  # on padding it does no harm
+    assert ResidualStream(qwen, 1)(ids, mask)[mask].isfinite().all()
+
+
+def test_images_in_front_of_the_language_model_are_passed_over():
+    class Text(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(N_LAYERS))
+
+    class Both(nn.Module):
+        config = transformers.LlamaConfig(**COMMON)
+
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Identity() for _ in range(N_LAYERS))
+            self.language_model = Text()
+
+        def get_decoder(self):
+            return self.language_model
+
+    both = Both()
+    assert decoder_layers(both) is both.language_model.layers
+    both.language_model.layers = both.layers = None
+    with pytest.raises(FastsaeError, match="expected a ModuleList of 3 decoder blocks"):
+        decoder_layers(both)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    AutoModelForCausalLM.from_config(CONFIGS["llama"]).save_pretrained(tmp_path / "model")
+    backend = Tokenizer(models.WordLevel({f"t{i}": i for i in range(97)}, unk_token="t0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(None, torch.float32), ("bfloat16", torch.bfloat16), (torch.float16, torch.float16)],
+)
+def test_load_model_from_a_folder(folder, dtype, expected):
+    model, tokenizer = load_model(str(folder), dtype=dtype)
+    assert model.dtype == expected
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert tokenizer("t5 t7")["input_ids"] == [5, 7]
+    assert ResidualStream(model, 1)(*batch()).dtype == expected
+
+
+def test_bad_arguments_of_load_model(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        (str(tmp_path / "empty"), "found a folder without config.json"),
+        (str(tmp_path / "absent"), "found no folder"),
+        ("./absent", "found no folder"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            load_model(name)
+    for dtype in ("float31", "int8", torch.int64, "nn"):
+        with pytest.raises(UsageError, match="model dtype: expected float32"):
+            load_model(str(folder), dtype=dtype)
+    with pytest.raises(UsageError, match="device: expected 'cpu'"):
+        load_model(str(folder), device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="finds no CUDA device"):
+            load_model(str(folder), device="cuda")
+
+
+def test_damaged_model_folders(folder):
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    with pytest.raises(FastsaeError, match=r"could not be loaded.*interrupted") as caught:
+        load_model(str(folder))
+    assert not isinstance(caught.value, UsageError)
+    weights.unlink()
+    with pytest.raises(FastsaeError, match="could not be loaded"):
+        load_model(str(folder))
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "unheard-of"}))
+    with pytest.raises(UsageError, match="no causal language model that this version of transformers knows"):
+        load_model(str(folder))
+    config.write_text(json.dumps({"model_type": "vit"}))
+    with pytest.raises(UsageError, match="no causal language model"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_folder_without_tokenizer(tmp_path, family):
+    AutoModelForCausalLM.from_config(CONFIGS[family]).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="has no tokenizer that transformers can load"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("failure", "error", "message"),
+    [
+        (OSError("We couldn't connect to 'https://hub' to load the files"), FastsaeError, "could not be reached"),
+        (
+            OSError("a/b is not a local folder and is not a valid model identifier listed"),
+            UsageError,
+            "neither a local",
+        ),
+        (OSError("You are trying to access a gated repo."), UsageError, "gated model needs `hf auth login`"),
+        (OSError(28, "No space left on device"), FastsaeError, r"No space left on device.*free disk space"),
+    ],
+)
+def test_hub_failures_say_what_to_do(monkeypatch, failure, error, message):
+    def fail(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", fail)
+    with pytest.raises(FastsaeError, match=message) as caught:
+        load_model("a/b")
+    assert type(caught.value) is error
+
+
+def test_transformers_missing(monkeypatch, folder):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(FastsaeError, match=r"pip install fastsae\[train\]"):
+        load_model(str(folder))

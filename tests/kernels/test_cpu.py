@@ -1,0 +1,172 @@
+"""The CPU backend and the chunked dense path against the fp64 reference: outputs, counts and every gradient by name."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+
+import problems
+import pytest
+import torch
+
+import fastsae_kernels as kernels
+from fastsae_kernels import AutoencodeSpec
+from fastsae_kernels.cpu.encode import has_fast_bf16
+from fastsae_kernels.dispatch import Backend
+
+cpu_encode_module = importlib.import_module("fastsae_kernels.cpu.encode")  # the package's `encode` is the function
+
+
+def run(problem: problems.Problem, backend: Backend | None = None) -> problems.Result:
+    inputs = problems.leaves(problem)
+    *tensors, scale = inputs
+    with kernels.use_backend(backend):
+        output = kernels.autoencode(*tensors, spec=problem.spec, feature_scale=scale)  # type: ignore[arg-type]
+        named = {name: getattr(output, name) for name in ("sae_out", "penalty", "l0", "feature_counts")}
+        return problems.collect(inputs, named, problem)
+
+
+@pytest.fixture(params=["rescored", "plain"])
+def scoring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to find candidates: bf16 with the margin and a second score, and the plain fp32 product."""
+    rescored = request.param == "rescored"
+    monkeypatch.setattr(cpu_encode_module, "has_fast_bf16", lambda: rescored)
+    monkeypatch.setattr(cpu_encode_module, "RESCORE_MIN_ELEMENTS", 0)
+    monkeypatch.setattr(cpu_encode_module, "SCRATCH_ELEMENTS", 1)  # several chunks even on small problems
+    return str(request.param)
+
+
+@pytest.mark.parametrize("spec", problems.SPECS.values(), ids=problems.SPECS)
+def test_sparse_matches_reference(spec: AutoencodeSpec, scoring: str) -> None:
+    problem = problems.make(d_sae=300, spec=spec, with_scale=spec.penalty != "l0")
+    problems.assert_matches(run(problem, "cpu"), problem)
+
+
+@pytest.mark.parametrize("spec", problems.SPECS.values(), ids=problems.SPECS)
+def test_sparse_on_threshold_and_window_edges(spec: AutoencodeSpec, scoring: str) -> None:
+    problem = problems.on_the_edges(replace(spec, k=spec.k and min(spec.k, 39)))
+    problems.assert_matches(run(problem, "cpu"), problem)
+
+
+@pytest.mark.parametrize("problem", problems.HOSTILE.values(), ids=problems.HOSTILE)
+def test_sparse_on_hostile_inputs(problem: problems.Problem, scoring: str) -> None:
+    problems.assert_matches(run(problem, "cpu"), problem)
+
+
+DENSE_SPECS = {name: spec for name, spec in problems.SPECS.items() if spec.k is None}
+
+
+@pytest.mark.parametrize("spec", DENSE_SPECS.values(), ids=DENSE_SPECS)
+def test_chunked_dense_matches_reference(spec: AutoencodeSpec) -> None:
+    problem = problems.make(d_sae=300, spec=spec, with_scale=spec.penalty != "l0")
+    problems.assert_matches(run(problem, "dense"), problem)
+    edges = problems.on_the_edges(spec)
+    problems.assert_matches(run(edges, "dense"), edges)
+
+
+@pytest.mark.parametrize("problem", problems.HOSTILE.values(), ids=problems.HOSTILE)
+def test_chunked_dense_on_hostile_inputs(problem: problems.Problem) -> None:
+    problems.assert_matches(run(problem, "dense"), problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "dense"])
+def test_other_dtypes(dtype: torch.dtype, backend: Backend) -> None:
+    """Integer-valued problems are exact in every dtype up to the gates, so counts must agree and errors stay in budget."""
+    problem = problems.on_the_edges(problems.SPECS["l0"]).to(dtype)
+    problem = replace(problem, x=problem.x / 4, threshold=problem.threshold / 4, b_enc=problem.b_enc / 4)
+    problems.assert_matches(run(problem, backend), problem)
+
+
+def test_non_contiguous_and_expanded_inputs() -> None:
+    base = problems.make(40, 24, 300)
+    problem = replace(
+        base,
+        x=base.x[:1].expand(40, 24),
+        W_enc=base.W_enc.contiguous(),  # [d_in, d_sae] row-major: the other storage
+        W_dec=base.W_dec.t().contiguous().t(),
+        grad_out=base.grad_out.t().contiguous().t(),
+    )
+    for backend in ("cpu", "dense"):
+        problems.assert_matches(run(problem, backend), problem)  # type: ignore[arg-type]
+
+
+def test_uninitialised_memory_never_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    real_empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        made = real_empty(*args, **kwargs)  # type: ignore[call-overload]
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    problem = problems.make(d_sae=300)
+    for backend in ("cpu", "dense"):
+        problems.assert_matches(run(problem, backend), problem)  # type: ignore[arg-type]
+
+
+def test_path_follows_activity_and_the_numbers_do_not_change() -> None:
+    sparse = problems.make(200, 16, 2048, density=0.004, spec=AutoencodeSpec(bandwidth=0.01))
+    dense = replace(sparse, threshold=torch.zeros(2048), b_enc=torch.zeros(2048))
+    for problem, expects_sparse in ((sparse, True), (dense, False), (sparse, True)):
+        *tensors, scale = problem.tensors()
+        output = kernels.autoencode(*tensors, spec=problem.spec, feature_scale=scale)  # type: ignore[arg-type]
+        assert (output.acts is not None) == expects_sparse
+        problems.assert_matches(run(problem), problem)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_input_is_reported_not_lost(bad: float) -> None:
+    problem = problems.make()
+    problem.x[3, 2] = bad
+    result = run(problem)
+    assert not result.outputs["sae_out"][3].isfinite().any()
+    assert result.outputs["sae_out"][:3].isfinite().all()
+    with pytest.raises(ValueError, match="expected finite values"):
+        kernels.encode(problem.x, problem.W_enc, problem.b_enc, problem.threshold)
+
+
+def test_two_runs_are_bit_equal() -> None:
+    problem = problems.make(300, 32, 512)
+    for backend in ("cpu", "dense"):
+        first, second = run(problem, backend), run(problem, backend)  # type: ignore[arg-type]
+        for name, grad in first.grads.items():
+            assert torch.equal(grad, second.grads[name]), name
+
+
+@pytest.mark.skipif(not has_fast_bf16(), reason="this CPU has no bf16 units, so the product would be emulated")
+def test_margin_never_misses_where_bf16_is_coarse() -> None:
+    """Rounding x and W up alternately pushes the bf16 product as far from the truth as it goes."""
+    d_in, d_sae = 512, 4096
+    g = torch.Generator().manual_seed(0)
+    worst = 1 + 2.0**-8 - 2.0**-12  # just below the middle of two bf16 numbers: rounds down by the largest step
+    x = torch.full((64, d_in), worst)
+    W_enc = torch.full((d_sae, d_in), worst) * (1 + torch.rand(d_sae, 1, generator=g) * 1e-3)
+    threshold = (x[:1] @ W_enc.t()).squeeze(0).double().float() * (1 - 2e-6)
+    acts = kernels.encode(x, W_enc.t(), torch.zeros(d_sae), threshold)
+    exact = (x.double() @ W_enc.t().double()) > threshold.double()
+    assert exact.all()
+    assert torch.equal(acts.l0(), exact.sum(1))
+
+
+def test_memory_of_a_step_stays_far_below_one_dense_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts every tensor that an op allocates; the largest must be far smaller than `[N, d_sae]`."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    n_tokens, d_in, d_sae = 512, 16, 8192
+    monkeypatch.setattr(cpu_encode_module, "SCRATCH_ELEMENTS", 2**16)
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
+                    self.size = max(self.size, tensor.numel() * tensor.element_size())
+            return out
+
+    for density in (0.002, 0.5):
+        problem = problems.make(n_tokens, d_in, d_sae, density=density, spec=AutoencodeSpec(bandwidth=0.01))
+        with Largest() as largest:
+            run(problem)
+        assert largest.size < 0.05 * n_tokens * d_sae * 4
