@@ -47,7 +47,7 @@ def autoencode_forward(
     """`reference.autoencode`, chunk by chunk; `spec.k` must be None (a token's rank needs all chunks at once)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x_t = x.t()
-    sae_out = b_dec.to(wide).expand(x.shape[0], -1).contiguous()
+    sae_out = b_dec.to(wide).repeat(x.shape[0], 1)  # a copy: expand() of one row would be b_dec itself
     penalty = torch.zeros(x.shape[0], dtype=wide, device=x.device)
     l0 = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     counts = torch.empty(W_enc.shape[1], dtype=torch.int64, device=x.device)

@@ -14,7 +14,7 @@ Backend = Literal["cpu", "triton", "dense"]
 
 # Share of entries above which a gather costs more than the product that it replaces. CPU: measured, see
 # benchmarks; CUDA: bandwidth over arithmetic rate of an H200 with gathers half from L2, not yet measured.
-MAX_DENSITY = {"cpu": 0.02, "cuda": 0.006}
+MAX_DENSITY = {"cpu": 0.1, "cuda": 0.006}
 
 _forced: ContextVar[Backend | None] = ContextVar("fastsae_backend", default=None)
 

@@ -103,6 +103,7 @@ def on_the_edges(spec: AutoencodeSpec) -> Problem:
 
 HOSTILE = {
     "one token": make(1, 5, 9),
+    "one token, all active": replace(make(1, 5, 9), threshold=torch.zeros(9), b_enc=torch.full((9,), 50.0)),
     "one feature": make(6, 5, 1),
     "one dimension": make(7, 1, 33),
     "odd": make(13, 7, 131),

@@ -1,0 +1,264 @@
+"""`report.html`: what a run or an evaluation found, on one self-contained page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from fastsae.evaluate import plots
+from fastsae.evaluate.metrics import Metrics
+from fastsae.evaluate.reconstruction import Evaluation
+from fastsae.evaluate.style import CSS
+from fastsae.sae.files import write_atomically
+
+# metric, its name, unit, one line of meaning
+_HEADLINES = (
+    ("fvu", "FVU", "", "Fraction of variance unexplained: 0 is perfect, 1 no better than the mean activation."),
+    ("l0", "L0", "features per token", "How many features are active on a token, on average."),
+    ("dead_share", "Dead features", "%", "Features that fired on no token of the evaluation set."),
+    (
+        "delta_loss_percent",
+        "Delta loss",
+        "%",
+        "Rise of the model's loss when the reconstruction replaces the activation.",
+    ),
+    ("recovered", "Loss recovered", "%", "100 is the unchanged model, 0 the one with zeros in this place."),
+    ("kl", "KL divergence", "nats per token", "From the model's predictions to those with the reconstruction."),
+    ("mse_log2", "MSE, log2", "", "log2 of the squared error per element, mean over dialogues."),
+    ("special_mse_log2", "Special-token MSE, log2", "", "The same on the tokens of the chat template alone."),
+)
+_PERCENT = {"dead_share": 100.0, "recovered": 100.0}
+_MEANINGS = {
+    "mse": "squared error per element, mean over the tokens of a dialogue, then over dialogues",
+    "mse_log2": "log2 of mse",
+    "special_mse": "mse over special tokens only",
+    "special_mse_log2": "log2 of special_mse",
+    "mse_without_position_0": "mse without the first token of each dialogue",
+    "special_mse_without_position_0": "special_mse without the first token of each dialogue",
+    "mse_micro": "squared error per element, every token counted the same",
+    "special_mse_micro": "mse_micro over special tokens only",
+    "fvu": "squared error over squared distance to the mean, without position 0",
+    "explained_variance": "1 − fvu",
+    "l0": "active features per token, without position 0",
+    "l0_special": "l0 over special tokens",
+    "dead_share": "share of features that fired on no token, without position 0",
+    "fvu_position_0": "fvu of the first tokens, about the mean of all others",
+    "mse_position_0": "mse_micro of the first tokens",
+    "norm_position_0": "mean length of the first tokens' activations",
+    "norm_without_position_0": "mean length of all other activations",
+    "tokens_evaluated": "tokens evaluated",
+    "dialogues": "dialogues evaluated",
+    "ce": "the model's own next-token loss, nats per token",
+    "ce_spliced": "the loss with the reconstruction in place of the activation",
+    "ce_zero": "the loss with zeros in its place",
+    "delta_loss_percent": "100 (ce_spliced − ce) / ce",
+    "recovered": "(ce_zero − ce_spliced) / (ce_zero − ce)",
+    "kl": "KL divergence of the spliced from the model's own predictions, nats per token",
+    "seconds": "duration of the run",
+}
+_HISTOGRAM_BINS = 40
+
+
+def write_report(
+    path: str | Path,
+    *,
+    config: dict[str, Any],
+    metrics: Metrics,
+    history: Sequence[dict[str, Any]],
+    evaluation: Evaluation | None,
+) -> None:
+    """Writes one HTML page that loads nothing from elsewhere, atomically.
+
+    Args:
+        path: The file, usually `report.html`.
+        config: The resolved configuration, shown as JSON.
+        metrics: As in `metrics.json`; None reads "n/a".
+        history: Training log, one row per entry: `tokens`, `loss`, `mse_loss`, `l0`, `fvu`, `dead_share` are drawn, missing
+            values are skipped. May be empty, as for an SAE that was only evaluated.
+        evaluation: Densities, special tokens and features. None leaves these sections out.
+    """
+    sections = [_header(config, evaluation), _headlines(metrics), _curves(history)]
+    if evaluation is not None:
+        sections += [_densities(evaluation), _special_tokens(evaluation), _features(evaluation)]
+    sections += [_all_metrics(metrics), _configuration(config)]
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>fastsae report</title>\n<style>\n{CSS}\n</style>\n</head>\n<body>\n{plots.frame_clip()}\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</body>\n</html>\n"
+    )
+    write_atomically(Path(path), lambda temporary: temporary.write_text(page, encoding="utf-8") and None)
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A metric for reading: thousands separated, `digits` significant ones, a true minus sign, "n/a" where undefined."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "n/a"
+    if isinstance(value, int) or value == 0 or abs(value) >= 10**digits:
+        return f"{value:,.0f}".replace("-", "−")
+    if abs(value) < 1e-3:
+        return f"{value:.{digits - 1}e}".replace("-", "−")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}".replace("-", "−")
+
+
+def _header(config: dict[str, Any], evaluation: Evaluation | None) -> str:
+    facts = [f"{label} <code>{escape(str(config[key]))}</code>" for key, label in (("model", "model"), ("layer", "layer"),
+             ("dataset", "data"), ("d_sae", "features")) if config.get(key) is not None]  # fmt: skip
+    if evaluation is not None:
+        tokens, dialogues = (number(evaluation.metrics.get(name)) for name in ("tokens", "dialogues"))
+        facts.append(f"evaluated on {tokens} tokens in {dialogues} dialogues")
+    return f'<h1>Sparse autoencoder report</h1>\n<p class="lead">{" · ".join(facts)}</p>'
+
+
+def _headlines(metrics: Metrics) -> str:
+    cards = []
+    for key, name, unit, meaning in _HEADLINES:
+        value = metrics.get(key)
+        shown = value * _PERCENT[key] if value is not None and key in _PERCENT else value
+        small = f" <small>{unit}</small>" if unit and value is not None else ""
+        cards.append(
+            f'<div class="card"><div class="name">{name}</div><div class="value">{number(shown)}{small}</div>'
+            f'<div class="meaning">{meaning}</div></div>'
+        )
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _curves(history: Sequence[dict[str, Any]]) -> str:
+    def points(key: str, scale: float = 1.0) -> list[plots.Point]:
+        rows = [row for row in history if row.get(key) is not None and row.get("tokens") is not None]
+        return [(float(row["tokens"]), scale * float(row[key])) for row in rows]
+
+    if not history:
+        return ""
+    x_label = "training tokens"
+    charts = [
+        (plots.line_chart({"total": points("loss"), "squared error": points("mse_loss")}, x_label=x_label,
+                          y_label="loss per token (log scale)", log=True),
+         "Total loss and its squared-error part, in squared activation units of the (normalised) training activations."),
+        _from_zero(points("fvu"), x_label, "FVU", "Fraction of variance unexplained, of each training batch."),
+        _from_zero(points("l0"), x_label, "L0, features per token", "Active features per token."),
+        _from_zero(points("dead_share", 100.0), x_label, "dead features, %", "Share of features that count as dead."),
+    ]  # fmt: skip
+    figures = [f"<figure>{chart}<figcaption>{caption}</figcaption></figure>" for chart, caption in charts]
+    return f'<h2>Training</h2>\n<div class="charts">{"".join(figures)}</div>'
+
+
+def _from_zero(points: list[plots.Point], x_label: str, y_label: str, caption: str) -> tuple[str, str]:
+    """A chart from zero to somewhat above what the second half of training reaches, and its caption."""
+    values = [y for _, y in points if math.isfinite(y)]
+    top = 3 * max(values[len(values) // 2 :], default=0.0)
+    if values and 0 < top < max(values):
+        caption += f" Early values, up to {number(max(values))}, lie above the frame."
+    else:
+        top = max(values, default=1.0)
+    return plots.line_chart({y_label: points}, x_label=x_label, y_label=y_label, top=top), caption
+
+
+def _densities(evaluation: Evaluation) -> str:
+    tokens = (evaluation.metrics.get("tokens") or 0) - (evaluation.metrics.get("dialogues") or 0)
+    counts = evaluation.feature_counts
+    n_dead = int((counts == 0).sum())
+    if tokens <= 0:
+        return ""
+    low = float(math.floor(-math.log10(tokens)))
+    edges = [low * (1 - i / _HISTOGRAM_BINS) for i in range(_HISTOGRAM_BINS + 1)]
+    logs = (counts[counts > 0].double() / tokens).log10()
+    bins = ((logs - low) / -low * _HISTOGRAM_BINS).long().clamp(0, _HISTOGRAM_BINS - 1) if low else logs.long()
+    heights = bins.bincount(minlength=_HISTOGRAM_BINS).tolist()
+    chart = plots.histogram(edges, heights, x_label="log10 of firing frequency (share of tokens)", y_label="features")
+    often = int((counts > 0.1 * tokens).sum())
+    return (
+        "<h2>Feature density</h2>\n"
+        f"<p>{number(n_dead)} of {number(len(counts))} features ({number(100 * n_dead / len(counts))} %) never fired on "
+        f"{number(int(tokens))} tokens and are not in the histogram. {number(often)} fire on more than a tenth of the "
+        f"tokens.</p>\n<figure>{chart}</figure>"
+    )
+
+
+def _special_tokens(evaluation: Evaluation) -> str:
+    columns = (("count", "tokens"), ("mse", "MSE"), ("fvu", "FVU"), ("l0", "mean L0"), ("norm", "mean norm"))
+    head = "<th>token</th>" + "".join(f'<th class="number">{name}</th>' for _, name in columns)
+    body = []
+    for row in evaluation.special_tokens:
+        name = (
+            f"<code>{escape(visible(str(row['token'])))}</code>" if row["id"] is not None else escape(str(row["token"]))
+        )
+        cells = "".join(f'<td class="number">{number(row[key])}</td>' for key, _ in columns)
+        body.append(f"<tr><td>{name}</td>{cells}</tr>")
+    return (
+        "<h2>Special tokens</h2>\n"
+        "<p>Tokens that the chat template writes around every turn. FVU is the squared error over the squared distance to "
+        "the mean of all tokens. Position 0, the first token of each dialogue and often an outlier, has its own row and "
+        f'is left out of the others.</p>\n<div class="wide"><table><tr>{head}</tr>{"".join(body)}</table></div>'
+    )
+
+
+def _features(evaluation: Evaluation) -> str:
+    title = "<h2>Features of the special tokens</h2>\n"
+    if not evaluation.top_special_features:
+        return title + "<p>No feature fires on a special token, or the chat template has none.</p>"
+    intro = (
+        "<p>The features with the largest mean activation over all special tokens, each with the five dialogues where it "
+        "is strongest. The background shows the activation relative to the feature's largest; the number on the left is "
+        "the activation at the outlined token.</p>"
+    )
+    return title + intro + "".join(_feature(row) for row in evaluation.top_special_features)
+
+
+def _feature(row: dict[str, Any]) -> str:
+    by_token = sorted(row["mean_activation_by_token"].items(), key=lambda item: -(item[1] or 0))
+    tokens = ", ".join(f"<code>{escape(visible(token))}</code> {number(value)}" for token, value in by_token if value)
+    largest = max((context["max_activation"] for context in row["contexts"]), default=0.0)
+    contexts = "".join(_context(context, largest) for context in row["contexts"])
+    return (
+        f'<div class="feature"><h3>Feature {row["feature"]}</h3>\n'
+        f'<p class="note">fires on {_percent(row["share_special"])} of special tokens and {_percent(row["share_other"])} '
+        f"of others; mean activation on special tokens {number(row['mean_activation'])}: {tokens}</p>{contexts}</div>\n"
+    )
+
+
+def _context(context: dict[str, Any], largest: float) -> str:
+    spans = []
+    for i, (token, act) in enumerate(zip(context["tokens"], context["activations"], strict=True)):
+        text = escape(visible(token))
+        if act > 0 and largest > 0:
+            mark = ' class="top"' if i == context["peak"] else ""
+            text = f'<span{mark} style="--a:{0.08 + 0.57 * min(1.0, act / largest):.2f}" title="{number(act)}">{text}</span>'
+        spans.append(text)
+    where = f"dialogue {context['dialogue']}, token {context['position']}"
+    return (
+        f'<div class="context"><div class="peak" title="{where}">{number(context["max_activation"])}</div>'
+        f'<div class="text">{"".join(spans)}</div></div>'
+    )
+
+
+def visible(token: str) -> str:
+    """Writes line breaks and tabs as signs, so that a context stays on its lines."""
+    return token.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍")
+
+
+def _percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{number(100 * share)} %"
+
+
+def _all_metrics(metrics: Metrics) -> str:
+    # a run reports the tokens it was trained on under `tokens`, an evaluation by itself those it measured
+    meanings = _MEANINGS | {"tokens": "tokens trained on" if "tokens_evaluated" in metrics else "tokens evaluated"}
+    rows = "".join(
+        f'<tr><td><code>{escape(name)}</code></td><td class="number">{number(value, 4)}</td>'
+        f"<td>{escape(meanings.get(name, ''))}</td></tr>"
+        for name, value in metrics.items()
+    )
+    head = '<tr><th>metric</th><th class="number">value</th><th>meaning</th></tr>'
+    return f'<h2>All metrics</h2>\n<div class="wide"><table>{head}{rows}</table></div>'
+
+
+def _configuration(config: dict[str, Any]) -> str:
+    text = escape(json.dumps(config, indent=2, default=str, ensure_ascii=False))
+    return f"<h2>Configuration</h2>\n<details><summary>The resolved configuration</summary><pre>{text}</pre></details>"

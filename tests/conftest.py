@@ -1,0 +1,48 @@
+"""A tiny chat model and a tiny dataset on disk, for whole runs in seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer Qwen2 model with the embedded model's tokenizer."""
+    import transformers
+
+    from fastsae.data import demo
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo.model_path())
+    config = transformers.Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file with 40 short dialogues."""
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(40):
+            turns = [
+                {"role": "user", "content": f"What is number {i} plus {i * 3} in words, please?"},
+                {"role": "assistant", "content": f"It is {i * 4}; that is number {i} of the list, " * (1 + i % 4)},
+            ]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return path

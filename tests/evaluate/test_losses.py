@@ -1,0 +1,89 @@
+"""Spliced passes and next-token losses: against transformers' own loss, hand numbers, and identity splices."""
+
+import math
+
+import pytest
+import torch
+
+from fastsae.data.activations import ResidualStream
+from fastsae.evaluate import losses
+from fastsae.evaluate.losses import LossSums, SplicedModel
+
+IDS = torch.randint(3, 61, (3, 9), generator=torch.Generator().manual_seed(0))
+MASK = torch.arange(9) < torch.tensor([[9], [5], [1]])
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Llama", "Gemma2", "Mixtral"])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_splicing_the_clean_activation_changes_nothing(tiny_model, family, layer):
+    model = SplicedModel(ResidualStream(tiny_model(family), layer))
+    hidden, logits = model.clean(IDS, MASK)
+    assert torch.equal(model.residual(IDS, MASK)[MASK], hidden[MASK])
+    assert torch.equal(model.spliced(IDS, MASK, hidden), logits)
+    assert torch.equal(model.residual.logits(IDS, MASK), logits)  # the skipped blocks are back
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Llama", "Gemma2", "Mixtral"])
+def test_skipping_blocks_gives_the_logits_of_a_whole_pass(tiny_model, family):
+    residual = ResidualStream(tiny_model(family), 1)
+    model = SplicedModel(residual)
+    hidden, clean = model.clean(IDS, MASK)
+    new = hidden + torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+    spliced = model.spliced(IDS, MASK, new)
+    assert torch.equal(spliced, residual.splice(IDS, MASK, lambda _: new))
+    assert not torch.allclose(spliced[MASK], clean[MASK])
+
+
+def test_blocks_are_restored_after_an_error(qwen2):
+    residual = ResidualStream(qwen2, 1)
+    model = SplicedModel(residual)
+    hidden, logits = model.clean(IDS, MASK)
+    with pytest.raises(RuntimeError):
+        model.spliced(IDS, MASK, hidden[:, :, :3])
+    assert torch.equal(residual.logits(IDS, MASK), logits)
+
+
+@pytest.mark.parametrize("chunk", [2**20, 61 * 2])
+def test_cross_entropy_is_that_of_transformers_and_ignores_padding(qwen2, monkeypatch, chunk):
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", chunk)  # the chunking changes nothing
+    labels = torch.where(MASK, IDS, -100)
+    expected = qwen2(input_ids=IDS, attention_mask=MASK.long(), labels=labels).loss.item()
+    logits = ResidualStream(qwen2, 0).logits(IDS, MASK)
+    logits[~MASK] = torch.nan  # padding is never read
+    sums = LossSums()
+    sums.add_spliced(logits, logits, IDS, MASK)
+    sums.add_zero(logits, IDS, MASK)
+    metrics = sums.metrics()
+    assert sums.count == 8 + 4  # every token but the first of its dialogue
+    assert metrics["ce"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["ce_spliced"] == metrics["ce"]
+    assert metrics["ce_zero"] == pytest.approx(metrics["ce"], rel=1e-9)
+    assert metrics["kl"] == 0
+    assert metrics["delta_loss_percent"] == 0
+    assert metrics["recovered"] is None  # zeros did no harm: nothing to recover
+
+
+def test_losses_by_hand():
+    ids, mask = torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.bool)
+
+    def logits(p: float) -> torch.Tensor:
+        """Position 0 predicts token 1 with probability p, of two."""
+        return torch.tensor([[[1 - p, p], [0.5, 0.5]]]).log()
+
+    sums = LossSums()
+    sums.add_spliced(logits(0.5), logits(0.25), ids, mask)
+    sums.add_zero(logits(1 / 16), ids, mask)
+    metrics = sums.metrics()
+    assert metrics["ce"] == pytest.approx(math.log(2))
+    assert metrics["ce_spliced"] == pytest.approx(math.log(4))
+    assert metrics["ce_zero"] == pytest.approx(math.log(16))
+    assert metrics["delta_loss_percent"] == pytest.approx(100)
+    assert metrics["recovered"] == pytest.approx(2 / 3)
+    assert metrics["kl"] == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
+
+
+def test_no_targets_give_none():
+    sums = LossSums()
+    logits = torch.randn(1, 1, 5)
+    sums.add_spliced(logits, logits, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool))
+    assert set(sums.metrics().values()) == {None}

@@ -1,0 +1,208 @@
+"""The report: well-formed, self-contained, escaped, and right about what it says in words."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsae.evaluate import Evaluation, plots, write_report
+from fastsae.evaluate.report import number, visible
+
+VOID = {"meta"}
+METRICS = {"fvu": 0.1234, "l0": 33.3, "dead_share": 0.25, "delta_loss_percent": -0.5, "recovered": None, "tokens": 1010}
+CONFIG = {"model": "demo", "layer": 3, "note": "<script>alert(1)</script>"}
+
+
+class Checker(HTMLParser):
+    """Collects tags, attributes and text; every element must be closed by its own end tag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def history(n: int) -> list[dict]:
+    rows = [
+        {"step": i, "tokens": 4096 * (i + 1), "loss": 5.0 / (i + 1), "mse_loss": 4.0 / (i + 1), "l0": 900.0 / (i + 1)}
+        | {"fvu": 1.0 / (i + 1), "lr": 1e-3, "l0_coefficient": 0.1, "dead_share": 0.01, "tokens_per_second": 1e4}
+        for i in range(n)
+    ]
+    rows[-1] |= {"loss": float("nan"), "fvu": None}
+    return rows
+
+
+def evaluation() -> Evaluation:
+    context = {
+        "dialogue": 7,
+        "position": 12,
+        "peak": 1,
+        "max_activation": 3.0,
+        "tokens": ["<|im_start|>", "<script>", "\n"],
+        "activations": [0.0, 3.0, 1.5],
+    }
+    feature = {
+        "feature": 17,
+        "mean_activation": 1.25,
+        "mean_activation_by_token": {"<|im_start|>": 1.25, "user": 0.0},
+        "share_special": 0.5,
+        "share_other": 0.001,
+        "contexts": [context],
+    }
+    row = {"token": "<|im_start|>", "id": 3, "count": 12, "mse": 0.5, "fvu": None, "l0": 20.0, "norm": 8.0}
+    return Evaluation(
+        metrics=METRICS | {"dialogues": 10},
+        feature_counts=torch.tensor([0, 1, 10, 500, 1000]),
+        special_tokens=[row, row | {"token": "position 0", "id": None}],
+        top_special_features=[feature],
+    )
+
+
+def write(tmp_path: Path, **changes) -> tuple[str, Checker]:
+    arguments = {"config": CONFIG, "metrics": METRICS, "history": history(30), "evaluation": evaluation()} | changes
+    write_report(tmp_path / "report.html", **arguments)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    return page, checker
+
+
+def test_the_page_is_well_formed_and_loads_nothing(tmp_path):
+    page, checker = write(tmp_path)
+    assert not {"script", "link", "img", "iframe", "object"} & set(checker.tags)
+    assert not {"src", "href", "xlink:href"} & {name for name, _ in checker.attributes}
+    assert not re.search(r"https?:|@import|url\((?!#)", page)
+    assert "nan" not in re.sub(r"[a-z]*nan[a-z]+", "", page.lower())
+    ids = [value for name, value in checker.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]  # no temporary file stays
+
+
+def test_tokens_and_configuration_are_escaped(tmp_path):
+    page, checker = write(tmp_path)
+    assert "<script" not in page
+    assert "<|im_start|>" not in page
+    text = "".join(checker.text)
+    assert "<|im_start|>" in text
+    assert "<script>alert(1)</script>" in text
+    assert "↵" in text
+
+
+def test_it_says_what_was_measured(tmp_path):
+    _, checker = write(tmp_path)
+    text = "".join(checker.text)
+    assert "1 of 5 features (20.0 %) never fired on 1,000 tokens" in text
+    assert "2 fire on more than a tenth" in text
+    assert "Feature 17" in text
+    assert "fires on 50.0 % of special tokens and 0.100 % of others" in text
+    cards = dict(re.findall(r'"name">([^<]+)</div><div class="value">([^<]+)', (tmp_path / "report.html").read_text()))
+    assert cards["FVU"] == "0.123"
+    assert cards["Dead features"].strip() == "25.0"
+    assert cards["Delta loss"].strip() == "−0.500"
+    assert cards["Loss recovered"] == "n/a"
+
+
+def test_trained_and_evaluated_tokens_are_told_apart(tmp_path):
+    _, checker = write(tmp_path, metrics={"tokens": 4096, "tokens_evaluated": 1010})
+    text = " ".join(checker.text)
+    assert "evaluated on 1,010 tokens in 10 dialogues" in text
+    assert "4,096 tokens trained on" in text
+    _, checker = write(tmp_path, metrics={"tokens": 1010})
+    assert "1,010 tokens evaluated" in " ".join(checker.text)
+
+
+def test_activation_decides_the_background(tmp_path):
+    page, _ = write(tmp_path)
+    shades = [float(a) for a in re.findall(r"--a:([\d.]+)", page)]
+    assert len(shades) == 2  # the token on which the feature does not fire has none
+    assert shades[0] > shades[1] > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"history": []},
+        {"history": history(1)},
+        {"history": [{"step": 0, "tokens": 10}]},
+        {"evaluation": None},
+        {"metrics": {}, "config": {}},
+        {"history": history(5000)},
+    ],
+    ids=["no history", "one row", "row without values", "no evaluation", "nothing", "long"],
+)
+def test_missing_parts_leave_a_page(tmp_path, changes):
+    page, checker = write(tmp_path, **changes)
+    assert "Sparse autoencoder report" in "".join(checker.text)
+    assert len(page) < 100_000
+
+
+def test_an_existing_report_is_replaced(tmp_path):
+    (tmp_path / "report.html").write_text("old")
+    page, _ = write(tmp_path)
+    assert "old</" not in page
+
+
+def test_linear_ticks_are_round_and_inside():
+    assert plots.linear_ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert plots.linear_ticks(0, 37) == [0, 10, 20, 30]
+    assert plots.linear_ticks(-4.0, 0) == [-4, -3, -2, -1, 0]
+    assert plots.linear_ticks(2, 2) == [2]
+
+
+def test_line_chart_puts_zero_at_the_bottom_and_the_top_at_the_top():
+    svg = plots.line_chart({"a": [(0, 0.0), (10, 4.0)]}, x_label="x", y_label="y")
+    assert f"M{plots._LEFT:.1f} {plots.HEIGHT - plots._BOTTOM:.1f}" in svg
+    assert f"L{plots.WIDTH - plots._RIGHT:.1f} {plots._TOP:.1f}" in svg
+
+
+@pytest.mark.parametrize("values", [(1e-3, 1e9), (3.0, 3.0), (0.4, 0.6), (10, 1000)])
+def test_log_axis_holds_its_values(values):
+    ticks, low, high = plots._log_ticks(min(values), max(values))
+    assert low <= min(values) <= max(values) <= high
+    assert low < high
+    assert len(ticks) <= 13
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.12345, "0.123"),
+        (2e-5, "2.00e−05"),
+        (1234567, "1,234,567"),
+        (12345.6, "12,346"),
+        (-0.5, "−0.500"),
+        (0, "0"),
+        (0.0, "0"),
+        (None, "n/a"),
+        (float("nan"), "n/a"),
+        (99.96, "100.0"),
+        (33.33, "33.3"),
+    ],
+)
+def test_numbers(value, text):
+    assert number(value) == text
+
+
+def test_visible():
+    assert visible("a\n\tb") == "a↵⇥b"

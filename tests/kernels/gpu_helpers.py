@@ -1,0 +1,62 @@
+"""What the tests of the Triton backend share: where it can run, small tiles, and one pass through the kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import problems
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def why_not() -> str:
+    """Why the kernels cannot run here; empty where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if DEVICE == "cuda":
+        return ""
+    import numpy
+    import triton
+
+    def version(module: object) -> tuple[int, ...]:
+        return tuple(int(part) for part in str(module.__version__).split(".")[:2])  # type: ignore[attr-defined]
+
+    if version(triton) < (3, 7) and version(numpy) >= (2, 4):
+        return "the interpreter of Triton < 3.7 cannot run loops with numpy >= 2.4 (triton-lang/triton#9171)"
+    return ""
+
+
+needs_kernels = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
+
+# the interpreter's time goes by the number of programs and operations, not by their size
+FEW_PROGRAMS = {
+    "encode": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 16, "GROUP_B": 2},
+    "overflow_topk": {"BLOCK_B": 16, "BLOCK_S": 16, "BLOCK_D": 32, "num_warps": 4},
+    "decode": {"BLOCK_E": 64, "BLOCK_D": 32},
+    "row_stats": {"BLOCK_E": 64},
+    "entry_grads": {"BLOCK_E": 32, "BLOCK_D": 32},
+    "feature_sums": {"BLOCK_E": 16, "BLOCK_D": 32},
+    "overflow_rows": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "BLOCK_O": 32},
+    "overflow_features": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "BLOCK_O": 32},
+}
+
+
+def run(problem: problems.Problem, capacity: int) -> problems.Result:
+    """Forward and every gradient of one pass through the kernels, rows limited to `capacity` entries."""
+    from fastsae_kernels import gpu
+
+    tensors = [None if tensor is None else tensor.to(DEVICE) for tensor in problem.tensors()]
+    output, saved = gpu.autoencode_forward(*tensors, problem.spec, capacity)  # type: ignore[arg-type]
+    grad_out = problem.grad_out.to(DEVICE)
+    grads = gpu.autoencode_backward(saved, grad_out, problem.grad_penalty.to(DEVICE), needs_x=True)
+    named = {name: getattr(output, name) for name in ("sae_out", "penalty", "l0", "feature_counts")}
+    assert output.sae_out.dtype == problem.x.dtype
+    for name, grad, tensor in zip(problems.NAMES, grads, problem.tensors(), strict=True):
+        assert (grad is None) == (tensor is None), name
+        assert grad is None or (grad.dtype, grad.shape) == (tensor.dtype, tensor.shape), name  # type: ignore[union-attr]
+    return problems.Result(
+        {name: value.cpu().double() for name, value in named.items()},
+        {name: grad.cpu().double() for name, grad in zip(problems.NAMES, grads, strict=True) if grad is not None},
+    )

@@ -1,0 +1,188 @@
+"""The Triton training pass against the fp64 reference: outputs, counts and every gradient by name.
+
+Without a GPU the kernels run in Triton's interpreter, which runs programs one by one: it finds wrong formulas, masks and
+offsets, not races.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import problems
+import pytest
+import torch
+from gpu_helpers import DEVICE, FEW_PROGRAMS, needs_kernels, run
+
+from fastsae_kernels import AutoencodeSpec
+
+pytestmark = needs_kernels
+SPECS = problems.SPECS
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiles that suit the interpreter, several of them even on small problems; a GPU runs the shipped ones."""
+    from fastsae_kernels.gpu import config, overflow
+
+    if DEVICE == "cuda":
+        yield
+        return
+    monkeypatch.setattr(overflow, "MAX_SPLITS", 3)
+    with config.override({name: {"16": tiles, "32": tiles} for name, tiles in FEW_PROGRAMS.items()}):
+        yield
+
+
+def first(problem: problems.Problem, n_tokens: int) -> problems.Problem:
+    """The first tokens of a problem."""
+    return replace(
+        problem,
+        x=problem.x[:n_tokens],
+        grad_out=problem.grad_out[:n_tokens],
+        grad_penalty=problem.grad_penalty[:n_tokens],
+    )
+
+
+@pytest.mark.parametrize("capacity", [64, 2], ids=["fits", "overflows"])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_matches_reference(spec: AutoencodeSpec, capacity: int) -> None:
+    problem = problems.make(9, 20, 43, spec=spec, density=0.2, with_scale=spec.penalty != "l0")
+    problems.assert_matches(run(problem, capacity), problem)
+
+
+@pytest.mark.parametrize("capacity", [40, 8], ids=["fits", "overflows"])
+@pytest.mark.parametrize("spec", [SPECS["ste to input"], SPECS["top-3"]], ids=["ste to input", "top-3"])
+def test_on_threshold_and_window_edges(spec: AutoencodeSpec, capacity: int) -> None:
+    """Pre-activations on the threshold and on both window edges, equal ones at the cut of the top-k."""
+    problem = first(problems.on_the_edges(spec), 17)
+    problems.assert_matches(run(problem, capacity), problem)
+
+
+@pytest.mark.parametrize("problem", problems.HOSTILE.values(), ids=problems.HOSTILE)
+def test_on_hostile_inputs(problem: problems.Problem) -> None:
+    problem = first(problem, 7)
+    problems.assert_matches(run(problem, 32), problem)
+
+
+def test_one_row_overflows_among_others() -> None:
+    problem = problems.make(20, 7, 129, spec=SPECS["tanh, ste to input"], with_scale=True, density=0.03)
+    problem = replace(problem, x=problem.x * (1 + 50.0 * (torch.arange(20) == 11))[:, None])
+    problems.assert_matches(run(problem, 24), problem)
+
+
+def test_more_overflowing_rows_than_splits() -> None:
+    """Past MAX_SPLITS row blocks no program shares its features, and sums go straight to the output."""
+    problem = problems.make(70, 5, 37, spec=SPECS["ste to input"], density=0.5)
+    problems.assert_matches(run(problem, 1), problem)
+
+
+def test_topk_of_overflowing_rows_is_exact_among_equal_values() -> None:
+    """Every value equal: the k lowest features win, wherever the tiles put them."""
+    problem = problems.make(3, 4, 70, spec=AutoencodeSpec(k=5, penalty="l1"))
+    problem = replace(
+        problem, W_enc=torch.zeros(4, 70), b_enc=torch.full((70,), 2.0), threshold=torch.full((70,), 1.0)
+    )  # fmt: skip
+    result = run(problem, 8)
+    assert result.outputs["feature_counts"].tolist() == [3.0] * 5 + [0.0] * 65
+    problems.assert_matches(result, problem)
+
+
+def test_d_out_other_than_d_in() -> None:
+    """A transcoder: the target's width is not the input's."""
+    base = problems.make(9, 20, 43, spec=SPECS["ste to input"])
+    g = torch.Generator().manual_seed(3)
+    problem = replace(
+        base,
+        W_dec=torch.randn(43, 33, generator=g),
+        b_dec=torch.randn(33, generator=g),
+        grad_out=torch.randn(9, 33, generator=g),
+    )
+    for capacity in (43, 2):
+        problems.assert_matches(run(problem, capacity), problem)
+
+
+def test_non_contiguous_and_expanded_inputs() -> None:
+    base = problems.make(9, 24, 43, spec=SPECS["tanh, ste to input"], with_scale=True)
+    vectors = {name: getattr(base, name) for name in ("b_enc", "threshold", "b_dec", "feature_scale")}
+    problem = replace(
+        base,
+        **{name: vector.repeat_interleave(2)[::2] for name, vector in vectors.items()},
+        x=base.x[:1].expand(9, 24),
+        W_enc=base.W_enc.contiguous(),  # [d_in, d_sae] row-major: the other storage
+        W_dec=base.W_dec.t().contiguous().t(),
+        grad_out=torch.ones(()).expand(9, 24),
+        grad_penalty=torch.ones(()).expand(9),
+    )
+    for capacity in (43, 2):
+        problems.assert_matches(run(problem, capacity), problem)
+
+
+@pytest.mark.parametrize("capacity", [40, 4], ids=["fits", "overflows"])
+def test_fp16(capacity: int) -> None:
+    problem = first(problems.on_the_edges(SPECS["ste to input"]), 9).to(torch.float16)
+    problems.assert_matches(run(problem, capacity), problem)
+
+
+@pytest.mark.parametrize("capacity", [43, 2], ids=["fits", "overflows"])
+def test_uninitialised_memory_never_shows(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(make):  # type: ignore[no-untyped-def]
+        def filled(*args, **kwargs):  # type: ignore[no-untyped-def]
+            made = make(*args, **kwargs)
+            return made.fill_(float("nan") if made.is_floating_point() else -(2**30))
+
+        return filled
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    problem = problems.make(9, 20, 43, spec=SPECS["tanh, ste to input"], with_scale=True)
+    problems.assert_matches(run(problem, capacity), problem)
+
+
+@pytest.mark.parametrize("k", [None, 3])
+@pytest.mark.parametrize("capacity", [43, 4], ids=["fits", "overflows"])
+def test_nan_reaches_the_output_of_its_row_alone(capacity: int, k: int | None) -> None:
+    problem = problems.make(5, 20, 43, spec=AutoencodeSpec(bandwidth=0.3, k=k))
+    problem.x[3, 2] = float("nan")
+    sae_out = run(problem, capacity).outputs["sae_out"]
+    assert sae_out[3].isnan().all()
+    assert sae_out[[0, 1, 2, 4]].isfinite().all()
+
+
+def test_two_runs_are_bit_equal() -> None:
+    problem = problems.make(9, 20, 43, spec=SPECS["l0"], density=0.3)
+    first_run, second_run = run(problem, 12), run(problem, 12)
+    for name, grad in first_run.grads.items():
+        assert torch.equal(grad, second_run.grads[name]), name
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="reserves host memory; the offsets are the same code on a GPU")
+@pytest.mark.parametrize("capacity", [3, 1], ids=["fits", "overflows"])
+def test_offsets_past_two_to_the_31(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows 2^30 elements apart: an int32 row * stride would wrap and read elsewhere."""
+    try:
+        memory = torch.empty(2**31 + 8, dtype=torch.float16)  # reserved, never touched but for three rows
+    except RuntimeError:
+        pytest.skip("cannot reserve 4 GiB of address space")
+    copy = torch.UntypedStorage.copy_
+    # the interpreter copies each argument back onto itself, which would touch every page
+    monkeypatch.setattr(
+        torch.UntypedStorage, "copy_", lambda a, b, *args: a if a.data_ptr() == b.data_ptr() else copy(a, b, *args)
+    )
+    near = problems.make(3, 2, 3, spec=AutoencodeSpec(bandwidth=0.5), density=0.5).to(torch.float16)
+    names = ("x", "W_dec", "grad_out")
+    far = {name: memory[2 * i :].as_strided((3, 2), (2**30, 1)) for i, name in enumerate(names)}
+    for name, tensor in far.items():
+        tensor.copy_(getattr(near, name))
+    expected = run(near, capacity)
+    got = run(replace(near, **far), capacity)
+    for name, value in {**expected.outputs, **expected.grads}.items():
+        assert torch.equal(value, {**got.outputs, **got.grads}[name]), name
+
+
+def test_fp64_and_too_large_k_are_refused() -> None:
+    problem = problems.make(3, 4, 2000)
+    with pytest.raises(TypeError, match="float64"):
+        run(problem.to(torch.float64), 8)
+    with pytest.raises(ValueError, match="k: expected at most 512"):
+        run(replace(problem, spec=AutoencodeSpec(k=600)), 8)

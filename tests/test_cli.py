@@ -1,0 +1,119 @@
+"""The command line: one clear message and the right exit status for a user's mistake, never a traceback."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from fastsae import FusedJumpReLUSAE, cli
+from fastsae.train.config import TrainConfig
+
+FAST = "--eval-dialogues 4 --d-sae 32 --tokens 256 --batch-size 64 --buffer-tokens 256 --forward-tokens 256 --quiet".split()
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    try:
+        status = cli.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_train_then_evaluate(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, chats: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    status, out, err = run(capsys, "train", "--model", tiny_model, "--dataset", chats, "--output", output, *FAST)
+    assert status == 0, err
+    assert "FVU" in out
+    assert str(output) in out
+    status, out, err = run(capsys, "evaluate", output, "--json", tmp_path / "m.json", "--quiet")
+    assert status == 0, err
+    trained = json.loads((output / "metrics.json").read_text())
+    assert json.loads((tmp_path / "m.json").read_text())["fvu"] == pytest.approx(trained["fvu"], rel=1e-6)
+
+
+def test_every_option_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "train", "--help")
+    assert status == 0
+    for field in fields(TrainConfig):
+        assert "--" + field.name.replace("_", "-") in out
+    assert run(capsys, "--help")[0] == 0
+
+
+def bad_inputs(model: Path, chats: Path, tmp: Path) -> dict[str, tuple[list[object], int, str]]:
+    """Name -> arguments, exit status, and a word that the message must hold."""
+    base: list[object] = ["train", "--model", model, "--dataset", chats, "--output", tmp / "out", *FAST]
+    columns = tmp / "columns.jsonl"
+    columns.write_text('{"question": "a", "answer": "b"}\n')
+    empty = tmp / "empty.jsonl"
+    empty.write_text("")
+    full = tmp / "full"
+    full.mkdir()
+    (full / "file").write_text("")
+    corrupt = tmp / "corrupt"
+    FusedJumpReLUSAE(16, 32).save(corrupt)
+    (corrupt / "sae_weights.safetensors").write_bytes(b"broken")
+    return {
+        "unknown flag": (["train", "--learning-rate", 1], 2, "learning-rate"),
+        "not a number": (["train", "--lr", "fast"], 2, "--lr"),
+        "unknown command": (["trian"], 2, "trian"),
+        "unknown model": ([*base, "--model", tmp / "nothing"], 2, "nothing"),
+        "unknown dataset": ([*base, "--dataset", tmp / "nothing.jsonl"], 2, "nothing.jsonl"),
+        "layer out of range": ([*base, "--layer", 7], 2, "0 to 1"),
+        "no chat column": ([*base, "--dataset", columns], 2, "question"),
+        "empty dataset": ([*base, "--dataset", empty], 2, "empty"),
+        "k above d_sae": ([*base, "--k", 33], 2, "d_sae"),
+        "output exists": ([*base, "--output", full], 2, "--output"),
+        "nothing to resume": (["train", "--resume", "--output", full], 2, "config.json"),
+        "resume without output": (["train", "--resume"], 2, "--output"),
+        "all held out": ([*base, "--eval-dialogues", 40], 2, "eval_dialogues"),
+        "bad device": ([*base, "--device", "tpu9"], 2, "device"),
+        "not an SAE": (["evaluate", full], 2, "--model"),
+        "not an SAE, data named": (
+            ["evaluate", full, "--model", model, "--dataset", chats, "--layer", 0], 2, "cfg.json"
+        ),
+        "corrupt SAE": (
+            ["evaluate", corrupt, "--model", model, "--dataset", chats, "--layer", 0], 1, "corrupt"
+        ),
+    }  # fmt: skip
+
+
+NAMES = (
+    "unknown flag|not a number|unknown command|unknown model|unknown dataset|layer out of range|no chat column|"
+    "empty dataset|k above d_sae|output exists|nothing to resume|resume without output|all held out|bad device|"
+    "not an SAE|not an SAE, data named|corrupt SAE"
+).split("|")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_input(
+    name: str, capsys: pytest.CaptureFixture[str], tiny_model: Path, chats: Path, tmp_path: Path
+) -> None:
+    arguments, expected_status, word = bad_inputs(tiny_model, chats, tmp_path)[name]
+    before = sorted(path.name for path in tmp_path.iterdir())
+    status, _, err = run(capsys, *arguments)
+    assert status == expected_status, err
+    assert word in err
+    assert "Traceback" not in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_resume_refuses_other_options(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, chats: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    run(capsys, "train", "--model", tiny_model, "--dataset", chats, "--output", output, *FAST)
+    status, _, err = run(capsys, "train", "--resume", "--output", output, "--lr", "0.5")
+    assert status == 2
+    assert "--lr" in err
+
+
+def test_full_disk_is_said_in_words() -> None:
+    message = cli.describe_os_error(OSError(28, "No space left on device", "/data/x"))
+    assert "disk is full" in message
+    assert "--resume" in message

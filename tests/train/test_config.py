@@ -1,0 +1,52 @@
+"""Options out of range give one message that names them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fastsae.errors import UsageError
+from fastsae.train.config import PRESETS, TrainConfig
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tokens": 0},
+        {"batch_size": -1},
+        {"lr": 0.0},
+        {"bandwidth": 0.0},
+        {"warm_up": 1.5},
+        {"warm_up": 0.6, "decay": 0.6},
+        {"k": 0},
+        {"d_sae": 8, "k": 9},
+        {"sparsity": "l2"},
+        {"architecture": "gated"},
+        {"buffer_tokens": 1024},
+        {"tokens": 10},
+        {"eval_dialogues": -1},
+    ],
+    ids=str,
+)
+def test_bad_option_is_named(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError) as caught:
+        TrainConfig(**options)
+    message = str(caught.value)
+    assert list(options)[-1] in message
+    assert "expected" in message
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid(name: str) -> None:
+    TrainConfig(**PRESETS[name])
+
+
+def test_paper_preset_has_the_papers_step_counts() -> None:
+    config = TrainConfig(**PRESETS["fast-paper"])
+    assert config.steps == 320_000
+    assert [round(config.steps * share) for share in (config.warm_up, config.decay, config.sparsity_warm_up)] == [
+        16_000,
+        64_000,
+        10_000,
+    ]

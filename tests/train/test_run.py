@@ -1,0 +1,132 @@
+"""Whole runs on a tiny model: the files they leave, and resuming as if never killed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastsae import FastsaeError, FusedJumpReLUSAE, FusedReLUSAE, SparseAutoencoder, UsageError
+from fastsae.train.config import TrainConfig
+from fastsae.train.run import evaluate_folder, read_config, train
+from fastsae.train.trainer import Trainer
+
+KEYS = (
+    "mse mse_log2 special_mse special_mse_log2 fvu l0 dead_share ce ce_spliced delta_loss_percent recovered seconds tokens"
+).split()
+
+
+@pytest.fixture
+def config(tiny_model: Path, chats: Path) -> TrainConfig:
+    return TrainConfig(
+        model=str(tiny_model),
+        dataset=str(chats),
+        eval_dialogues=8,
+        d_sae=64,
+        tokens=64 * 24,
+        batch_size=64,
+        buffer_tokens=512,
+        forward_tokens=256,
+        init_l0=8,
+        target_l0=4,
+        log_every=5,
+        checkpoint_every=6,
+        pre_act_loss_coefficient=1e-3,
+        dead_tokens=300,
+    )
+
+
+def comparable(output: Path) -> tuple[bytes, dict[str, Any], list[dict[str, float]]]:
+    """Everything that must not depend on whether a run was killed: no clock times."""
+    metrics = json.loads((output / "metrics.json").read_text())
+    history = (output / "report.html").read_text().count("<svg")
+    del metrics["seconds"]
+    return (output / "sae_weights.safetensors").read_bytes(), metrics, [{"plots": history}]
+
+
+def test_run_leaves_what_it_promises(config: TrainConfig, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    returned = train(config, output, progress=False)
+    names = {path.name for path in output.iterdir()}
+    assert names == {"cfg.json", "sae_weights.safetensors", "config.json", "metrics.json", "report.html"}
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics == returned
+    assert set(KEYS) <= metrics.keys()
+    assert metrics["tokens"] == config.tokens
+    assert 0 <= metrics["fvu"] < 1
+    assert metrics["mse_log2"] == pytest.approx(torch.tensor(metrics["mse"]).log2().item(), abs=1e-4)
+    assert read_config(output) == replace(config, layer=1)
+    sae = SparseAutoencoder.load(output)
+    assert isinstance(sae, FusedJumpReLUSAE)
+    again = evaluate_folder(output, read_config(output), progress=False).metrics
+    assert again["fvu"] == pytest.approx(metrics["fvu"], rel=1e-6)
+    assert again["ce_spliced"] == pytest.approx(metrics["ce_spliced"], rel=1e-6)
+
+
+def test_training_learns(config: TrainConfig, tmp_path: Path) -> None:
+    rows: list[dict[str, float]] = []
+    original = Trainer._log
+
+    def log(self: Trainer) -> dict[str, float]:
+        row = original(self)
+        rows.append(row)
+        return row
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_log", log)
+        train(replace(config, tokens=64 * 100), tmp_path / "run", progress=False)
+    assert rows[-1]["fvu"] < 0.6 * rows[0]["fvu"]
+
+
+@pytest.mark.parametrize("killed_at", [7, 20])
+def test_killed_run_resumes_bit_for_bit(config: TrainConfig, tmp_path: Path, killed_at: int) -> None:
+    train(config, tmp_path / "whole", progress=False)
+    step = Trainer.train_step
+
+    def killed(self: Trainer, batch: Any) -> Any:
+        if self.step == killed_at:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "killed", progress=False)
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    resumed = read_config(tmp_path / "killed")
+    train(resumed, tmp_path / "killed", resume=True, progress=False)
+    assert comparable(tmp_path / "killed") == comparable(tmp_path / "whole")
+
+
+def test_relu_architecture(config: TrainConfig, tmp_path: Path) -> None:
+    train(replace(config, architecture="relu", l1_coefficient=0.5), tmp_path / "run", progress=False)
+    assert isinstance(SparseAutoencoder.load(tmp_path / "run"), FusedReLUSAE)
+
+
+def test_existing_output_is_kept(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("data")
+    with pytest.raises(UsageError, match="--output"):
+        train(config, tmp_path, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_wrong_arguments_leave_no_folder(config: TrainConfig, tmp_path: Path) -> None:
+    for wrong in ({"layer": 9}, {"eval_dialogues": 40}, {"d_sae": 4, "k": 4, "model": "/no/such"}):
+        with pytest.raises(UsageError):
+            train(replace(config, **wrong), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_diverging_run_names_the_step(config: TrainConfig, tmp_path: Path) -> None:
+    with pytest.raises(FastsaeError, match="not finite"):
+        train(replace(config, lr=1e30, clip_norm=0, normalize_decoder=False), tmp_path / "run", progress=False)
+
+
+def test_evaluate_refuses_an_sae_of_another_width(config: TrainConfig, tmp_path: Path) -> None:
+    FusedJumpReLUSAE(8, 16).save(tmp_path)
+    with pytest.raises(UsageError, match="d_in = 16"):
+        evaluate_folder(tmp_path, config, progress=False)
