@@ -75,7 +75,7 @@ class ActivityHint:
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def update(self, l0: Tensor) -> None:
-        """Takes the per-token counts of a pass, `[N]`."""
+        """Takes how many entries each token of a pass had, `[N]`."""
         if l0.numel() == 0 or self._pending is not None:
             return
         summary = torch.stack([l0.double().mean(), l0.max().double()])

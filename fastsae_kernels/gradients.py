@@ -18,7 +18,7 @@ class AutoencodeOutput(NamedTuple):
     penalty: Tensor  # [N] fp32
     l0: Tensor  # [N] int64, active features of each token
     feature_counts: Tensor  # [d_sae] int64, tokens on which each feature is active
-    acts: SparseActs | None  # the entries; None where the dense path ran
+    acts: SparseActs | None  # the entries; None where none were kept for the caller
 
 
 class AutoencodeGrads(NamedTuple):

@@ -71,8 +71,10 @@ def _run_forward(
         if hint is not None and spec.k is None and hint.is_dense(d_sae, x.device.type):
             backend = "dense"
         else:
-            capacity = (hint or ActivityHint()).capacity(d_sae)
-            return _gpu().autoencode_forward(*arguments, capacity)
+            hint = hint or ActivityHint()
+            output, saved = _gpu().autoencode_forward(*arguments, hint.capacity(d_sae))
+            hint.update(saved.listed)
+            return output._replace(acts=None), saved  # rows that outgrew the capacity are not among its entries
     if backend == "cpu":
         limit = None if spec.k is not None or forced_backend() else int(MAX_DENSITY["cpu"] * x.shape[0] * d_sae)
         output = cpu.autoencode_forward(*arguments, limit)
@@ -80,7 +82,10 @@ def _run_forward(
             return output, None
     if spec.k is not None:
         raise ValueError("x, W_enc: expected finite values where k is given, got NaN or Inf")
-    return chunked.autoencode_forward(*arguments), None
+    output = chunked.autoencode_forward(*arguments)
+    if hint is not None and x.is_cuda:
+        hint.update(output.l0)
+    return output, None
 
 
 def autoencode(
@@ -118,7 +123,7 @@ def autoencode(
 
     Returns:
         `sae_out` `[..., d_out]`, `penalty` `[...]` fp32 and the counts, `l0` `[...]` and `feature_counts` `[d_sae]`;
-        `acts` over the flattened tokens, None where the dense path ran.
+        `acts` over the flattened tokens, None where the dense path ran and on a GPU.
 
     Raises:
         ValueError: Shapes disagree, `k` exceeds `d_sae`, or NaN or Inf meets `k`.
@@ -136,8 +141,6 @@ def autoencode(
     flat = x.reshape(-1, x.shape[-1])
     outputs = _Autoencode.apply(flat, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, spec, hint)
     output = AutoencodeOutput(*outputs)
-    if hint is not None and x.device.type != "cpu":
-        hint.update(output.l0)
     leading = x.shape[:-1]
     return output._replace(
         sae_out=output.sae_out.reshape(*leading, W_dec.shape[1]),

@@ -40,7 +40,7 @@ class JumpReLU(torch.autograd.Function):
         ctx.save_for_backward(hidden_pre, threshold)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_pre, threshold = ctx.saved_tensors
         grad_hidden_pre = grad * (hidden_pre > threshold)
         if ctx.bandwidth == 0:
@@ -64,7 +64,7 @@ class Step(torch.autograd.Function):
         ctx.save_for_backward(hidden_pre, threshold)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden_pre, threshold = ctx.saved_tensors
         if ctx.bandwidth == 0:
             return torch.zeros_like(hidden_pre), torch.zeros_like(threshold), None, None

@@ -23,9 +23,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return status, captured.out, captured.err
 
 
-def test_train_then_evaluate(
-    capsys: pytest.CaptureFixture[str], tiny_model: Path, chats: Path, tmp_path: Path
-) -> None:
+def test_train_then_evaluate(capsys: pytest.CaptureFixture[str], tiny_model: Path, chats: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     status, out, err = run(capsys, "train", "--model", tiny_model, "--dataset", chats, "--output", output, *FAST)
     assert status == 0, err

@@ -62,7 +62,7 @@ class TrainConfig:
 
     tokens: int = option(1_500_000, "training", "tokens to train on")
     batch_size: int = option(1024, "training", "tokens of a step")
-    lr: float = option(2e-3, "training", "peak learning rate of Adam")
+    lr: float = option(3e-3, "training", "peak learning rate of Adam")
     lr_end: float = option(0.1, "training", "share of the peak at the end of the cosine")
     beta1: float = option(0.9, "training", "Adam's first decay rate")
     beta2: float = option(0.999, "training", "Adam's second decay rate")

@@ -27,8 +27,8 @@ class Pipeline:
     residual: ResidualStream
     tokenizer: Any
     dialogues: Sequence[Dialogue]
-    train: np.ndarray
-    held_out: np.ndarray
+    train: list[int]
+    held_out: list[int]
     special_ids: dict[str, int]
 
     def sequencer(self, config: TrainConfig) -> FastSequencer:
@@ -86,7 +86,7 @@ def build_pipeline(config: TrainConfig) -> Pipeline:
     return Pipeline(residual, tokenizer, dialogues, train, held_out, special_ids)
 
 
-def split_dialogues(dialogues: Sequence[Dialogue], config: TrainConfig) -> tuple[np.ndarray, np.ndarray]:
+def split_dialogues(dialogues: Sequence[Dialogue], config: TrainConfig) -> tuple[list[int], list[int]]:
     """Indices `(train, held_out)` of the dialogues that survive the n-gram dedup, drawn by `config.seed`."""
     n_used = min(len(dialogues), config.max_dialogues or len(dialogues))
     kept = np.arange(n_used)
@@ -102,4 +102,4 @@ def split_dialogues(dialogues: Sequence[Dialogue], config: TrainConfig) -> tuple
     if len(kept) == 0:
         raise FastsaeError(f"dataset {config.dataset!r}: no dialogue is left after dedup (of {n_used})")
     order = np.random.default_rng(config.seed).permutation(kept)
-    return order[config.eval_dialogues :], order[: config.eval_dialogues]
+    return order[config.eval_dialogues :].tolist(), order[: config.eval_dialogues].tolist()

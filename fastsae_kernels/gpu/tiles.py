@@ -1,0 +1,136 @@
+"""Pieces that several kernels share: the product of one tile, the gate, the penalty and the gate's gradients.
+
+Letters: `B` tokens (rows of x), `D` d_in or d_out, `S` d_sae. Everything is fp32 but the operands of `tl.dot`, which keep
+their dtype and accumulate in fp32. Two kernels that recompute the same `hidden_pre` call the same function, so the
+formulas of `reference.autoencode` stand here once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_product(
+    a_ptr,  # [B, D]
+    rows,  # [BLOCK_B] row of a
+    stride_ab,
+    stride_ad,
+    b_ptr,  # [D, S]
+    columns,  # [BLOCK_S] column of b
+    stride_bd,
+    stride_bs,
+    depth,  # D
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,  # BLOCK_D divides D: no masks in the loop
+):
+    """`a[rows] @ b[:, columns]`, `[BLOCK_B, BLOCK_S]` fp32; rows and columns must be in range, so nothing is masked there."""
+    # int64: row * stride passes 2^31 at d_sae = 1M, d_in = 2304
+    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
+    a_ptrs = a_ptr + rows.to(tl.int64)[:, None] * stride_ab + offs_d[None, :] * stride_ad
+    b_ptrs = b_ptr + offs_d[:, None] * stride_bd + columns.to(tl.int64)[None, :] * stride_bs
+    acc = tl.zeros((BLOCK_B, BLOCK_S), dtype=tl.float32)
+    for start in range(0, depth, BLOCK_D):
+        if EVEN_D:
+            a = tl.load(a_ptrs)
+            b = tl.load(b_ptrs)
+        else:
+            mask_d = start + offs_d < depth
+            a = tl.load(a_ptrs, mask=mask_d[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=mask_d[:, None], other=0.0)
+        acc = tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
+        a_ptrs += BLOCK_D * stride_ad
+        b_ptrs += BLOCK_D * stride_bd
+    return acc
+
+
+@triton.jit
+def gate(hidden_pre, threshold, half_bandwidth):
+    """`(active, window)` of the strict gate and the open window; NaN is neither."""
+    return hidden_pre > threshold, tl.abs(hidden_pre - threshold) < half_bandwidth
+
+
+@triton.jit
+def penalty_terms(feature_acts, active, scale, tanh_scale, PENALTY: tl.constexpr):
+    """Each feature's share of the penalty."""
+    if PENALTY == "l0":
+        return active.to(tl.float32)
+    elif PENALTY == "l1":
+        return feature_acts * scale
+    else:
+        y = tanh_scale * feature_acts * scale
+        decay = tl.exp(-2.0 * y)
+        # (1 - e^-2y) cancels for small y: four terms of the series are exact to fp32 below 0.1
+        y2 = y * y
+        series = y * (1.0 + y2 * (-1.0 / 3.0 + y2 * (2.0 / 15.0 - y2 * (17.0 / 315.0))))
+        return tl.where(tl.abs(y) < 0.1, series, (1.0 - decay) / (1.0 + decay))
+
+
+@triton.jit
+def gate_gradients(
+    feature_acts,  # 0 where inactive
+    active,
+    window,
+    grad_acts,  # grad_out @ W_dec.T, without the penalty
+    grad_penalty,
+    threshold,
+    scale,
+    inv_bandwidth,
+    tanh_scale,
+    PENALTY: tl.constexpr,
+    STE_TO_INPUT: tl.constexpr,
+):
+    """Shares of `(grad_hidden_pre, grad_threshold, grad_scale)` of each entry, as in `reference.autoencode`."""
+    grad_scale = tl.zeros_like(feature_acts)
+    step = tl.zeros_like(grad_acts)
+    if PENALTY == "l0":
+        step += grad_penalty
+    elif PENALTY == "l1":
+        grad_acts += grad_penalty * scale
+        grad_scale += grad_penalty * feature_acts
+    else:
+        decay = tl.exp(-2.0 * tanh_scale * feature_acts * scale)
+        slope = grad_penalty * tanh_scale * 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
+        grad_acts += slope * scale
+        grad_scale += slope * feature_acts
+    estimate = tl.where(window, (threshold * grad_acts + step) * inv_bandwidth, 0.0)
+    grad_hidden_pre = tl.where(active, grad_acts, 0.0)
+    if STE_TO_INPUT:
+        grad_hidden_pre += estimate
+    return grad_hidden_pre, -estimate, tl.where(active, grad_scale, 0.0)
+
+
+@triton.jit
+def pack_entry(index, value):
+    """Index (high half) and value bits (low half) as one int64: one store, and a key that sorts by index."""
+    bits = value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    return (index.to(tl.int64) << 32) | bits
+
+
+@triton.jit
+def entry_index(entry):
+    """Index of a packed entry, int32."""
+    return (entry >> 32).to(tl.int32)
+
+
+@triton.jit
+def entry_value(entry):
+    """Value of a packed entry, fp32."""
+    return entry.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rank_entry(index, value):
+    """An int64 that orders non-negative values (any NaN on top), the lower index first among equals."""
+    bits = tl.where(value != value, 0x7FC00000, value.to(tl.int32, bitcast=True))
+    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
+
+
+@triton.jit
+def unrank_entry(rank):
+    """The packed entry that `rank_entry` ranked."""
+    return ((0x7FFFFFFF - (rank & 0x7FFFFFFF)) << 32) | (rank >> 32)
