@@ -1,12 +1,17 @@
-"""A tiny chat model and a tiny dataset on disk, for whole runs in seconds."""
+"""Triton's interpreter where there is no GPU; a tiny chat model and dataset on disk, for whole runs in seconds."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# before anything imports Triton: it decides at decoration whether a function is interpreted
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

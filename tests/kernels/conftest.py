@@ -1,14 +1,8 @@
-"""Run the Triton kernels in the interpreter where there is no GPU, and make its two slow spots fast."""
+"""Makes two slow spots of Triton's interpreter fast; tests/conftest.py turns it on."""
 
 from __future__ import annotations
 
 import os
-
-import torch
-
-# before anything imports the kernels: triton.jit decides at decoration whether a function is interpreted
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _speed_up_interpreter() -> None:
