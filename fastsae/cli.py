@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="train an SAE on a chat model, each dialogue whole (the FAST method)",
         description="Trains, evaluates and saves an SAE. Without arguments: the embedded demo, a few minutes on a CPU.",
     )
-    train.add_argument("--output", type=Path, help="folder for the results [sae-MODEL-layerL]")
+    train.add_argument("--output", type=Path, help="new folder for the results [sae-MODEL]")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
     train.add_argument("--preset", choices=PRESETS, default="recommended", help="named set of options [recommended]")
     train.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -143,7 +143,7 @@ def command_train(arguments: argparse.Namespace) -> None:
         config, output = resumed_config(arguments.output, given), arguments.output
     else:
         config = TrainConfig(**{**PRESETS[arguments.preset], **given})
-        layer = "-middle" if config.layer is None else f"-layer{config.layer}"
+        layer = "" if config.layer is None else f"-layer{config.layer}"
         output = arguments.output or Path(f"sae-{Path(config.model).name}{layer}")
     metrics = train(config, output, resume=arguments.resume, progress=not arguments.quiet)
     print(f"\n{output}: {metrics['tokens']:,} tokens in {metrics['seconds']:.0f} s")

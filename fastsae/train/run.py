@@ -48,6 +48,8 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
     started = time.perf_counter()
     if not resume:
         check_output(output)
+    elif (output / METRICS_FILE).exists():
+        raise UsageError(f"--resume: the run in {output} is complete, its metrics are in {METRICS_FILE}; nothing to do")
     saved = checkpoint.load_latest(output) if resume else None
     pipeline = build_pipeline(config)
     config = replace(config, layer=pipeline.residual.layer)

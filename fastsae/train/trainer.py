@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsae.data.buffer import ActivationBatch
-from fastsae.errors import FastsaeError
+from fastsae.errors import FastsaeError, UsageError
 from fastsae.sae import FusedJumpReLUSAE, FusedReLUSAE, SparseAutoencoder, TrainOutput
 from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig
@@ -22,6 +22,8 @@ def build_sae(config: TrainConfig, d_in: int, device: torch.device) -> SparseAut
     """A fresh SAE of the configured architecture, drawn from `config.seed`."""
     torch.manual_seed(config.seed)
     d_sae = config.d_sae or config.expansion * d_in
+    if config.k is not None and config.k > d_sae:
+        raise UsageError(f"k: expected at most d_sae = {d_sae}, got {config.k}")
     shared: dict[str, Any] = {
         "k": config.k,
         "apply_b_dec_to_input": config.apply_b_dec_to_input,
@@ -80,7 +82,9 @@ class Trainer:
             self._accumulate(output)
             if self.step % config.log_every == 0 or self.step == config.steps:
                 on_log(self._log())
-            if config.checkpoint_every and self.step % config.checkpoint_every == 0 and self.step < config.steps:
+            # the last step too: an evaluation that fails or is killed must not cost the training
+            due = config.checkpoint_every and self.step % config.checkpoint_every == 0
+            if due or (config.checkpoint_every and self.step == config.steps):
                 on_checkpoint()
 
     def train_step(self, batch: ActivationBatch) -> TrainOutput:
