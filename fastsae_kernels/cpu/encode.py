@@ -25,6 +25,8 @@ from fastsae_kernels.sparse_acts import FeatureMajor, SparseActs, topk_mask
 SCRATCH_ELEMENTS = 2**21  # of a chunk's product: 4 to 8 MB, which stays in a server core's share of L2 and L3
 RESCORE_MARGIN_COLUMNS = 4
 RESCORE_MIN_ELEMENTS = 2**14  # of a chunk's product; below, the second score costs more than the faster product saves
+UNDERFLOW = 2.0**-120  # added to the margin: bf16 units flush what is smaller to zero
+OVERFLOW = 2.0**120  # of a product; beyond, sums of intermediate terms may reach Inf
 WORD = 8  # bytes of mask looked at together
 
 
@@ -49,9 +51,9 @@ def nonzero_flat(mask: Tensor) -> Tensor:
     return words[hits[:, 0]] * WORD + hits[:, 1]
 
 
-def is_finite(values: Tensor) -> bool:
-    """Whether all elements are finite and far from overflow, by one sum: NaN and Inf never cancel."""
-    return bool(torch.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32))))
+def row_norms(rows: Tensor) -> Tensor:
+    """`[n]` Euclidean norms in at least fp32."""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
 
 
 class _Product:
@@ -60,6 +62,8 @@ class _Product:
     def __init__(self, x: Tensor, weights: Tensor, b_enc: Tensor, lower: Tensor, size: int) -> None:
         self.x, self.weights, self.b_enc, self.lower = x, weights, b_enc, lower
         self.n_tokens, self.x_t = x.shape[0], x.t()
+        self.x_norms = row_norms(x)
+        self.x_norm = self.x_norms.max() if self.n_tokens else self.x_norms.new_zeros(())
         self.rescore = x.dtype == torch.float32 and has_fast_bf16() and size * x.shape[0] >= RESCORE_MIN_ELEMENTS
         self.mask = torch.zeros(-(-size * self.n_tokens // WORD) * WORD, dtype=torch.bool)
         dtype = torch.bfloat16 if self.rescore else x.dtype
@@ -70,44 +74,48 @@ class _Product:
         x, d_in = self.x, self.x.shape[1]
         rounded = torch.empty(self.n_tokens, d_in + RESCORE_MARGIN_COLUMNS, dtype=torch.bfloat16)
         rounded[:, :d_in] = x
-        norm = x.norm(dim=1)
+        norm = self.x_norms
         # the last term covers the fp32 accumulation of both products, 2 (d + 4) u with u = 2^-24, twice over
         rounded[:, d_in] = _round_up((x - rounded[:, :d_in]).norm(dim=1) + norm * (d_in + 8) * 2.0**-22)
         rounded[:, d_in + 1] = _round_up(norm * (1 + 2.0**-8))
         rounded[:, d_in + 2 :] = 1
         return rounded
 
-    def _augmented_weights(self, weights: Tensor, start: int, stop: int) -> Tensor:
+    def _augmented_weights(self, weights: Tensor, norms: Tensor, offset: Tensor, slack: Tensor) -> Tensor:
         d_in = weights.shape[1]
         rounded = torch.empty(weights.shape[0], d_in + RESCORE_MARGIN_COLUMNS, dtype=torch.bfloat16)
         rounded[:, :d_in] = weights
-        rounded[:, d_in] = _round_up(weights.norm(dim=1) * (1 + 2.0**-8))
+        rounded[:, d_in] = _round_up(norms * (1 + 2.0**-8))
         rounded[:, d_in + 1] = _round_up((weights - rounded[:, :d_in]).norm(dim=1))
-        offset = self.b_enc[start:stop] - self.lower[start:stop]
         rounded[:, d_in + 2] = offset
         rest = offset - rounded[:, d_in + 2].float()
-        rounded[:, d_in + 3] = _round_up(rest + (offset.abs() + rest.abs()) * (d_in + 8) * 2.0**-22)
+        summation = (offset.abs() + rest.abs()) * (d_in + 8) * 2.0**-22
+        rounded[:, d_in + 3] = _round_up(rest + summation + slack + UNDERFLOW)
         return rounded
 
     def candidates(self, start: int, stop: int, limit: int | None) -> tuple[Tensor, Tensor, Tensor] | None:
-        """`(offsets [C + 1], tokens [n], hidden_pre [n])` of one chunk, by feature then token; None beyond `limit`."""
+        """`(offsets [C + 1], tokens [n], hidden_pre [n])` of one chunk, by feature then token.
+
+        None where there are more than `limit`, or where NaN, Inf or a possible overflow would make the bound meaningless.
+        """
         n_features = stop - start
-        weights = self.weights[start:stop]
+        weights, offset = self.weights[start:stop], self.b_enc[start:stop] - self.lower[start:stop]
+        norms = row_norms(weights)
+        if not (norms.max() * self.x_norm + offset.abs().max() < OVERFLOW):  # false for NaN too
+            return None
         buffer = self.buffer[: n_features * self.n_tokens].view(n_features, self.n_tokens)
         mask = self.mask[: -(-buffer.numel() // WORD) * WORD]
         mask[buffer.numel() :] = False
         view = mask[: buffer.numel()].view_as(buffer)
+        # what rounding the offset, and later product + b_enc, can shift; the exact test follows on the survivors
+        slack = (offset.abs() + self.lower[start:stop].abs()) * 4 * torch.finfo(self.x.dtype).eps
         if self.rounded_t is not None:
-            torch.mm(self._augmented_weights(weights, start, stop), self.rounded_t, out=buffer)
-            torch.gt(
-                buffer.view(torch.int16), 0, out=view
-            )  # the sign of a bf16 is the sign of its bits; ints compare faster
+            torch.mm(self._augmented_weights(weights, norms, offset, slack), self.rounded_t, out=buffer)
+            # the sign of a bf16 is the sign of its bits, and integers compare faster
+            torch.gt(buffer.view(torch.int16), 0, out=view)
         else:
             torch.mm(weights, self.x_t, out=buffer)
-            bound = self.lower[start:stop] - self.b_enc[start:stop]
-            # a bound in a narrower dtype is pushed down by its own rounding; the exact test follows on the survivors
-            slack = (bound.abs() + self.lower[start:stop].abs()) * 4 * torch.finfo(buffer.dtype).eps
-            torch.gt(buffer, (bound - slack).to(buffer.dtype)[:, None], out=view)
+            torch.gt(buffer, (-offset - slack).to(buffer.dtype)[:, None], out=view)
         if limit is not None and int(torch.count_nonzero(mask)) > limit:
             return None  # before their indices, 16 bytes each, are written out
         flat = nonzero_flat(mask)
@@ -172,14 +180,10 @@ def encode(
     size = chunk_size(n_tokens, d_sae)
     wide = torch.promote_types(x.dtype, torch.float32)
     threshold, b_enc = threshold.to(wide), b_enc.to(wide)
-    if not (is_finite(x) and is_finite(b_enc) and is_finite(threshold)):
-        return None
     product = _Product(x, W_enc.t(), b_enc, threshold - bandwidth / 2, size)
     entries = _Entries(n_tokens, k)
     for start in range(0, d_sae, size):
         stop = min(start + size, d_sae)
-        if not is_finite(product.weights[start:stop]):
-            return None
         # a chunk four times as dense as the limit: activity is dense, or this chunk is odd and the dense path exact too
         limit = None if max_entries is None else int(max_entries * min(1.0, 4 * (stop - start) / d_sae))
         candidates = product.candidates(start, stop, limit)

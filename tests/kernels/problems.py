@@ -114,6 +114,15 @@ HOSTILE = {
     "one row of zeros": replace(make(), x=make().x * (torch.arange(37) != 4)[:, None]),
     "zero thresholds": replace(make(), threshold=torch.zeros(83)),
     "tiny values": replace(make(), x=make().x * 1e-20, threshold=torch.full((83,), 1e-21), b_enc=torch.zeros(83)),
+    "nearly subnormal products": replace(
+        make(), x=make().x * 1e-17, W_enc=make().W_enc * 1e-17, threshold=torch.zeros(83), b_enc=torch.zeros(83)
+    ),
+    "huge values": replace(
+        make(), x=make().x * 1e21, W_enc=make().W_enc.bfloat16().float(), grad_out=make().grad_out * 1e-9
+    ),
+    "bias far above the product": replace(
+        make(), x=make().x * 1e-3, b_enc=make().threshold * (1 + 1e-6 * torch.randn(83))
+    ),
     "large values": replace(make(), x=make().x * 1e15, grad_out=make().grad_out * 1e-3),
     "one large row": replace(make(), x=make().x * (1 + 1e6 * (torch.arange(37) == 5))[:, None]),
     "wide window": make(spec=AutoencodeSpec(bandwidth=50.0)),

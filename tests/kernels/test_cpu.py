@@ -148,6 +148,19 @@ def test_margin_never_misses_where_bf16_is_coarse() -> None:
     assert torch.equal(acts.l0(), exact.sum(1))
 
 
+@pytest.mark.skipif(not has_fast_bf16(), reason="this CPU has no bf16 units, so the product would be emulated")
+def test_margin_covers_the_rounding_of_a_large_bias() -> None:
+    """A bias far above the product: whether `product + b_enc` exceeds the threshold is decided by its last bit."""
+    g = torch.Generator().manual_seed(0)
+    x, W_enc = torch.randn(256, 64, generator=g) * 1e-3, torch.randn(2048, 64, generator=g)
+    b_enc = torch.full((2048,), 1000.0)
+    acts = kernels.encode(x, W_enc.t(), b_enc, b_enc)
+    hidden_pre = torch.sparse.sampled_addmm(
+        torch.ones(2048, 256).to_sparse_csr(), W_enc, x.t(), beta=0.0
+    ).to_dense().t() + b_enc  # fmt: skip
+    assert torch.equal(acts.l0(), (hidden_pre > b_enc).sum(1))
+
+
 def test_memory_of_a_step_stays_far_below_one_dense_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counts every tensor that an op allocates; the largest must be far smaller than `[N, d_sae]`."""
     from torch.utils._python_dispatch import TorchDispatchMode
