@@ -107,7 +107,7 @@ class _Product:
         mask = self.mask[: -(-buffer.numel() // WORD) * WORD]
         mask[buffer.numel() :] = False
         view = mask[: buffer.numel()].view_as(buffer)
-        # what rounding the offset, and later product + b_enc, can shift; the exact test follows on the survivors
+        # what rounding the offset, and later product + b_enc - threshold, can shift; survivors are tested exactly
         slack = (offset.abs() + self.lower[start:stop].abs()) * 4 * torch.finfo(self.x.dtype).eps
         if self.rounded_t is not None:
             torch.mm(self._augmented_weights(weights, norms, offset, slack), self.rounded_t, out=buffer)

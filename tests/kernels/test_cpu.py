@@ -150,15 +150,15 @@ def test_margin_never_misses_where_bf16_is_coarse() -> None:
 
 @pytest.mark.skipif(not has_fast_bf16(), reason="this CPU has no bf16 units, so the product would be emulated")
 def test_margin_covers_the_rounding_of_a_large_bias() -> None:
-    """A bias far above the product: whether `product + b_enc` exceeds the threshold is decided by its last bit."""
+    """The window's lower edge, 999.99998, is no fp32 number: products of either sign land on 1000 and lie inside."""
     g = torch.Generator().manual_seed(0)
-    x, W_enc = torch.randn(256, 64, generator=g) * 1e-3, torch.randn(2048, 64, generator=g)
-    b_enc = torch.full((2048,), 1000.0)
-    acts = kernels.encode(x, W_enc.t(), b_enc, b_enc)
-    hidden_pre = torch.sparse.sampled_addmm(
-        torch.ones(2048, 256).to_sparse_csr(), W_enc, x.t(), beta=0.0
-    ).to_dense().t() + b_enc  # fmt: skip
-    assert torch.equal(acts.l0(), (hidden_pre > b_enc).sum(1))
+    x, W_enc = torch.randn(256, 64, generator=g) * 1e-5, torch.randn(2048, 64, generator=g)
+    b_enc, threshold, bandwidth = torch.full((2048,), 1000.0), torch.full((2048,), 1000.5), 1.00004
+    listed = kernels.encode(x, W_enc.t(), b_enc, threshold, bandwidth=bandwidth).row_offsets.diff()
+    hidden_pre = (x.double() @ W_enc.t().double()).float() + b_enc
+    inside = (hidden_pre - threshold).abs() < bandwidth / 2
+    assert inside.float().mean() > 0.5
+    assert (listed - inside.sum(1)).abs().max() <= 2  # a product halfway between two fp32 sums may round either way
 
 
 def test_memory_of_a_step_stays_far_below_one_dense_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
