@@ -23,7 +23,11 @@ Sparse autoencoders (SAEs) for language models.
   fastsae train --model Qwen/Qwen2.5-0.5B-Instruct --dataset HuggingFaceH4/ultrachat_200k --split train_sft \\
                 --layer 12 --tokens 40000000
   fastsae train --output my-sae --resume     go on with an interrupted run
+  fastsae train --model ./my-model --dataset chats.jsonl     rows like {"messages": [{"role": ..., "content": ...}]}
   fastsae evaluate my-sae             measure a saved SAE on held-out dialogues
+
+Activation units: while training, activations are scaled to a mean norm of sqrt(d_in); options "in activation units" mean
+that scale. Exit status: 0 done, 1 the run failed, 2 an argument is wrong, 130 interrupted.
 """
 GROUPS = {
     "data": "data and language model",
@@ -31,6 +35,7 @@ GROUPS = {
     "training": "training",
     "running": "running",
 }
+METAVARS = {int: "N", float: "X", str: "NAME"}
 SUMMARY = (
     ("fvu", "of the variance is left unexplained (FVU), position 0 excluded", "{:.4f}"),
     ("l0", "features fire on a token (L0)", "{:.1f}"),
@@ -52,11 +57,21 @@ def _parse_optional(kind: Any) -> tuple[Any, bool]:
     return kind, False
 
 
+def _whole_number(text: str) -> int:
+    """`1500000`, `1_500_000` or `1.5e6`."""
+    try:
+        return int(text)
+    except ValueError:
+        if not float(text).is_integer():
+            raise
+        return int(float(text))
+
+
 def _optional(kind: Any) -> Any:
     def parse(text: str) -> Any:
         return None if text.lower() == "none" else kind(text)
 
-    parse.__name__ = kind.__name__  # argparse names it in its message
+    parse.__name__ = kind.__name__.strip("_")  # argparse names it in its message
     return parse
 
 
@@ -77,7 +92,8 @@ def add_config_flags(parser: argparse.ArgumentParser, names: Sequence[str] | Non
         elif typing.get_origin(kind) is typing.Literal:
             settings["choices"] = typing.get_args(kind)
         else:
-            settings |= {"type": _optional(kind) if is_optional else kind, "metavar": kind.__name__.upper()}
+            parse = _whole_number if kind is int else kind
+            settings |= {"type": _optional(parse) if is_optional else parse, "metavar": METAVARS[kind]}
         groups[f.metadata["group"]].add_argument("--" + f.name.replace("_", "-"), dest=f.name, **settings)
 
 
@@ -95,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--output", type=Path, help="new folder for the results [sae-MODEL]")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
-    train.add_argument("--preset", choices=PRESETS, default="recommended", help="named set of options [recommended]")
+    train.add_argument("--preset", choices=PRESETS, help="recommended, or fast-paper: the options of arXiv:2506.07691")
     train.add_argument("--quiet", action="store_true", help="no progress bars")
     add_config_flags(train)
 
@@ -140,9 +156,11 @@ def command_train(arguments: argparse.Namespace) -> None:
     if arguments.resume:
         if arguments.output is None:
             raise UsageError("--resume: expected --output with the folder of the interrupted run")
+        if arguments.preset is not None:
+            raise UsageError("--preset: a resumed run keeps the options it was started with; drop the flag")
         config, output = resumed_config(arguments.output, given), arguments.output
     else:
-        config = TrainConfig(**{**PRESETS[arguments.preset], **given})
+        config = TrainConfig(**{**PRESETS[arguments.preset or "recommended"], **given})
         layer = "" if config.layer is None else f"-layer{config.layer}"
         output = arguments.output or Path(f"sae-{Path(config.model).name}{layer}")
     metrics = train(config, output, resume=arguments.resume, progress=not arguments.quiet)
@@ -180,12 +198,11 @@ def print_summary(metrics: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, 1 for a failure, 2 for wrong usage, 130 when interrupted."""
     arguments = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    show_log()
     try:
         {"train": command_train, "evaluate": command_evaluate}[arguments.command](arguments)
     except FastsaeError as error:
-        print(f"fastsae: {error}", file=sys.stderr)
+        print(f"fastsae: {as_flag(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except OSError as error:
         print(f"fastsae: {describe_os_error(error)}", file=sys.stderr)
@@ -196,13 +213,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def show_log() -> None:
+    """This package's log lines on stderr; those of other libraries stay as they configure them, without their retries."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("fastsae")
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
+    for name in ("huggingface_hub", "datasets", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def as_flag(message: str) -> str:
+    """A message that begins with an option's name, with the flag in its place."""
+    name, colon, rest = message.partition(":")
+    known = {f.name for f in fields(TrainConfig)}
+    return f"--{name.replace('_', '-')}:{rest}" if colon and name in known else message
+
+
 def describe_os_error(error: OSError) -> str:
     """A full disk or a forbidden folder in words."""
     import errno
 
     place = error.filename or "a file"
     if error.errno == errno.ENOSPC:
-        return f"the disk is full, {place} could not be written; free some space, then go on with --resume"
+        return f"the disk is full, {place} could not be written; free some space, then run again, with --resume if training began"
     return f"{place}: {error.strerror or error}"
 
 

@@ -45,6 +45,17 @@ def check_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: 
         raise ValueError(f"k: expected at most d_sae = {d_sae}, got {k}")
 
 
+def check_feature_scale(feature_scale: Tensor | None, threshold: Tensor) -> None:
+    """Raises ValueError or TypeError unless `feature_scale` is None or like `threshold`."""
+    if feature_scale is None:
+        return
+    _check_shape("feature_scale", feature_scale, tuple(threshold.shape), f"shape [d_sae] = {tuple(threshold.shape)}")
+    if feature_scale.dtype != threshold.dtype:
+        raise TypeError(f"feature_scale: expected {threshold.dtype} as the threshold, got {feature_scale.dtype}")
+    if feature_scale.device != threshold.device:
+        raise ValueError(f"feature_scale: expected device {threshold.device}, got {feature_scale.device}")
+
+
 def check_decode(d_sae: int, dtype: torch.dtype, device: torch.device, W_dec: Tensor, b_dec: Tensor | None) -> None:
     """Raises ValueError or TypeError where the decoder's arguments do not fit together."""
     _check_shape("W_dec", W_dec, (d_sae, None), f"shape [d_sae, d_out] = ({d_sae}, d_out)")

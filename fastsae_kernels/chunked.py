@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeOutput, gate_backward
+from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput, gate_backward
 from fastsae_kernels.penalty import penalty_slope, penalty_terms
 from fastsae_kernels.spec import AutoencodeSpec
 
-CHUNKS = 64  # of the features; a handful of chunk-sized temporaries then stay below 1/10 of the dense tensor
+CHUNKS = 64  # of the features; with its chunk-sized temporaries a pass takes 17 % of the dense tensor (d_sae 16384)
 MIN_CHUNK = 128  # below this the products lose more than the memory is worth
 
 
@@ -74,18 +74,19 @@ def autoencode_backward(
     spec: AutoencodeSpec,
     grad_out: Tensor,
     grad_penalty: Tensor,
-    needs_x: bool,
+    needs: AutoencodeNeeds,
 ) -> AutoencodeGrads:
     """Every gradient of `autoencode_forward`; multiplies each chunk again instead of having kept it."""
     x_t, grad_out_t = x.t(), grad_out.t()
-    W_enc_t = torch.empty_like(W_enc.t(), memory_format=torch.contiguous_format)
-    grad_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if needs_x else None
+    grad_W_enc_t = torch.empty_like(W_enc.t(), memory_format=torch.contiguous_format) if needs.W_enc else None
+    grad_W_dec = torch.empty_like(W_dec) if needs.W_dec else None
+    grad_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if needs.x else None
     grads = AutoencodeGrads(
         x=grad_x,
-        W_enc=W_enc_t.t(),
+        W_enc=None if grad_W_enc_t is None else grad_W_enc_t.t(),
         b_enc=torch.empty_like(b_enc),
         threshold=torch.zeros_like(threshold),
-        W_dec=torch.empty_like(W_dec),
+        W_dec=grad_W_dec,
         b_dec=grad_out.sum(0),
         feature_scale=None if feature_scale is None or spec.penalty == "l0" else torch.empty_like(feature_scale),
     )
@@ -95,7 +96,8 @@ def autoencode_backward(
         hidden_pre = _hidden_pre(x_t, W_enc, b_enc, start, stop)
         active = hidden_pre > theta
         acts = hidden_pre * active
-        grads.W_dec[rows] = acts.to(x.dtype) @ grad_out
+        if grad_W_dec is not None:
+            grad_W_dec[rows] = acts.to(x.dtype) @ grad_out
         grad_acts = (W_dec[rows] @ grad_out_t).to(hidden_pre.dtype)
         if spec.penalty != "l0":
             scale = None if feature_scale is None else feature_scale[rows, None]
@@ -109,7 +111,8 @@ def autoencode_backward(
             grads.threshold[rows] = grad_theta.sum(1)
         grads.b_enc[rows] = grad_hidden_pre.sum(1)
         grad_hidden_pre = grad_hidden_pre.to(x.dtype)
-        W_enc_t[rows] = grad_hidden_pre @ x
+        if grad_W_enc_t is not None:
+            grad_W_enc_t[rows] = grad_hidden_pre @ x
         if grad_x is not None:
             grad_x += grad_hidden_pre.t() @ W_enc[:, rows].t()
     return grads

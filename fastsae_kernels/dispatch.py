@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -53,8 +53,7 @@ def backend_of(x: Tensor) -> Backend:
         import triton  # noqa: F401
     except ImportError:
         raise RuntimeError(
-            f"x is on {x.device}, whose kernels need Triton, and Triton is not installed: "
-            'pip install triton, or choose `with fastsae_kernels.use_backend("dense")`'
+            f"x is on {x.device}, whose kernels need Triton, and Triton is not installed: pip install triton"
         ) from None
     return "triton"
 
@@ -73,6 +72,9 @@ class ActivityHint:
         self.mean: float | None = None
         self.largest: int | None = None
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pending": None}  # a CUDA event can be neither copied nor pickled
 
     def update(self, l0: Tensor) -> None:
         """Takes how many entries each token of a pass had, `[N]`."""

@@ -15,20 +15,28 @@ class AutoencodeOutput(NamedTuple):
     """One forward pass over N tokens."""
 
     sae_out: Tensor  # [N, d_out] in the input's dtype
-    penalty: Tensor  # [N] fp32
+    penalty: Tensor  # [N] fp32 (fp64 for fp64 inputs)
     l0: Tensor  # [N] int64, active features of each token
     feature_counts: Tensor  # [d_sae] int64, tokens on which each feature is active
     acts: SparseActs | None  # the entries; None where none were kept for the caller
+
+
+class AutoencodeNeeds(NamedTuple):
+    """Which of the large gradients are asked for: a frozen SAE between a model's layers needs none of its own."""
+
+    x: bool
+    W_enc: bool
+    W_dec: bool
 
 
 class AutoencodeGrads(NamedTuple):
     """Gradients of one pass, each with the shape of its parameter; None where not asked for."""
 
     x: Tensor | None
-    W_enc: Tensor
+    W_enc: Tensor | None
     b_enc: Tensor
     threshold: Tensor
-    W_dec: Tensor
+    W_dec: Tensor | None
     b_dec: Tensor
     feature_scale: Tensor | None
 

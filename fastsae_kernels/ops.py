@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastsae_kernels import chunked, cpu
-from fastsae_kernels.checks import check_decode, check_encode
+from fastsae_kernels.checks import check_decode, check_encode, check_feature_scale
 from fastsae_kernels.dispatch import MAX_DENSITY, ActivityHint, backend_of, forced_backend
-from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeOutput
+from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
 
@@ -25,6 +25,11 @@ def _gpu() -> Any:
     from fastsae_kernels import gpu  # Triton is optional, so its kernels are imported on first use
 
     return gpu
+
+
+def _sparse_backend(x: Tensor) -> Any:
+    """The module with the sparse ops for where `x` lies."""
+    return _gpu() if x.is_cuda or backend_of(x) == "triton" else cpu
 
 
 class _Autoencode(torch.autograd.Function):
@@ -42,11 +47,11 @@ class _Autoencode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_penalty: Tensor, *_: Any) -> tuple[Any, ...]:
         x, W_enc, b_enc, threshold, W_dec, _, feature_scale = ctx.saved_tensors
-        needs_x = ctx.needs_input_grad[0]
+        needs = AutoencodeNeeds(*ctx.needs_input_grad[:2], ctx.needs_input_grad[4])
         grad_out = grad_out.contiguous()
-        shared = (threshold, W_dec, feature_scale, ctx.spec, grad_out, grad_penalty, needs_x)
+        shared = (threshold, W_dec, feature_scale, ctx.spec, grad_out, grad_penalty, needs)
         if ctx.saved_by_gpu is not None:
-            grads = _gpu().autoencode_backward(ctx.saved_by_gpu, grad_out, grad_penalty, needs_x)
+            grads = _gpu().autoencode_backward(ctx.saved_by_gpu, grad_out, grad_penalty, needs.x)
         elif ctx.acts is not None:
             grads = cpu.autoencode_backward(ctx.acts, x, W_enc, *shared)
         else:
@@ -68,7 +73,8 @@ def _run_forward(
     d_sae = W_enc.shape[1]
     backend = backend_of(x)
     if backend == "triton":
-        if hint is not None and spec.k is None and hint.is_dense(d_sae, x.device.type):
+        follows_hint = hint is not None and spec.k is None and forced_backend() is None
+        if follows_hint and hint is not None and hint.is_dense(d_sae, x.device.type):
             backend = "dense"
         else:
             hint = hint or ActivityHint()
@@ -88,6 +94,7 @@ def _run_forward(
     return output, None
 
 
+@torch.compiler.disable
 def autoencode(
     x: Tensor,
     W_enc: Tensor,
@@ -122,7 +129,7 @@ def autoencode(
         hint: On a GPU, what earlier passes knew of the activity; a module keeps one.
 
     Returns:
-        `sae_out` `[..., d_out]`, `penalty` `[...]` fp32 and the counts, `l0` `[...]` and `feature_counts` `[d_sae]`;
+        `sae_out` `[..., d_out]`, `penalty` `[...]` fp32 (fp64 for fp64), the counts `l0` `[...]` and `feature_counts` `[d_sae]`;
         `acts` over the flattened tokens, None where the dense path ran and on a GPU.
 
     Raises:
@@ -130,16 +137,19 @@ def autoencode(
         TypeError: Mixed or unsupported dtypes.
 
     Numerics:
-        Products accumulate in fp32; gates compare in fp32; gradients are returned in each parameter's dtype. On a CPU
-        the result is deterministic. Gradients of `threshold` are straight-through estimates.
+        Products run in the dtype of their arguments (autocast is off inside) and accumulate in fp32; gates compare in
+        fp32; gradients are returned in each parameter's dtype. On a CPU the result is
+        deterministic. Gradients of `threshold` are straight-through estimates.
 
     Source:
         Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
     check_encode(x, W_enc, b_enc, threshold, spec.k)
     check_decode(W_enc.shape[1], x.dtype, x.device, W_dec, b_dec)
+    check_feature_scale(feature_scale, threshold)
     flat = x.reshape(-1, x.shape[-1])
-    outputs = _Autoencode.apply(flat, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, spec, hint)
+    with torch.autocast(x.device.type, enabled=False):
+        outputs = _Autoencode.apply(flat, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, spec, hint)
     output = AutoencodeOutput(*outputs)
     leading = x.shape[:-1]
     return output._replace(
@@ -153,13 +163,12 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, SparseActs]:
         x, W_enc, b_enc, threshold, bandwidth, k = inputs
-        if backend_of(x) == "triton":
-            acts = _gpu().encode(x, W_enc, b_enc, threshold, bandwidth=bandwidth, k=k)
-        else:
-            acts = cpu.encode(x, W_enc, b_enc, threshold, bandwidth=bandwidth, k=k)
+        ctx.backend = _sparse_backend(x)
+        acts = ctx.backend.encode(x, W_enc, b_enc, threshold, bandwidth=bandwidth, k=k)
         if acts is None:
             raise ValueError(f"x, W_enc, b_enc, threshold: expected finite values, got NaN or Inf {_share_bad(x)}")
-        ctx.acts, ctx.bandwidth = acts, bandwidth
+        # detached, or values -> grad_fn -> ctx -> values would live until the garbage collector comes by
+        ctx.acts, ctx.bandwidth = replace(acts, values=acts.values.detach()), bandwidth
         ctx.save_for_backward(x, W_enc, threshold)
         return acts.values, acts
 
@@ -170,8 +179,7 @@ class _Encode(torch.autograd.Function):
         acts: SparseActs = ctx.acts
         theta = threshold[acts.indices.long()]
         grad_hidden_pre = grad_values * (acts.values > 0)
-        backend = _gpu() if backend_of(x) == "triton" else cpu
-        grad_x, grad_W_enc, grad_b_enc = backend.encode_backward(
+        grad_x, grad_W_enc, grad_b_enc = ctx.backend.encode_backward(
             acts, x, W_enc, grad_hidden_pre, ctx.needs_input_grad[0]
         )
         grad_threshold = None
@@ -190,6 +198,7 @@ def _share_bad(x: Tensor) -> str:
     return f"({share:.2%} of x is not finite)"
 
 
+@torch.compiler.disable
 def encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, bandwidth: float = 0.0, k: int | None = None
 ) -> SparseActs:
@@ -232,19 +241,19 @@ class _Decode(torch.autograd.Function):
         _, W_dec, b_dec, acts = inputs
         ctx.acts, ctx.has_bias = acts, b_dec is not None
         ctx.save_for_backward(W_dec)
-        backend = _gpu() if backend_of(W_dec) == "triton" else cpu
-        return backend.decode(acts, W_dec, b_dec)
+        ctx.backend = _sparse_backend(W_dec)
+        return ctx.backend.decode(acts, W_dec, b_dec)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         (W_dec,) = ctx.saved_tensors
-        backend = _gpu() if backend_of(W_dec) == "triton" else cpu
-        grad_values, grad_W_dec = backend.decode_backward(ctx.acts, W_dec, grad_out.contiguous())
+        grad_values, grad_W_dec = ctx.backend.decode_backward(ctx.acts, W_dec, grad_out.contiguous())
         grad_b_dec = grad_out.sum(0) if ctx.has_bias else None
         return grad_values.to(ctx.acts.values.dtype), grad_W_dec.to(W_dec.dtype), grad_b_dec, None
 
 
+@torch.compiler.disable
 def decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """The reconstruction from sparse activations: `sae_out[n] = b_dec + sum of value * W_dec[index]`, `[N, d_out]`.
 

@@ -34,6 +34,7 @@ def _gap(x: Tensor, W_enc_t: Tensor, b_enc: Tensor, threshold: Tensor) -> Tensor
     return torch.relu((threshold - b_enc)[:, None] - product)
 
 
+@torch.compiler.disable
 def pre_act_loss(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, decoder_norms: Tensor, dead_mask: Tensor
 ) -> Tensor:

@@ -69,7 +69,7 @@ def bad_inputs(model: Path, chats: Path, tmp: Path) -> dict[str, tuple[list[obje
         "output exists": ([*base, "--output", full], 2, "--output"),
         "nothing to resume": (["train", "--resume", "--output", full], 2, "config.json"),
         "resume without output": (["train", "--resume"], 2, "--output"),
-        "all held out": ([*base, "--eval-dialogues", 40], 2, "eval_dialogues"),
+        "all held out": ([*base, "--eval-dialogues", 40], 2, "--eval-dialogues"),
         "bad device": ([*base, "--device", "tpu9"], 2, "device"),
         "not an SAE": (["evaluate", full], 2, "--model"),
         "not an SAE, data named": (

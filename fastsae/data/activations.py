@@ -52,7 +52,14 @@ def load_model(
         # transformers 5 makes a tokenizer without words for some models when the tokenizer's files are missing.
         raise UsageError(_NO_TOKENIZER.format(name=name, reason="its vocabulary is empty"))
     options: dict[str, Any] = {dtype_name: target_dtype}
-    model: Any = _loaded(name, "model", lambda: transformers.AutoModelForCausalLM.from_pretrained(location, **options))
+    options["output_loading_info"] = True
+    model, info = _loaded(name, "model", lambda: transformers.AutoModelForCausalLM.from_pretrained(location, **options))
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise FastsaeError(
+            f"model {name!r}: its files lack {len(info['missing_keys'])} of the weights ({missing}, ...), which would be "
+            "random. Get its files again"
+        )
     return model.to(target_device).eval().requires_grad_(False), tokenizer
 
 

@@ -106,6 +106,7 @@ class MixingBuffer(Iterator[ActivationBatch]):
         self._generator = torch.Generator().manual_seed(seed)
         self._storage: ActivationBatch | None = None
         self._order = torch.empty(0, dtype=torch.int64)  # slots of the rows held, in the order they will be served
+        self._slots = self._order.to(self.device)  # the same on the device, where a copy per batch would be waited for
         self._to_serve = 0  # of these, how many before the next refill
         self._pending: ActivationBatch | None = None  # rows of a piece that did not fit
         self._served_any = False
@@ -120,14 +121,14 @@ class MixingBuffer(Iterator[ActivationBatch]):
                     "Use more dialogues or a smaller batch"
                 )
             raise StopIteration
-        slots = self._order[: self.batch_size].to(self.device)
-        self._order = self._order[self.batch_size :]
+        slots = self._slots[: self.batch_size]
+        self._order, self._slots = self._order[self.batch_size :], self._slots[self.batch_size :]
         self._to_serve -= self.batch_size
         self._served_any = True
         return self._storage[slots]
 
-    def sample(self) -> Tensor:
-        """Return the activations [n, d_in] held, after filling an empty buffer; they are still to be served.
+    def sample(self, n_rows: int) -> Tensor:
+        """Return the next activations [n, d_in], at most `n_rows`, which are still to be served; fills an empty buffer.
 
         Raises:
             FastsaeError: The source is empty.
@@ -136,7 +137,7 @@ class MixingBuffer(Iterator[ActivationBatch]):
             self._refill()
         if self._storage is None:
             raise FastsaeError("the data has no tokens at all. Use more dialogues")
-        return self._storage.acts[self._order.to(self.device)]
+        return self._storage.acts[self._slots[:n_rows]]
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the coming batches depend on, besides the source's own state, as new tensors.
@@ -172,6 +173,7 @@ class MixingBuffer(Iterator[ActivationBatch]):
                     f"cannot resume: the checkpoint's buffer holds {len(rows)} rows, this run's only {self.capacity}"
                 )
             self._order = torch.arange(len(rows))
+            self._slots = self._order.to(self.device)
             self._write(rows, self._order)
         self._pending = None if state["pending"] is None else ActivationBatch(**state["pending"])
         self._to_serve, self._served_any = state["to_serve"], state["served_any"]
@@ -193,6 +195,7 @@ class MixingBuffer(Iterator[ActivationBatch]):
             n_new += len(slots)
         held = torch.cat([self._order, free[:n_new]])
         self._order = held[torch.randperm(len(held), generator=self._generator)]
+        self._slots = self._order.to(self.device)
         self._to_serve = self.capacity // 2 if n_new == len(free) else len(held)
 
     def _write(self, rows: ActivationBatch, slots: Tensor) -> None:

@@ -133,7 +133,8 @@ class SparseAutoencoder(nn.Module):
         losses = {"mse_loss": per_token.mean(), name: sparsity_loss, **losses}
         with torch.no_grad():
             flat = x.reshape(-1, self.d_in).float()
-            fvu = per_token.sum() / (flat - flat.mean(0)).square().sum()
+            variance = (flat - flat.mean(0)).square().sum()
+            fvu = per_token.sum() / variance.clamp_min(torch.finfo(torch.float32).tiny)
         return TrainOutput(
             sae_out=output.sae_out,
             loss=torch.stack(list(losses.values())).sum(),
@@ -146,7 +147,13 @@ class SparseAutoencoder(nn.Module):
         )
 
     def _encode_again(self, x: Tensor) -> Callable[[], SparseActs]:
+        version = self.W_enc._version
+
         def encode() -> SparseActs:
+            if self.W_enc._version != version:
+                raise RuntimeError(
+                    "acts: the weights have changed since this pass; read `acts` before the optimiser's step"
+                )
             with torch.no_grad():
                 return self.encode_sparse(x.detach())
 
@@ -163,9 +170,9 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def fold_activation_scale_(self, scale: float) -> None:
-        """Rewrites an SAE trained on `scale * x` as the equal one on `x`: biases are divided by `scale`.
+        """Rewrites an SAE trained on `scale * x` as the equal one on `x`: everything in activation units is divided by `scale`.
 
-        sae'(x) = sae(scale * x) / scale        W unchanged, b_enc, b_dec (and threshold) /= scale
+        sae'(x) = sae(scale * x) / scale        W unchanged; b_enc, b_dec, threshold, bandwidth /= scale
         """
         self.b_enc.div_(scale)
         self.b_dec.div_(scale)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 if TYPE_CHECKING:
     from fastsae.sae.base import SparseAutoencoder
@@ -33,15 +35,41 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(temporary)
         os.chmod(temporary, 0o666 & ~_umask())
+        sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's entries, are on the disk, so that a power cut cannot undo a rename."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file atomically; a full disk is an OSError as everywhere else."""
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:
+            found = re.search(r"os error (\d+)", str(error))  # safetensors hides the system's error in its text
+            if found is None:
+                raise
+            number = int(found.group(1))
+            raise OSError(number, os.strerror(number), str(path)) from error
+
+    write_atomically(path, write)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -66,7 +94,8 @@ def save(sae: SparseAutoencoder, path: Path, metadata: dict[str, Any]) -> None:
         "metadata": {"sae_lens_version": SAE_LENS_VERSION, **metadata, "fastsae": sae.config()},
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
-    write_atomically(path / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary))
+    json.dumps(config, allow_nan=False)  # metadata that is no JSON fails before a file is written
+    write_tensors(path / WEIGHTS_FILE, tensors)
     write_json(path / CONFIG_FILE, config)
 
 
@@ -86,6 +115,10 @@ def load(path: Path, device: torch.device | str | None) -> SparseAutoencoder:
         raise ValueError(
             f"{path / WEIGHTS_FILE}: expected safetensors, got a corrupt or truncated file ({error})"
         ) from None
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{path / CONFIG_FILE}: expected a JSON object with SAELens' keys, got {type(config).__name__}"
+        )
     sae = _build(path, config, device)
     expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -69,11 +69,14 @@ class FusedJumpReLUSAE(SparseAutoencoder):
         return torch.promote_types(self.dtype, torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedJumpReLUSAE:
-        before = self.threshold.data
+        before, grad = self.threshold.data, self.threshold.grad
         super()._apply(fn, recurse)
         if self.threshold.dtype != self._wide():
             # a bf16 threshold stops learning: its steps are smaller than its rounding (SAELens #728)
-            self.threshold.data = before.to(device=self.threshold.device, dtype=self._wide())
+            like = {"device": self.threshold.device, "dtype": self._wide()}
+            self.threshold.grad = None
+            self.threshold.data = before.to(**like)
+            self.threshold.grad = None if grad is None else grad.to(**like)
         return self
 
     def gate_threshold(self) -> Tensor:
@@ -131,8 +134,7 @@ class FusedJumpReLUSAE(SparseAutoencoder):
             raise ValueError(f"sparsity: expected one of {', '.join(get_args(Sparsity))}, got {sparsity!r}")
         if sparsity == "quadratic" and not (target_l0 is not None and target_l0 > 0):
             raise ValueError(f"target_l0: expected a number > 0 with sparsity='quadratic', got {target_l0}")
-        with torch.no_grad():
-            self.threshold.clamp_(min=0)
+        self.threshold.data.clamp_(min=0)  # .data: an earlier pass may still wait for its backward
         if sparsity == "tanh":
             output = self._autoencode(x, "tanh", self.decoder_norms())
         else:
@@ -152,6 +154,7 @@ class FusedJumpReLUSAE(SparseAutoencoder):
     def fold_activation_scale_(self, scale: float) -> None:
         super().fold_activation_scale_(scale)
         self.threshold.div_(scale)
+        self.bandwidth, self.init_threshold = self.bandwidth / scale, self.init_threshold / scale
 
     def config(self) -> dict[str, Any]:
         return {

@@ -15,7 +15,7 @@ class TrainOutput:
     """One training pass; call `loss.backward()`.
 
     Args:
-        sae_out: `[..., d_in]` reconstruction, in the input's dtype.
+        sae_out: `[..., d_in]` reconstruction, in the module's dtype.
         loss: Scalar, the sum of `losses`.
         losses: Each term by name: `mse_loss` (squared error summed over d_in, mean over tokens), `l0_loss` or `l1_loss`,
             and `pre_act_loss` where dead features were given.
@@ -38,7 +38,11 @@ class TrainOutput:
     def acts(self) -> SparseActs:
         """Activations of the flattened tokens, without gradient; active entries only.
 
-        While activity is dense the pass keeps none, and this encodes again: as large as the activity is.
+        While activity is dense, and on a GPU, the pass keeps none and this encodes again, so read it before the
+        optimiser's step.
+
+        Raises:
+            RuntimeError: The weights have changed since the pass.
         """
         if self.sparse_acts is None:
             self.sparse_acts = self.encode_again()

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from fastsae.errors import FastsaeError, UsageError
+from fastsae.errors import FastsaeError
+from fastsae.sae.files import sync, write_json, write_tensors
 
 FOLDER = "checkpoints"
 TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -63,11 +64,12 @@ def save(run: Path, step: int, state: dict[str, Any]) -> None:
     try:
         temporary.mkdir()
         tensors, rest = flatten(state)
-        save_file(tensors, temporary / TENSORS)
-        (temporary / STATE).write_text(json.dumps(rest, allow_nan=False), encoding="utf-8")
+        write_tensors(temporary / TENSORS, tensors)
+        write_json(temporary / STATE, rest)
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
+        sync(folder)  # the new one is safely there before an older one goes
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in folder.glob("step-*"):
@@ -75,26 +77,32 @@ def save(run: Path, step: int, state: dict[str, Any]) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load_latest(run: Path) -> dict[str, Any]:
-    """The newest checkpoint under `run`, nested as it was saved.
+def load_latest(run: Path) -> dict[str, Any] | None:
+    """The newest checkpoint under `run`, nested as it was saved; None where there is none yet.
 
     Raises:
-        UsageError: There is none.
         FastsaeError: It is corrupt or truncated.
     """
     found = sorted((run / FOLDER).glob("step-*"))
     if not found:
-        raise UsageError(f"--resume: expected a checkpoint in {run / FOLDER}, found none; start a new run instead")
+        return None
     newest = found[-1]
     try:
         tensors = load_file(newest / TENSORS)
         rest = json.loads((newest / STATE).read_text(encoding="utf-8"))
     except (OSError, SafetensorError, ValueError) as error:
-        raise FastsaeError(
-            f"{newest}: expected a whole checkpoint, found a corrupt or truncated one ({error}). "
-            "Delete that folder and resume from an older one, or start a new run"
-        ) from None
+        raise corrupt(newest, error) from None
+    if not isinstance(rest, dict):
+        raise corrupt(newest, f"{STATE} holds a {type(rest).__name__}")
     return unflatten(tensors, rest)
+
+
+def corrupt(place: Path, reason: object) -> FastsaeError:
+    """The error for a checkpoint that cannot be used."""
+    return FastsaeError(
+        f"{place}: expected a whole checkpoint of this run, found a corrupt or truncated one ({reason}). "
+        f"Delete the folder {FOLDER} and --resume to start again from the first step"
+    )
 
 
 def discard(run: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastsae.errors import UsageError
 
@@ -81,7 +82,9 @@ class TrainConfig:
     clip_norm: float = option(1.0, "training", "clip the global gradient norm; 0 does not clip")
     dead_tokens: int = option(200_000, "training", "a feature silent for this many tokens is dead")
     pre_act_loss_coefficient: float = option(0.0, "training", "pull of dead features back to their threshold")
-    dtype: Literal["float32", "bfloat16"] = option("float32", "training", "of the SAE's weights")
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "training", "of the SAE's weights; bfloat16 loses updates at small rates"
+    )
 
     buffer_tokens: int = option(131_072, "running", "activations held and mixed")
     forward_tokens: int = option(8192, "running", "tokens of one forward pass of the language model, padding included")
@@ -91,27 +94,32 @@ class TrainConfig:
     checkpoint_every: int = option(500, "running", "steps between two checkpoints; 0 writes none")
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            _require(f.name, value, not isinstance(value, float) or math.isfinite(value), "a finite number")
         positive = (
-            "max_length expansion bandwidth tokens batch_size lr target_l0 buffer_tokens forward_tokens log_every"
+            "eval_dialogues expansion bandwidth tokens batch_size lr target_l0 buffer_tokens forward_tokens log_every"
         )
+        _require("max_length", self.max_length, self.max_length >= 2, "a number >= 2")
         for name in positive.split():
             _require(name, getattr(self, name), getattr(self, name) > 0, "a number > 0")
         not_negative = (
-            "dedup_words eval_dialogues init_threshold l0_coefficient l1_coefficient clip_norm dead_tokens "
+            "dedup_words seed init_threshold l0_coefficient l1_coefficient clip_norm dead_tokens "
             "pre_act_loss_coefficient checkpoint_every"
         )
         for name in not_negative.split():
             _require(name, getattr(self, name), getattr(self, name) >= 0, "a number >= 0")
-        for name in ("lr_end", "beta1", "beta2", "warm_up", "decay", "sparsity_warm_up"):
+        for name in ("lr_end", "warm_up", "decay", "sparsity_warm_up"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
+        for name in ("beta1", "beta2"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number from 0 to below 1")
         for name in ("d_sae", "k", "max_dialogues", "init_l0"):
             value = getattr(self, name)
             _require(name, value, value is None or value > 0, "a number > 0")
         _require("warm_up + decay", self.warm_up + self.decay, self.warm_up + self.decay <= 1, "at most 1")
-        for name, choices in (("architecture", Architecture), ("sparsity", Sparsity)):
-            _require(
-                name, getattr(self, name), getattr(self, name) in get_args(choices), " or ".join(get_args(choices))
-            )
+        for name, kind in get_type_hints(TrainConfig).items():
+            if get_origin(kind) is Literal:
+                _require(name, getattr(self, name), getattr(self, name) in get_args(kind), " or ".join(get_args(kind)))
         if self.d_sae is not None and self.k is not None:
             _require("k", self.k, self.k <= self.d_sae, f"at most d_sae = {self.d_sae}")
         if self.buffer_tokens < 2 * self.batch_size:

@@ -62,7 +62,8 @@ def initialize_from_data(sae: SparseAutoencoder, acts: Tensor, b_dec_init: str, 
     if init_l0 is None or init_l0 >= sae.d_sae:
         return
     sae_in = acts - sae.b_dec.float() if sae.apply_b_dec_to_input else acts
-    rank = max(1, round(acts.shape[0] * init_l0 / sae.d_sae))
+    # the gate is strict, so the element whose value becomes the threshold is the first that does not fire
+    rank = min(acts.shape[0], max(1, round(acts.shape[0] * init_l0 / sae.d_sae)) + 1)
     threshold = sae.threshold if isinstance(sae, FusedJumpReLUSAE) else torch.zeros_like(sae.b_enc)
     for ids in torch.arange(sae.d_sae, device=sae.device).split(1024):
         hidden_pre = sae.W_enc[:, ids].float().t() @ sae_in.t()  # [1024, N]

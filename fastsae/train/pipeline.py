@@ -14,7 +14,7 @@ from fastsae.data.activations import ResidualStream, check_layer, decoder_layers
 from fastsae.data.chat import Dialogue, load_chats
 from fastsae.data.dedup import dedup_ngrams
 from fastsae.data.sequencing import FastSequencer, special_token_ids
-from fastsae.errors import FastsaeError, UsageError
+from fastsae.errors import UsageError
 from fastsae.train.config import TrainConfig
 
 logger = logging.getLogger(__name__)
@@ -73,12 +73,15 @@ def build_pipeline(config: TrainConfig) -> Pipeline:
 
     Raises:
         UsageError: Model, dataset, layer or split do not exist.
-        FastsaeError: No dialogue is left to train on, or a download failed.
+        FastsaeError: A download failed or a file is damaged.
     """
     model, tokenizer = load_model(model_location(config.model), config.model_dtype, resolve_device(config.device))
     layer = len(decoder_layers(model)) // 2 if config.layer is None else config.layer
     check_layer(model, layer)
     residual = ResidualStream(model, layer)
+    d_sae = config.d_sae or config.expansion * residual.d_in
+    if config.k is not None and config.k > d_sae:
+        raise UsageError(f"k: expected at most d_sae = {d_sae}, got {config.k}")
     special_ids = special_token_ids(tokenizer)
     dialogues = load_chats(config.dataset, config.split)
     train, held_out = split_dialogues(dialogues, config)
@@ -96,10 +99,8 @@ def split_dialogues(dialogues: Sequence[Dialogue], config: TrainConfig) -> tuple
         logger.info("dedup: kept %d, dropped %d (%d too short to judge)", report.kept, report.dropped, report.too_short)
     if config.eval_dialogues >= len(kept):
         raise UsageError(
-            f"eval_dialogues: expected fewer than the {len(kept)} dialogues of {config.dataset!r} that are left after "
-            f"dedup (of {n_used}), got {config.eval_dialogues}"
+            f"eval_dialogues: expected fewer than the dialogues of {config.dataset!r} that are left after dedup, "
+            f"{len(kept)} of {n_used}, got {config.eval_dialogues}; lower it, or --dedup-words 0 keeps repeated ones"
         )
-    if len(kept) == 0:
-        raise FastsaeError(f"dataset {config.dataset!r}: no dialogue is left after dedup (of {n_used})")
     order = np.random.default_rng(config.seed).permutation(kept)
     return order[config.eval_dialogues :].tolist(), order[: config.eval_dialogues].tolist()

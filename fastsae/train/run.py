@@ -20,6 +20,7 @@ from fastsae.sae import SparseAutoencoder
 from fastsae.sae.files import write_json
 from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig, field_names
+from fastsae.train.initialize import SAMPLE
 from fastsae.train.pipeline import Pipeline, build_pipeline
 from fastsae.train.trainer import Trainer, build_sae
 from fastsae.version import __version__
@@ -38,7 +39,7 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
     Args:
         config: The run.
         output: A folder that is new or empty, or, to resume, the folder of a run.
-        resume: Go on from the newest checkpoint in `output`.
+        resume: Go on from the newest checkpoint in `output`; from the first step where there is none yet.
         progress: Show progress bars.
 
     Raises:
@@ -61,14 +62,17 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
     trainer = Trainer(sae, buffer, config)
     seconds_before = 0.0
     if saved is not None:
-        sequencer.load_state_dict(saved["sequencer"])
-        buffer.load_state_dict(saved["buffer"])
-        trainer.load_state_dict(saved["trainer"])
-        seconds_before = saved["seconds"]
+        try:
+            sequencer.load_state_dict(saved["sequencer"])
+            buffer.load_state_dict(saved["buffer"])
+            trainer.load_state_dict(saved["trainer"])
+            seconds_before = saved["seconds"]
+        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise checkpoint.corrupt(output / checkpoint.FOLDER, repr(error)) from None
     else:
+        trainer.initialize(buffer.sample(SAMPLE))
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / CONFIG_FILE, described(config))
-        trainer.initialize(buffer.sample())
 
     def save_checkpoint() -> None:
         state = {
@@ -81,6 +85,7 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
 
     _run_with_bar(trainer, save_checkpoint, progress)
     sae.fold_activation_scale_(trainer.scale)
+    save_sae(output, config, sae)  # before the evaluation, which can fail
     result = evaluate(
         sae,
         pipeline.residual,
@@ -89,8 +94,11 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
         special_ids=pipeline.special_ids,
         progress=progress,
     )
+    if sequencer.dropped:
+        logger.warning("the chat template refused %d dialogues of the last pass over the data", sequencer.dropped)
     metrics = {
         **result.metrics,
+        "dialogues_dropped": sequencer.dropped,
         "seconds": seconds_before + time.perf_counter() - started,
         "tokens": trainer.step * config.batch_size,
         "tokens_evaluated": result.metrics["tokens"],
@@ -151,6 +159,18 @@ def read_config(folder: Path) -> TrainConfig:
         raise FastsaeError(f"{path}: expected the options of a run, got a corrupt file ({error!r})") from None
 
 
+def save_sae(output: Path, config: TrainConfig, sae: SparseAutoencoder, **metadata: Any) -> None:
+    """Saves the SAE with what SAELens wants to know of its place in the model."""
+    sae.save(
+        output,
+        model_name=config.model,
+        hook_name=f"blocks.{config.layer}.hook_resid_post",
+        dataset_path=config.dataset,
+        context_size=config.max_length,
+        **metadata,
+    )
+
+
 def write_run(
     output: Path,
     config: TrainConfig,
@@ -160,14 +180,7 @@ def write_run(
     metrics: dict[str, Any],
 ) -> None:
     """Writes the run's files, the metrics last: where they are, the run is complete. Then drops its checkpoints."""
-    sae.save(
-        output,
-        model_name=config.model,
-        hook_name=f"blocks.{config.layer}.hook_resid_post",
-        dataset_path=config.dataset,
-        context_size=config.max_length,
-        l0=metrics["l0"],
-    )
+    save_sae(output, config, sae, l0=metrics["l0"])
     settings = described(config)
     write_report(output / REPORT_FILE, config=settings, metrics=metrics, history=trainer.history, evaluation=result)
     write_json(output / METRICS_FILE, metrics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,20 +11,20 @@ import torch
 from torch import Tensor
 
 from fastsae.data.buffer import ActivationBatch
-from fastsae.errors import FastsaeError, UsageError
+from fastsae.errors import FastsaeError
 from fastsae.sae import FusedJumpReLUSAE, FusedReLUSAE, SparseAutoencoder, TrainOutput
 from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig
 from fastsae.train.initialize import activation_scale, initialize_from_data
 from fastsae.train.schedules import learning_rate, sparsity_share
 
+DEAD_MASK_EVERY = 25  # steps; looking who is dead waits for the device
+
 
 def build_sae(config: TrainConfig, d_in: int, device: torch.device) -> SparseAutoencoder:
     """A fresh SAE of the configured architecture, drawn from `config.seed`."""
     torch.manual_seed(config.seed)
     d_sae = config.d_sae or config.expansion * d_in
-    if config.k is not None and config.k > d_sae:
-        raise UsageError(f"k: expected at most d_sae = {d_sae}, got {config.k}")
     shared: dict[str, Any] = {
         "k": config.k,
         "apply_b_dec_to_input": config.apply_b_dec_to_input,
@@ -60,6 +61,7 @@ class Trainer:
         self.silent_tokens = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
         self.dead_mask: Tensor | None = None
         self.history: list[dict[str, float]] = []
+        self.log_every = min(config.log_every, max(1, config.steps // 40))  # a short run has curves too
         self._sums: dict[str, Tensor] = {}
         self._clock = time.perf_counter()
 
@@ -80,7 +82,7 @@ class Trainer:
         while self.step < config.steps:
             output = self.train_step(next(self.batches))
             self._accumulate(output)
-            if self.step % config.log_every == 0 or self.step == config.steps:
+            if self.step % self.log_every == 0 or self.step == config.steps:
                 on_log(self._log())
             # the last step too: an evaluation that fails or is killed must not cost the training
             due = config.checkpoint_every and self.step % config.checkpoint_every == 0
@@ -103,9 +105,11 @@ class Trainer:
         self.optimizer.step()
         if config.normalize_decoder:
             sae.normalize_decoder_()
-        self.silent_tokens += x.shape[0]
-        self.silent_tokens[output.feature_counts > 0] = 0
+        self.silent_tokens = torch.where(output.feature_counts > 0, 0, self.silent_tokens + x.shape[0])
         self.step += 1
+        if config.pre_act_loss_coefficient and self.step % DEAD_MASK_EVERY == 0:
+            dead = self.silent_tokens >= config.dead_tokens
+            self.dead_mask = dead if dead.any() else None
         return output
 
     def _forward(self, x: Tensor, share: float) -> TrainOutput:
@@ -118,7 +122,7 @@ class Trainer:
             config.l0_coefficient * share,
             config.sparsity,
             target_l0=config.target_l0,
-            dead_mask=self.dead_mask if config.pre_act_loss_coefficient else None,
+            dead_mask=self.dead_mask,
             pre_act_loss_coefficient=config.pre_act_loss_coefficient,
         )
 
@@ -133,20 +137,18 @@ class Trainer:
         config = self.config
         n_steps = self.step - (int(self.history[-1]["step"]) if self.history else 0)
         means = {name: total.item() / n_steps for name, total in self._sums.items()}
-        if not all(torch.isfinite(torch.tensor(list(means.values())))):
+        if not math.isfinite(means["loss"]):
             raise FastsaeError(
-                f"step {self.step}: the loss is not finite ({means['loss']}). Lower --lr, keep --normalize-activations, "
-                "or check the activations of this layer; resume from the last checkpoint with other settings in a new run"
+                f"step {self.step}: the loss is not finite ({means['loss']}). Start a new run with a lower --lr or with "
+                "--normalize-activations, or check the activations of this layer"
             )
-        dead = self.silent_tokens >= config.dead_tokens
-        self.dead_mask = dead if dead.any() else None
         now = time.perf_counter()
         row = {
             "step": self.step,
             "tokens": self.step * config.batch_size,
             **means,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "dead_share": dead.float().mean().item(),
+            "dead_share": (self.silent_tokens >= config.dead_tokens).float().mean().item(),
             "tokens_per_second": n_steps * config.batch_size / max(now - self._clock, 1e-9),
         }
         self._clock, self._sums = now, {}

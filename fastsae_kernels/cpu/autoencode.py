@@ -15,7 +15,7 @@ from fastsae_kernels.cpu.backward import (
 )
 from fastsae_kernels.cpu.decode import decode
 from fastsae_kernels.cpu.encode import encode
-from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeOutput, gate_backward
+from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput, gate_backward
 from fastsae_kernels.penalty import penalty_slope, penalty_terms
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
@@ -62,7 +62,7 @@ def autoencode_backward(
     spec: AutoencodeSpec,
     grad_out: Tensor,
     grad_penalty: Tensor,
-    needs_x: bool,
+    needs: AutoencodeNeeds,
 ) -> AutoencodeGrads:
     """Every gradient of `autoencode_forward` from its entries."""
     assert acts.feature_major is not None
@@ -84,11 +84,11 @@ def autoencode_backward(
     window = (values == 0) | (values - theta < spec.bandwidth / 2)
     grad_hidden_pre, grad_theta = gate_backward(values > 0, window, theta, grad_acts, penalty_of_token, spec)
     return AutoencodeGrads(
-        x=grad_input(acts, to_rows(acts, grad_hidden_pre), W_enc) if needs_x else None,
-        W_enc=weight_gradient(entries, grad_hidden_pre, x).t(),
+        x=grad_input(acts, to_rows(acts, grad_hidden_pre), W_enc) if needs.x else None,
+        W_enc=weight_gradient(entries, grad_hidden_pre, x).t() if needs.W_enc else None,
         b_enc=sum_by_feature(features, grad_hidden_pre, d_sae),
         threshold=torch.zeros_like(threshold) if grad_theta is None else sum_by_feature(features, grad_theta, d_sae),
-        W_dec=weight_gradient(entries, values, grad_out),
+        W_dec=weight_gradient(entries, values, grad_out) if needs.W_dec else None,
         b_dec=grad_out.sum(0),
         feature_scale=grad_scale,
     )

@@ -83,7 +83,8 @@ def decode_backward(acts: SparseActs, W_dec: Tensor, grad_out: Tensor) -> tuple[
     """Gradients of `decode` with respect to the values (row-major, `[nnz]`) and `W_dec`."""
     entries = by_feature(acts)
     grad_values = to_rows(acts, grad_of_acts(entries, W_dec, grad_out))
-    return grad_values, weight_gradient(entries, entries.values, grad_out)
+    # not entries.values: a user may have edited acts.values since, to steer or to ablate
+    return grad_values, weight_gradient(entries, to_features(acts, acts.values), grad_out)
 
 
 def encode_backward(

@@ -52,8 +52,9 @@ def nonzero_flat(mask: Tensor) -> Tensor:
 
 
 def row_norms(rows: Tensor) -> Tensor:
-    """`[n]` Euclidean norms in at least fp32."""
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    """`[n]` upper bounds of the Euclidean norms in at least fp32; squares below the smallest number are made up for."""
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    return norms + rows.shape[1] ** 0.5 * 2.0**-62
 
 
 class _Product:
@@ -76,7 +77,7 @@ class _Product:
         rounded[:, :d_in] = x
         norm = self.x_norms
         # the last term covers the fp32 accumulation of both products, 2 (d + 4) u with u = 2^-24, twice over
-        rounded[:, d_in] = _round_up((x - rounded[:, :d_in]).norm(dim=1) + norm * (d_in + 8) * 2.0**-22)
+        rounded[:, d_in] = _round_up(row_norms(x - rounded[:, :d_in]) + norm * (d_in + 8) * 2.0**-22)
         rounded[:, d_in + 1] = _round_up(norm * (1 + 2.0**-8))
         rounded[:, d_in + 2 :] = 1
         return rounded
@@ -86,7 +87,7 @@ class _Product:
         rounded = torch.empty(weights.shape[0], d_in + RESCORE_MARGIN_COLUMNS, dtype=torch.bfloat16)
         rounded[:, :d_in] = weights
         rounded[:, d_in] = _round_up(norms * (1 + 2.0**-8))
-        rounded[:, d_in + 1] = _round_up((weights - rounded[:, :d_in]).norm(dim=1))
+        rounded[:, d_in + 1] = _round_up(row_norms(weights - rounded[:, :d_in]))
         rounded[:, d_in + 2] = offset
         rest = offset - rounded[:, d_in + 2].float()
         summation = (offset.abs() + rest.abs()) * (d_in + 8) * 2.0**-22
@@ -96,13 +97,15 @@ class _Product:
     def candidates(self, start: int, stop: int, limit: int | None) -> tuple[Tensor, Tensor, Tensor] | None:
         """`(offsets [C + 1], tokens [n], hidden_pre [n])` of one chunk, by feature then token.
 
-        None where there are more than `limit`, or where NaN, Inf or a possible overflow would make the bound meaningless.
+        None where there are more than `limit`, or where a product is NaN or Inf.
         """
         n_features = stop - start
         weights, offset = self.weights[start:stop], self.b_enc[start:stop] - self.lower[start:stop]
         norms = row_norms(weights)
-        if not (norms.max() * self.x_norm + offset.abs().max() < OVERFLOW):  # false for NaN too
-            return None
+        is_safe = bool(norms.max() * self.x_norm + offset.abs().max() < OVERFLOW)  # False for NaN too
+        if self.rounded_t is not None and not is_safe:  # from here on the plain product, whose range is wider
+            self.buffer = torch.empty(self.buffer.numel(), dtype=self.x.dtype)
+            self.rounded_t = None
         buffer = self.buffer[: n_features * self.n_tokens].view(n_features, self.n_tokens)
         mask = self.mask[: -(-buffer.numel() // WORD) * WORD]
         mask[buffer.numel() :] = False
@@ -115,6 +118,8 @@ class _Product:
             torch.gt(buffer.view(torch.int16), 0, out=view)
         else:
             torch.mm(weights, self.x_t, out=buffer)
+            if not is_safe and not torch.isfinite(buffer).all():
+                return None
             torch.gt(buffer, (-offset - slack).to(buffer.dtype)[:, None], out=view)
         if limit is not None and int(torch.count_nonzero(mask)) > limit:
             return None  # before their indices, 16 bytes each, are written out

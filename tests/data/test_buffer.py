@@ -135,10 +135,10 @@ def test_storage_is_allocated_once_and_keeps_the_dtype():
 def test_a_sample_is_what_the_buffer_holds_and_serves_later():
     buffer = MixingBuffer(pieces(200), capacity=64, batch_size=8, seed=0)
     untouched = [rows_of(batch) for batch in MixingBuffer(pieces(200), capacity=64, batch_size=8, seed=0)]
-    assert sorted(buffer.sample()[:, 0].tolist()) == list(range(64))
+    assert sorted(buffer.sample(64)[:, 0].tolist()) == list(range(64))
     assert [rows_of(batch) for batch in buffer] == untouched
     with pytest.raises(FastsaeError, match="no tokens at all"):
-        MixingBuffer([], capacity=64, batch_size=8, seed=0).sample()
+        MixingBuffer([], capacity=64, batch_size=8, seed=0).sample(8)
 
 
 @pytest.mark.parametrize(("capacity", "batch_size"), [(15, 8), (10, 0)])

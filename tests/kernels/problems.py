@@ -117,6 +117,12 @@ HOSTILE = {
     "nearly subnormal products": replace(
         make(), x=make().x * 1e-17, W_enc=make().W_enc * 1e-17, threshold=torch.zeros(83), b_enc=torch.zeros(83)
     ),
+    "squares below the smallest number": replace(
+        make(), x=make().x * 1e-24, threshold=torch.zeros(83), b_enc=torch.zeros(83)
+    ),
+    "weights whose squares vanish": replace(
+        make(), W_enc=make().W_enc * 1e-25, threshold=torch.zeros(83), b_enc=torch.zeros(83)
+    ),
     "huge values": replace(
         make(), x=make().x * 1e21, W_enc=make().W_enc.bfloat16().float(), grad_out=make().grad_out * 1e-9
     ),

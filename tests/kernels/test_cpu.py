@@ -92,13 +92,15 @@ def test_non_contiguous_and_expanded_inputs() -> None:
 
 
 def test_uninitialised_memory_never_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    real_empty = torch.empty
+    def poison(make):  # type: ignore[no-untyped-def]
+        def poisoned(*args, **kwargs):  # type: ignore[no-untyped-def]
+            made = make(*args, **kwargs)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
 
-    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
-        made = real_empty(*args, **kwargs)  # type: ignore[call-overload]
-        return made.fill_(float("nan")) if made.is_floating_point() else made
+        return poisoned
 
-    monkeypatch.setattr(torch, "empty", poisoned)
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
     problem = problems.make(d_sae=300)
     for backend in ("cpu", "dense"):
         problems.assert_matches(run(problem, backend), problem)  # type: ignore[arg-type]
@@ -135,7 +137,7 @@ def test_two_runs_are_bit_equal() -> None:
 
 @pytest.mark.skipif(not has_fast_bf16(), reason="this CPU has no bf16 units, so the product would be emulated")
 def test_margin_never_misses_where_bf16_is_coarse() -> None:
-    """Rounding x and W up alternately pushes the bf16 product as far from the truth as it goes."""
+    """x and W are rounded down by the largest step everywhere, which pushes the bf16 product as far off as it goes."""
     d_in, d_sae = 512, 4096
     g = torch.Generator().manual_seed(0)
     worst = 1 + 2.0**-8 - 2.0**-12  # just below the middle of two bf16 numbers: rounds down by the largest step

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import gc
 import json
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -221,6 +224,82 @@ def test_bad_calls_name_the_argument() -> None:
         kernels.encode(x, *weights, k=41)
     with pytest.raises(ValueError, match="W_dec"):
         kernels.decode(kernels.encode(x, *weights), nn.Parameter(torch.zeros(41, 12)))
+
+
+def test_two_passes_before_one_backward() -> None:
+    sae = randomised(FusedJumpReLUSAE)
+    x = torch.randn(2, 30, 12)
+    (sae(x[0]).sum() + sae.training_forward(x[0], 1.0).loss + sae.training_forward(x[1], 1.0).loss).backward()
+    got = sae.W_dec.grad.clone()
+    sae.zero_grad()
+    for loss in (
+        lambda: sae(x[0]).sum(),
+        lambda: sae.training_forward(x[0]).loss,
+        lambda: sae.training_forward(x[1]).loss,
+    ):
+        loss().backward()
+    torch.testing.assert_close(got, sae.W_dec.grad)
+
+
+def test_edited_activations_reach_the_decoder_gradient() -> None:
+    sae = randomised(FusedJumpReLUSAE)
+    acts = sae.encode_sparse(torch.randn(30, 12))
+    edited = dataclasses.replace(acts, values=acts.values.detach() * 3)
+    grad_out = torch.randn(30, 12)
+    (got,) = torch.autograd.grad(sae.decode(edited), sae.W_dec, grad_out)
+    torch.testing.assert_close(got, edited.to_dense().t() @ grad_out)
+
+
+def test_sparse_activations_are_freed_without_the_garbage_collector() -> None:
+    sae = randomised(FusedJumpReLUSAE)
+    gc.disable()
+    try:
+        acts = sae.encode_sparse(torch.randn(30, 12))
+        values = weakref.ref(acts.values)
+        del acts
+        assert values() is None
+    finally:
+        gc.enable()
+
+
+def test_autocast_does_not_change_the_ops() -> None:
+    sae, x = randomised(FusedJumpReLUSAE), torch.randn(30, 12)
+    expected = sae(x)
+    for backend in ("cpu", "dense"):
+        with torch.autocast("cpu", torch.bfloat16), kernels.use_backend(backend):  # type: ignore[arg-type]
+            torch.testing.assert_close(sae(x), expected)
+
+
+def test_torch_compile_runs() -> None:
+    sae, x = randomised(FusedJumpReLUSAE), torch.randn(30, 12)
+    compiled = torch.compile(sae, backend="eager")
+    torch.testing.assert_close(compiled(x), sae(x))
+
+
+def test_frozen_sae_passes_the_input_gradient_alone() -> None:
+    sae = randomised(FusedJumpReLUSAE).requires_grad_(False)
+    x = torch.randn(30, 12, requires_grad=True)
+    sae(x).square().sum().backward()
+    (expected,) = torch.autograd.grad(sae.decode(sae.encode(x)).square().sum(), x)
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_activations_of_changed_weights_are_refused() -> None:
+    sae = FusedJumpReLUSAE(12, 4096, init_threshold=0.0)
+    output = sae.training_forward(torch.randn(300, 12), 1.0)
+    with torch.no_grad():
+        sae.W_enc.mul_(2)
+    with pytest.raises(RuntimeError, match="weights have changed"):
+        output.acts  # noqa: B018
+
+
+def test_fine_tuning_a_folded_sae_has_the_same_threshold_gradient() -> None:
+    sae, x = randomised(FusedJumpReLUSAE, bandwidth=0.5), torch.randn(200, 12)
+    counts = sae.training_forward(x * 0.25, 1.0)
+    (before,) = torch.autograd.grad(counts.losses["l0_loss"], sae.threshold)
+    sae.fold_activation_scale_(0.25)
+    (after,) = torch.autograd.grad(sae.training_forward(x, 1.0).losses["l0_loss"], sae.threshold)
+    torch.testing.assert_close(after, before * 0.25)  # the same window members, in units four times as large
 
 
 def test_nan_is_reported() -> None:

@@ -25,7 +25,12 @@ from fastsae.train.config import PRESETS, TrainConfig
         {"architecture": "gated"},
         {"buffer_tokens": 1024},
         {"tokens": 10},
-        {"eval_dialogues": -1},
+        {"eval_dialogues": 0},
+        {"beta1": 1.0},
+        {"seed": -1},
+        {"bandwidth": float("inf")},
+        {"dtype": "float16"},
+        {"b_dec_init": "median"},
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fastsae import FastsaeError, FusedJumpReLUSAE, FusedReLUSAE, SparseAutoencoder, UsageError
+from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig
 from fastsae.train.run import evaluate_folder, read_config, train
 from fastsae.train.trainer import Trainer
@@ -40,12 +41,23 @@ def config(tiny_model: Path, chats: Path) -> TrainConfig:
     )
 
 
-def comparable(output: Path) -> tuple[bytes, dict[str, Any], list[dict[str, float]]]:
-    """Everything that must not depend on whether a run was killed: no clock times."""
-    metrics = json.loads((output / "metrics.json").read_text())
-    history = (output / "report.html").read_text().count("<svg")
+def run_and_compare(
+    config: TrainConfig, output: Path, **options: Any
+) -> tuple[bytes, dict[str, Any], list[dict[str, float]]]:
+    """Weights, metrics and curves of a run: everything that must not depend on whether it was killed, no clock times."""
+    trainers: list[Trainer] = []
+    original = Trainer.run
+
+    def run(self: Trainer, *args: Any) -> None:
+        trainers.append(self)
+        original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "run", run)
+        metrics = train(config, output, progress=False, **options)
+    history = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in trainers[0].history]
     del metrics["seconds"]
-    return (output / "sae_weights.safetensors").read_bytes(), metrics, [{"plots": history}]
+    return (output / "sae_weights.safetensors").read_bytes(), metrics, history
 
 
 def test_run_leaves_what_it_promises(config: TrainConfig, tmp_path: Path) -> None:
@@ -82,9 +94,9 @@ def test_training_learns(config: TrainConfig, tmp_path: Path) -> None:
     assert rows[-1]["fvu"] < 0.6 * rows[0]["fvu"]
 
 
-@pytest.mark.parametrize("killed_at", [7, 20])
+@pytest.mark.parametrize("killed_at", [3, 7, 20])
 def test_killed_run_resumes_bit_for_bit(config: TrainConfig, tmp_path: Path, killed_at: int) -> None:
-    train(config, tmp_path / "whole", progress=False)
+    whole = run_and_compare(config, tmp_path / "whole")
     step = Trainer.train_step
 
     def killed(self: Trainer, batch: Any) -> Any:
@@ -97,9 +109,35 @@ def test_killed_run_resumes_bit_for_bit(config: TrainConfig, tmp_path: Path, kil
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path / "killed", progress=False)
     assert not (tmp_path / "killed" / "metrics.json").exists()
-    resumed = read_config(tmp_path / "killed")
-    train(resumed, tmp_path / "killed", resume=True, progress=False)
-    assert comparable(tmp_path / "killed") == comparable(tmp_path / "whole")
+    resumed = run_and_compare(read_config(tmp_path / "killed"), tmp_path / "killed", resume=True)
+    assert resumed == whole
+    assert len(whole[2]) == 24
+    with pytest.raises(UsageError, match="complete"):
+        train(config, tmp_path / "killed", resume=True, progress=False)
+
+
+def test_failed_evaluation_does_not_cost_the_training(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastsae.train import run
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise FastsaeError("evaluation failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate", fail)
+        with pytest.raises(FastsaeError, match="evaluation failed"):
+            train(config, tmp_path / "run", progress=False)
+    SparseAutoencoder.load(tmp_path / "run")
+    monkeypatch.setattr(Trainer, "train_step", fail)  # resumed behind the last step, so no step is repeated
+    train(read_config(tmp_path / "run"), tmp_path / "run", resume=True, progress=False)
+    assert (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_checkpoint_of_another_run_is_reported(config: TrainConfig, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 6, {"trainer": {"step": 6}})
+    with pytest.raises(FastsaeError, match="checkpoint of this run"):
+        train(config, tmp_path, resume=True, progress=False)
 
 
 def test_relu_architecture(config: TrainConfig, tmp_path: Path) -> None:
