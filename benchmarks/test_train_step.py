@@ -1,11 +1,13 @@
 """Forward and backward of a JumpReLU training step: the fused ops against dense PyTorch, eager and compiled.
 
-Each provider first has to agree with the dense reference in every gradient; only then is it timed.
+Each provider is timed only once every gradient's error against fp64 is at most twice that of the dense eager step in the
+same dtype. (Errors in norm; where a pre-activation lies within rounding of a threshold, eager itself flips a feature.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -39,6 +41,7 @@ def dense_bf16(x: Tensor, p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return dense(x, p)
 
 
+EAGER = {"eager fp32": dense, "eager bf16": dense_bf16}
 PROVIDERS: dict[str, Callable[[], Callable]] = {
     "dense eager fp32": lambda: dense,
     "dense compiled fp32": lambda: torch.compile(dense),
@@ -46,7 +49,22 @@ PROVIDERS: dict[str, Callable[[], Callable]] = {
     "dense in chunks fp32": lambda: chunked,
     "fused fp32": lambda: fused,
 }
-TOLERANCE = {"dense compiled bf16 autocast": 0.1}  # relative, in norm; all others 1e-6
+FLOOR = 2e-6  # of a relative error: sums over 4,096 tokens in another order
+
+
+@cache
+def errors_of(provider: str, shape: str) -> dict[str, float]:
+    """Relative error in norm of each gradient against fp64."""
+    x, p = tokens(SHAPES[shape]), parameters(SHAPES[shape])
+    got = step(EAGER[provider] if provider in EAGER else PROVIDERS[provider](), x, p)
+    return {name: ((got[name] - grad).norm() / grad.norm()).item() for name, grad in truth(shape).items()}
+
+
+@cache
+def truth(shape: str) -> dict[str, Tensor]:
+    """The gradients in fp64."""
+    p = {name: tensor.detach().double().requires_grad_() for name, tensor in parameters(SHAPES[shape]).items()}
+    return step(dense, tokens(SHAPES[shape]).double(), p)
 
 
 def step(forward: Callable, x: Tensor, p: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -61,18 +79,16 @@ def step(forward: Callable, x: Tensor, p: dict[str, Tensor]) -> dict[str, Tensor
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_backward(benchmark, provider: str, shape: str) -> None:  # type: ignore[no-untyped-def]
-    torch.manual_seed(0)
-    x, p = tokens(SHAPES[shape]), parameters(SHAPES[shape])
-    truth = {name: grad.clone() for name, grad in step(dense, x, p).items()}
-    forward = PROVIDERS[provider]()
     try:
-        grads = step(forward, x, p)
+        errors = errors_of(provider, shape)
     except Exception as error:
         if "compiled" in provider and "compiler" in str(error).lower():
             pytest.skip(f"torch.compile needs a C++ compiler: {str(error).splitlines()[0]}")
         raise
-    errors = {name: ((grads[name] - truth[name]).norm() / truth[name].norm()).item() for name in truth}
-    assert max(errors.values()) <= TOLERANCE.get(provider, 1e-6), f"{provider} disagrees with the reference: {errors}"
+    eager = errors_of("eager bf16" if "bf16" in provider else "eager fp32", shape)
+    worse = {name: (error, eager[name]) for name, error in errors.items() if error > 2 * eager[name] + FLOOR}
+    assert not worse, f"{provider}: error over twice that of eager: {worse}"
+    x, p, forward = tokens(SHAPES[shape]), parameters(SHAPES[shape]), PROVIDERS[provider]()
     benchmark.group = f"forward+backward, {shape}"
     benchmark.extra_info.update(provider=provider, shape=shape, max_relative_gradient_error=max(errors.values()))
     benchmark.pedantic(step, args=(forward, x, p), rounds=5, warmup_rounds=1)

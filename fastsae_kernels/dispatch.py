@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ Backend = Literal["cpu", "triton", "dense"]
 # Share of entries above which a gather costs more than the product that it replaces. CPU: measured, see
 # benchmarks; CUDA: bandwidth over arithmetic rate of an H200 with gathers half from L2, not yet measured.
 MAX_DENSITY = {"cpu": 0.1, "cuda": 0.006}
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _forced: ContextVar[Backend | None] = ContextVar("fastsae_backend", default=None)
 
@@ -56,6 +58,12 @@ def backend_of(x: Tensor) -> Backend:
             f"x is on {x.device}, whose kernels need Triton, and Triton is not installed: pip install triton"
         ) from None
     return "triton"
+
+
+def not_compiled(function: Function) -> Function:
+    """Keeps an op out of a `torch.compile`d graph: its kernels are compiled already, and sizes depend on the data."""
+    disabled: Function = torch.compiler.disable(function)
+    return disabled
 
 
 class ActivityHint:

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from fastsae_kernels import chunked, cpu
 from fastsae_kernels.checks import check_decode, check_encode, check_feature_scale
-from fastsae_kernels.dispatch import MAX_DENSITY, ActivityHint, backend_of, forced_backend
+from fastsae_kernels.dispatch import MAX_DENSITY, ActivityHint, backend_of, forced_backend, not_compiled
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
@@ -47,7 +47,8 @@ class _Autoencode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_penalty: Tensor, *_: Any) -> tuple[Any, ...]:
         x, W_enc, b_enc, threshold, W_dec, _, feature_scale = ctx.saved_tensors
-        needs = AutoencodeNeeds(*ctx.needs_input_grad[:2], ctx.needs_input_grad[4])
+        asked = ctx.needs_input_grad
+        needs = AutoencodeNeeds(x=asked[0], W_enc=asked[1], W_dec=asked[4])
         grad_out = grad_out.contiguous()
         shared = (threshold, W_dec, feature_scale, ctx.spec, grad_out, grad_penalty, needs)
         if ctx.saved_by_gpu is not None:
@@ -94,7 +95,7 @@ def _run_forward(
     return output, None
 
 
-@torch.compiler.disable
+@not_compiled
 def autoencode(
     x: Tensor,
     W_enc: Tensor,
@@ -198,7 +199,7 @@ def _share_bad(x: Tensor) -> str:
     return f"({share:.2%} of x is not finite)"
 
 
-@torch.compiler.disable
+@not_compiled
 def encode(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, bandwidth: float = 0.0, k: int | None = None
 ) -> SparseActs:
@@ -253,7 +254,7 @@ class _Decode(torch.autograd.Function):
         return grad_values.to(ctx.acts.values.dtype), grad_W_dec.to(W_dec.dtype), grad_b_dec, None
 
 
-@torch.compiler.disable
+@not_compiled
 def decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """The reconstruction from sparse activations: `sae_out[n] = b_dec + sum of value * W_dec[index]`, `[N, d_out]`.
 

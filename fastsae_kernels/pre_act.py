@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels.chunked import MIN_CHUNK
+from fastsae_kernels.dispatch import not_compiled
 
 
 class _PreActChunk(torch.autograd.Function):
@@ -34,7 +35,7 @@ def _gap(x: Tensor, W_enc_t: Tensor, b_enc: Tensor, threshold: Tensor) -> Tensor
     return torch.relu((threshold - b_enc)[:, None] - product)
 
 
-@torch.compiler.disable
+@not_compiled
 def pre_act_loss(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, decoder_norms: Tensor, dead_mask: Tensor
 ) -> Tensor:

@@ -53,7 +53,8 @@ def load_model(
         raise UsageError(_NO_TOKENIZER.format(name=name, reason="its vocabulary is empty"))
     options: dict[str, Any] = {dtype_name: target_dtype}
     options["output_loading_info"] = True
-    model, info = _loaded(name, "model", lambda: transformers.AutoModelForCausalLM.from_pretrained(location, **options))
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model, info = _loaded(name, "model", lambda: load(location, **options))
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise FastsaeError(

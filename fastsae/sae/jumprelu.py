@@ -73,7 +73,7 @@ class FusedJumpReLUSAE(SparseAutoencoder):
         super()._apply(fn, recurse)
         if self.threshold.dtype != self._wide():
             # a bf16 threshold stops learning: its steps are smaller than its rounding (SAELens #728)
-            like = {"device": self.threshold.device, "dtype": self._wide()}
+            like: dict[str, Any] = {"device": self.threshold.device, "dtype": self._wide()}
             self.threshold.grad = None
             self.threshold.data = before.to(**like)
             self.threshold.grad = None if grad is None else grad.to(**like)
