@@ -123,6 +123,11 @@ def _add_group(
     x = hidden[rows.to(hidden.device), positions.to(hidden.device)]
     if not torch.isfinite(x).all():
         model.residual(input_ids, attention_mask)  # raises, and names the layer and the share
+    if not torch.isfinite(logits.amax(-1)[attention_mask.to(logits.device)]).all():  # -inf for some tokens is fine
+        raise FastsaeError(
+            "the language model's own logits hold NaN or Inf although this layer does not: a later layer is broken. "
+            "Get the model's files again, or try --model-dtype float32"
+        )
     sae_out, acts = _reconstruct(sae, x.to(sae.device))
 
     late = positions > 0

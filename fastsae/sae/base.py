@@ -78,6 +78,8 @@ class SparseAutoencoder(nn.Module):
         return AutoencodeSpec(k=self.k, penalty=penalty)
 
     def _sae_in(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(f"x: expected last dimension d_in = {self.d_in}, got shape {tuple(x.shape)}")
         if not x.is_floating_point():
@@ -123,6 +125,8 @@ class SparseAutoencoder(nn.Module):
         """The reconstruction from dense `[..., d_sae]` or sparse activations, `[..., d_in]` or `[N, d_in]`."""
         if isinstance(acts, SparseActs):
             return kernels.decode(acts, self.W_dec, self.b_dec)
+        if acts.dim() == 0 or acts.shape[-1] != self.d_sae:
+            raise ValueError(f"acts: expected last dimension d_sae = {self.d_sae}, got shape {tuple(acts.shape)}")
         return reference.decode(acts.to(self.dtype), self.W_dec, self.b_dec)
 
     def _train_output(

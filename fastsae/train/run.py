@@ -159,12 +159,17 @@ def read_config(folder: Path) -> TrainConfig:
         raise FastsaeError(f"{path}: expected the options of a run, got a corrupt file ({error!r})") from None
 
 
+def hook_name(layer: int | None) -> str:
+    """TransformerLens' name of the residual stream after a block, which SAELens writes and reads."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
 def save_sae(output: Path, config: TrainConfig, sae: SparseAutoencoder, **metadata: Any) -> None:
     """Saves the SAE with what SAELens wants to know of its place in the model."""
     sae.save(
         output,
         model_name=config.model,
-        hook_name=f"blocks.{config.layer}.hook_resid_post",
+        hook_name=hook_name(config.layer),
         dataset_path=config.dataset,
         context_size=config.max_length,
         **metadata,
@@ -205,6 +210,9 @@ def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True)
         raise UsageError(
             f"{folder}: expected an SAE of width d_in = {pipeline.residual.d_in} as {config.model!r} has, got {sae.d_in}"
         )
+    trained_on = sae.metadata.get("hook_name")
+    if trained_on not in (None, hook_name(pipeline.residual.layer)):
+        logger.warning("this SAE was trained on %s, not on layer %d", trained_on, pipeline.residual.layer)
     return evaluate(
         sae.to(pipeline.residual.device),
         pipeline.residual,

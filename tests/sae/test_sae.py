@@ -207,6 +207,10 @@ def test_bad_calls_name_the_argument() -> None:
     x = torch.randn(3, 12)
     with pytest.raises(ValueError, match=r"x: expected last dimension d_in = 12, got shape \(3, 11\)"):
         sae(torch.randn(3, 11))
+    with pytest.raises(TypeError, match=r"x: expected a torch\.Tensor, got list"):
+        sae([1.0] * 12)
+    with pytest.raises(ValueError, match="acts: expected last dimension d_sae = 40"):
+        sae.decode(torch.randn(3, 41))
     with pytest.raises(TypeError, match="x: expected a floating-point"):
         sae(torch.ones(3, 12, dtype=torch.int64))
     with pytest.raises(ValueError, match="sparsity"):

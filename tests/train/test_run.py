@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastsae import FastsaeError, FusedJumpReLUSAE, FusedReLUSAE, SparseAutoencoder, UsageError
 from fastsae.train import checkpoint
@@ -162,6 +164,42 @@ def test_wrong_arguments_leave_no_folder(config: TrainConfig, tmp_path: Path) ->
 def test_diverging_run_names_the_step(config: TrainConfig, tmp_path: Path) -> None:
     with pytest.raises(FastsaeError, match="not finite"):
         train(replace(config, lr=1e30, clip_norm=0, normalize_decoder=False), tmp_path / "run", progress=False)
+
+
+def test_evaluating_on_another_layer_is_said(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastsae.train import run
+
+    warnings: list[str] = []
+    monkeypatch.setattr(run.logger, "warning", lambda text, *values: warnings.append(text % values))
+    FusedJumpReLUSAE(16, 32).save(tmp_path, hook_name="blocks.0.hook_resid_post")
+    evaluate_folder(tmp_path, replace(config, layer=0), progress=False)
+    assert warnings == []
+    evaluate_folder(tmp_path, replace(config, layer=1), progress=False)
+    assert len(warnings) == 1
+    assert "blocks.0.hook_resid_post" in warnings[0]
+
+
+def test_model_broken_behind_the_layer_is_reported(config: TrainConfig, tiny_model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(tiny_model, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    FusedJumpReLUSAE(16, 32).save(tmp_path / "sae")
+    with pytest.raises(FastsaeError, match="a later layer is broken"):
+        evaluate_folder(tmp_path / "sae", replace(config, model=str(broken), layer=0), progress=False)
+
+
+def test_model_files_without_some_weights_are_refused(config: TrainConfig, tiny_model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "model"
+    shutil.copytree(tiny_model, broken)
+    weights = load_file(broken / "model.safetensors")
+    del weights["model.layers.0.mlp.down_proj.weight"]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FastsaeError, match="down_proj"):
+        train(replace(config, model=str(broken)), tmp_path / "run", progress=False)
 
 
 def test_evaluate_refuses_an_sae_of_another_width(config: TrainConfig, tmp_path: Path) -> None:
