@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -17,7 +18,7 @@ from fastsae_kernels import ActivityHint, AutoencodeOutput, AutoencodeSpec, Spar
 Module = TypeVar("Module", bound="SparseAutoencoder")
 
 
-class SparseAutoencoder(nn.Module):
+class SparseAutoencoder(nn.Module, ABC):
     """Encoder, gate and decoder with SAELens' parameter names; a subclass says what the gate and the penalty are.
 
     `W_enc` is stored feature-major (`[d_sae, d_in]` in memory, viewed `[d_in, d_sae]`), which every kernel wants.
@@ -70,9 +71,9 @@ class SparseAutoencoder(nn.Module):
         """Device of the weights."""
         return self.W_enc.device
 
+    @abstractmethod
     def gate_threshold(self) -> Tensor:
         """`[d_sae]` float32, >= 0: a feature is active strictly above it."""
-        raise NotImplementedError
 
     def _spec(self, penalty: Any = "l0") -> AutoencodeSpec:
         return AutoencodeSpec(k=self.k, penalty=penalty)
@@ -109,9 +110,9 @@ class SparseAutoencoder(nn.Module):
         """
         return self._autoencode(x).sae_out
 
+    @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations as a dense tensor, `[..., d_sae]`; differentiable. Allocates what it returns."""
-        raise NotImplementedError
 
     def encode_sparse(self, x: Tensor) -> SparseActs:
         """The active features of each token, without a dense tensor; leading dimensions are flattened.
