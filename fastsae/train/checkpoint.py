@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from fastsae.errors import FastsaeError
 from fastsae.sae.files import sync, write_json, write_tensors
 
 FOLDER = "checkpoints"
-TENSORS, STATE = "tensors.safetensors", "state.json"
+TENSORS, STATE, DIGEST = "tensors.safetensors", "state.json", "sha256"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def save(run: Path, step: int, state: dict[str, Any]) -> None:
         temporary.mkdir()
         tensors, rest = flatten(state)
         write_tensors(temporary / TENSORS, tensors)
-        write_json(temporary / STATE, rest)
+        write_json(temporary / STATE, {**rest, DIGEST: digest(temporary / TENSORS)})
         if final.exists():
             shutil.rmtree(final)
         temporary.rename(final)
@@ -88,13 +89,22 @@ def load_latest(run: Path) -> dict[str, Any] | None:
         return None
     newest = found[-1]
     try:
-        tensors = load_file(newest / TENSORS)
         rest = json.loads((newest / STATE).read_text(encoding="utf-8"))
+        if not isinstance(rest, dict) or rest.pop(DIGEST, None) != digest(newest / TENSORS):
+            raise corrupt(newest, f"{TENSORS} is not the file that {STATE} describes")
+        tensors = load_file(newest / TENSORS)
     except (OSError, SafetensorError, ValueError) as error:
         raise corrupt(newest, error) from None
-    if not isinstance(rest, dict):
-        raise corrupt(newest, f"{STATE} holds a {type(rest).__name__}")
     return unflatten(tensors, rest)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file: safetensors notices a missing end, but not a flipped byte."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            found.update(block)
+    return found.hexdigest()
 
 
 def corrupt(place: Path, reason: object) -> FastsaeError:

@@ -6,7 +6,7 @@ import json
 import logging
 import platform
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from fastsae.data.buffer import MixingBuffer, activation_stream
+from fastsae.data.sequencing import FastSequencer
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate import Evaluation, evaluate, write_report
 from fastsae.sae import SparseAutoencoder
@@ -54,57 +55,66 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
     saved = checkpoint.load_latest(output) if resume else None
     pipeline = build_pipeline(config)
     config = replace(config, layer=pipeline.residual.layer)
-    device = pipeline.residual.device
-    sae = build_sae(config, pipeline.residual.d_in, device)
-    sequencer = pipeline.sequencer(config)
-    stream = activation_stream(pipeline.residual, sequencer, config.drop_first_position)
-    buffer = MixingBuffer(stream, config.buffer_tokens, config.batch_size, config.seed, device)
-    trainer = Trainer(sae, buffer, config)
-    seconds_before = 0.0
+    parts = _Parts.build(config, pipeline)
     if saved is not None:
-        try:
-            sequencer.load_state_dict(saved["sequencer"])
-            buffer.load_state_dict(saved["buffer"])
-            trainer.load_state_dict(saved["trainer"])
-            seconds_before = saved["seconds"]
-        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-            raise checkpoint.corrupt(output / checkpoint.FOLDER, repr(error)) from None
+        seconds_before = parts.restore(saved, output)
     else:
-        trainer.initialize(buffer.sample(SAMPLE))
+        seconds_before = 0.0
+        logger.info("filling the buffer with the activations of %d tokens", config.buffer_tokens)
+        parts.trainer.initialize(parts.buffer.sample(SAMPLE))
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / CONFIG_FILE, described(config))
 
-    def save_checkpoint() -> None:
-        state = {
-            "sequencer": sequencer.state_dict(),
-            "buffer": buffer.state_dict(),
-            "trainer": trainer.state_dict(),
-            "seconds": seconds_before + time.perf_counter() - started,
-        }
-        checkpoint.save(output, trainer.step, state)
+    def seconds() -> float:
+        return seconds_before + time.perf_counter() - started
 
-    _run_with_bar(trainer, save_checkpoint, progress)
-    sae.fold_activation_scale_(trainer.scale)
+    _run_with_bar(parts.trainer, lambda: parts.save(output, seconds()), progress)
+    sae = parts.trainer.sae
+    sae.fold_activation_scale_(parts.trainer.scale)
     save_sae(output, config, sae)  # before the evaluation, which can fail
-    result = evaluate(
-        sae,
-        pipeline.residual,
-        pipeline.tokenizer,
-        pipeline.held_out_batches(config),
-        special_ids=pipeline.special_ids,
-        progress=progress,
-    )
-    if sequencer.dropped:
-        logger.warning("the chat template refused %d dialogues of the last pass over the data", sequencer.dropped)
+    result = evaluate_sae(sae, config, pipeline, progress=progress)
+    dropped = parts.sequencer.dropped
+    if dropped:
+        logger.warning("the chat template refused %d dialogues of the last pass over the data", dropped)
     metrics = {
         **result.metrics,
-        "dialogues_dropped": sequencer.dropped,
-        "seconds": seconds_before + time.perf_counter() - started,
-        "tokens": trainer.step * config.batch_size,
+        "tokens": config.steps * config.batch_size,
         "tokens_evaluated": result.metrics["tokens"],
+        "dialogues_dropped": dropped,
+        "seconds": seconds(),
     }
-    write_run(output, config, sae, trainer, result, metrics)
+    write_run(output, config, sae, parts.trainer, result, metrics)
     return metrics
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The parts of a run that move from step to step, saved and restored together."""
+
+    sequencer: FastSequencer
+    buffer: MixingBuffer
+    trainer: Trainer
+
+    @classmethod
+    def build(cls, config: TrainConfig, pipeline: Pipeline) -> _Parts:
+        device = pipeline.residual.device
+        sequencer = pipeline.sequencer(config)
+        stream = activation_stream(pipeline.residual, sequencer, config.drop_first_position)
+        buffer = MixingBuffer(stream, config.buffer_tokens, config.batch_size, config.seed, device)
+        return cls(sequencer, buffer, Trainer(build_sae(config, pipeline.residual.d_in, device), buffer, config))
+
+    def save(self, output: Path, seconds: float) -> None:
+        state = {name: getattr(self, name).state_dict() for name in ("sequencer", "buffer", "trainer")}
+        checkpoint.save(output, self.trainer.step, {**state, "seconds": seconds})
+
+    def restore(self, saved: dict[str, Any], output: Path) -> float:
+        """Goes on where `saved` was taken; returns the seconds that the run had taken until then."""
+        try:
+            for name in ("sequencer", "buffer", "trainer"):
+                getattr(self, name).load_state_dict(saved[name])
+            return float(saved["seconds"])
+        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise checkpoint.corrupt(output / checkpoint.FOLDER, repr(error)) from None
 
 
 def _run_with_bar(trainer: Trainer, save_checkpoint: Any, progress: bool) -> None:
@@ -213,8 +223,13 @@ def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True)
     trained_on = sae.metadata.get("hook_name")
     if trained_on not in (None, hook_name(pipeline.residual.layer)):
         logger.warning("this SAE was trained on %s, not on layer %d", trained_on, pipeline.residual.layer)
+    return evaluate_sae(sae.to(pipeline.residual.device), config, pipeline, progress=progress)
+
+
+def evaluate_sae(sae: SparseAutoencoder, config: TrainConfig, pipeline: Pipeline, *, progress: bool) -> Evaluation:
+    """Evaluates an SAE on the held-out dialogues of a pipeline."""
     return evaluate(
-        sae.to(pipeline.residual.device),
+        sae,
         pipeline.residual,
         pipeline.tokenizer,
         pipeline.held_out_batches(config),

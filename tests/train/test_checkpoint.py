@@ -71,6 +71,16 @@ def test_truncated_checkpoint_is_reported(tmp_path: Path, name: str, keep: float
         checkpoint.load_latest(tmp_path)
 
 
+def test_flipped_byte_is_reported(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, STATE)
+    path = tmp_path / checkpoint.FOLDER / "step-000000001" / checkpoint.TENSORS
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(FastsaeError, match="corrupt"):
+        checkpoint.load_latest(tmp_path)
+
+
 @pytest.mark.parametrize("content", ["[]", "3"])
 def test_state_that_is_no_object_is_reported(tmp_path: Path, content: str) -> None:
     checkpoint.save(tmp_path, 1, STATE)
