@@ -32,6 +32,14 @@ def _sparse_backend(x: Tensor) -> Any:
     return _gpu() if x.is_cuda or backend_of(x) == "triton" else cpu
 
 
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as a linear layer would take them; thresholds are never cast."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(device_type)) for tensor in tensors)
+
+
 class _Autoencode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
@@ -138,13 +146,14 @@ def autoencode(
         TypeError: Mixed or unsupported dtypes.
 
     Numerics:
-        Products run in the dtype of their arguments (autocast is off inside) and accumulate in fp32; gates compare in
-        fp32; gradients are returned in each parameter's dtype. On a CPU the result is
+        Products run in the dtype of the arguments, under `torch.autocast` in its dtype, and accumulate in fp32; gates
+        compare in fp32; gradients are returned in each parameter's dtype. On a CPU the result is
         deterministic. Gradients of `threshold` are straight-through estimates.
 
     Source:
         Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
+    x, W_enc, b_enc, W_dec, b_dec = _autocast(x, W_enc, b_enc, W_dec, b_dec)
     check_encode(x, W_enc, b_enc, threshold, spec.k)
     check_decode(W_enc.shape[1], x.dtype, x.device, W_dec, b_dec)
     check_feature_scale(feature_scale, threshold)
@@ -229,6 +238,7 @@ def encode(
         Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
     AutoencodeSpec(bandwidth=bandwidth, k=k)
+    x, W_enc, b_enc = _autocast(x, W_enc, b_enc)
     check_encode(x, W_enc, b_enc, threshold, k)
     if x.dim() != 2:
         raise ValueError(f"x: expected two dimensions [n_tokens, d_in], got shape {tuple(x.shape)}")
@@ -272,6 +282,8 @@ def decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tens
     Numerics:
         Accumulates in fp32, returns the dtype of `W_dec`; deterministic.
     """
+    W_dec, *bias = _autocast(W_dec, *([] if b_dec is None else [b_dec]))
+    b_dec = bias[0] if bias else None
     check_decode(acts.shape[1], W_dec.dtype, acts.device, W_dec, b_dec)
     detached = replace(acts, values=acts.values.detach())
     out: Tensor = _Decode.apply(acts.values, W_dec, b_dec, detached)

@@ -64,7 +64,8 @@ def pre_act_loss(
     dead = dead_mask.nonzero().squeeze(1)
     total = threshold.new_zeros(())
     W_enc_t = W_enc.t()
-    for ids in dead.split(MIN_CHUNK * 8):
-        chunk = (W_enc_t[ids], b_enc[ids], threshold[ids], decoder_norms[ids])
-        total = total + _PreActChunk.apply(x, *chunk)
+    with torch.autocast(x.device.type, enabled=False):  # else the products would differ between forward and backward
+        for ids in dead.split(MIN_CHUNK * 8):
+            chunk = (W_enc_t[ids], b_enc[ids], threshold[ids], decoder_norms[ids])
+            total = total + _PreActChunk.apply(x, *chunk)
     return total / max(1, x.shape[0])

@@ -83,7 +83,7 @@ class TrainConfig:
     dead_tokens: int = option(200_000, "training", "a feature silent for this many tokens is dead")
     pre_act_loss_coefficient: float = option(0.0, "training", "pull of dead features back to their threshold")
     dtype: Literal["float32", "bfloat16"] = option(
-        "float32", "training", "of the SAE's weights; bfloat16 loses updates at small rates"
+        "float32", "training", "of the SAE's products; the weights stay float32"
     )
 
     buffer_tokens: int = option(131_072, "running", "activations held and mixed")

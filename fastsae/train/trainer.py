@@ -28,7 +28,6 @@ def build_sae(config: TrainConfig, d_in: int, device: torch.device) -> SparseAut
     shared: dict[str, Any] = {
         "k": config.k,
         "apply_b_dec_to_input": config.apply_b_dec_to_input,
-        "dtype": getattr(torch, config.dtype),
         "device": device,
     }
     if config.architecture == "relu":
@@ -56,7 +55,7 @@ class Trainer:
         self.sae, self.batches, self.config = sae, batches, config
         self.step, self.scale = 0, 1.0
         self.optimizer = torch.optim.Adam(
-            sae.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=sae.dtype == torch.float32
+            sae.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True
         )
         self.silent_tokens = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
         self.dead_mask: Tensor | None = None
@@ -95,7 +94,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, config)
         x = batch.acts.to(sae.device, sae.dtype) * self.scale
-        output = self._forward(x, sparsity_share(self.step, config))
+        with torch.autocast(sae.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            output = self._forward(x, sparsity_share(self.step, config))
         self.optimizer.zero_grad(set_to_none=True)
         output.loss.backward()
         if config.normalize_decoder:

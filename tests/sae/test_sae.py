@@ -17,6 +17,7 @@ from torch import nn
 import fastsae_kernels as kernels
 from fastsae import FusedJumpReLUSAE, FusedReLUSAE, SparseAutoencoder
 from fastsae_kernels import reference
+from fastsae_kernels.dispatch import Backend
 
 CLASSES = [FusedJumpReLUSAE, FusedReLUSAE]
 
@@ -266,12 +267,23 @@ def test_sparse_activations_are_freed_without_the_garbage_collector() -> None:
         gc.enable()
 
 
-def test_autocast_does_not_change_the_ops() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "dense"])
+def test_autocast_is_the_same_as_narrow_weights(backend: Backend) -> None:
     sae, x = randomised(FusedJumpReLUSAE), torch.randn(30, 12)
-    expected = sae(x)
-    for backend in ("cpu", "dense"):
-        with torch.autocast("cpu", torch.bfloat16), kernels.use_backend(backend):  # type: ignore[arg-type]
-            torch.testing.assert_close(sae(x), expected)
+    narrow = copy.deepcopy(sae).to(torch.bfloat16)
+    with kernels.use_backend(backend):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = sae.training_forward(x)
+            sparse = sae.decode(sae.encode_sparse(x))
+        expected = narrow.training_forward(x)
+    assert output.sae_out.dtype == torch.bfloat16
+    assert torch.equal(output.sae_out, expected.sae_out)
+    torch.testing.assert_close(sparse, expected.sae_out)
+    output.loss.backward()
+    expected.loss.backward()
+    for name, parameter in sae.named_parameters():
+        assert parameter.grad.dtype == torch.float32  # for fp32 weights, which small updates do not vanish in
+        torch.testing.assert_close(parameter.grad, narrow.get_parameter(name).grad.float(), rtol=2e-2, atol=2e-2)
 
 
 def test_torch_compile_runs() -> None:

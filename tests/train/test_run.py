@@ -147,6 +147,14 @@ def test_relu_architecture(config: TrainConfig, tmp_path: Path) -> None:
     assert isinstance(SparseAutoencoder.load(tmp_path / "run"), FusedReLUSAE)
 
 
+def test_bf16_products_keep_fp32_weights(config: TrainConfig, tmp_path: Path) -> None:
+    wide = train(config, tmp_path / "wide", progress=False)
+    narrow = train(replace(config, dtype="bfloat16"), tmp_path / "narrow", progress=False)
+    assert SparseAutoencoder.load(tmp_path / "narrow").dtype == torch.float32
+    assert narrow["fvu"] == pytest.approx(wide["fvu"], rel=0.05)
+    assert narrow["fvu"] != wide["fvu"]
+
+
 def test_existing_output_is_kept(config: TrainConfig, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("data")
     with pytest.raises(UsageError, match="--output"):
