@@ -126,9 +126,8 @@ HOSTILE = {
     "huge values": replace(
         make(), x=make().x * 1e21, W_enc=make().W_enc.bfloat16().float(), grad_out=make().grad_out * 1e-9
     ),
-    "bias far above the product": replace(
-        make(), x=make().x * 1e-3, b_enc=make().threshold * (1 + 1e-6 * torch.randn(83))
-    ),
+    # the gate then hangs on the product alone; few enough lie within rounding of 0 for counts to be exact
+    "bias at the threshold": replace(make(), x=make().x * 0.1, b_enc=make().threshold),
     "large values": replace(make(), x=make().x * 1e15, grad_out=make().grad_out * 1e-3),
     "one large row": replace(make(), x=make().x * (1 + 1e6 * (torch.arange(37) == 5))[:, None]),
     "wide window": make(spec=AutoencodeSpec(bandwidth=50.0)),
