@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,6 @@ from fastsae.sae.files import sync, write_json, write_tensors
 
 FOLDER = "checkpoints"
 TENSORS, STATE, DIGEST = "tensors.safetensors", "state.json", "sha256"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """All that a run needs to go on: `tensors` by dotted name, `state` of plain JSON values."""
-
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,7 +12,8 @@ Cauchy-Schwarz
 so a bf16 product with that margin added can only admit too many candidates, never miss one. Margin, bias and threshold
 ride along as extra columns of the product, hence a candidate is an element whose sign is positive, and rounding never
 changes a sign. Candidates are then scored again in fp32. Unlike a statistical margin this bound is rigorous, yet it is
-small: at d_in = 768 it is 0.06 standard deviations of random pre-activations, 15-20 % more candidates than needed.
+small: at d_in = 768 it is 0.1 standard deviations of random pre-activations, a third more candidates than needed at
+0.5 % density (measured).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fastsae_kernels.sparse_acts import FeatureMajor, SparseActs, topk_mask
 SCRATCH_ELEMENTS = 2**21  # of a chunk's product: 4 to 8 MB, which stays in a server core's share of L2 and L3
 RESCORE_MARGIN_COLUMNS = 4
 RESCORE_MIN_ELEMENTS = 2**14  # of a chunk's product; below, the second score costs more than the faster product saves
+PRUNE_SLACK = 2**16  # entries beyond 8 k per token before the top k of each are taken
 UNDERFLOW = 2.0**-120  # added to the margin: bf16 units flush what is smaller to zero
 OVERFLOW = 2.0**120  # of a product; beyond, sums of intermediate terms may reach Inf
 WORD = 8  # bytes of mask looked at together
@@ -212,7 +214,8 @@ class _Entries:
     def __init__(self, n_tokens: int, k: int | None) -> None:
         self.n_tokens, self.k, self.count = n_tokens, k, 0
         self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.prune_at = 0 if k is None else 8 * n_tokens * k + 2**16
+        self.prune_at = 0 if k is None else 8 * n_tokens * k + PRUNE_SLACK
+        self.truncated = torch.zeros(n_tokens, dtype=torch.bool)  # rows that have lost active entries
 
     def append(self, features: Tensor, tokens: Tensor, values: Tensor) -> None:
         self.parts.append((features, tokens, values))
@@ -224,8 +227,7 @@ class _Entries:
     def _merge(self) -> tuple[Tensor, Tensor, Tensor]:
         if len(self.parts) > 1:
             features, tokens, values = zip(*self.parts, strict=True)
-            self.parts = []
-            self.parts.append((torch.cat(features), torch.cat(tokens), torch.cat(values)))
+            self.parts = [(torch.cat(features), torch.cat(tokens), torch.cat(values))]
         return self.parts[0]
 
     def _prune(self, k: int) -> None:
@@ -233,6 +235,9 @@ class _Entries:
         rows, order = torch.sort(tokens, stable=True)
         keep = torch.empty(tokens.numel(), dtype=torch.bool)
         keep[order] = topk_mask(rows.long(), values[order], row_offsets_of(rows, self.n_tokens), k)
+        self.truncated[tokens[(values > 0) & ~keep].long()] = True
+        # a row cut by an earlier call holds k active entries by now and looks whole to topk_mask
+        keep &= (values > 0) | ~self.truncated[tokens.long()]
         self.parts = [(features[keep], tokens[keep], values[keep])]
         self.count = int(keep.sum())
 

@@ -33,6 +33,7 @@ def scoring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(cpu_encode_module, "has_fast_bf16", lambda: rescored)
     monkeypatch.setattr(cpu_encode_module, "RESCORE_MIN_ELEMENTS", 0)
     monkeypatch.setattr(cpu_encode_module, "SCRATCH_ELEMENTS", 1)  # several chunks even on small problems
+    monkeypatch.setattr(cpu_encode_module, "PRUNE_SLACK", -(2**20))  # and the top k taken between them
     return str(request.param)
 
 
