@@ -78,10 +78,15 @@ def hidden_pre(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
     return x @ W_enc + b_enc
 
 
-def topk_keep(acts: Tensor, k: int | None) -> Tensor:
-    """`[N, d_sae]` bool: True everywhere in rows with at most `k` active entries, else on the `k` largest (ties: lower index)."""
+def topk_keep(acts: Tensor, k: int | None, batch_topk: bool = False) -> Tensor:
+    """`[N, d_sae]` bool: True everywhere in rows with at most `k` active entries, else on the `k` largest (ties: lower index).
+
+    With `batch_topk` the whole batch is one row with room for `k * N` entries, so that ties go to the lower token first.
+    """
     if k is None:
         return torch.ones_like(acts, dtype=torch.bool)
+    if batch_topk:
+        return topk_keep(acts.reshape(1, -1), k * acts.shape[0]).view_as(acts)
     order = torch.argsort(acts, dim=-1, descending=True, stable=True)
     keep = torch.zeros_like(acts, dtype=torch.bool).scatter_(-1, order[..., :k], True)
     return keep | ((acts > 0).sum(-1, keepdim=True) <= k)
@@ -95,11 +100,12 @@ def encode(
     *,
     bandwidth: float = 0.0,
     k: int | None = None,
+    batch_topk: bool = False,
     ste_to_input: bool = False,
 ) -> Tensor:
     """Dense feature activations, `JumpReLU(x @ W_enc + b_enc)` then top-k, `[N, d_sae]`."""
     acts: Tensor = JumpReLU.apply(hidden_pre(x, W_enc, b_enc), threshold, bandwidth, ste_to_input)
-    return acts * topk_keep(acts.detach(), k)
+    return acts * topk_keep(acts.detach(), k, batch_topk)
 
 
 def decode(feature_acts: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
@@ -152,7 +158,7 @@ def autoencode(
     """
     pre = hidden_pre(x, W_enc, b_enc)
     acts: Tensor = JumpReLU.apply(pre, threshold, spec.bandwidth, spec.ste_to_input)
-    keep = topk_keep(acts.detach(), spec.k)
+    keep = topk_keep(acts.detach(), spec.k, spec.batch_topk)
     acts = acts * keep
     if spec.penalty == "l0":
         step: Tensor = Step.apply(pre, threshold, spec.bandwidth, spec.ste_to_input)

@@ -17,6 +17,7 @@ class AutoencodeSpec:
         bandwidth: Width of the straight-through window around the threshold, in activation units; 0 means no window
             (a plain ReLU or a frozen threshold).
         k: At most the `k` largest active features of a token survive; None keeps every active one.
+        batch_topk: `k` is an average: the `k * N` largest active entries of the whole batch survive (BatchTopK).
         penalty: The sparsity term per token: `l0` counts active features (straight-through gradient), `l1` sums
             `feature_acts * feature_scale`, `tanh` sums `tanh(tanh_scale * feature_acts * feature_scale)`.
         tanh_scale: Slope of the `tanh` penalty.
@@ -29,6 +30,7 @@ class AutoencodeSpec:
 
     bandwidth: float = 0.0
     k: int | None = None
+    batch_topk: bool = False
     penalty: Penalty = "l0"
     tanh_scale: float = 4.0
     ste_to_input: bool = False
@@ -38,6 +40,8 @@ class AutoencodeSpec:
             raise ValueError(f"bandwidth: expected a finite number >= 0, got {self.bandwidth}")
         if self.k is not None and self.k < 1:
             raise ValueError(f"k: expected None or an integer >= 1, got {self.k}")
+        if self.batch_topk and self.k is None:
+            raise ValueError("k: expected an integer >= 1 with batch_topk, got None")
         if self.penalty not in get_args(Penalty):
             raise ValueError(f"penalty: expected one of {', '.join(get_args(Penalty))}, got {self.penalty!r}")
         if not (math.isfinite(self.tanh_scale) and self.tanh_scale > 0):

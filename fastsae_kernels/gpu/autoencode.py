@@ -16,7 +16,7 @@ from torch import Tensor
 from fastsae_kernels.gpu.backward import entry_grads, feature_order, feature_sums
 from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.decode import decode_into, row_stats
-from fastsae_kernels.gpu.encode import list_entries, padded_offsets
+from fastsae_kernels.gpu.encode import list_all_entries, padded_offsets
 from fastsae_kernels.gpu.overflow import Overflow, overflow_rows
 from fastsae_kernels.gpu.overflow_features import overflow_features
 from fastsae_kernels.gpu.topk import MAX_SORT, flag_rows, resolve_overflow_topk, sort_rows
@@ -84,7 +84,7 @@ def autoencode_forward(
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
     capacity = min(max(capacity, spec.k or 1, 1), d_sae, MAX_SORT)
     row_offsets = padded_offsets(n_tokens, capacity, x.device)
-    listed, entries = list_entries(x, W_enc, b_enc, threshold, row_offsets, n_tokens * capacity, spec.bandwidth)
+    listed, entries = list_all_entries(x, W_enc, b_enc, threshold, row_offsets, n_tokens * capacity, spec.bandwidth)
     counts = listed
     if spec.k is not None and capacity < d_sae and n_tokens > 0:
         counts = listed.clone()

@@ -31,7 +31,7 @@ from fastsae_kernels.sparse_acts import SparseActs
 DEFAULT_CAPACITY = 256
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
+@triton.jit(do_not_specialize=["n_tokens", "first_feature"])
 def _encode_kernel(
     # inputs
     x_ptr,  # [B, D]
@@ -39,11 +39,13 @@ def _encode_kernel(
     b_enc_ptr,  # [S]
     threshold_ptr,  # [S] fp32
     row_ends_ptr,  # [B] int32: where the span of each row ends
+    bounds_ptr,  # [B] fp32 or None: smaller entries of a row are left out; where positive, its window too
     # outputs
     cursors_ptr,  # [B] int32: where each span starts; moves on by every entry, also those that find no slot
     entries_ptr,  # [nnz] int64: index and bits of the value
     # scalars and sizes
     half_bandwidth,
+    first_feature,  # index of the first column of W_enc
     n_tokens,
     d_in,
     d_sae,
@@ -82,62 +84,88 @@ def _encode_kernel(
     unordered = hidden_pre != hidden_pre
     listed = (active | window | unordered) & (offs_b < n_tokens)[:, None] & (offs_s < d_sae)[None, :]
     value = tl.where(active | unordered, hidden_pre, 0.0)
+    if bounds_ptr is not None:
+        listed = listed & ~(value < tl.load(bounds_ptr + rows)[:, None])  # not >=: NaN stays
 
     cursors = cursors_ptr + rows[:, None] + tl.zeros((BLOCK_B, BLOCK_S), dtype=tl.int32)
     slot = tl.atomic_add(cursors, 1, mask=listed, sem="relaxed")
     fits = listed & (slot < tl.load(row_ends_ptr + rows)[:, None])
-    tl.store(entries_ptr + slot, pack_entry(columns[None, :], value), mask=fits)
+    tl.store(entries_ptr + slot, pack_entry(first_feature + columns[None, :], value), mask=fits)
 
 
 def list_entries(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, row_offsets: Tensor, nnz: int, bandwidth: float
-) -> tuple[Tensor, Tensor]:
-    """Entries of every row inside its span, in any order.
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    cursors: Tensor,
+    row_ends: Tensor,
+    entries: Tensor,
+    *,
+    bandwidth: float = 0.0,
+    bounds: Tensor | None = None,
+    first_feature: int = 0,
+    precision: str = "ieee",
+) -> None:
+    """Append the entries of a range of features to every row's span, in any order.
 
     Args:
-        x, W_enc, b_enc, threshold, bandwidth: As in `encode`.
-        row_offsets: `[N + 1]` int32, where the spans start and end.
-        nnz: The last of them.
-
-    Returns:
-        `counts [N]` int32, also of entries that found no slot, and `entries [nnz]` int64 (see `topk.pack_entry`).
+        x: `[N, d_in]`; fp32, bf16 or fp16. Strides are free, here and below.
+        W_enc, b_enc, threshold: `[d_in, S]`, `[S]`, `[S]` of that range, the last two contiguous, the last fp32.
+        cursors: `[N]` int32, the next slot of each row; moves on by every entry, also those that find no slot.
+        row_ends: `[N]` int32, where the span of each row ends.
+        entries: `[nnz]` int64, see `tiles.pack_entry`.
+        bandwidth: Width of the straight-through window.
+        bounds: `[N]` fp32 >= 0 or None: entries with a smaller value are left out, hence the window's where it is positive.
+        first_feature: Index of the first feature of the range.
+        precision: `input_precision` of fp32 products: `ieee`, `tf32x3` or `tf32`.
 
     Raises:
         TypeError: x is fp64.
-        ValueError: 2^31 entries or more.
+        ValueError: A cursor could pass 2^31.
     """
     if x.dtype == torch.float64:
         raise TypeError("x: expected float32, bfloat16 or float16 on the Triton path, got float64")
-    if nnz + W_enc.shape[1] >= 2**31:  # a cursor may run d_sae past the last span
-        raise ValueError(f"x: expected fewer than 2**31 entries in one call, got {nnz}; split the tokens")
     n_tokens, d_in = x.shape
     d_sae = W_enc.shape[1]
-    cursors = row_offsets[:-1].clone()
-    entries = torch.empty(nnz, dtype=torch.int64, device=x.device)
+    if entries.numel() + first_feature + d_sae >= 2**31:  # a cursor may run that far past the last span
+        raise ValueError(f"x: expected fewer than 2**31 entries in one call, got {entries.numel()}; split the tokens")
+    if n_tokens == 0:
+        return
     config = launch_config("encode", x)
     config = launch_config("encode", x, odd=d_in % config["BLOCK_D"] != 0)
     grid = (triton.cdiv(n_tokens, config["BLOCK_B"]) * triton.cdiv(d_sae, config["BLOCK_S"]),)
-    if n_tokens > 0:
-        _encode_kernel[grid](
-            x_ptr=x,
-            W_enc_ptr=W_enc,
-            b_enc_ptr=b_enc,
-            threshold_ptr=threshold,
-            row_ends_ptr=row_offsets[1:],
-            cursors_ptr=cursors,
-            entries_ptr=entries,
-            half_bandwidth=bandwidth / 2,
-            n_tokens=n_tokens,
-            d_in=d_in,
-            d_sae=d_sae,
-            stride_xb=x.stride(0),
-            stride_xd=x.stride(1),
-            stride_wd=W_enc.stride(0),
-            stride_ws=W_enc.stride(1),
-            PRECISION="ieee",
-            EVEN_D=d_in % config["BLOCK_D"] == 0,
-            **config,
-        )
+    _encode_kernel[grid](
+        x_ptr=x,
+        W_enc_ptr=W_enc,
+        b_enc_ptr=b_enc,
+        threshold_ptr=threshold,
+        row_ends_ptr=row_ends,
+        bounds_ptr=bounds,
+        cursors_ptr=cursors,
+        entries_ptr=entries,
+        half_bandwidth=bandwidth / 2,
+        first_feature=first_feature,
+        n_tokens=n_tokens,
+        d_in=d_in,
+        d_sae=d_sae,
+        stride_xb=x.stride(0),
+        stride_xd=x.stride(1),
+        stride_wd=W_enc.stride(0),
+        stride_ws=W_enc.stride(1),
+        PRECISION=precision,
+        EVEN_D=d_in % config["BLOCK_D"] == 0,
+        **config,
+    )
+
+
+def list_all_entries(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, row_offsets: Tensor, nnz: int, bandwidth: float
+) -> tuple[Tensor, Tensor]:
+    """`counts [N]` int32, entries that found no slot included, and `entries [nnz]` int64, over spans `row_offsets`."""
+    cursors = row_offsets[:-1].clone()
+    entries = torch.empty(nnz, dtype=torch.int64, device=x.device)
+    list_entries(x, W_enc, b_enc, threshold, cursors, row_offsets[1:], entries, bandwidth=bandwidth)
     return cursors - row_offsets[:-1], entries
 
 
@@ -179,11 +207,11 @@ def encode(
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
     capacity = min(max(DEFAULT_CAPACITY, k or 0), d_sae, MAX_SORT)
     row_offsets = padded_offsets(n_tokens, capacity, x.device)
-    counts, entries = list_entries(x, W_enc, b_enc, threshold, row_offsets, n_tokens * capacity, bandwidth)
+    counts, entries = list_all_entries(x, W_enc, b_enc, threshold, row_offsets, n_tokens * capacity, bandwidth)
     longest, nnz = torch.stack((counts.max().long(), counts.sum())).tolist() if n_tokens else (0, 0)
     if longest <= capacity:
         return sort_rows(counts, entries, row_offsets, (n_tokens, d_sae), k)
     row_offsets = torch.zeros_like(row_offsets)
     row_offsets[1:] = counts.cumsum(0)
-    _, entries = list_entries(x, W_enc, b_enc, threshold, row_offsets, nnz, bandwidth)
+    _, entries = list_all_entries(x, W_enc, b_enc, threshold, row_offsets, nnz, bandwidth)
     return sort_packed(entries, row_offsets, (n_tokens, d_sae), k)
