@@ -19,6 +19,7 @@ class AutoencodeOutput(NamedTuple):
     l0: Tensor  # [N] int64, active features of each token
     feature_counts: Tensor  # [d_sae] int64, tokens on which each feature is active
     acts: SparseActs | None  # the entries; None where none were kept for the caller
+    min_active: Tensor | None = None  # [] fp32, the smallest surviving activation, inf without one; BatchTopK only
 
 
 class AutoencodeNeeds(NamedTuple):

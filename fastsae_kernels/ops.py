@@ -48,7 +48,7 @@ class _Autoencode(torch.autograd.Function):
         output, ctx.saved_by_gpu = _run_forward(tensors, spec, hint)
         ctx.spec, ctx.acts = spec, output.acts
         ctx.save_for_backward(x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale)
-        ctx.mark_non_differentiable(output.l0, output.feature_counts)
+        ctx.mark_non_differentiable(output.l0, output.feature_counts, *_given(output.min_active))
         return tuple(output)
 
     @staticmethod
@@ -66,6 +66,10 @@ class _Autoencode(torch.autograd.Function):
         else:
             grads = chunked.autoencode_backward(x, W_enc, b_enc, *shared)
         return (*_in_dtype_of(grads, ctx.saved_tensors), None, None)
+
+
+def _given(tensor: Tensor | None) -> tuple[Tensor, ...]:
+    return () if tensor is None else (tensor,)
 
 
 def _in_dtype_of(grads: AutoencodeGrads, inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:

@@ -42,6 +42,8 @@ class AutoencodeSpec:
             raise ValueError(f"k: expected None or an integer >= 1, got {self.k}")
         if self.batch_topk and self.k is None:
             raise ValueError("k: expected an integer >= 1 with batch_topk, got None")
+        if self.batch_topk and self.bandwidth:
+            raise ValueError(f"bandwidth: expected 0 with batch_topk, whose threshold is not trained, got {self.bandwidth}")
         if self.penalty not in get_args(Penalty):
             raise ValueError(f"penalty: expected one of {', '.join(get_args(Penalty))}, got {self.penalty!r}")
         if not (math.isfinite(self.tanh_scale) and self.tanh_scale > 0):

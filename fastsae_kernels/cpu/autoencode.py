@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels.cpu.backward import (
+    by_feature,
     feature_ids,
     grad_input,
     grad_of_acts,
@@ -33,22 +34,32 @@ def autoencode_forward(
     max_entries: int | None,
 ) -> AutoencodeOutput | None:
     """`reference.autoencode` over the entries alone; None where there are more than `max_entries` of them."""
-    acts = encode(x, W_enc, b_enc, threshold, bandwidth=spec.bandwidth, k=spec.k, max_entries=max_entries)
+    acts = encode(
+        x,
+        W_enc,
+        b_enc,
+        threshold,
+        bandwidth=spec.bandwidth,
+        k=spec.k,
+        batch_topk=spec.batch_topk,
+        max_entries=max_entries,
+    )
     if acts is None:
         return None
-    assert acts.feature_major is not None  # the encoder always provides it
-    offsets, tokens, values = acts.feature_major
+    offsets, tokens, values = by_feature(acts)
     features = feature_ids(offsets)
     active = values > 0
     scale = None if feature_scale is None else feature_scale[features]
     terms = penalty_terms(values, scale, spec)
     n_tokens, d_sae = acts.shape
+    smallest = values.new_full((), float("inf")) if values.numel() == 0 else values.min()
     return AutoencodeOutput(
         sae_out=decode(acts, W_dec, b_dec),
         penalty=terms.new_zeros(n_tokens).index_add_(0, tokens, terms),
         l0=torch.zeros(n_tokens, dtype=torch.int64).index_add_(0, tokens, active.long()),
         feature_counts=torch.zeros(d_sae, dtype=torch.int64).index_add_(0, features, active.long()),
         acts=acts,
+        min_active=smallest if spec.batch_topk else None,
     )
 
 
@@ -65,8 +76,7 @@ def autoencode_backward(
     needs: AutoencodeNeeds,
 ) -> AutoencodeGrads:
     """Every gradient of `autoencode_forward` from its entries."""
-    assert acts.feature_major is not None
-    entries = acts.feature_major
+    entries = by_feature(acts)
     values, d_sae = entries.values, acts.shape[1]
     features = feature_ids(entries.offsets)
     theta = threshold[features]

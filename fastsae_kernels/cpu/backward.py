@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels.cpu.decode import gather_sum
-from fastsae_kernels.cpu.encode import SCRATCH_ELEMENTS, sampled_dot
+from fastsae_kernels.cpu.product import SCRATCH_ELEMENTS, sampled_dot
 from fastsae_kernels.sparse_acts import FeatureMajor, SparseActs
 
 

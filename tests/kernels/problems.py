@@ -84,7 +84,7 @@ def make(
 def on_the_edges(spec: AutoencodeSpec) -> Problem:
     """Exact small integers: every pre-activation is exact, and many sit on the threshold and on both window edges."""
     g = torch.Generator().manual_seed(1)
-    problem = make(64, 8, 40, spec=replace(spec, bandwidth=2.0))
+    problem = make(64, 8, 40, spec=spec if spec.batch_topk else replace(spec, bandwidth=2.0))
 
     def integers(shape: torch.Size, low: int, high: int) -> Tensor:
         return torch.randint(low, high, shape, generator=g).float()
@@ -142,6 +142,10 @@ SPECS = {
     "tanh, ste to input": AutoencodeSpec(bandwidth=0.3, penalty="tanh", ste_to_input=True),
     "top-3": AutoencodeSpec(bandwidth=0.3, k=3),
     "top-1, l1": AutoencodeSpec(penalty="l1", k=1),
+    "top-5 of everything": AutoencodeSpec(k=5),
+    "batch top-3": AutoencodeSpec(k=3, batch_topk=True),
+    "batch top-2, tanh": AutoencodeSpec(k=2, batch_topk=True, penalty="tanh"),
+    "batch top-k never reached": AutoencodeSpec(k=70, batch_topk=True),
     "top-k never reached": AutoencodeSpec(bandwidth=0.3, k=60),
 }
 

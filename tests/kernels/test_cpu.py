@@ -11,10 +11,13 @@ import torch
 
 import fastsae_kernels as kernels
 from fastsae_kernels import AutoencodeSpec
-from fastsae_kernels.cpu.encode import has_fast_bf16
+from fastsae_kernels.cpu.product import has_fast_bf16
 from fastsae_kernels.dispatch import Backend
 
-cpu_encode_module = importlib.import_module("fastsae_kernels.cpu.encode")  # the package's `encode` is the function
+cpu_product = importlib.import_module("fastsae_kernels.cpu.product")
+cpu_entries = importlib.import_module("fastsae_kernels.cpu.entries")
+cpu_topk = importlib.import_module("fastsae_kernels.cpu.topk")
+cpu_encode = importlib.import_module("fastsae_kernels.cpu.encode")  # the package's `encode` is the function
 
 
 def run(problem: problems.Problem, backend: Backend | None = None) -> problems.Result:
@@ -26,14 +29,19 @@ def run(problem: problems.Problem, backend: Backend | None = None) -> problems.R
         return problems.collect(inputs, named, problem)
 
 
-@pytest.fixture(params=["rescored", "plain"])
+@pytest.fixture(params=["rescored", "plain", "small"])
 def scoring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to find candidates: bf16 with the margin and a second score, and the plain fp32 product."""
-    rescored = request.param == "rescored"
-    monkeypatch.setattr(cpu_encode_module, "has_fast_bf16", lambda: rescored)
-    monkeypatch.setattr(cpu_encode_module, "RESCORE_MIN_ELEMENTS", 0)
-    monkeypatch.setattr(cpu_encode_module, "SCRATCH_ELEMENTS", 1)  # several chunks even on small problems
-    monkeypatch.setattr(cpu_encode_module, "PRUNE_SLACK", -(2**20))  # and the top k taken between them
+    """The ways to find candidates: bf16 with the margin and a second score, the plain product, one product in all."""
+    if request.param != "small":
+        rescored = request.param == "rescored"
+        monkeypatch.setattr(cpu_encode, "MAX_ELEMENTS", 0)
+        monkeypatch.setattr(cpu_product, "has_fast_bf16", lambda: rescored)
+        monkeypatch.setattr(cpu_product, "RESCORE_MIN_ELEMENTS", 0)
+        monkeypatch.setattr(cpu_product, "SCRATCH_ELEMENTS", 1)  # several chunks even on small problems
+        monkeypatch.setattr(cpu_entries, "PRUNE_SLACK", -(2**20))  # and the top k taken between them
+        monkeypatch.setattr(cpu_topk, "DENSE_ELEMENTS", 0)
+        monkeypatch.setattr(cpu_topk, "MIN_TOKENS", 8)
+        monkeypatch.setattr(cpu_topk, "BLOCK_ELEMENTS", 1)
     return str(request.param)
 
 
@@ -137,8 +145,9 @@ def test_two_runs_are_bit_equal() -> None:
 
 
 @pytest.mark.skipif(not has_fast_bf16(), reason="this CPU has no bf16 units, so the product would be emulated")
-def test_margin_never_misses_where_bf16_is_coarse() -> None:
+def test_margin_never_misses_where_bf16_is_coarse(monkeypatch: pytest.MonkeyPatch) -> None:
     """x and W are rounded down by the largest step everywhere, which pushes the bf16 product as far off as it goes."""
+    monkeypatch.setattr(cpu_encode, "MAX_ELEMENTS", 0)
     d_in, d_sae = 512, 4096
     g = torch.Generator().manual_seed(0)
     worst = 1 + 2.0**-8 - 2.0**-12  # just below the middle of two bf16 numbers: rounds down by the largest step
@@ -152,8 +161,9 @@ def test_margin_never_misses_where_bf16_is_coarse() -> None:
 
 
 @pytest.mark.skipif(not has_fast_bf16(), reason="this CPU has no bf16 units, so the product would be emulated")
-def test_margin_covers_the_rounding_of_a_large_bias() -> None:
+def test_margin_covers_the_rounding_of_a_large_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     """The window's lower edge, 999.99998, is no fp32 number: products of either sign land on 1000 and lie inside."""
+    monkeypatch.setattr(cpu_encode, "MAX_ELEMENTS", 0)
     g = torch.Generator().manual_seed(0)
     x, W_enc = torch.randn(256, 64, generator=g) * 1e-5, torch.randn(2048, 64, generator=g)
     b_enc, threshold, bandwidth = torch.full((2048,), 1000.0), torch.full((2048,), 1000.5), 1.00004
@@ -169,7 +179,7 @@ def test_memory_of_a_step_stays_far_below_one_dense_tensor(monkeypatch: pytest.M
     from torch.utils._python_dispatch import TorchDispatchMode
 
     n_tokens, d_in, d_sae = 512, 4, 8192
-    monkeypatch.setattr(cpu_encode_module, "SCRATCH_ELEMENTS", 2**16)
+    monkeypatch.setattr(cpu_product, "SCRATCH_ELEMENTS", 2**16)
 
     class Largest(TorchDispatchMode):
         size, op = 0, ""

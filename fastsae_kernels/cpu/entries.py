@@ -1,0 +1,141 @@
+"""Entries in feature-major order as they leave the chunks, pruned to the largest ones, and their CSR order at the end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastsae_kernels.sparse_acts import FeatureMajor, SparseActs, topk_mask
+
+PRUNE_SLACK = 2**16  # entries beyond 8 k per token before the top k of each are taken
+
+
+def row_offsets_of(sorted_rows: Tensor, n_rows: int) -> Tensor:
+    """`[n_rows + 1]` int32 offsets of ascending row numbers."""
+    return torch.searchsorted(sorted_rows, torch.arange(n_rows + 1, dtype=sorted_rows.dtype), out_int32=True)
+
+
+def largest_of_rows(rows: Tensor, values: Tensor, row_offsets: Tensor, k: int) -> Tensor | None:
+    """`[nnz]` bool, whether an entry is among the k largest of its row (ties: the earlier one); None where all are.
+
+    Args:
+        rows: `[nnz]` int64, ascending.
+        values: `[nnz]`.
+        row_offsets: `[n + 1]` of the rows.
+        k: How many survive.
+    """
+    counts = row_offsets.diff()
+    longest = int(counts.max()) if counts.numel() else 0
+    if longest <= k:
+        return None
+    slot = torch.arange(rows.numel()) - row_offsets[rows]
+    padded = torch.full((counts.numel(), longest), float("-inf"), dtype=values.dtype)
+    at = rows * longest + slot
+    padded.view(-1)[at] = values
+    kth = torch.topk(padded, k, dim=1).values[:, -1:]
+    keep = padded >= kth
+    if int(keep.sum()) > int((torch.minimum(counts, torch.tensor(k))).sum()):
+        above, tied = padded > kth, padded == kth
+        keep = above | (tied & (tied.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    return keep.view(-1)[at]
+
+
+class Entries:
+    """A growing list of entries in feature-major order."""
+
+    def __init__(self, n_tokens: int, d_sae: int) -> None:
+        self.n_tokens, self.d_sae, self.count = n_tokens, d_sae, 0
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def append(self, features: Tensor, tokens: Tensor, values: Tensor) -> None:
+        """Takes the entries of the next features."""
+        self.parts.append((features, tokens, values))
+        self.count += tokens.numel()
+
+    def merge(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All entries in one piece, `(features, tokens, values)`."""
+        if len(self.parts) > 1:
+            features, tokens, values = zip(*self.parts, strict=True)
+            self.parts = [(torch.cat(features), torch.cat(tokens), torch.cat(values))]
+        return self.parts[0]
+
+    def select(self, keep: Tensor) -> None:
+        """Keeps only some entries (`keep`: bool, in the order of `merge`)."""
+        features, tokens, values = self.merge()
+        self.parts = [(features[keep], tokens[keep], values[keep])]
+        self.count = self.parts[0][0].numel()
+
+    def finish(self) -> SparseActs:
+        """The entries in both orders."""
+        features, tokens, values = self.merge()
+        rows, order = torch.sort(tokens, stable=True)
+        return SparseActs(
+            row_offsets=row_offsets_of(rows, self.n_tokens),
+            indices=features[order],
+            values=values[order],
+            shape=(self.n_tokens, self.d_sae),
+            feature_major=FeatureMajor(row_offsets_of(features, self.d_sae), tokens, values),
+        )
+
+
+class RowTopK(Entries):
+    """Keeps the k largest active entries of each token, and the window's where a token has no more than k."""
+
+    def __init__(self, n_tokens: int, d_sae: int, k: int) -> None:
+        super().__init__(n_tokens, d_sae)
+        self.k, self.prune_at = k, 8 * n_tokens * k + PRUNE_SLACK
+        self.truncated = torch.zeros(n_tokens, dtype=torch.bool)  # rows that have lost active entries
+
+    def append(self, features: Tensor, tokens: Tensor, values: Tensor) -> None:
+        super().append(features, tokens, values)
+        if self.count > self.prune_at:
+            self._prune()
+            self.prune_at = max(self.prune_at, 2 * self.count)
+
+    def _prune(self) -> None:
+        _, tokens, values = self.merge()
+        rows, order = torch.sort(tokens, stable=True)
+        keep = torch.empty(tokens.numel(), dtype=torch.bool)
+        keep[order] = topk_mask(rows.long(), values[order], row_offsets_of(rows, self.n_tokens), self.k)
+        self.truncated[tokens[(values > 0) & ~keep].long()] = True
+        # a row cut by an earlier call holds k active entries by now and looks whole to topk_mask
+        keep &= (values > 0) | ~self.truncated[tokens.long()]
+        self.select(keep)
+
+    def finish(self) -> SparseActs:
+        self._prune()
+        return super().finish()
+
+
+class BatchTopK(Entries):
+    """Keeps the `places` largest entries of the batch, ties to the lower token, then the lower feature.
+
+    `bound` is the smallest of them once there are that many: what lies below it cannot survive.
+    """
+
+    def __init__(self, n_tokens: int, d_sae: int, places: int) -> None:
+        super().__init__(n_tokens, d_sae)
+        self.places, self.bound = places, 0.0
+
+    def append(self, features: Tensor, tokens: Tensor, values: Tensor) -> None:
+        super().append(features, tokens, values)
+        if self.count > 2 * self.places:
+            self._prune()
+
+    def _prune(self) -> None:
+        features, tokens, values = self.merge()
+        if self.count <= self.places:
+            return
+        smallest = torch.topk(values, self.places, sorted=False).values.min()
+        keep = values >= smallest
+        surplus = int(keep.sum()) - self.places
+        if surplus:
+            tied = (values == smallest).nonzero().squeeze(1)
+            positions = tokens[tied].long() * self.d_sae + features[tied]
+            keep[tied[positions.topk(surplus).indices]] = False
+        self.select(keep)
+        self.bound = float(smallest)
+
+    def finish(self) -> SparseActs:
+        self._prune()
+        return super().finish()

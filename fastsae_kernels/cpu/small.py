@@ -1,0 +1,89 @@
+"""Encode of few tokens on a CPU: the whole product fits in cache, so it is formed once and looked at directly."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastsae_kernels.cpu.entries import largest_of_rows, row_offsets_of
+from fastsae_kernels.cpu.product import nonzero_flat, padded_mask
+from fastsae_kernels.sparse_acts import SparseActs
+
+MAX_ELEMENTS = 2**20  # of the product: 4 MB in fp32
+
+
+def encode_small(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, bandwidth: float, k: int | None, batch_topk: bool
+) -> SparseActs | None:
+    """`encode` through one dense product of at most `MAX_ELEMENTS`; None where it is NaN or Inf."""
+    product = functional.linear(x, W_enc.t(), b_enc)
+    if not math.isfinite(float(product.sum())) and not torch.isfinite(product).all():
+        return None
+    if k is not None and bandwidth == 0 and not batch_topk:
+        return _topk(product, threshold, k)
+    hidden_pre = product.to(threshold.dtype)
+    listed = hidden_pre > threshold
+    if bandwidth > 0:
+        listed |= (hidden_pre - threshold).abs() < bandwidth / 2
+    if k is not None:
+        acts = hidden_pre * (hidden_pre > threshold)
+        if batch_topk:
+            listed &= topk_keep(acts.view(1, -1), k * x.shape[0]).view_as(listed)
+        else:
+            listed &= topk_keep(acts, k)
+    mask = padded_mask(product.numel())
+    mask[: product.numel()] = listed.view(-1)
+    flat = nonzero_flat(mask)
+    d_sae = W_enc.shape[1]
+    ends = torch.arange(x.shape[0] + 1) * d_sae
+    row_offsets = torch.searchsorted(flat, ends, out_int32=True)
+    indices = flat % d_sae
+    values = hidden_pre.view(-1)[flat]
+    if bandwidth > 0:
+        values = torch.where(values > threshold[indices], values, 0)
+    return SparseActs(row_offsets, indices.int(), values, (x.shape[0], d_sae))
+
+
+def _topk(product: Tensor, threshold: Tensor, k: int) -> SparseActs:
+    """The k largest active entries of each row: what reaches a lower bound of the k-th largest, cut to k."""
+    n_tokens, d_sae = product.shape
+    # where all thresholds are 0 an inactive entry is simply not positive, and no masked copy is needed
+    acts = torch.where(product > threshold, product, 0) if bool(threshold.any()) else product
+    mask = padded_mask(acts.numel())
+    torch.ge(acts, _lower_bound(acts, k), out=mask[: acts.numel()].view_as(acts))
+    flat = nonzero_flat(mask)
+    rows = flat // d_sae
+    row_offsets = row_offsets_of(rows, n_tokens)
+    indices, values = (flat - rows * d_sae).int(), acts.view(-1)[flat].to(threshold.dtype)
+    keep = largest_of_rows(rows, values, row_offsets, k)
+    if keep is not None:
+        row_offsets, indices, values = row_offsets_of(rows[keep], n_tokens), indices[keep], values[keep]
+    return SparseActs(row_offsets, indices, values, (n_tokens, d_sae))
+
+
+def _lower_bound(acts: Tensor, k: int) -> Tensor:
+    """`[n, 1]` > 0: at least k elements of a row reach it, if k are positive.
+
+    The k-th largest of the maxima of 4 k groups: a pass over memory, and a `torch.topk` of few numbers. An eighth more
+    elements than k reach it where values are independent.
+    """
+    n_groups = 4 * k
+    per_group = acts.shape[1] // n_groups
+    if per_group > 1:
+        acts = acts[:, : per_group * n_groups].view(acts.shape[0], per_group, n_groups).amax(1)
+    if acts.shape[1] < k:
+        return torch.full((acts.shape[0], 1), torch.finfo(acts.dtype).tiny, dtype=acts.dtype)
+    return torch.topk(acts, k, dim=1).values[:, -1:].clamp_min(torch.finfo(acts.dtype).tiny)
+
+
+def topk_keep(acts: Tensor, k: int) -> Tensor:
+    """`reference.topk_keep` for activations `[n, S]` >= 0, without a full sort."""
+    if k >= acts.shape[1]:
+        return torch.ones_like(acts, dtype=torch.bool)
+    kth = torch.topk(acts, k, dim=1).values[:, -1:].clamp_min(0)
+    above, tied = acts > kth, acts == kth
+    room = k - above.sum(1, keepdim=True)
+    return ((acts > 0).sum(1, keepdim=True) <= k) | above | (tied & (tied.cumsum(1) <= room))

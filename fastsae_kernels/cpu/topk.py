@@ -1,0 +1,301 @@
+"""The k largest active entries of each token on a CPU, feature chunk by feature chunk, above a bound that rises.
+
+Among any number of features the k-th largest active entry of a token is a lower bound of its final k-th largest, but a
+loose one: after a share p of the features it admits k / p entries in all. So the bound is guessed from the m-th largest,
+where m is what p * k would be at most but for odds of 1 in 10,000 (features in no particular order), and proved at the end:
+a token with at least k entries above its bound has lost none of them. A token without, as where early features fire more
+than late ones, is searched again by the certain bound. Each token lists about 3 k entries; nothing is sorted but those.
+
+Where the product is rounded (`product.py`), each element is known as an interval. `upper` is what the product says with
+its margin, the lower end is that less `gap`. Bounds and proofs take lower ends, admission takes upper ends, and only what
+is left at the end is scored exactly. A token with more entries than places (hundreds of equal values) is encoded again
+densely, by itself.
+
+Tokens are processed in blocks, so that the state of a block stays in cache.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastsae_kernels.cpu import product
+from fastsae_kernels.cpu.entries import largest_of_rows, row_offsets_of
+from fastsae_kernels.cpu.small import MAX_ELEMENTS, encode_small
+from fastsae_kernels.sparse_acts import SparseActs
+
+BLOCK_ELEMENTS = 2**20  # of a block's state, 8 bytes each
+MIN_TOKENS = 256  # of a block; fewer make the products slow
+COLUMNS = product.RESCORE_MARGIN_COLUMNS + 2  # one for the bound, one to make the depth even
+DENSE_ELEMENTS = 2**21  # of a dense product of a block of tokens
+MIN_DENSE_TOKENS = 64  # of such a block; fewer read the weights too often
+MAX_SEARCHED_SHARE = 0.01  # of the features; a longer list costs more than `torch.topk` of everything
+GROWTH = 4  # features seen between two guesses
+NOTHING = float("-inf")
+
+
+def listed_width(d_sae: int, k: int) -> int:
+    """Places of each token."""
+    return min(d_sae, 6 * k + 64)
+
+
+def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int) -> SparseActs | None:
+    """`encode` with `k` and no window; None where NaN or Inf makes a bound meaningless."""
+    d_sae = W_enc.shape[1]
+    rounds = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and product.has_fast_bf16())
+    parts: list[SparseActs | None] = []
+    if _is_dense_faster(x.dtype, d_sae, k):
+        for rows in x.split(DENSE_ELEMENTS // d_sae):
+            parts.append(encode_small(rows, W_enc, b_enc.to(x.dtype), threshold, bandwidth=0.0, k=k, batch_topk=False))
+        return _stack(parts)
+    weights = W_enc.t()
+    norms = product.row_norms(weights)
+    largest = norms.max() * product.row_norms(x).max() + b_enc.abs().max() + threshold.abs().max()
+    rounds = rounds and bool(largest < product.OVERFLOW)  # False for NaN too, which the plain product finds
+    for rows in x.split(max(MIN_TOKENS, BLOCK_ELEMENTS // listed_width(d_sae, k))):
+        parts.append(_Block(rows, weights, norms, b_enc, threshold, k, rounds=rounds, guesses=True).run())
+    return _stack(parts)
+
+
+def _is_dense_faster(dtype: torch.dtype, d_sae: int, k: int) -> bool:
+    """Whether `torch.topk` over dense products of blocks of tokens beats the search (measured, see the benchmarks)."""
+    if DENSE_ELEMENTS // d_sae < MIN_DENSE_TOKENS:
+        return False
+    # a rounded product and a short list pay for the search
+    return dtype != torch.float32 or not product.has_fast_bf16() or k > MAX_SEARCHED_SHARE * d_sae
+
+
+def _stack(parts: list[SparseActs | None]) -> SparseActs | None:
+    """The rows of all blocks as one structure; None where a block has none."""
+    if len(parts) == 1:
+        return parts[0]
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):
+        return None
+    counts = torch.cat([part.row_offsets.diff() for part in found])
+    row_offsets = torch.zeros(counts.numel() + 1, dtype=torch.int32)
+    row_offsets[1:] = counts.cumsum(0)
+    return SparseActs(
+        row_offsets,
+        torch.cat([part.indices for part in found]),
+        torch.cat([part.values for part in found]),
+        (counts.numel(), found[0].shape[1]),
+    )
+
+
+class _Block:
+    """The search for one block of tokens; `[N, width]` arrays hold what each token has listed."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weights: Tensor,
+        norms: Tensor,
+        b_enc: Tensor,
+        threshold: Tensor,
+        k: int,
+        *,
+        rounds: bool,
+        guesses: bool,
+    ) -> None:
+        self.x, self.weights, self.norms, self.b_enc, self.threshold, self.k = x, weights, norms, b_enc, threshold, k
+        self.guesses, self.has_thresholds = guesses, bool(threshold.any())
+        n_tokens, d_sae = x.shape[0], weights.shape[0]
+        self.width = listed_width(d_sae, k)
+        self.chunk = max(64, min(d_sae, product.SCRATCH_ELEMENTS // 2 // max(1, n_tokens)))
+        self.upper = torch.full((n_tokens, self.width), NOTHING, dtype=b_enc.dtype)
+        self.features = torch.zeros(n_tokens, self.width, dtype=torch.int32)
+        self.fill = torch.zeros(n_tokens, dtype=torch.int64)
+        self.bound = torch.zeros(n_tokens, dtype=b_enc.dtype)
+        self.gap = torch.zeros(n_tokens, dtype=b_enc.dtype)
+        self.crowded = torch.zeros(n_tokens, dtype=torch.bool)
+        self.tokens = product.augmented_tokens(x, product.row_norms(x), COLUMNS) if rounds else None
+        self.buffer = torch.empty(n_tokens * self.chunk, dtype=x.dtype if self.tokens is None else torch.bfloat16)
+        self.mask = product.padded_mask(n_tokens * self.chunk)
+
+    def run(self) -> SparseActs | None:
+        """The block's entries; None where a product is Inf."""
+        d_sae, raise_at = self.weights.shape[0], 0
+        for start in range(0, d_sae, self.chunk):
+            stop = min(start + self.chunk, d_sae)
+            elements, base, by_bound = self._product(start, stop)
+            if self.tokens is None and not torch.isfinite(elements.sum()) and not torch.isfinite(elements).all():
+                return None
+            if start == 0:
+                self._raise_bounds(self._upper_end(elements, base), torch.arange(stop)[None, :], stop)
+            self._list(elements, base, by_bound, start, stop)
+            if stop >= raise_at and start > 0 and stop < d_sae:
+                self._raise_bounds(*self._listed(), stop)
+                raise_at = GROWTH * stop
+        self._raise_bounds(*self._listed(), d_sae)
+        return self._exact()
+
+    def _product(self, start: int, stop: int) -> tuple[Tensor, Tensor, bool]:
+        """One chunk: elements `[N, C]`, what to add for the upper end of their intervals, and whether that is the bound.
+
+        Inside a rounded product one of two is subtracted, so that candidates are positive: each token's bound once all
+        bounds are above the chunk's thresholds, the thresholds until then.
+        """
+        n_features = stop - start
+        elements = self.buffer[: self.x.shape[0] * n_features].view(-1, n_features)
+        weights, b_enc, threshold = self.weights[start:stop], self.b_enc[start:stop], self.threshold[start:stop]
+        if self.tokens is None:
+            return torch.mm(self.x, weights.t(), out=elements), b_enc[None, :], False
+        bound_column = self.tokens[:, self.x.shape[1] + product.RESCORE_MARGIN_COLUMNS]
+        by_bound = bool(self.bound.min() > 0) and bool(self.bound.min() >= threshold.max())
+        if by_bound:
+            bound_column.copy_(product.round_up(-self.bound.clamp_max(torch.finfo(torch.float32).max)))
+            base, offset = -bound_column.to(b_enc.dtype)[:, None], b_enc
+        else:
+            bound_column.zero_()
+            base, offset = threshold[None, :], b_enc - threshold
+        slack = (offset.abs() + threshold.abs()) * 4 * torch.finfo(torch.float32).eps
+        augmented = product.augmented_weights(weights, self.norms[start:stop], offset, slack, COLUMNS)
+        torch.maximum(self.gap, self._gap(augmented, offset), out=self.gap)
+        return torch.mm(self.tokens, augmented.t(), out=elements), base, by_bound
+
+    def _gap(self, augmented: Tensor, offset: Tensor) -> Tensor:
+        """`[N]`: by how much the margins inside a chunk's product can exceed the truth, twice, its own rounding aside."""
+        assert self.tokens is not None
+        d_in = self.x.shape[1]
+        norm, residual, rest = (augmented[:, d_in + i].float() for i in (0, 1, 3))
+        added = augmented[:, d_in + 2].float() + rest - offset
+        margin = self.tokens[:, d_in].float() * norm.max() + self.tokens[:, d_in + 1].float() * residual.max()
+        return 2.02 * (margin + added.max())
+
+    def _upper_end(self, elements: Tensor, base: Tensor) -> Tensor:
+        elements = elements.to(self.bound.dtype)
+        # a bf16 is off by half a unit, 2^-9 of it
+        return elements + base if self.tokens is None else elements + elements.abs() * 2.0**-8 + base
+
+    def _lower_end(self, upper: Tensor, features: Tensor) -> Tensor:
+        """The lower ends of intervals, -inf where the entry may be inactive."""
+        # a candidate's element is positive and at most its upper end
+        lower = upper if self.tokens is None else upper - upper.abs() * 2.0**-7 - self.gap[:, None]
+        return torch.where(lower > self.threshold[features], lower, NOTHING) if self.has_thresholds else lower
+
+    def _raise_bounds(self, upper: Tensor, features: Tensor, seen: int) -> None:
+        """Raises bounds from intervals among the `seen` first features; those that were left out may be missing."""
+        share = self.k * seen / self.weights.shape[0]
+        rank = self.k
+        if self.guesses and seen < self.weights.shape[0]:
+            rank = min(self.k, math.ceil(share + 4 * share**0.5 + 4))
+        if upper.shape[1] >= rank:
+            kth = torch.topk(self._lower_end(upper, features), rank, dim=1).values[:, -1]
+            torch.maximum(self.bound, kth, out=self.bound)
+
+    def _listed(self) -> tuple[Tensor, Tensor]:
+        """`(upper, features)`, the columns in use."""
+        used = int(self.fill.max()) if self.fill.numel() else 0
+        return self.upper[:, :used], self.features[:, :used]
+
+    def _list(self, elements: Tensor, base: Tensor, by_bound: bool, start: int, stop: int) -> None:
+        """Lists a chunk's candidates behind what each token has."""
+        mask = self.mask[: -(-elements.numel() // product.WORD) * product.WORD]
+        mask[elements.numel() :] = False
+        view = mask[: elements.numel()].view_as(elements)
+        if by_bound:
+            torch.gt(elements.view(torch.int16), 0, out=view)
+        else:
+            upper = self._upper_end(elements, base)
+            torch.ge(upper, self.bound[:, None], out=view)
+            view &= upper > self.threshold[start:stop]
+        flat = product.nonzero_flat(mask)
+        rows = flat // (stop - start)
+        columns = flat - rows * (stop - start)
+        upper = self._upper_end(elements.view(-1)[flat], base.reshape(-1)[rows if by_bound else columns])
+        self._append(rows, (columns + start).int(), upper)
+
+    def _append(self, rows: Tensor, features: Tensor, upper: Tensor) -> None:
+        """Puts entries, ascending by row, behind what each row has; makes room where a row is full."""
+        first = row_offsets_of(rows, self.x.shape[0])
+        if bool((self.fill + first.diff()).max() > self.width):
+            self._make_room(first.diff())
+            left = ~self.crowded[rows]
+            rows, features, upper = rows[left], features[left], upper[left]
+            first = row_offsets_of(rows, self.x.shape[0])
+        at = rows * self.width + (self.fill - first[:-1])[rows] + torch.arange(rows.numel())
+        self.upper.view(-1)[at], self.features.view(-1)[at] = upper, features
+        self.fill += first.diff()
+
+    def _make_room(self, wanted: Tensor) -> None:
+        """Drops what is below the bounds; a row without enough room even so is crowded, and left to a dense product."""
+        self._raise_bounds(*self._listed(), self.weights.shape[0])
+        keep = (self.upper >= self.bound[:, None]) & (self.upper > NOTHING)
+        self.fill = keep.sum(1)
+        self.crowded |= self.fill + wanted > self.width
+        self.fill[self.crowded] = 0
+        keep &= ~self.crowded[:, None]
+        rows = keep.nonzero()[:, 0]
+        at = (rows, (keep.cumsum(1) - 1)[keep])
+        upper, features = self.upper[keep], self.features[keep]
+        self.upper.fill_(NOTHING)
+        self.upper[at], self.features[at] = upper, features
+        self.bound[self.crowded] = torch.finfo(torch.float32).max
+
+    def _exact(self) -> SparseActs:
+        """Scores what is left exactly and takes the k largest of each row."""
+        n_tokens, d_sae = self.x.shape[0], self.weights.shape[0]
+        again = self.crowded
+        if self.guesses:
+            proved = (self._lower_end(self.upper, self.features) >= self.bound[:, None]).sum(1) >= self.k
+            again = again | ((self.bound > 0) & ~proved)
+        left = (self.upper >= self.bound[:, None]) & (self.upper > NOTHING) & ~again[:, None]
+        rows = left.nonzero()[:, 0]
+        features, values = self.features[left], self.upper[left]
+        order = torch.sort(features, stable=True).indices
+        features, rows, values = features[order], rows[order].int(), values[order]
+        if self.tokens is not None:
+            values = self._scores(features, rows) + self.b_enc[features]
+        order = torch.sort(rows, stable=True).indices
+        features, rows, values = features[order], rows[order].long(), values[order]
+        active = values > self.threshold[features]
+        rows, features, values = rows[active], features[active], values[active]
+        keep = largest_of_rows(rows, values, row_offsets_of(rows, n_tokens), self.k)
+        entries = [rows, features, values] if keep is None else [rows[keep], features[keep], values[keep]]
+        if bool(again.any()):
+            entries = self._with_others(entries, again)
+        return SparseActs(row_offsets_of(entries[0], n_tokens), entries[1], entries[2], (n_tokens, d_sae))
+
+    def _scores(self, features: Tensor, rows: Tensor) -> Tensor:
+        offsets = row_offsets_of(features, self.weights.shape[0])
+        if self.x.dtype == torch.float32:
+            return product.sampled_dot(offsets, rows, self.weights, self.x)
+        x, ends = self.x.float(), offsets.tolist()  # weights of 16 bits are widened piece by piece
+        starts = range(0, self.weights.shape[0], 1024)
+        return torch.cat(
+            [
+                product.sampled_dot(
+                    offsets[s : s + 1025] - ends[s],
+                    rows[ends[s] : ends[min(s + 1024, len(ends) - 1)]],
+                    self.weights[s : s + 1024],
+                    x,
+                )
+                for s in starts
+            ]
+        )
+
+    def _with_others(self, entries: list[Tensor], again: Tensor) -> list[Tensor]:
+        """The entries joined with those of rows that the search left open, each found another way."""
+        parts = [entries]
+        unproved = (again & ~self.crowded).nonzero().squeeze(1)
+        if unproved.numel():
+            arguments = (self.weights, self.norms, self.b_enc, self.threshold, self.k)
+            block = _Block(self.x[unproved], *arguments, rounds=self.tokens is not None, guesses=False)
+            parts.append(_entries_of(block.run(), unproved))
+        crowded = self.crowded.nonzero().squeeze(1)
+        for rows in crowded.split(max(1, MAX_ELEMENTS // self.weights.shape[0])) if crowded.numel() else ():
+            x = self.x[rows].to(self.b_enc.dtype)
+            weights = self.weights.to(x.dtype).t()
+            acts = encode_small(x, weights, self.b_enc, self.threshold, bandwidth=0.0, k=self.k, batch_topk=False)
+            parts.append(_entries_of(acts, rows))
+        rows, features, values = (torch.cat(column) for column in zip(*parts, strict=True))
+        order = torch.sort(rows, stable=True).indices
+        return [rows[order], features[order], values[order]]
+
+
+def _entries_of(acts: SparseActs | None, rows: Tensor) -> list[Tensor]:
+    assert acts is not None  # as finite as the products were
+    return [rows[acts.row_ids()], acts.indices, acts.values]

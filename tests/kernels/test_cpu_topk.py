@@ -1,0 +1,193 @@
+"""Top-k on a CPU: of each token and of the batch, in every way that it is found, on inputs that break guesses and ties."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastsae_kernels as kernels
+from fastsae_kernels import SparseActs, cpu, reference
+
+cpu_topk = importlib.import_module("fastsae_kernels.cpu.topk")
+cpu_encode = importlib.import_module("fastsae_kernels.cpu.encode")
+cpu_product = importlib.import_module("fastsae_kernels.cpu.product")
+cpu_small = importlib.import_module("fastsae_kernels.cpu.small")
+
+
+@dataclass(frozen=True)
+class Case:
+    x: Tensor
+    W_enc: Tensor
+    b_enc: Tensor
+    threshold: Tensor
+
+
+def case(n_tokens: int = 40, d_in: int = 16, d_sae: int = 700, *, seed: int = 0) -> Case:
+    g = torch.Generator().manual_seed(seed)
+    W_enc = torch.randn(d_sae, d_in, generator=g).t()
+    x = torch.randn(n_tokens, d_in, generator=g)
+    return Case(x, W_enc, 0.1 * torch.randn(d_sae, generator=g), torch.zeros(d_sae))
+
+
+def integers(case: Case) -> Case:
+    """Small integers: products are exact in every dtype, and many are equal."""
+    return Case((case.x * 2).round(), (case.W_enc * 1.5).round(), (case.b_enc * 10).round(), case.threshold)
+
+
+def with_bias(case: Case, b_enc: Tensor) -> Case:
+    return Case(case.x, case.W_enc, b_enc, case.threshold)
+
+
+BASE = case()
+CASES = {
+    "random": BASE,
+    "many ties": integers(BASE),
+    "one token": case(1),
+    "no tokens": case(0),
+    "one feature": case(9, 16, 1),
+    "few features": case(9, 16, 7),
+    "all equal": Case(torch.zeros(30, 16), BASE.W_enc, torch.full((700,), 2.0), BASE.threshold),
+    "nothing active": with_bias(BASE, torch.full((700,), -1e3)),
+    "activity rises with the index": with_bias(BASE, torch.linspace(-30, 30, 700)),
+    "activity falls with the index": with_bias(BASE, torch.linspace(30, -30, 700)),
+    "copies of one token": integers(Case(BASE.x[:1].expand(40, 16), BASE.W_enc, BASE.b_enc, BASE.threshold)),
+    "copies of one feature": integers(Case(BASE.x, BASE.W_enc[:, :1].expand(16, 700), BASE.b_enc * 0, BASE.threshold)),
+    "thresholds": Case(BASE.x, BASE.W_enc, BASE.b_enc, torch.linspace(0, 8, 700)),
+    "threshold ties": integers(Case(BASE.x, BASE.W_enc, BASE.b_enc, torch.arange(700) % 5.0)),
+    "one loud token": Case(
+        BASE.x * (1 + 1e4 * (torch.arange(40) == 3))[:, None], BASE.W_enc, BASE.b_enc, BASE.threshold
+    ),
+    "huge": Case(BASE.x * 1e19, BASE.W_enc * 1e18, BASE.b_enc, BASE.threshold),
+    "tiny": Case(BASE.x * 1e-20, BASE.W_enc * 1e-10, BASE.b_enc * 0, BASE.threshold),
+}
+
+
+@pytest.fixture(params=["searched, rounded", "searched", "dense blocks", "small"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param != "small":
+        monkeypatch.setattr(cpu_encode, "MAX_ELEMENTS", 0)
+        monkeypatch.setattr(cpu_product, "has_fast_bf16", lambda: "rounded" in request.param)
+        monkeypatch.setattr(cpu_product, "RESCORE_MIN_ELEMENTS", 0)
+        monkeypatch.setattr(cpu_product, "SCRATCH_ELEMENTS", 2**12)
+        monkeypatch.setattr(cpu_topk, "MIN_TOKENS", 16)
+        monkeypatch.setattr(cpu_topk, "BLOCK_ELEMENTS", 1)
+        monkeypatch.setattr(cpu_topk, "MIN_DENSE_TOKENS", 1)
+        monkeypatch.setattr(cpu_topk, "DENSE_ELEMENTS", 2**13 if request.param == "dense blocks" else 0)
+    return str(request.param)
+
+
+def assert_exact(acts: SparseActs | None, case: Case, k: int, batch_topk: bool, dtype: torch.dtype) -> None:
+    """The entries are the reference's in fp64, but for swaps between values that agree to the dtype's precision."""
+    assert acts is not None
+    wide = [tensor.double() for tensor in (case.x, case.W_enc, case.b_enc, case.threshold)]
+    expected = reference.encode(*wide, k=k, batch_topk=batch_topk)
+    dense = acts.to_dense().double()
+    assert (acts.values > 0).all()
+    if case.x.shape[0] == 0:
+        assert acts.shape == tuple(expected.shape)
+        assert acts.values.numel() == 0
+        return
+    ends = acts.row_offsets
+    for n in range(len(ends) - 1):
+        row = acts.indices[ends[n] : ends[n + 1]]
+        assert (row.diff() > 0).all()
+    assert (dense > 0).sum() == (expected > 0).sum()
+    if not batch_topk:
+        assert torch.equal((dense > 0).sum(1), (expected > 0).sum(1))
+    tolerance = 64 * torch.finfo(dtype).eps * expected.abs().amax().clamp_min(1e-300)
+    different = (dense > 0) != (expected > 0)
+    if torch.equal(wide[0], wide[0].round()):
+        assert not different.any()
+    pre = reference.hidden_pre(*wide[:3])
+    kth = torch.where(expected > 0, expected, torch.inf).amin(None if batch_topk else 1, keepdim=not batch_topk)
+    assert ((pre - kth).abs() <= tolerance)[different].all()
+    torch.testing.assert_close(
+        dense * ~different, expected * ~different, rtol=64 * torch.finfo(dtype).eps, atol=tolerance
+    )
+
+
+@pytest.mark.parametrize("k", [1, 3, 40])
+@pytest.mark.parametrize("batch_topk", [False, True], ids=["token", "batch"])
+@pytest.mark.parametrize("name", CASES)
+def test_exact(name: str, batch_topk: bool, k: int, way: str) -> None:
+    problem = CASES[name]
+    k = min(k, problem.threshold.numel())
+    arguments = (problem.x, problem.W_enc, problem.b_enc, problem.threshold)
+    assert_exact(cpu.encode(*arguments, k=k, batch_topk=batch_topk), problem, k, batch_topk, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("batch_topk", [False, True], ids=["token", "batch"])
+def test_other_dtypes(dtype: torch.dtype, batch_topk: bool, way: str) -> None:
+    problem = CASES["many ties"]
+    narrow = [tensor.to(dtype) for tensor in (problem.x, problem.W_enc, problem.b_enc)]
+    assert_exact(cpu.encode(*narrow, problem.threshold, k=7, batch_topk=batch_topk), problem, 7, batch_topk, dtype)
+
+
+def test_k_of_all_features_keeps_what_is_positive(way: str) -> None:
+    for batch_topk in (False, True):
+        acts = cpu.encode(BASE.x, BASE.W_enc, BASE.b_enc, BASE.threshold, k=700, batch_topk=batch_topk)
+        assert_exact(acts, BASE, 700, batch_topk, torch.float32)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite_is_reported(bad: float, way: str) -> None:
+    for name in ("x", "W_enc"):
+        arguments = {"x": BASE.x.clone(), "W_enc": BASE.W_enc.clone()}
+        arguments[name][3, 2] = bad
+        assert cpu.encode(**arguments, b_enc=BASE.b_enc, threshold=BASE.threshold, k=3) is None
+
+
+def test_guess_is_proved_or_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Early features fire most: guesses from them are far too high, and every token must be found out and redone."""
+    problem = CASES["activity falls with the index"]
+    for name, value in {"MIN_TOKENS": 16, "BLOCK_ELEMENTS": 1, "DENSE_ELEMENTS": 0}.items():
+        monkeypatch.setattr(cpu_topk, name, value)
+    monkeypatch.setattr(cpu_product, "SCRATCH_ELEMENTS", 2**11)
+    searches = []
+    run = cpu_topk._Block.run
+    monkeypatch.setattr(cpu_topk._Block, "run", lambda self: searches.append(self.guesses) or run(self))
+    arguments = (problem.x, problem.W_enc, problem.b_enc, problem.threshold)
+    assert_exact(cpu_topk.encode_topk(*arguments, 200), problem, 200, False, torch.float32)
+    assert False in searches
+    searches.clear()
+    assert_exact(
+        cpu_topk.encode_topk(BASE.x, BASE.W_enc, BASE.b_enc, BASE.threshold, 20), BASE, 20, False, torch.float32
+    )
+    assert False not in searches  # the usual case needs one search
+
+
+def test_rows_without_room_are_encoded_densely(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = CASES["all equal"]
+    monkeypatch.setattr(cpu_topk, "DENSE_ELEMENTS", 0)
+    monkeypatch.setattr(cpu_topk, "listed_width", lambda d_sae, k: 5)
+    monkeypatch.setattr(cpu_product, "SCRATCH_ELEMENTS", 2**11)
+    arguments = (problem.x, problem.W_enc, problem.b_enc, problem.threshold)
+    acts = cpu_topk.encode_topk(*arguments, 4)
+    assert_exact(acts, problem, 4, False, torch.float32)
+    assert acts.indices.view(30, 4).tolist() == [[0, 1, 2, 3]] * 30
+
+
+def test_rescored_values_are_exact_to_fp32(way: str) -> None:
+    problem = CASES["random"]
+    x, W_enc, b_enc = problem.x.bfloat16(), problem.W_enc.bfloat16(), problem.b_enc.bfloat16()
+    threshold = torch.full((700,), 4.0)
+    pre = x.double() @ W_enc.double() + b_enc.double()
+    for k, batch_topk in ((None, False), (5, True)):
+        rescored = cpu.encode(x, W_enc, b_enc, threshold, k=k, batch_topk=batch_topk, rescore=True)
+        plain = cpu.encode(x, W_enc, b_enc, threshold, k=k, batch_topk=batch_topk)
+        for acts, tolerance in ((rescored, 1e-6), (plain, 1e-2)):
+            exact = pre[acts.row_ids(), acts.indices.long()]
+            assert ((acts.values - exact).abs() <= tolerance * exact).all()
+        assert ((plain.values - pre[plain.row_ids(), plain.indices.long()]).abs() > 1e-4).any()
+    listed = cpu.encode(x, W_enc, b_enc, threshold, rescore=True)
+    assert torch.equal(listed.to_dense() > 0, pre > 4.0)
+
+
+def test_public_encode_takes_k_of_the_batch() -> None:
+    acts = kernels.encode(BASE.x, BASE.W_enc, BASE.b_enc, BASE.threshold, k=4, batch_topk=True)
+    assert acts.values.numel() == 4 * 40
