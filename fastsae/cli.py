@@ -22,6 +22,7 @@ Sparse autoencoders (SAEs) for language models.
   fastsae train                       train on the embedded chat model and dialogues: no network, no GPU
   fastsae train --model Qwen/Qwen2.5-0.5B-Instruct --dataset HuggingFaceH4/ultrachat_200k --split train_sft \\
                 --layer 12 --tokens 40000000
+  fastsae train --architecture topk --k 32
   fastsae train --output my-sae --resume     go on with an interrupted run
   fastsae train --model ./my-model --dataset chats.jsonl     rows like {"messages": [{"role": ..., "content": ...}]}
   fastsae evaluate my-sae             measure a saved SAE on held-out dialogues
@@ -151,6 +152,7 @@ def resumed_config(output: Path, given: dict[str, Any]) -> TrainConfig:
 def command_train(arguments: argparse.Namespace) -> None:
     """`fastsae train`."""
     from fastsae.train.run import REPORT_FILE, train
+    from fastsae.train.trainer import SAE_CLASSES
 
     given = _given(arguments)
     if arguments.resume:
@@ -166,7 +168,8 @@ def command_train(arguments: argparse.Namespace) -> None:
     metrics = train(config, output, resume=arguments.resume, progress=not arguments.quiet)
     print(f"\n{output}: {metrics['tokens']:,} tokens in {metrics['seconds']:.0f} s")
     print_summary(metrics)
-    print(f"\nreport   {output / REPORT_FILE}\nload it  fastsae.FusedJumpReLUSAE.load({str(output)!r})")
+    name = SAE_CLASSES[config.architecture].__name__
+    print(f"\nreport   {output / REPORT_FILE}\nload it  fastsae.{name}.load({str(output)!r})")
 
 
 def command_evaluate(arguments: argparse.Namespace) -> None:

@@ -35,6 +35,16 @@ def test_train_then_evaluate(capsys: pytest.CaptureFixture[str], tiny_model: Pat
     assert json.loads((tmp_path / "m.json").read_text())["fvu"] == pytest.approx(trained["fvu"], rel=1e-6)
 
 
+@pytest.mark.parametrize(("architecture", "name"), [("topk", "FusedTopKSAE"), ("batchtopk", "FusedBatchTopKSAE")])
+def test_train_topk(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, chats: Path, tmp_path: Path, architecture: str, name: str
+) -> None:
+    arguments = ["--model", tiny_model, "--dataset", chats, "--output", tmp_path / "run", "--k", 4]
+    status, out, err = run(capsys, "train", "--architecture", architecture, *arguments, *FAST)
+    assert status == 0, err
+    assert f"fastsae.{name}.load(" in out
+
+
 def test_every_option_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "train", "--help")
     assert status == 0
@@ -65,6 +75,7 @@ def bad_inputs(model: Path, chats: Path, tmp: Path) -> dict[str, tuple[list[obje
         "layer out of range": ([*base, "--layer", 7], 2, "0 to 1"),
         "no chat column": ([*base, "--dataset", columns], 2, "question"),
         "empty dataset": ([*base, "--dataset", empty], 2, "empty"),
+        "topk without k": ([*base, "--architecture", "topk"], 2, "--k: expected"),
         "k above d_sae": ([*base, "--k", 33], 2, "d_sae"),
         "output exists": ([*base, "--output", full], 2, "--output"),
         "nothing to resume": (["train", "--resume", "--output", full], 2, "config.json"),
@@ -83,7 +94,7 @@ def bad_inputs(model: Path, chats: Path, tmp: Path) -> dict[str, tuple[list[obje
 
 NAMES = (
     "unknown flag|not a number|unknown command|unknown model|unknown dataset|layer out of range|no chat column|"
-    "empty dataset|k above d_sae|output exists|nothing to resume|resume without output|all held out|bad device|"
+    "empty dataset|topk without k|k above d_sae|output exists|nothing to resume|resume without output|all held out|bad device|"
     "not an SAE|not an SAE, data named|corrupt SAE"
 ).split("|")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastsae_kernels as kernels
 from fastsae.sae import files
+from fastsae.sae.inference import TopActivations, check_feature_ids, check_k, columns, top_activations
 from fastsae.sae.outputs import TrainOutput
 from fastsae_kernels import ActivityHint, AutoencodeOutput, AutoencodeSpec, SparseActs, reference
 
@@ -39,9 +40,8 @@ class SparseAutoencoder(nn.Module, ABC):
         super().__init__()
         if d_in < 1 or d_sae < 1:
             raise ValueError(f"d_in, d_sae: expected integers >= 1, got {d_in} and {d_sae}")
-        if k is not None and not 1 <= k <= d_sae:
-            raise ValueError(f"k: expected None or 1 <= k <= d_sae = {d_sae}, got {k}")
-        self.d_in, self.d_sae, self.k = d_in, d_sae, k
+        self.d_in, self.d_sae = d_in, d_sae
+        self.k = None if k is None else check_k(k, d_sae)
         self.apply_b_dec_to_input = apply_b_dec_to_input
         self.metadata: dict[str, Any] = {}
         self._activity = ActivityHint()
@@ -75,8 +75,32 @@ class SparseAutoencoder(nn.Module, ABC):
     def gate_threshold(self) -> Tensor:
         """`[d_sae]` float32, >= 0: a feature is active strictly above it."""
 
+    @property
+    def k_per_token(self) -> int | None:
+        """At most this many features of a token are active at inference; None where each feature's gate decides alone."""
+        return self.k
+
     def _spec(self, penalty: Any = "l0") -> AutoencodeSpec:
-        return AutoencodeSpec(k=self.k, penalty=penalty)
+        return AutoencodeSpec(k=self.k_per_token, penalty=penalty)
+
+    def _rescaling(self, ids: Tensor | None = None) -> Tensor | None:
+        """`[d_sae]` factor between a feature's pre-activation and what gate and top-k see; None for 1."""
+        return None
+
+    def _encoder(self, scale: Tensor | None, ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`W_enc` and `b_enc` as the ops take them, of the features `ids` alone where given."""
+        W_enc: Tensor = self.W_enc
+        b_enc: Tensor = self.b_enc
+        if ids is not None:
+            W_enc, b_enc = W_enc.t().index_select(0, ids).t(), b_enc.index_select(0, ids)
+        if scale is None:
+            return W_enc, b_enc
+        return (W_enc * scale).to(self.dtype), (b_enc * scale).to(self.dtype)
+
+    def _decoder(self, scale: Tensor | None, ids: Tensor | None = None) -> Tensor:
+        """`W_dec` as the ops take it, of the features `ids` alone where given."""
+        W_dec = self.W_dec if ids is None else self.W_dec.index_select(0, ids)
+        return W_dec if scale is None else (W_dec / scale[:, None]).to(self.dtype)
 
     def _sae_in(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
@@ -88,15 +112,21 @@ class SparseAutoencoder(nn.Module, ABC):
         x = x.to(self.dtype)
         return x - self.b_dec if self.apply_b_dec_to_input else x
 
-    def _autoencode(self, x: Tensor, penalty: Any = "l0", feature_scale: Tensor | None = None) -> AutoencodeOutput:
+    def _autoencode(
+        self,
+        x: Tensor,
+        spec: AutoencodeSpec | None = None,
+        feature_scale: Tensor | None = None,
+        threshold: Tensor | None = None,
+    ) -> AutoencodeOutput:
+        scale = self._rescaling()
         return kernels.autoencode(
             self._sae_in(x),
-            self.W_enc,
-            self.b_enc,
-            self.gate_threshold(),
-            self.W_dec,
+            *self._encoder(scale),
+            self.gate_threshold() if threshold is None else threshold,
+            self._decoder(scale),
             self.b_dec,
-            spec=self._spec(penalty),
+            spec=spec or self._spec(),
             feature_scale=feature_scale,
             hint=self._activity,
         )
@@ -110,32 +140,92 @@ class SparseAutoencoder(nn.Module, ABC):
         """
         return self._autoencode(x).sae_out
 
-    @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations as a dense tensor, `[..., d_sae]`; differentiable. Allocates what it returns."""
+        return self._encode_dense(x)
+
+    def _encode_dense(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
+        spec, threshold = self._spec(), self.gate_threshold()
+        acts = reference.encode(
+            self._sae_in(x),
+            *self._encoder(self._rescaling(ids), ids),
+            threshold if ids is None else threshold.index_select(0, ids),
+            bandwidth=spec.bandwidth,
+            k=spec.k,
+            ste_to_input=spec.ste_to_input,
+        )
+        return acts.to(self.dtype)
 
     def encode_sparse(self, x: Tensor) -> SparseActs:
         """The active features of each token, without a dense tensor; leading dimensions are flattened.
 
         Differentiable in `.values`, but for the threshold, whose estimate needs inactive entries too.
         """
+        return self._encode_sparse(x, self.k_per_token)
+
+    def _encode_sparse(self, x: Tensor, k: int | None, threshold: Tensor | None = None) -> SparseActs:
         x = self._sae_in(x).reshape(-1, self.d_in)
-        return kernels.encode(x, self.W_enc, self.b_enc, self.gate_threshold(), k=self.k)
+        threshold = self.gate_threshold() if threshold is None else threshold
+        return kernels.encode(x, *self._encoder(self._rescaling()), threshold, k=k)
+
+    def encode_topk(self, x: Tensor, k: int) -> TopActivations:
+        """The `k` largest activations of each token and their features, without a dense tensor.
+
+        Like `encode(x).topk(k)`, but sorted, and exact about ties: equal values go to the lower feature. Where fewer than
+        `k` features of a token are active, value 0 and feature 0 fill the rest. Differentiable in `values`, but for the
+        threshold.
+
+        Args:
+            x: `[..., d_in]`.
+            k: How many, from 1 to `d_sae`.
+
+        Returns:
+            `values` `[..., k]` fp32 (fp64 for an fp64 module) and `indices` `[..., k]` int64.
+
+        Raises:
+            TypeError: `k` is no integer, or `x` not floating-point.
+            ValueError: `k` is out of range, or the last dimension of `x` is not `d_in`.
+        """
+        k = check_k(k, self.d_sae)
+        acts = self._encode_sparse(x, min(k, self.k_per_token or k))
+        values, indices = top_activations(acts, k)
+        shape = (*x.shape[:-1], k)
+        return TopActivations(values.reshape(shape), indices.reshape(shape))
+
+    def encode_features(self, x: Tensor, feature_ids: Sequence[int] | Tensor) -> Tensor:
+        """Activations of some features, `[..., n_ids]`: `encode(x)[..., feature_ids]`, ids in any order, repeats allowed.
+
+        Costs a product with those columns alone where each feature has its own gate. With a `k` per token a feature's
+        activation depends on all others: then the sparse encode runs and the features are picked from its entries, and a
+        threshold gets no gradient.
+
+        Args:
+            x: `[..., d_in]`.
+            feature_ids: `[n_ids]` integers from 0 to `d_sae - 1`.
+
+        Raises:
+            TypeError: `feature_ids` are no integers, or `x` is not floating-point.
+            ValueError: An id is out of range, or the last dimension of `x` is not `d_in`.
+        """
+        ids = check_feature_ids(feature_ids, self.d_sae, self.device)
+        if self.k_per_token is None:
+            return self._encode_dense(x, ids)
+        acts = columns(self.encode_sparse(x), ids)
+        return acts.reshape(*x.shape[:-1], ids.numel()).to(self.dtype)
 
     def decode(self, acts: Tensor | SparseActs) -> Tensor:
         """The reconstruction from dense `[..., d_sae]` or sparse activations, `[..., d_in]` or `[N, d_in]`."""
+        W_dec = self._decoder(self._rescaling())
         if isinstance(acts, SparseActs):
-            return kernels.decode(acts, self.W_dec, self.b_dec)
+            return kernels.decode(acts, W_dec, self.b_dec)
         if acts.dim() == 0 or acts.shape[-1] != self.d_sae:
             raise ValueError(f"acts: expected last dimension d_sae = {self.d_sae}, got shape {tuple(acts.shape)}")
-        return reference.decode(acts.to(self.dtype), self.W_dec, self.b_dec)
+        return reference.decode(acts.to(self.dtype), W_dec, self.b_dec)
 
-    def _train_output(
-        self, x: Tensor, output: AutoencodeOutput, sparsity_loss: Tensor, losses: dict[str, Tensor], name: str
-    ) -> TrainOutput:
+    def _train_output(self, x: Tensor, output: AutoencodeOutput, losses: dict[str, Tensor]) -> TrainOutput:
         error = (output.sae_out - x.to(self.dtype)).float()
         per_token = error.square().sum(-1)
-        losses = {"mse_loss": per_token.mean(), name: sparsity_loss, **losses}
+        losses = {"mse_loss": per_token.mean(), **losses}
         with torch.no_grad():
             flat = x.reshape(-1, self.d_in).float()
             variance = (flat - flat.mean(0)).square().sum()
@@ -148,10 +238,10 @@ class SparseAutoencoder(nn.Module, ABC):
             fvu=fvu,
             feature_counts=output.feature_counts,
             sparse_acts=output.acts,
-            encode_again=self._encode_again(x),
+            encode_again=self._encode_again(x, output.min_active),
         )
 
-    def _encode_again(self, x: Tensor) -> Callable[[], SparseActs]:
+    def _encode_again(self, x: Tensor, min_active: Tensor | None) -> Callable[[], SparseActs]:
         version = self.W_enc._version
 
         def encode() -> SparseActs:
@@ -160,9 +250,13 @@ class SparseAutoencoder(nn.Module, ABC):
                     "acts: the weights have changed since this pass; read `acts` before the optimiser's step"
                 )
             with torch.no_grad():
-                return self.encode_sparse(x.detach())
+                return self._encode_training(x.detach(), min_active)
 
         return encode
+
+    def _encode_training(self, x: Tensor, min_active: Tensor | None) -> SparseActs:
+        """The active features that a training pass over `x` had, whose smallest is `min_active`."""
+        return self.encode_sparse(x)
 
     def decoder_norms(self) -> Tensor:
         """`[d_sae]` fp32, differentiable: length of each feature's direction."""
@@ -183,8 +277,20 @@ class SparseAutoencoder(nn.Module, ABC):
         self.b_dec.div_(scale)
 
     def config(self) -> dict[str, Any]:
-        """Constructor arguments beyond the sizes, as saved beside the weights."""
+        """Options beyond the sizes, as saved beside the weights."""
         return {"k": self.k}
+
+    def to_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What SAELens wants to find: keys of `cfg.json` beyond those of every architecture, and the tensors."""
+        return {"architecture": self.architecture}, self.state_dict()
+
+    @classmethod
+    def from_files(cls, config: dict[str, Any], own: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Constructor arguments from `cfg.json` and from `own`, a saved `config()` or empty.
+
+        Where the tensors are not the state dict, they are made so in place.
+        """
+        return own
 
     def save(self, path: str | Path, **metadata: Any) -> None:
         """Writes SAELens' `cfg.json` and `sae_weights.safetensors` to the folder `path`, each file atomically.
@@ -203,7 +309,7 @@ class SparseAutoencoder(nn.Module, ABC):
             FileNotFoundError: A file is missing.
             ValueError: A file is corrupt, or holds another architecture, shape or option than this class runs.
         """
-        sae = files.load(Path(path), device)
+        sae = files.load(Path(path), device, cls)
         if not isinstance(sae, cls):
             raise ValueError(f"{path}: expected an SAE that {cls.__name__} runs, got architecture {sae.architecture!r}")
         return sae

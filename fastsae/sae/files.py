@@ -80,10 +80,12 @@ def write_json(path: Path, content: Any) -> None:
 
 def save(sae: SparseAutoencoder, path: Path, metadata: dict[str, Any]) -> None:
     """Writes both files to the folder `path`."""
-    if sae.k is not None:
+    keys, state = sae.to_files()
+    if sae.k_per_token is not None and "k" not in keys:
         logger.warning("k = %d is kept in the metadata only: SAELens reads this SAE as one without top-k", sae.k)
+    own = {"architecture": sae.architecture, **sae.config()}
     config = {
-        "architecture": sae.architecture,
+        **keys,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": str(sae.dtype).removeprefix("torch."),
@@ -91,16 +93,16 @@ def save(sae: SparseAutoencoder, path: Path, metadata: dict[str, Any]) -> None:
         "apply_b_dec_to_input": sae.apply_b_dec_to_input,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": {"sae_lens_version": SAE_LENS_VERSION, **metadata, "fastsae": sae.config()},
+        "metadata": {"sae_lens_version": SAE_LENS_VERSION, **metadata, "fastsae": own},
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     json.dumps(config, allow_nan=False)  # metadata that is no JSON fails before a file is written
     write_tensors(path / WEIGHTS_FILE, tensors)
     write_json(path / CONFIG_FILE, config)
 
 
-def load(path: Path, device: torch.device | str | None) -> SparseAutoencoder:
-    """Reads both files into the class that runs their architecture."""
+def load(path: Path, device: torch.device | str | None, wanted: type[SparseAutoencoder]) -> SparseAutoencoder:
+    """Reads both files into the class that runs their architecture, `wanted` where more than one does."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise FileNotFoundError(
@@ -119,7 +121,7 @@ def load(path: Path, device: torch.device | str | None) -> SparseAutoencoder:
         raise ValueError(
             f"{path / CONFIG_FILE}: expected a JSON object with SAELens' keys, got {type(config).__name__}"
         )
-    sae = _build(path, config, device)
+    sae = _build(path, config, tensors, device, wanted)
     expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:
@@ -128,35 +130,55 @@ def load(path: Path, device: torch.device | str | None) -> SparseAutoencoder:
     return sae
 
 
-def _build(path: Path, config: dict[str, Any], device: torch.device | str | None) -> SparseAutoencoder:
+def _class_of(path: Path, config: dict[str, Any], trained_as: Any, wanted: type[SparseAutoencoder]) -> Any:
+    """The class for a folder; a BatchTopK SAE is saved as the `jumprelu` that it is at inference, so either may run it."""
+    from fastsae.sae.batch_topk import FusedBatchTopKSAE
     from fastsae.sae.jumprelu import FusedJumpReLUSAE
     from fastsae.sae.relu import FusedReLUSAE
+    from fastsae.sae.topk import FusedTopKSAE
 
-    classes: dict[str, Callable[..., SparseAutoencoder]] = {
-        cls.architecture: cls for cls in (FusedJumpReLUSAE, FusedReLUSAE)
-    }
+    known = (FusedJumpReLUSAE, FusedReLUSAE, FusedTopKSAE, FusedBatchTopKSAE)
+    classes: dict[Any, type[SparseAutoencoder]] = {cls.architecture: cls for cls in known}
     architecture = config.get("architecture")
     if architecture not in classes:
         raise ValueError(f"{path}: expected architecture {' or '.join(classes)}, got {architecture!r}")
+    if architecture != FusedJumpReLUSAE.architecture:
+        return classes[architecture]
+    for cls in (FusedJumpReLUSAE, FusedBatchTopKSAE):
+        if issubclass(wanted, cls):
+            return cls
+    return FusedBatchTopKSAE if trained_as == FusedBatchTopKSAE.architecture else FusedJumpReLUSAE
+
+
+def _build(
+    path: Path,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    device: torch.device | str | None,
+    wanted: type[SparseAutoencoder],
+) -> SparseAutoencoder:
+    metadata = dict(config.get("metadata") or {})
+    own = dict(metadata.pop("fastsae", None) or {})
+    cls = _class_of(path, config, own.get("architecture"), wanted)
     for option in ("normalize_activations", "reshape_activations"):
         if config.get(option, "none") != "none":
             raise ValueError(
                 f"{path}: expected {option} 'none', got {config[option]!r}; fold it into the weights first"
             )
-    metadata = dict(config.get("metadata") or {})
-    own = metadata.pop("fastsae", {})
+    if own.pop("architecture", cls.architecture) != cls.architecture:
+        own = {}  # options of the class that trained it, which is not the class asked for
     try:
-        sae = classes[architecture](
+        sae: SparseAutoencoder = cls(
             config["d_in"],
             config["d_sae"],
             apply_b_dec_to_input=config.get("apply_b_dec_to_input", True),
             dtype=DTYPES[config.get("dtype", "float32")],
             device=device,
-            **own,
+            **cls.from_files(config, own, tensors),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{path / CONFIG_FILE}: expected SAELens' keys for {architecture}, got a problem with {error}"
+            f"{path / CONFIG_FILE}: expected SAELens' keys for {cls.architecture}, got a problem with {error}"
         ) from None
     sae.metadata = metadata
     return sae

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastsae.sae.base import SparseAutoencoder
 from fastsae.sae.outputs import TrainOutput
-from fastsae_kernels import AutoencodeSpec, reference
+from fastsae_kernels import AutoencodeSpec
 from fastsae_kernels.pre_act import pre_act_loss
 
 Sparsity = Literal["step", "quadratic", "tanh"]
@@ -85,19 +85,7 @@ class FusedJumpReLUSAE(SparseAutoencoder):
     def _spec(self, penalty: Any = "l0") -> AutoencodeSpec:
         # without a gradient the window's inactive entries would be listed for nothing
         bandwidth = self.bandwidth if torch.is_grad_enabled() else 0.0
-        return AutoencodeSpec(bandwidth=bandwidth, k=self.k, penalty=penalty, ste_to_input=self.ste_to_input)
-
-    def encode(self, x: Tensor) -> Tensor:
-        acts = reference.encode(
-            self._sae_in(x),
-            self.W_enc,
-            self.b_enc,
-            self.gate_threshold(),
-            bandwidth=self.bandwidth,
-            k=self.k,
-            ste_to_input=self.ste_to_input,
-        )
-        return acts.to(self.dtype)
+        return AutoencodeSpec(bandwidth=bandwidth, k=self.k_per_token, penalty=penalty, ste_to_input=self.ste_to_input)
 
     def training_forward(
         self,
@@ -136,19 +124,19 @@ class FusedJumpReLUSAE(SparseAutoencoder):
             raise ValueError(f"target_l0: expected a number > 0 with sparsity='quadratic', got {target_l0}")
         self.threshold.data.clamp_(min=0)  # .data: an earlier pass may still wait for its backward
         if sparsity == "tanh":
-            output = self._autoencode(x, "tanh", self.decoder_norms())
+            output = self._autoencode(x, self._spec("tanh"), self.decoder_norms())
         else:
-            output = self._autoencode(x, "l0")
+            output = self._autoencode(x)
         penalty = output.penalty
         if sparsity == "quadratic":
             assert target_l0 is not None
             penalty = (penalty - target_l0).square() * (2 / target_l0)
-        losses = {}
+        losses = {"l0_loss": l0_coefficient * penalty.mean()}
         if dead_mask is not None:
             sae_in = self._sae_in(x).reshape(-1, self.d_in)
             pull = pre_act_loss(sae_in, self.W_enc, self.b_enc, self.threshold, self.decoder_norms(), dead_mask)
             losses["pre_act_loss"] = pre_act_loss_coefficient * pull
-        return self._train_output(x, output, l0_coefficient * penalty.mean(), losses, "l0_loss")
+        return self._train_output(x, output, losses)
 
     @torch.no_grad()
     def fold_activation_scale_(self, scale: float) -> None:

@@ -17,8 +17,8 @@ class TrainOutput:
     Args:
         sae_out: `[..., d_in]` reconstruction, in the module's dtype.
         loss: Scalar, the sum of `losses`.
-        losses: Each term by name: `mse_loss` (squared error summed over d_in, mean over tokens), `l0_loss` or `l1_loss`,
-            and `pre_act_loss` where dead features were given.
+        losses: Each term by name: `mse_loss` (squared error summed over d_in, mean over tokens), then `l0_loss` or `l1_loss`,
+            and where dead features were given `pre_act_loss` or, of the TopK family, `auxiliary_reconstruction_loss`.
         l0: Scalar, mean number of active features per token.
         fvu: Scalar, fraction of the batch's variance left unexplained: `sum |x - sae_out|^2 / sum |x - mean x|^2`.
         feature_counts: `[d_sae]` int64, tokens of the batch on which each feature is active.

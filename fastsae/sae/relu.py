@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fastsae.sae.base import SparseAutoencoder
 from fastsae.sae.outputs import TrainOutput
-from fastsae_kernels import reference
 
 
 class FusedReLUSAE(SparseAutoencoder):
@@ -35,9 +34,6 @@ class FusedReLUSAE(SparseAutoencoder):
         wide = torch.promote_types(self.dtype, torch.float32)
         return torch.zeros(self.d_sae, dtype=wide, device=self.device)
 
-    def encode(self, x: Tensor) -> Tensor:
-        return reference.encode(self._sae_in(x), self.W_enc, self.b_enc, self.gate_threshold().to(self.dtype), k=self.k)
-
     def training_forward(
         self, x: Tensor, l1_coefficient: float | Tensor = 1.0, *, scale_by_decoder_norm: bool = True
     ) -> TrainOutput:
@@ -52,5 +48,5 @@ class FusedReLUSAE(SparseAutoencoder):
             scale_by_decoder_norm: Multiply each activation by its decoder row's norm, as SAELens does; without it a free
                 decoder escapes the penalty by growing.
         """
-        output = self._autoencode(x, "l1", self.decoder_norms() if scale_by_decoder_norm else None)
-        return self._train_output(x, output, l1_coefficient * output.penalty.mean(), {}, "l1_loss")
+        output = self._autoencode(x, self._spec("l1"), self.decoder_norms() if scale_by_decoder_norm else None)
+        return self._train_output(x, output, {"l1_loss": l1_coefficient * output.penalty.mean()})

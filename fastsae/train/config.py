@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from fastsae.errors import UsageError
 
-Architecture = Literal["jumprelu", "relu"]
+Architecture = Literal["jumprelu", "relu", "topk", "batchtopk"]
+TOPK_FAMILY = ("topk", "batchtopk")
 Sparsity = Literal["step", "quadratic", "tanh"]
 
 
@@ -47,18 +48,27 @@ class TrainConfig:
     eval_dialogues: int = option(500, "data", "dialogues held out for the evaluation")
     drop_first_position: bool = option(True, "data", "train without position 0, whose activation is often an outlier")
 
-    architecture: Architecture = option("jumprelu", "sae", "jumprelu (L0 penalty) or relu (L1 penalty)")
+    architecture: Architecture = option(
+        "jumprelu", "sae", "jumprelu (L0 penalty), relu (L1 penalty), topk or batchtopk (no penalty; give k)"
+    )
     d_sae: int | None = option(None, "sae", "number of features (default: expansion * d_in)")
     expansion: int = option(8, "sae", "features per dimension of the residual stream")
-    k: int | None = option(None, "sae", "keep at most this many features of a token (default: no limit)")
+    k: int | None = option(
+        None,
+        "sae",
+        "keep at most this many features of a token (default: no limit); topk and batchtopk need it, "
+        "and for batchtopk it is an average",
+    )
     bandwidth: float = option(0.05, "sae", "width of the straight-through window, in activation units")
     init_threshold: float = option(0.01, "sae", "initial threshold, in activation units")
-    apply_b_dec_to_input: bool = option(False, "sae", "subtract b_dec before the encoder")
+    apply_b_dec_to_input: bool | None = option(
+        None, "sae", "subtract b_dec before the encoder (default: with topk and batchtopk, whose b_enc starts at 0)"
+    )
     ste_to_input: bool = option(False, "sae", "straight-through gradients to the encoder too (Anthropic 2025)")
     normalize_activations: bool = option(True, "sae", "scale activations to a mean norm of sqrt(d_in) while training")
     b_dec_init: Literal["geometric_median", "mean", "zero"] = option("geometric_median", "sae", "start value of b_dec")
     init_l0: float | None = option(
-        200.0, "sae", "set b_enc so that this many features fire at the start (none: b_enc = 0)"
+        200.0, "sae", "jumprelu, relu: set b_enc so that this many features fire at the start (none: b_enc = 0)"
     )
 
     tokens: int = option(1_500_000, "training", "tokens to train on")
@@ -81,7 +91,10 @@ class TrainConfig:
     )
     clip_norm: float = option(1.0, "training", "clip the global gradient norm; 0 does not clip")
     dead_tokens: int = option(200_000, "training", "a feature silent for this many tokens is dead")
-    pre_act_loss_coefficient: float = option(0.0, "training", "pull of dead features back to their threshold")
+    pre_act_loss_coefficient: float = option(0.0, "training", "jumprelu: pull of dead features back to their threshold")
+    aux_loss_coefficient: float = option(
+        1.0, "training", "topk, batchtopk: weight of the loss by which dead features learn what is left over (AuxK)"
+    )
     dtype: Literal["float32", "bfloat16"] = option(
         "float32", "training", "of the SAE's products; the weights stay float32"
     )
@@ -105,7 +118,7 @@ class TrainConfig:
             _require(name, getattr(self, name), getattr(self, name) > 0, "a number > 0")
         not_negative = (
             "dedup_words seed init_threshold l0_coefficient l1_coefficient clip_norm dead_tokens "
-            "pre_act_loss_coefficient checkpoint_every"
+            "pre_act_loss_coefficient aux_loss_coefficient checkpoint_every"
         )
         for name in not_negative.split():
             _require(name, getattr(self, name), getattr(self, name) >= 0, "a number >= 0")
@@ -120,6 +133,10 @@ class TrainConfig:
         for name, kind in get_type_hints(TrainConfig).items():
             if get_origin(kind) is Literal:
                 _require(name, getattr(self, name), getattr(self, name) in get_args(kind), " or ".join(get_args(kind)))
+        if self.architecture in TOPK_FAMILY and self.k is None:
+            raise UsageError(
+                f"k: expected the number of active features per token, which {self.architecture} needs, got none"
+            )
         if self.d_sae is not None and self.k is not None:
             _require("k", self.k, self.k <= self.d_sae, f"at most d_sae = {self.d_sae}")
         if self.buffer_tokens < 2 * self.batch_size:
@@ -128,6 +145,19 @@ class TrainConfig:
             )
         if self.tokens < self.batch_size:
             raise UsageError(f"tokens: expected at least one batch of {self.batch_size}, got {self.tokens}")
+
+    @property
+    def subtracts_b_dec(self) -> bool:
+        """`apply_b_dec_to_input`, its default resolved."""
+        chosen = self.apply_b_dec_to_input
+        return self.architecture in TOPK_FAMILY if chosen is None else chosen
+
+    @property
+    def dead_features_learn(self) -> bool:
+        """Whether the loss has a term for dead features, so that training must know them."""
+        if self.architecture in TOPK_FAMILY:
+            return self.aux_loss_coefficient > 0
+        return self.architecture == "jumprelu" and self.pre_act_loss_coefficient > 0
 
     @property
     def steps(self) -> int:

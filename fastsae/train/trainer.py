@@ -12,12 +12,25 @@ from torch import Tensor
 
 from fastsae.data.buffer import ActivationBatch
 from fastsae.errors import FastsaeError
-from fastsae.sae import FusedJumpReLUSAE, FusedReLUSAE, SparseAutoencoder, TrainOutput
+from fastsae.sae import (
+    FusedBatchTopKSAE,
+    FusedJumpReLUSAE,
+    FusedReLUSAE,
+    FusedTopKSAE,
+    SparseAutoencoder,
+    TrainOutput,
+)
 from fastsae.train import checkpoint
-from fastsae.train.config import TrainConfig
+from fastsae.train.config import TOPK_FAMILY, TrainConfig
 from fastsae.train.initialize import activation_scale, initialize_from_data
 from fastsae.train.schedules import learning_rate, sparsity_share
 
+SAE_CLASSES: dict[str, type[SparseAutoencoder]] = {
+    "jumprelu": FusedJumpReLUSAE,
+    "relu": FusedReLUSAE,
+    "topk": FusedTopKSAE,
+    "batchtopk": FusedBatchTopKSAE,
+}
 DEAD_MASK_EVERY = 25  # steps; looking who is dead waits for the device
 
 
@@ -25,21 +38,13 @@ def build_sae(config: TrainConfig, d_in: int, device: torch.device) -> SparseAut
     """A fresh SAE of the configured architecture, drawn from `config.seed`."""
     torch.manual_seed(config.seed)
     d_sae = config.d_sae or config.expansion * d_in
-    shared: dict[str, Any] = {
-        "k": config.k,
-        "apply_b_dec_to_input": config.apply_b_dec_to_input,
-        "device": device,
-    }
-    if config.architecture == "relu":
-        return FusedReLUSAE(d_in, d_sae, **shared)
-    return FusedJumpReLUSAE(
-        d_in,
-        d_sae,
-        bandwidth=config.bandwidth,
-        init_threshold=config.init_threshold,
-        ste_to_input=config.ste_to_input,
-        **shared,
-    )
+    options: dict[str, Any] = {"k": config.k, "apply_b_dec_to_input": config.subtracts_b_dec, "device": device}
+    if config.architecture == "jumprelu":
+        options |= {name: getattr(config, name) for name in ("bandwidth", "init_threshold", "ste_to_input")}
+    if config.architecture in TOPK_FAMILY:
+        # rows kept at unit norm have nothing to rescale, and their gradient's parallel part is removed either way
+        options["rescale_acts_by_decoder_norm"] = not config.normalize_decoder
+    return SAE_CLASSES[config.architecture](d_in, d_sae, **options)
 
 
 class Trainer:
@@ -68,7 +73,9 @@ class Trainer:
         """Sets scale, `b_dec` and `b_enc` from activations `[N, d_in]`."""
         if self.config.normalize_activations:
             self.scale = activation_scale(sample)
-        initialize_from_data(self.sae, sample * self.scale, self.config.b_dec_init, self.config.init_l0)
+        # a count needs no help to be sparse: its b_enc starts at 0, as in the literature
+        init_l0 = None if self.config.architecture in TOPK_FAMILY else self.config.init_l0
+        initialize_from_data(self.sae, sample * self.scale, self.config.b_dec_init, init_l0)
 
     def run(
         self,
@@ -107,7 +114,7 @@ class Trainer:
             sae.normalize_decoder_()
         self.silent_tokens = torch.where(output.feature_counts > 0, 0, self.silent_tokens + x.shape[0])
         self.step += 1
-        if config.pre_act_loss_coefficient and self.step % DEAD_MASK_EVERY == 0:
+        if config.dead_features_learn and self.step % DEAD_MASK_EVERY == 0:
             dead = self.silent_tokens >= config.dead_tokens
             self.dead_mask = dead if dead.any() else None
         return output
@@ -116,6 +123,8 @@ class Trainer:
         config, sae = self.config, self.sae
         if isinstance(sae, FusedReLUSAE):
             return sae.training_forward(x, config.l1_coefficient * share)
+        if isinstance(sae, FusedTopKSAE | FusedBatchTopKSAE):
+            return sae.training_forward(x, dead_mask=self.dead_mask, aux_loss_coefficient=config.aux_loss_coefficient)
         assert isinstance(sae, FusedJumpReLUSAE)
         return sae.training_forward(
             x,

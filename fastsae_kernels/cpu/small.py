@@ -19,17 +19,19 @@ def encode_small(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, bandwidth: float, k: int | None, batch_topk: bool
 ) -> SparseActs | None:
     """`encode` through one dense product of at most `MAX_ELEMENTS`; None where it is NaN or Inf."""
-    product = functional.linear(x, W_enc.t(), b_enc)
+    if x.dtype == threshold.dtype:
+        product = functional.linear(x, W_enc.t(), b_enc)
+    else:  # the bias is not rounded to 16 bits, as on every other path
+        product = functional.linear(x, W_enc.t()).to(threshold.dtype) + b_enc.to(threshold.dtype)
     if not math.isfinite(float(product.sum())) and not torch.isfinite(product).all():
         return None
     if k is not None and bandwidth == 0 and not batch_topk:
         return _topk(product, threshold, k)
-    hidden_pre = product.to(threshold.dtype)
-    listed = hidden_pre > threshold
+    listed = product > threshold
     if bandwidth > 0:
-        listed |= (hidden_pre - threshold).abs() < bandwidth / 2
+        listed |= (product - threshold).abs() < bandwidth / 2
     if k is not None:
-        acts = hidden_pre * (hidden_pre > threshold)
+        acts = product * (product > threshold)
         if batch_topk:
             listed &= topk_keep(acts.view(1, -1), k * x.shape[0]).view_as(listed)
         else:
@@ -41,7 +43,7 @@ def encode_small(
     ends = torch.arange(x.shape[0] + 1) * d_sae
     row_offsets = torch.searchsorted(flat, ends, out_int32=True)
     indices = flat % d_sae
-    values = hidden_pre.view(-1)[flat]
+    values = product.view(-1)[flat]
     if bandwidth > 0:
         values = torch.where(values > threshold[indices], values, 0)
     return SparseActs(row_offsets, indices.int(), values, (x.shape[0], d_sae))
@@ -57,7 +59,7 @@ def _topk(product: Tensor, threshold: Tensor, k: int) -> SparseActs:
     flat = nonzero_flat(mask)
     rows = flat // d_sae
     row_offsets = row_offsets_of(rows, n_tokens)
-    indices, values = (flat - rows * d_sae).int(), acts.view(-1)[flat].to(threshold.dtype)
+    indices, values = (flat - rows * d_sae).int(), acts.view(-1)[flat]
     keep = largest_of_rows(rows, values, row_offsets, k)
     if keep is not None:
         row_offsets, indices, values = row_offsets_of(rows[keep], n_tokens), indices[keep], values[keep]

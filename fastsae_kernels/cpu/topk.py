@@ -48,7 +48,7 @@ def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: i
     parts: list[SparseActs | None] = []
     if _is_dense_faster(x.dtype, d_sae, k):
         for rows in x.split(DENSE_ELEMENTS // d_sae):
-            parts.append(encode_small(rows, W_enc, b_enc.to(x.dtype), threshold, bandwidth=0.0, k=k, batch_topk=False))
+            parts.append(encode_small(rows, W_enc, b_enc, threshold, bandwidth=0.0, k=k, batch_topk=False))
         return _stack(parts)
     weights = W_enc.t()
     norms = product.row_norms(weights)

@@ -31,6 +31,8 @@ from fastsae.train.config import PRESETS, TrainConfig
         {"bandwidth": float("inf")},
         {"dtype": "float16"},
         {"b_dec_init": "median"},
+        {"aux_loss_coefficient": -1.0},
+        {"architecture": "topk", "d_sae": 8, "k": 9},
     ],
     ids=str,
 )
@@ -40,6 +42,20 @@ def test_bad_option_is_named(options: dict[str, Any]) -> None:
     message = str(caught.value)
     assert list(options)[-1] in message
     assert "expected" in message
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_topk_needs_k(architecture: str) -> None:
+    with pytest.raises(UsageError, match=rf"^k: expected the number of .* {architecture} needs, got none$"):
+        TrainConfig(architecture=architecture)
+    config = TrainConfig(architecture=architecture, k=32)
+    assert config.subtracts_b_dec
+    assert config.dead_features_learn
+    assert not TrainConfig(architecture=architecture, k=32, apply_b_dec_to_input=False).subtracts_b_dec
+    assert not TrainConfig(architecture=architecture, k=32, aux_loss_coefficient=0.0).dead_features_learn
+    assert not TrainConfig().subtracts_b_dec
+    assert not TrainConfig().dead_features_learn
+    assert TrainConfig(pre_act_loss_coefficient=0.1).dead_features_learn
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastsae import FastsaeError, FusedJumpReLUSAE, FusedReLUSAE, SparseAutoencoder, UsageError
+from fastsae import (
+    FastsaeError,
+    FusedBatchTopKSAE,
+    FusedJumpReLUSAE,
+    FusedReLUSAE,
+    FusedTopKSAE,
+    SparseAutoencoder,
+    UsageError,
+)
 from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig
 from fastsae.train.run import evaluate_folder, read_config, train
@@ -96,8 +104,22 @@ def test_training_learns(config: TrainConfig, tmp_path: Path) -> None:
     assert rows[-1]["fvu"] < 0.6 * rows[0]["fvu"]
 
 
-@pytest.mark.parametrize("killed_at", [3, 7, 20])
-def test_killed_run_resumes_bit_for_bit(config: TrainConfig, tmp_path: Path, killed_at: int) -> None:
+@pytest.mark.parametrize(
+    ("killed_at", "options"),
+    [
+        (3, {}),
+        (7, {}),
+        (20, {}),
+        # at 27 a mask of dead features, made at step 25, is in the checkpoint
+        (31, {"architecture": "topk", "k": 4, "tokens": 64 * 40, "normalize_decoder": False}),
+        (31, {"architecture": "batchtopk", "k": 4, "tokens": 64 * 40}),
+    ],
+    ids=str,
+)
+def test_killed_run_resumes_bit_for_bit(
+    config: TrainConfig, tmp_path: Path, killed_at: int, options: dict[str, Any]
+) -> None:
+    config = replace(config, **options)
     whole = run_and_compare(config, tmp_path / "whole")
     step = Trainer.train_step
 
@@ -113,7 +135,9 @@ def test_killed_run_resumes_bit_for_bit(config: TrainConfig, tmp_path: Path, kil
     assert not (tmp_path / "killed" / "metrics.json").exists()
     resumed = run_and_compare(read_config(tmp_path / "killed"), tmp_path / "killed", resume=True)
     assert resumed == whole
-    assert len(whole[2]) == 24
+    assert len(whole[2]) == config.steps
+    if "k" in options:
+        assert whole[2][-1]["auxiliary_reconstruction_loss"] > 0
     with pytest.raises(UsageError, match="complete"):
         train(config, tmp_path / "killed", resume=True, progress=False)
 
@@ -145,6 +169,56 @@ def test_checkpoint_of_another_run_is_reported(config: TrainConfig, tmp_path: Pa
 def test_relu_architecture(config: TrainConfig, tmp_path: Path) -> None:
     train(replace(config, architecture="relu", l1_coefficient=0.5), tmp_path / "run", progress=False)
     assert isinstance(SparseAutoencoder.load(tmp_path / "run"), FusedReLUSAE)
+
+
+@pytest.mark.parametrize("cls", [FusedTopKSAE, FusedBatchTopKSAE])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_topk_architectures(config: TrainConfig, tmp_path: Path, cls: Any, normalize: bool) -> None:
+    config = replace(config, architecture=cls.architecture, k=4, normalize_decoder=normalize, tokens=64 * 40)
+    trained: list[SparseAutoencoder] = []
+    with pytest.MonkeyPatch.context() as patch:
+        step = Trainer.train_step
+
+        def train_step(self: Trainer, batch: Any) -> Any:
+            if self.step == 0:
+                assert not self.sae.b_enc.any()
+                trained.append(self.sae)
+            output = step(self, batch)
+            assert output.l0 <= 4
+            return output
+
+        patch.setattr(Trainer, "train_step", train_step)
+        metrics = train(config, tmp_path / "run", progress=False)
+    loaded = SparseAutoencoder.load(tmp_path / "run")
+    assert type(loaded) is cls
+    assert loaded.k == 4
+    assert loaded.apply_b_dec_to_input
+    assert loaded.rescale_acts_by_decoder_norm is not normalize
+    assert loaded.config() == trained[0].config()
+    x = torch.randn(50, 16) * 3
+    torch.testing.assert_close(loaded(x), trained[0](x))
+    assert evaluate_folder(tmp_path / "run", config, progress=False).metrics["fvu"] == pytest.approx(metrics["fvu"])
+    if cls is FusedTopKSAE:  # after 40 steps the running threshold has come a third of its way
+        assert 0 < metrics["fvu"] < 1
+        assert metrics["l0"] <= 4
+
+
+def test_threshold_of_a_batchtopk_run_is_in_units_of_the_activations(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, architecture="batchtopk", k=4)
+    before: list[tuple[float, float]] = []
+    fold = FusedBatchTopKSAE.fold_activation_scale_
+
+    def folding(self: FusedBatchTopKSAE, scale: float) -> None:
+        before.append((self.topk_threshold.item(), scale))
+        fold(self, scale)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FusedBatchTopKSAE, "fold_activation_scale_", folding)
+        train(config, tmp_path / "run", progress=False)
+    ((threshold, scale),) = before
+    assert threshold > 0
+    assert scale != 1
+    assert FusedBatchTopKSAE.load(tmp_path / "run").topk_threshold.item() == threshold / scale
 
 
 def test_bf16_products_keep_fp32_weights(config: TrainConfig, tmp_path: Path) -> None:

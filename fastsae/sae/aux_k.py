@@ -1,0 +1,89 @@
+"""AuxK: dead features reconstruct what the living ones leave over, so that they find something to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import fastsae_kernels as kernels
+from fastsae_kernels import ActivityHint, AutoencodeSpec
+
+if TYPE_CHECKING:
+    from fastsae.sae.base import SparseAutoencoder
+
+
+class DeadFeatures:
+    """Ids of the features in a mask, looked up once per mask, because looking waits for a GPU."""
+
+    def __init__(self) -> None:
+        self.activity = ActivityHint()  # of the dead features' own passes
+        self._seen: tuple[Tensor, int, Tensor] | None = None  # mask, its version, its ids
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seen": None}
+
+    def ids(self, dead_mask: Tensor, d_sae: int, device: torch.device) -> Tensor:
+        """`[n_dead]` int64 on `device`.
+
+        Raises:
+            ValueError: `dead_mask` is not bool of shape `[d_sae]`.
+        """
+        if dead_mask.dtype != torch.bool or dead_mask.shape != (d_sae,):
+            got = f"{dead_mask.dtype} {tuple(dead_mask.shape)}"
+            raise ValueError(f"dead_mask: expected bool of shape [d_sae] = ({d_sae},), got {got}")
+        version = -1 if dead_mask.is_inference() else dead_mask._version
+        if self._seen is not None:
+            mask, seen_version, ids = self._seen
+            if mask is dead_mask and seen_version == version >= 0 and ids.device == device:
+                return ids
+        ids = dead_mask.nonzero().squeeze(1).to(device)
+        self._seen = (dead_mask, version, ids)
+        return ids
+
+
+def aux_k_loss(sae: SparseAutoencoder, dead: DeadFeatures, x: Tensor, sae_out: Tensor, dead_mask: Tensor) -> Tensor:
+    """`min(n_dead / k_aux, 1) * mean over tokens of |e - e_hat|^2`, with `k_aux = d_in // 2`.
+
+        e     = x - sae_out, detached
+        e_hat = (the k_aux largest positive activations of dead features) @ W_dec
+
+    An autoencoder of the dead features alone, on the op that runs the whole one: its columns are gathered, no tensor of
+    tokens x features is made, and the gradient reaches encoder and decoder.
+
+    As SAELens' `calculate_topk_aux_loss`, but for one choice: where a token has fewer than `k_aux` dead features with a
+    positive pre-activation, SAELens fills up with negative ones, which the SAE itself can never produce. Here they stay 0,
+    as in Gao et al. and dictionary_learning.
+
+    Args:
+        sae: Its weights and its rescaling.
+        dead: Remembers the ids between calls.
+        x: `[..., d_in]` what is to be reconstructed.
+        sae_out: Of the pass whose residual is the target.
+        dead_mask: `[d_sae]` bool.
+
+    Raises:
+        ValueError: `dead_mask` has the wrong shape or dtype.
+
+    Source:
+        Gao et al. 2024, arXiv:2406.04093, appendix A.2.
+    """
+    ids = dead.ids(dead_mask, sae.d_sae, sae.device)
+    n_dead, k_aux = ids.numel(), max(1, sae.d_in // 2)
+    if n_dead == 0:
+        return sae_out.new_zeros((), dtype=torch.float32)
+    residual = (x.to(sae.dtype) - sae_out).detach()
+    scale = sae._rescaling(ids)
+    e_hat = kernels.autoencode(
+        sae._sae_in(x),
+        *sae._encoder(scale, ids),
+        torch.zeros(n_dead, dtype=torch.promote_types(sae.dtype, torch.float32), device=sae.device),
+        sae._decoder(scale, ids),
+        torch.zeros_like(sae.b_dec),
+        # with room for all of them there is nothing to choose, and the dense path may take over
+        spec=AutoencodeSpec(k=k_aux if n_dead > k_aux else None),
+        hint=dead.activity,
+    ).sae_out
+    error = (e_hat - residual).float().square().sum(-1).mean()
+    return error * min(n_dead / k_aux, 1.0)

@@ -1,0 +1,167 @@
+"""The BatchTopK SAE: k features per token on average in training, one threshold for all at inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastsae.sae.outputs import TrainOutput
+from fastsae.sae.topk import TopKFamily, family_arguments
+from fastsae_kernels import AutoencodeSpec, SparseActs
+
+THRESHOLD_RATE = 0.01  # SAELens' topk_threshold_lr
+
+
+class FusedBatchTopKSAE(TopKFamily):
+    """A BatchTopK SAE whose passes never hold a `[tokens, d_sae]` tensor, forward or backward.
+
+        training:   feature_acts = relu of the k * N largest hidden_pre of the whole batch of N tokens
+        inference:  feature_acts = hidden_pre * (hidden_pre > topk_threshold)
+
+    with `hidden_pre` and `sae_out` as in `FusedTopKSAE`. Only `training_forward` chooses by batch. `forward`, `encode` and
+    all other methods use the threshold, in `train()` and `eval()` mode alike, so that what a token gives never depends on
+    its neighbours. (SAELens' training class chooses by batch there too, until it is saved for inference.)
+
+    `topk_threshold` is a buffer, a float64 scalar whatever the dtype: the moving average of the smallest surviving
+    activation, 0.99 of the old one and 0.01 of the new one per `training_forward`, from 0, as in SAELens. So it needs some
+    hundred steps to settle, and before the first one inference is a plain ReLU, about half of all features active, in
+    SAELens and dictionary_learning alike.
+
+    Drop-in for SAELens' `BatchTopKTrainingSAE`: same parameters, state dict and numbers. Saved as SAELens saves it for
+    inference: as a `jumprelu` SAE with that threshold and decoder norms folded into the encoder. `load` makes of it a
+    `FusedBatchTopKSAE` that can train on, `FusedJumpReLUSAE.load` a JumpReLU SAE.
+
+    Args:
+        d_in: Width of the activations.
+        d_sae: Number of features.
+        k: Average number of active features of a token in training, an integer.
+        apply_b_dec_to_input: Subtract `b_dec` before the encoder, as all peers do.
+        rescale_acts_by_decoder_norm: Choose by `hidden_pre * |W_dec|`, SAELens' default.
+        dtype: Of the weights.
+        device: Where the parameters are made.
+
+    Raises:
+        TypeError: `k` is no integer.
+        ValueError: A size or `k` is out of its range.
+
+    Source:
+        Bussmann et al. 2024, arXiv:2412.06410.
+    """
+
+    architecture: ClassVar[str] = "batchtopk"
+    topk_threshold: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int,
+        *,
+        apply_b_dec_to_input: bool = True,
+        rescale_acts_by_decoder_norm: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(
+            d_in,
+            d_sae,
+            k,
+            apply_b_dec_to_input=apply_b_dec_to_input,
+            rescale_acts_by_decoder_norm=rescale_acts_by_decoder_norm,
+            dtype=dtype,
+            device=device,
+        )
+        self.register_buffer("topk_threshold", torch.zeros((), dtype=torch.float64, device=device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedBatchTopKSAE:
+        before = self.topk_threshold
+        super()._apply(fn, recurse)
+        if self.topk_threshold.dtype != torch.float64:
+            # an average that moves by a hundredth per step stands still once rounded
+            self.topk_threshold = before.to(self.topk_threshold.device)
+        return self
+
+    @property
+    def k_per_token(self) -> int | None:
+        return None
+
+    def gate_threshold(self) -> Tensor:
+        # a copy even in fp64: a backward may still wait for it while a training pass moves the buffer
+        return self.topk_threshold.to(self._wide()).repeat(self.d_sae)
+
+    def training_forward(
+        self, x: Tensor, *, dead_mask: Tensor | None = None, aux_loss_coefficient: float | Tensor = 1.0
+    ) -> TrainOutput:
+        """One training pass, as `FusedTopKSAE.training_forward`, then a step of `topk_threshold`.
+
+        Args:
+            x: `[..., d_in]`; all leading dimensions are the batch.
+            dead_mask: `[d_sae]` bool, features to revive; see there.
+            aux_loss_coefficient: Weight of the auxiliary loss.
+
+        Raises:
+            ValueError: A shape is wrong.
+        """
+        spec = AutoencodeSpec(k=self.k, batch_topk=True)
+        output = self._autoencode(x, spec, threshold=super().gate_threshold())
+        assert output.min_active is not None  # the op gives it with batch_topk
+        self._move_threshold(output.min_active)
+        return self._train_output_with_aux(x, output, dead_mask, aux_loss_coefficient)
+
+    def _encode_training(self, x: Tensor, min_active: Tensor | None) -> SparseActs:
+        assert min_active is not None
+        just_below = torch.nextafter(min_active, torch.zeros_like(min_active))
+        acts = self._encode_sparse(x, None, just_below.to(self._wide()).repeat(self.d_sae)).active()
+        # of several entries as small as the smallest survivor, the last ones may not have survived
+        survivors = acts.values.argsort(descending=True, stable=True)[: self.k * acts.shape[0]]
+        keep = torch.zeros_like(acts.values, dtype=torch.bool)
+        keep[survivors] = True
+        return acts.select(keep)
+
+    @torch.no_grad()
+    def _move_threshold(self, min_active: Tensor) -> None:
+        """One step towards the smallest active value, on the device; none where nothing is active (+inf)."""
+        old, new = self.topk_threshold, min_active.to(torch.float64)
+        moved = (1 - THRESHOLD_RATE) * old + THRESHOLD_RATE * new
+        self.topk_threshold.copy_(torch.where(torch.isfinite(new), moved, old))
+
+    @torch.no_grad()
+    def fold_activation_scale_(self, scale: float) -> None:
+        super().fold_activation_scale_(scale)
+        self.topk_threshold.div_(scale)
+
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "topk_threshold": self.topk_threshold.item()}
+
+    @torch.no_grad()
+    def to_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        state = self.state_dict()
+        del state["topk_threshold"]
+        scale = self._rescaling()
+        state["W_enc"], state["b_enc"] = self._encoder(scale)
+        state["W_dec"], state["threshold"] = self._decoder(scale), self.gate_threshold()
+        return {"architecture": "jumprelu"}, state
+
+    @classmethod
+    def from_files(cls, config: dict[str, Any], own: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Also reads what SAELens' training class writes: its checkpoints, and its `jumprelu` folders for inference.
+
+        Raises:
+            KeyError: A `jumprelu` folder does not say the `k` of its training.
+            ValueError: Its threshold is not one for all features.
+        """
+        if config["architecture"] == cls.architecture:
+            return family_arguments(config, rescale=True)
+        metadata = config.get("metadata") or {}
+        arguments = family_arguments(own or metadata["training_architecture_details"], rescale=True)
+        threshold = tensors.pop("threshold")
+        if not torch.equal(threshold, threshold[:1].expand_as(threshold)):
+            raise ValueError("threshold: expected one for all features of a BatchTopK SAE; load it as FusedJumpReLUSAE")
+        exact = torch.tensor(own.get("topk_threshold", 0.0), dtype=torch.float64)
+        # the tensor holds it rounded, unless somebody has set another one since
+        is_same = torch.equal(exact.to(threshold.dtype), threshold[0])
+        tensors["topk_threshold"] = exact if is_same else threshold[0].double()
+        return arguments
