@@ -25,15 +25,19 @@ SHAPES = {
 BANDWIDTH = 0.05
 
 
+def threshold_for(shape: Shape) -> float:
+    """The threshold above which a standard normal pre-activation lies as often as the shape's L0 asks."""
+    return torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - shape.l0 / shape.d_sae)).item()
+
+
 def parameters(shape: Shape) -> dict[str, Tensor]:
     """Leaves of one step: random unit-norm decoder, thresholds at the quantile that gives the shape's L0."""
     g = torch.Generator().manual_seed(0)
     W_dec = torch.nn.functional.normalize(torch.randn(shape.d_sae, shape.d_in, generator=g), dim=1)
-    quantile = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - shape.l0 / shape.d_sae)).item()
     tensors = {
         "W_enc": W_dec.clone().t(),
         "b_enc": torch.zeros(shape.d_sae),
-        "threshold": torch.full((shape.d_sae,), quantile),
+        "threshold": torch.full((shape.d_sae,), threshold_for(shape)),
         "W_dec": W_dec,
         "b_dec": torch.zeros(shape.d_in),
     }

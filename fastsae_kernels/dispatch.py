@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -76,14 +78,31 @@ class ActivityHint:
     """
 
     HEADROOM = 2.0  # capacity over the largest count seen
+    _known: ClassVar[WeakValueDictionary[int, ActivityHint]] = WeakValueDictionary()
+    _keys: ClassVar[Iterator[int]] = itertools.count(1)
 
     def __init__(self) -> None:
         self.mean: float | None = None
         self.largest: int | None = None
+        self.plan = 0  # what a graph does next: entries to reserve per row, 0 for the dense path; changes seldom
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+        self._register()
+
+    def _register(self) -> None:
+        self.key = next(self._keys)
+        self._known[self.key] = self
+
+    @classmethod
+    def of(cls, key: int) -> ActivityHint | None:
+        """The hint with that `key`, by which graphs name it; None for 0."""
+        return cls._known.get(key)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pending": None}  # a CUDA event can be neither copied nor pickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register()  # a copy lives its own life
 
     def update(self, l0: Tensor) -> None:
         """Takes how many entries each token of a pass had, `[N]`."""
@@ -104,6 +123,12 @@ class ActivityHint:
         if self._pending is not None and self._pending[1].query():
             self.mean, self.largest = float(self._pending[0][0]), int(self._pending[0][1])
             self._pending = None
+
+    def plan_next(self, counts: Tensor, d_sae: int) -> None:
+        """`update` of a compiled graph, which is compiled again where the plan changes."""
+        self.update(counts)
+        if self.mean is not None:
+            self.plan = 0 if self.is_dense(d_sae, counts.device.type) else max(self.plan, self.capacity(d_sae))
 
     def is_dense(self, d_sae: int, device_type: str) -> bool:
         """Whether the dense path is the faster one; True while nothing is known."""

@@ -5,7 +5,7 @@ buffer, and only the entries above `threshold - bandwidth / 2` leave it (`produc
 is the order the backward walks; a stable sort by token then gives the CSR order that decode walks (`entries.py`).
 
 The k largest of a token are found with a bound that rises as features are seen (`topk.py`), those of a batch likewise.
-Few tokens take one product and no chunks (`small.py`).
+Few tokens, and narrow features, take whole products and no chunks (`small.py`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels.cpu import product
-from fastsae_kernels.cpu.entries import BatchTopK, Entries, RowTopK
+from fastsae_kernels.cpu.entries import BatchTopK, Entries, RowTopK, stack_rows
 from fastsae_kernels.cpu.small import MAX_ELEMENTS, encode_small
 from fastsae_kernels.cpu.topk import encode_topk
 from fastsae_kernels.sparse_acts import SparseActs
+
+MIN_BLOCK_TOKENS = 256  # of a product that has all features; fewer read the weights too often
 
 
 def chunk_size(n_tokens: int, d_sae: int) -> int:
@@ -66,6 +68,13 @@ def encode(
     if batch_topk:
         assert k is not None
         return _encode_batch_topk(x, W_enc, b_enc, threshold, k, rescore)
+    block = MAX_ELEMENTS // d_sae
+    if k is None and not rescore and block >= MIN_BLOCK_TOKENS and not product.rounds(x.dtype):
+        parts = [
+            encode_small(rows, W_enc, b_enc, threshold, bandwidth=bandwidth, k=None, batch_topk=False)
+            for rows in x.split(block)
+        ]
+        return _unless_dense(stack_rows(parts), max_entries)
     return _encode_threshold(x, W_enc, b_enc, threshold, bandwidth, k, rescore, max_entries)
 
 

@@ -28,16 +28,34 @@ def largest_of_rows(rows: Tensor, values: Tensor, row_offsets: Tensor, k: int) -
     longest = int(counts.max()) if counts.numel() else 0
     if longest <= k:
         return None
-    slot = torch.arange(rows.numel()) - row_offsets[rows]
+    slot = torch.arange(rows.numel()) - row_offsets.index_select(0, rows)
     padded = torch.full((counts.numel(), longest), float("-inf"), dtype=values.dtype)
     at = rows * longest + slot
     padded.view(-1)[at] = values
-    kth = torch.topk(padded, k, dim=1).values[:, -1:]
+    kth = torch.topk(padded, k, dim=1, sorted=False).values.amin(1, keepdim=True)
     keep = padded >= kth
     if int(keep.sum()) > int((torch.minimum(counts, torch.tensor(k))).sum()):
         above, tied = padded > kth, padded == kth
         keep = above | (tied & (tied.cumsum(1) <= k - above.sum(1, keepdim=True)))
     return keep.view(-1)[at]
+
+
+def stack_rows(parts: list[SparseActs | None]) -> SparseActs | None:
+    """The rows of all blocks as one structure; None where a block has none."""
+    if len(parts) == 1:
+        return parts[0]
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):
+        return None
+    counts = torch.cat([part.row_offsets.diff() for part in found])
+    row_offsets = torch.zeros(counts.numel() + 1, dtype=torch.int32)
+    row_offsets[1:] = counts.cumsum(0)
+    return SparseActs(
+        row_offsets,
+        torch.cat([part.indices for part in found]),
+        torch.cat([part.values for part in found]),
+        (counts.numel(), found[0].shape[1]),
+    )
 
 
 class Entries:

@@ -78,7 +78,8 @@ def _lower_bound(acts: Tensor, k: int) -> Tensor:
         acts = acts[:, : per_group * n_groups].view(acts.shape[0], per_group, n_groups).amax(1)
     if acts.shape[1] < k:
         return torch.full((acts.shape[0], 1), torch.finfo(acts.dtype).tiny, dtype=acts.dtype)
-    return torch.topk(acts, k, dim=1).values[:, -1:].clamp_min(torch.finfo(acts.dtype).tiny)
+    largest = torch.topk(acts, k, dim=1, sorted=False).values
+    return largest.amin(1, keepdim=True).clamp_min(torch.finfo(acts.dtype).tiny)
 
 
 def topk_keep(acts: Tensor, k: int) -> Tensor:

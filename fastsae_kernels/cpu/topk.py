@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels.cpu import product
-from fastsae_kernels.cpu.entries import largest_of_rows, row_offsets_of
+from fastsae_kernels.cpu.entries import largest_of_rows, row_offsets_of, stack_rows
 from fastsae_kernels.cpu.small import MAX_ELEMENTS, encode_small
 from fastsae_kernels.sparse_acts import SparseActs
 
@@ -44,19 +44,19 @@ def listed_width(d_sae: int, k: int) -> int:
 def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int) -> SparseActs | None:
     """`encode` with `k` and no window; None where NaN or Inf makes a bound meaningless."""
     d_sae = W_enc.shape[1]
-    rounds = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and product.has_fast_bf16())
+    rounds = x.dtype == torch.bfloat16 or product.rounds(x.dtype)
     parts: list[SparseActs | None] = []
     if _is_dense_faster(x.dtype, d_sae, k):
         for rows in x.split(DENSE_ELEMENTS // d_sae):
             parts.append(encode_small(rows, W_enc, b_enc, threshold, bandwidth=0.0, k=k, batch_topk=False))
-        return _stack(parts)
+        return stack_rows(parts)
     weights = W_enc.t()
     norms = product.row_norms(weights)
     largest = norms.max() * product.row_norms(x).max() + b_enc.abs().max() + threshold.abs().max()
     rounds = rounds and bool(largest < product.OVERFLOW)  # False for NaN too, which the plain product finds
     for rows in x.split(max(MIN_TOKENS, BLOCK_ELEMENTS // listed_width(d_sae, k))):
         parts.append(_Block(rows, weights, norms, b_enc, threshold, k, rounds=rounds, guesses=True).run())
-    return _stack(parts)
+    return stack_rows(parts)
 
 
 def _is_dense_faster(dtype: torch.dtype, d_sae: int, k: int) -> bool:
@@ -64,25 +64,7 @@ def _is_dense_faster(dtype: torch.dtype, d_sae: int, k: int) -> bool:
     if DENSE_ELEMENTS // d_sae < MIN_DENSE_TOKENS:
         return False
     # a rounded product and a short list pay for the search
-    return dtype != torch.float32 or not product.has_fast_bf16() or k > MAX_SEARCHED_SHARE * d_sae
-
-
-def _stack(parts: list[SparseActs | None]) -> SparseActs | None:
-    """The rows of all blocks as one structure; None where a block has none."""
-    if len(parts) == 1:
-        return parts[0]
-    found = [part for part in parts if part is not None]
-    if len(found) < len(parts):
-        return None
-    counts = torch.cat([part.row_offsets.diff() for part in found])
-    row_offsets = torch.zeros(counts.numel() + 1, dtype=torch.int32)
-    row_offsets[1:] = counts.cumsum(0)
-    return SparseActs(
-        row_offsets,
-        torch.cat([part.indices for part in found]),
-        torch.cat([part.values for part in found]),
-        (counts.numel(), found[0].shape[1]),
-    )
+    return not product.rounds(dtype) or k > MAX_SEARCHED_SHARE * d_sae
 
 
 class _Block:
@@ -183,7 +165,7 @@ class _Block:
         if self.guesses and seen < self.weights.shape[0]:
             rank = min(self.k, math.ceil(share + 4 * share**0.5 + 4))
         if upper.shape[1] >= rank:
-            kth = torch.topk(self._lower_end(upper, features), rank, dim=1).values[:, -1]
+            kth = torch.topk(self._lower_end(upper, features), rank, dim=1, sorted=False).values.amin(1)
             torch.maximum(self.bound, kth, out=self.bound)
 
     def _listed(self) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,201 @@
+"""The eager form of the ops: autograd Functions over the backends, with entries of exact size.
+
+Legend: N tokens, D d_in, S d_sae.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastsae_kernels import chunked, cpu
+from fastsae_kernels.dispatch import MAX_DENSITY, ActivityHint, backend_of, forced_backend
+from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
+from fastsae_kernels.sparse_acts import SparseActs
+from fastsae_kernels.spec import AutoencodeSpec
+
+
+def _gpu() -> Any:
+    from fastsae_kernels import gpu  # Triton is optional, so its kernels are imported on first use
+
+    return gpu
+
+
+def _sparse_backend(x: Tensor) -> Any:
+    """The module with the sparse ops for where `x` lies."""
+    return _gpu() if x.is_cuda or backend_of(x) == "triton" else cpu
+
+
+class Autoencode(torch.autograd.Function):
+    """`autoencode`; differentiable in the seven tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
+        *tensors, spec, hint = inputs
+        x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale = tensors
+        output, ctx.saved_by_gpu = _run_forward(tensors, spec, hint)
+        ctx.spec, ctx.acts = spec, output.acts
+        ctx.save_for_backward(x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale)
+        ctx.mark_non_differentiable(output.l0, output.feature_counts, *_given(output.min_active))
+        return tuple(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_penalty: Tensor, *_: Any) -> tuple[Any, ...]:
+        x, W_enc, b_enc, threshold, W_dec, _, feature_scale = ctx.saved_tensors
+        asked = ctx.needs_input_grad
+        needs = AutoencodeNeeds(x=asked[0], W_enc=asked[1], W_dec=asked[4])
+        grad_out = grad_out.contiguous()
+        shared = (threshold, W_dec, feature_scale, ctx.spec, grad_out, grad_penalty, needs)
+        if ctx.saved_by_gpu is not None:
+            grads = _gpu().autoencode_backward(ctx.saved_by_gpu, grad_out, grad_penalty, needs.x)
+        elif ctx.acts is not None:
+            grads = cpu.autoencode_backward(ctx.acts, x, W_enc, *shared)
+        else:
+            grads = chunked.autoencode_backward(x, W_enc, b_enc, *shared)
+        return (*_in_dtype_of(grads, ctx.saved_tensors), None, None)
+
+
+def _given(tensor: Tensor | None) -> tuple[Tensor, ...]:
+    return () if tensor is None else (tensor,)
+
+
+def _in_dtype_of(grads: AutoencodeGrads, inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    pairs = zip(grads, inputs, strict=True)
+    return [None if grad is None or like is None else grad.to(like.dtype) for grad, like in pairs]
+
+
+def _run_forward(
+    tensors: list[Any], spec: AutoencodeSpec, hint: ActivityHint | None
+) -> tuple[AutoencodeOutput, Any | None]:
+    """The output, and what a GPU backward needs beside it."""
+    x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale = tensors
+    arguments = (x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, spec)
+    d_sae = W_enc.shape[1]
+    backend = backend_of(x)
+    if backend == "triton":
+        follows_hint = hint is not None and spec.k is None and forced_backend() is None
+        if follows_hint and hint is not None and hint.is_dense(d_sae, x.device.type):
+            backend = "dense"
+        else:
+            hint = hint or ActivityHint()
+            output, saved = _gpu().autoencode_forward(*arguments, hint.capacity(d_sae))
+            hint.update(saved.listed)
+            return output._replace(acts=None), saved  # rows that outgrew the capacity are not among its entries
+    if backend == "cpu":
+        limit = None if spec.k is not None or forced_backend() else int(MAX_DENSITY["cpu"] * x.shape[0] * d_sae)
+        output = cpu.autoencode_forward(*arguments, limit)
+        if output is not None:
+            return output, None
+    if spec.k is not None:
+        raise ValueError("x, W_enc: expected finite values where k is given, got NaN or Inf")
+    output = chunked.autoencode_forward(*arguments)
+    if hint is not None and x.is_cuda:
+        hint.update(output.l0)
+    return output, None
+
+
+class Encode(torch.autograd.Function):
+    """`(values, acts)` of `encode`; differentiable in `values`."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, SparseActs]:
+        x, W_enc, b_enc, threshold, spec, rescore = inputs
+        acts = list_entries(x, W_enc, b_enc, threshold, spec, rescore)
+        # detached, or values -> grad_fn -> ctx -> values would live until the garbage collector comes by
+        ctx.acts, ctx.bandwidth = replace(acts, values=acts.values.detach()), spec.bandwidth
+        ctx.save_for_backward(x, W_enc, threshold)
+        return acts.values, acts
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_values: Tensor, _: Any) -> tuple[Any, ...]:
+        x, W_enc, threshold = ctx.saved_tensors
+        needs_x = ctx.needs_input_grad[0]
+        return (*encode_gradients(ctx.acts, x, W_enc, threshold, ctx.bandwidth, grad_values, needs_x), None, None)
+
+
+def list_entries(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, spec: AutoencodeSpec, rescore: bool
+) -> SparseActs:
+    """The entries by the backend of x.
+
+    Raises:
+        ValueError: A value is NaN or Inf (CPU; a GPU lists NaN with its value).
+    """
+    acts: SparseActs | None
+    if _sparse_backend(x) is cpu:
+        acts = cpu.encode(
+            x, W_enc, b_enc, threshold,
+            bandwidth=spec.bandwidth, k=spec.k, batch_topk=spec.batch_topk, rescore=rescore,
+        )  # fmt: skip
+    elif spec.batch_topk and spec.k is not None:
+        acts = _gpu().encode_batch_topk(x, W_enc, b_enc, threshold, spec.k).acts
+    else:
+        acts = _gpu().encode(x, W_enc, b_enc, threshold, bandwidth=spec.bandwidth, k=spec.k)
+    if acts is None:
+        raise ValueError(f"x, W_enc, b_enc, threshold: expected finite values, got NaN or Inf {_share_bad(x)}")
+    return acts
+
+
+def _share_bad(x: Tensor) -> str:
+    share = 1 - torch.isfinite(x).double().mean().item()
+    return f"({share:.2%} of x is not finite)"
+
+
+def encode_gradients(
+    acts: SparseActs,
+    x: Tensor,
+    W_enc: Tensor,
+    threshold: Tensor,
+    bandwidth: float,
+    grad_values: Tensor,
+    needs_x: bool,
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    """Gradients of `encode` for x (on demand), `W_enc`, `b_enc` and `threshold` (with a bandwidth)."""
+    grad_hidden_pre = grad_values * (acts.values > 0)
+    grad_x, grad_W_enc, grad_b_enc = _sparse_backend(x).encode_backward(acts, x, W_enc, grad_hidden_pre, needs_x)
+    grad_threshold = None
+    if bandwidth:
+        theta = threshold[acts.indices.long()]
+        window = (acts.values == 0) | (acts.values - theta < bandwidth / 2)
+        valid = acts.valid()
+        estimate = torch.where(window if valid is None else window & valid, theta * grad_values, 0)
+        grad_threshold = torch.zeros_like(threshold)
+        grad_threshold.index_add_(0, acts.indices.long(), -estimate.to(threshold.dtype) / bandwidth)
+    grad_x = None if grad_x is None else grad_x.to(x.dtype)
+    return grad_x, grad_W_enc.to(W_enc.dtype), grad_b_enc.to(W_enc.dtype), grad_threshold
+
+
+class Decode(torch.autograd.Function):
+    """`decode`; differentiable in the values, `W_dec` and `b_dec`."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _, W_dec, b_dec, acts = inputs
+        ctx.acts, ctx.has_bias = acts, b_dec is not None
+        ctx.save_for_backward(W_dec)
+        return decode_entries(acts, W_dec, b_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        (W_dec,) = ctx.saved_tensors
+        grad_values, grad_W_dec = decode_gradients(ctx.acts, W_dec, grad_out)
+        return grad_values, grad_W_dec, grad_out.sum(0) if ctx.has_bias else None, None
+
+
+def decode_entries(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    """The reconstruction by the backend of `W_dec`."""
+    out: Tensor = _sparse_backend(W_dec).decode(acts, W_dec, b_dec)
+    return out
+
+
+def decode_gradients(acts: SparseActs, W_dec: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `decode` for the values and `W_dec`, in their dtypes."""
+    grad_values, grad_W_dec = _sparse_backend(W_dec).decode_backward(acts, W_dec, grad_out.contiguous())
+    return grad_values.to(acts.values.dtype), grad_W_dec.to(W_dec.dtype)

@@ -1,0 +1,158 @@
+"""Encode and decode as `torch.library` ops, over the tensors of a `SparseActs`.
+
+    fastsae::encode(...) -> values, indices, row_offsets, row_counts
+    fastsae::decode(...) -> sae_out
+
+With `k` the number of places does not depend on the data; without, it does, as for `torch.nonzero`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae_kernels.autograd import decode_entries, decode_gradients, encode_gradients, list_entries
+from fastsae_kernels.library.autoencode import laid_out
+from fastsae_kernels.sparse_acts import SparseActs
+from fastsae_kernels.spec import AutoencodeSpec
+
+
+def _entries(values: Tensor, indices: Tensor, row_offsets: Tensor, row_counts: Tensor, d_sae: int) -> SparseActs:
+    """The structure of these tensors; on a CPU without the unused places at the end, which its backends do not know."""
+    n_tokens = row_counts.numel()
+    if values.is_cuda or n_tokens == 0:
+        return SparseActs(row_offsets, indices, values, (n_tokens, d_sae), row_counts)
+    row_offsets = row_offsets.clone()
+    row_offsets[-1] = row_offsets[-2] + row_counts[-1]
+    used = int(row_offsets[-1])
+    return SparseActs(row_offsets, indices[:used], values[:used], (n_tokens, d_sae))
+
+
+@torch.library.custom_op("fastsae::encode", mutates_args=())
+def encode(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    bandwidth: float,
+    k: int | None,
+    batch_topk: bool,
+    rescore: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The entries; with `k` and no window in `k * N` places, of which the unused ones lie in the last row's span."""
+    spec = AutoencodeSpec(bandwidth=bandwidth, k=k, batch_topk=batch_topk)
+    acts = list_entries(x, W_enc, b_enc, threshold, spec, rescore).packed()
+    counts = acts.row_offsets.diff().int()
+    if k is None or bandwidth > 0:
+        return acts.values.clone(), acts.indices.clone(), acts.row_offsets.int().clone(), counts
+    places = _encode_places(x.shape[0], W_enc.shape[1], k)
+    indices, values = acts.indices.new_zeros(places), acts.values.new_zeros(places)
+    indices[: acts.indices.numel()], values[: acts.values.numel()] = acts.indices, acts.values
+    row_offsets = acts.row_offsets.int().clone()
+    row_offsets[-1] = places
+    return values, indices, row_offsets, counts
+
+
+def _encode_places(n_tokens: int, d_sae: int, k: int) -> int:
+    return n_tokens * min(k, d_sae)
+
+
+@encode.register_fake
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, W_enc, _, threshold, bandwidth, k, *_ = inputs
+    if k is None or bandwidth > 0:
+        places: Any = torch.library.get_ctx().new_dynamic_size()
+    else:
+        places = _encode_places(x.shape[0], W_enc.shape[1], k)
+    offsets, counts = (x.new_empty(n, dtype=torch.int32) for n in (x.shape[0] + 1, x.shape[0]))
+    return threshold.new_empty(places), x.new_empty(places, dtype=torch.int32), offsets, counts
+
+
+@torch.library.custom_op("fastsae::encode_backward", mutates_args=())
+def encode_backward(
+    values: Tensor,
+    indices: Tensor,
+    row_offsets: Tensor,
+    row_counts: Tensor,
+    x: Tensor,
+    W_enc: Tensor,
+    threshold: Tensor,
+    bandwidth: float,
+    grad_values: Tensor,
+) -> list[Tensor]:
+    """Gradients of x, `W_enc`, `b_enc` and `threshold`."""
+    acts = _entries(values, indices, row_offsets, row_counts, W_enc.shape[1])
+    grad_x, grad_W_enc, grad_b_enc, grad_threshold = encode_gradients(
+        acts, x, W_enc, threshold, bandwidth, grad_values[: acts.values.numel()], needs_x=True
+    )
+    assert grad_x is not None
+    grad_threshold = torch.zeros_like(threshold) if grad_threshold is None else grad_threshold
+    return [grad_x.contiguous(), laid_out(grad_W_enc, W_enc), grad_b_enc, grad_threshold]
+
+
+@encode_backward.register_fake
+def _(*inputs: Any) -> list[Tensor]:
+    x, W_enc, threshold = inputs[4:7]
+    b_enc = W_enc.new_empty(W_enc.shape[1])
+    return [x.new_empty(x.shape), laid_out(W_enc.new_empty(W_enc.shape), W_enc), b_enc, torch.empty_like(threshold)]
+
+
+def _setup_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, W_enc, _, threshold, ctx.bandwidth, *_ = inputs
+    ctx.save_for_backward(*output, x, W_enc, threshold)
+
+
+def _encode_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    given = torch.ops.fastsae.encode_backward(*ctx.saved_tensors, ctx.bandwidth, grads[0])
+    return (*given, *[None] * 4)
+
+
+encode.register_autograd(_encode_backward, setup_context=_setup_encode)
+
+
+@torch.library.custom_op("fastsae::decode", mutates_args=())
+def decode(
+    values: Tensor, indices: Tensor, row_offsets: Tensor, row_counts: Tensor, W_dec: Tensor, b_dec: Tensor | None
+) -> Tensor:
+    """The reconstruction from entries."""
+    acts = _entries(values, indices, row_offsets, row_counts, W_dec.shape[0])
+    return decode_entries(acts, W_dec, b_dec)
+
+
+@decode.register_fake
+def _(*inputs: Any) -> Tensor:
+    _, _, _, row_counts, W_dec, _ = inputs
+    out: Tensor = W_dec.new_empty(row_counts.shape[0], W_dec.shape[1])
+    return out
+
+
+@torch.library.custom_op("fastsae::decode_backward", mutates_args=())
+def decode_backward(
+    values: Tensor, indices: Tensor, row_offsets: Tensor, row_counts: Tensor, W_dec: Tensor, grad_out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the values and `W_dec`."""
+    acts = _entries(values, indices, row_offsets, row_counts, W_dec.shape[0])
+    grad_values = torch.zeros_like(values)
+    grad_values[: acts.values.numel()], grad_W_dec = decode_gradients(acts, W_dec, grad_out)
+    return grad_values, grad_W_dec.contiguous()
+
+
+@decode_backward.register_fake
+def _(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(inputs[0]), inputs[4].new_empty(inputs[4].shape)
+
+
+def _setup_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, b_dec = inputs
+    ctx.has_bias = b_dec is not None
+    ctx.save_for_backward(*tensors)
+
+
+def _decode_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    grad_values, grad_W_dec = torch.ops.fastsae.decode_backward(*ctx.saved_tensors, grad_out)
+    return grad_values, None, None, None, grad_W_dec, grad_out.sum(0) if ctx.has_bias else None
+
+
+decode.register_autograd(_decode_backward, setup_context=_setup_decode)
