@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastsae_kernels import chunked, cpu
+from fastsae_kernels.checks import check_no_fp8
 from fastsae_kernels.dispatch import MAX_DENSITY, ActivityHint, backend_of, forced_backend
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
 from fastsae_kernels.sparse_acts import SparseActs
@@ -86,6 +87,8 @@ def _run_forward(
             output, saved = _gpu().autoencode_forward(*arguments, hint.capacity(d_sae))
             hint.update(saved.listed)
             return output._replace(acts=None), saved  # rows that outgrew the capacity are not among its entries
+    else:
+        check_no_fp8(spec, x)
     if backend == "cpu":
         limit = None if spec.k is not None or forced_backend() else int(MAX_DENSITY["cpu"] * x.shape[0] * d_sae)
         output = cpu.autoencode_forward(*arguments, limit)
@@ -129,6 +132,7 @@ def list_entries(
     """
     acts: SparseActs | None
     if _sparse_backend(x) is cpu:
+        check_no_fp8(spec, x)
         acts = cpu.encode(
             x, W_enc, b_enc, threshold,
             bandwidth=spec.bandwidth, k=spec.k, batch_topk=spec.batch_topk, rescore=rescore,
@@ -136,7 +140,10 @@ def list_entries(
     elif spec.batch_topk and spec.k is not None:
         acts = _gpu().encode_batch_topk(x, W_enc, b_enc, threshold, spec.k).acts
     else:
-        acts = _gpu().encode(x, W_enc, b_enc, threshold, bandwidth=spec.bandwidth, k=spec.k)
+        acts = _gpu().encode(
+            x, W_enc, b_enc, threshold,
+            bandwidth=spec.bandwidth, k=spec.k, precision=spec.precision, fp8=spec.fp8,
+        )  # fmt: skip
     if acts is None:
         raise ValueError(f"x, W_enc, b_enc, threshold: expected finite values, got NaN or Inf {_share_bad(x)}")
     return acts

@@ -18,7 +18,7 @@ from fastsae_kernels.checks import check_decode, check_encode, check_feature_sca
 from fastsae_kernels.dispatch import ActivityHint
 from fastsae_kernels.gradients import AutoencodeOutput
 from fastsae_kernels.sparse_acts import SparseActs
-from fastsae_kernels.spec import AutoencodeSpec
+from fastsae_kernels.spec import AutoencodeSpec, Precision
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -44,6 +44,8 @@ def _in_graph(
         spec.penalty,
         spec.tanh_scale,
         spec.ste_to_input,
+        spec.precision,
+        spec.fp8,
         capacity,
         0 if hint is None else hint.key,
     )
@@ -127,6 +129,8 @@ def encode(
     k: int | None = None,
     batch_topk: bool = False,
     rescore: bool = False,
+    precision: Precision = "ieee",
+    fp8: bool = False,
 ) -> SparseActs:
     """The active features of each token, `JumpReLU(x @ W_enc + b_enc)` then top-k, without a dense tensor.
 
@@ -145,6 +149,8 @@ def encode(
         batch_topk: Keep the `k * N` largest of the batch instead, ties to the lower token, then the lower feature.
         rescore: On a CPU, score the entries of 16-bit operands again in fp32; their product is rounded to 16 bits
             otherwise. Products of a GPU are not rounded.
+        precision: Of fp32 products on a GPU: `ieee`, `tf32x3` or `tf32`; a CPU has one precision.
+        fp8: On a GPU with fp8 units, find candidates by an fp8 product and score them again; see `AutoencodeSpec`.
 
     Raises:
         ValueError: Shapes disagree, `k` is out of range, or a value is NaN or Inf.
@@ -158,14 +164,16 @@ def encode(
     Source:
         Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
-    spec = AutoencodeSpec(bandwidth=bandwidth, k=k, batch_topk=batch_topk)
+    spec = AutoencodeSpec(bandwidth, k, batch_topk, precision=precision, fp8=fp8)
     x, W_enc, b_enc = _autocast(x, W_enc, b_enc)
     check_encode(x, W_enc, b_enc, threshold, k)
     if x.dim() != 2:
         raise ValueError(f"x: expected two dimensions [n_tokens, d_in], got shape {tuple(x.shape)}")
     with torch.autocast(x.device.type, enabled=False):
         if torch.compiler.is_compiling():
-            entries = torch.ops.fastsae.encode(x, W_enc, b_enc, threshold, bandwidth, k, batch_topk, rescore)
+            entries = torch.ops.fastsae.encode(
+                x, W_enc, b_enc, threshold, bandwidth, k, batch_topk, rescore, precision, fp8
+            )
             values, indices, row_offsets, row_counts = entries
             return SparseActs(row_offsets, indices, values, (x.shape[0], W_enc.shape[1]), row_counts)
         if not torch.is_grad_enabled():

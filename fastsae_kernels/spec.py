@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Penalty = Literal["l0", "l1", "tanh"]
+Precision = Literal["ieee", "tf32x3", "tf32"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class AutoencodeSpec:
         tanh_scale: Slope of the `tanh` penalty.
         ste_to_input: Let the straight-through estimate reach the encoder and the input too, not the threshold alone
             (Anthropic, January 2025).
+        precision: Of the encoder's fp32 products on a GPU; a CPU and 16-bit operands have one precision.
+        fp8: On a GPU with fp8 units, find candidates by an fp8 product and score them again; an entry at its gate is missed
+            with a probability below 1e-9 (see `fastsae_kernels.gpu.fp8` for the model and where it fails).
 
     Raises:
         ValueError: A field is out of its range.
@@ -34,6 +38,8 @@ class AutoencodeSpec:
     penalty: Penalty = "l0"
     tanh_scale: float = 4.0
     ste_to_input: bool = False
+    precision: Precision = "ieee"
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.bandwidth) and self.bandwidth >= 0):
@@ -43,8 +49,14 @@ class AutoencodeSpec:
         if self.batch_topk and self.k is None:
             raise ValueError("k: expected an integer >= 1 with batch_topk, got None")
         if self.batch_topk and self.bandwidth:
-            raise ValueError(f"bandwidth: expected 0 with batch_topk, whose threshold is not trained, got {self.bandwidth}")
+            raise ValueError(
+                f"bandwidth: expected 0 with batch_topk, whose threshold is not trained, got {self.bandwidth}"
+            )
         if self.penalty not in get_args(Penalty):
             raise ValueError(f"penalty: expected one of {', '.join(get_args(Penalty))}, got {self.penalty!r}")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision: expected one of {', '.join(get_args(Precision))}, got {self.precision!r}")
+        if self.fp8 and self.k is not None:
+            raise ValueError(f"fp8: expected False with k, whose bounds an fp8 product cannot give, got k = {self.k}")
         if not (math.isfinite(self.tanh_scale) and self.tanh_scale > 0):
             raise ValueError(f"tanh_scale: expected a finite number > 0, got {self.tanh_scale}")

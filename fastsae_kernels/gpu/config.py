@@ -1,8 +1,16 @@
 """Launch parameters of each kernel, per architecture: tile sizes, warps, pipeline stages.
 
-`configs/<arch>.json` maps kernel -> "16" or "32" (bits of the operands) -> parameters, "16 odd" where a depth that the
-tile does not divide needs others (unaligned rows take more registers); `configs/default.json` serves the architectures
-that have no file. `python -m fastsae_kernels.report` compiles all of them and fails where one spills.
+`configs/<arch>.json` maps kernel -> key -> parameters; `configs/default.json` serves the architectures that have no file.
+A key is the bits of the operands, then what narrows it down, the narrowest that exists being taken:
+
+    "16"  "32"           bits of the operands
+    "32 tf32"            fp32 operands in another precision than ieee
+    "16 n<=32"           at most so many tokens (16, 32 or 64): such a call is bound by reading the weights once
+    "16 odd"             a depth that the tile does not divide (unaligned rows take more registers)
+    "16 n<=32 odd"
+
+The kernel "encode_rival" names the way of listing entries that serves a key (see `rivals`).
+`python -m fastsae_kernels.report` compiles all of them and fails where one spills.
 """
 
 from __future__ import annotations
@@ -17,44 +25,92 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 LaunchConfig = dict[str, Any]
+Table = dict[str, dict[str, LaunchConfig]]
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# largest numbers of tokens that have keys of their own
+SMALL_BATCHES = (16, 32, 64)
+OLDEST = (8, 0)
+# architectures that run another one's table
+SAME_AS = {"sm_103": "sm_100", "gfx950": "gfx942"}
+
 # the report compiles for architectures that this machine has not, the tests use small tiles
-_override: str | dict[str, dict[str, LaunchConfig]] | None = None
+_override: str | Table | None = None
 
 
 @cache
-def load_table(arch: str) -> dict[str, dict[str, LaunchConfig]]:
+def load_table(arch: str) -> Table:
     """The table shipped for `arch` ("sm_90"), or the default one."""
     folder = files(__package__) / "configs"
-    path = folder / f"{arch}.json"
+    path = folder / f"{SAME_AS.get(arch, arch)}.json"
     if not path.is_file():
         path = folder / "default.json"
-    table: dict[str, dict[str, LaunchConfig]] = json.loads(path.read_text())
+    table: Table = json.loads(path.read_text())
     return table
 
 
 @cache
+def capability(index: int | None) -> tuple[int, int]:
+    """Compute capability of a CUDA device; `(0, 0)` on AMD, whose numbers mean something else."""
+    return (0, 0) if torch.version.hip is not None else torch.cuda.get_device_capability(index)
+
+
+@cache
 def _arch_of(index: int | None) -> str:
-    major, minor = torch.cuda.get_device_capability(index)
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, minor = capability(index)
+    if (major, minor) < OLDEST:
+        raise RuntimeError(
+            f"the Triton kernels need compute capability {OLDEST[0]}.{OLDEST[1]} or newer, "
+            f"{torch.cuda.get_device_name(index)} has {major}.{minor}; use another backend"
+        )
     return f"sm_{major}{minor}"
 
 
-def launch_config(kernel: str, like: torch.Tensor, odd: bool = False) -> LaunchConfig:
-    """Parameters of `kernel` for operands of the dtype of `like`, on its device; `odd` as in the module's docstring."""
-    if isinstance(_override, dict):
-        table = _override
-    elif isinstance(_override, str):
-        table = load_table(_override)
-    else:
-        table = load_table(_arch_of(like.device.index) if like.is_cuda else "default")
+def arch_of(device: torch.device) -> str:
+    """Name of the table that serves a device: "sm_90", or "default" where nothing is known about it."""
+    if isinstance(_override, str):
+        return _override
+    return _arch_of(device.index) if device.type == "cuda" else "default"
+
+
+def table_for(device: torch.device) -> Table:
+    """The table that serves a device."""
+    return _override if isinstance(_override, dict) else load_table(arch_of(device))
+
+
+def _keys(like: torch.Tensor, n_tokens: int | None, precision: str, odd: bool) -> Iterator[str]:
+    """Keys that fit, the narrowest first."""
     bits = "32" if like.element_size() == 4 else "16"
-    return table[kernel].get(f"{bits} odd" if odd else bits) or table[kernel][bits]
+    kinds = [bits] if bits == "16" or precision == "ieee" else [f"{bits} {precision}", bits]
+    batches = [f" n<={n}" for n in SMALL_BATCHES if n_tokens is not None and n_tokens <= n]
+    for kind in kinds:
+        for batch in (*batches, ""):
+            if odd:
+                yield f"{kind}{batch} odd"
+            yield f"{kind}{batch}"
+
+
+def find_config(
+    kernel: str, like: torch.Tensor, *, n_tokens: int | None = None, precision: str = "ieee", odd: bool = False
+) -> LaunchConfig | None:
+    """Parameters of `kernel` for operands of the dtype of `like`, on its device; None where the table has none."""
+    keys = table_for(like.device).get(kernel, {})
+    return next((keys[key] for key in _keys(like, n_tokens, precision, odd) if key in keys), None)
+
+
+def launch_config(kernel: str, like: torch.Tensor, odd: bool = False) -> LaunchConfig:
+    """The same for a kernel that every table has."""
+    config = find_config(kernel, like, odd=odd)
+    if config is None:
+        raise KeyError(f"{kernel}: expected in the launch table for {like.dtype} operands, found nothing")
+    return config
 
 
 @contextmanager
-def override(table: str | dict[str, dict[str, LaunchConfig]]) -> Iterator[None]:
+def override(table: str | Table) -> Iterator[None]:
     """Use the table of another architecture (by name), or the one given."""
     global _override
     previous, _override = _override, table

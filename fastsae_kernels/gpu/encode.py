@@ -1,96 +1,64 @@
-"""Encode: `x @ W_enc + b_enc`, JumpReLU and the selection of its active entries, in one kernel.
+"""Encode: `x @ W_enc + b_enc`, JumpReLU and the selection of its active entries, without the dense product.
 
     hidden_pre = x @ W_enc + b_enc
     listed     = hidden_pre > threshold  or  |hidden_pre - threshold| < bandwidth / 2
     value      = hidden_pre where active, 0 where listed for the window alone
 
-Letters: `B` tokens, `D` d_in, `S` d_sae. A tile's accumulators never leave the registers: each listed entry takes a slot
-of its row by an atomic on the row's cursor and is stored there, so the `[N, d_sae]` product is never written (a dense
-step writes and reads it several times). The cursor moves on past the row's span while the stores stop, so it counts
-the true number of entries and an overflow is never silent. NaN is listed with its value, and so reaches the output.
+Three ways do it behind `list_entries`, with equal results: tiles through pointers (`pointer`), tiles through Hopper's
+tensor memory accelerator (`persistent`), a library product in chunks and compaction (`compact`); `rivals` says which
+serves a call. Letters: `B` tokens, `D` d_in, `S` d_sae.
 
-Numerics: operands in their dtype (fp32: IEEE, not TF32), accumulated, compared and stored in fp32. Slots are taken in any
-order; `topk.sort_rows` puts them in order, so results do not depend on it.
-
-The per-element append is the simplest epilogue that does not spill at a 128 x 128 tile.
+Numerics: operands in their dtype, accumulated, compared and stored in fp32; fp32 operands as `precision` says, IEEE by
+default. NaN is listed with its value, and so reaches the output. Slots are taken in any order; `topk.sort_rows` puts them
+in order, so results do not depend on it.
 """
 
 from __future__ import annotations
 
+import os
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels.gpu.config import launch_config, on_device
-from fastsae_kernels.gpu.tiles import gate, pack_entry, tile_product
+from fastsae_kernels.gpu.config import on_device
+from fastsae_kernels.gpu.listing import Listing
+from fastsae_kernels.gpu.rivals import RIVALS, Path, forced_path, table_path, working_precision
 from fastsae_kernels.gpu.topk import MAX_SORT, sort_packed, sort_rows
 from fastsae_kernels.sparse_acts import SparseActs
 
+# set to 1, calls use and make measurements (`tune`)
+AUTOTUNE = "FASTSAE_AUTOTUNE"
 # first guess of an inference call; a row with more active features costs one retry
 DEFAULT_CAPACITY = 256
+# candidates of an fp8 product per entry, with room (measured on a CPU: 2 to 5)
+CANDIDATES = 4
 
 
-@triton.jit(do_not_specialize=["n_tokens", "first_feature"])
-def _encode_kernel(
-    # inputs
-    x_ptr,  # [B, D]
-    W_enc_ptr,  # [D, S]
-    b_enc_ptr,  # [S]
-    threshold_ptr,  # [S] fp32
-    row_ends_ptr,  # [B] int32: where the span of each row ends
-    bounds_ptr,  # [B] fp32 or None: smaller entries of a row are left out; where positive, its window too
-    # outputs
-    cursors_ptr,  # [B] int32: where each span starts; moves on by every entry, also those that find no slot
-    entries_ptr,  # [nnz] int64: index and bits of the value
-    # scalars and sizes
-    half_bandwidth,
-    first_feature,  # index of the first column of W_enc
-    n_tokens,
-    d_in,
-    d_sae,
-    # strides
-    stride_xb,
-    stride_xd,
-    stride_wd,
-    stride_ws,
-    PRECISION: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    GROUP_B: tl.constexpr,  # row tiles that share a column tile before the next one: both stay in L2
-):
-    """Program owns one tile: BLOCK_B tokens, BLOCK_S features; it lists the entries of that tile."""
-    pid = tl.program_id(0)
-    tiles_b = tl.cdiv(n_tokens, BLOCK_B)
-    tiles_s = tl.cdiv(d_sae, BLOCK_S)
-    first_b = pid // (GROUP_B * tiles_s) * GROUP_B
-    group = min(tiles_b - first_b, GROUP_B)
-    pid_b = first_b + pid % (GROUP_B * tiles_s) % group
-    pid_s = pid % (GROUP_B * tiles_s) // group
+def chosen_path(x: Tensor, W_enc: Tensor, *, precision: str = "ieee") -> str:
+    """Which way `list_entries` would take for these operands, and why: "pointer: ...", "persistent: ..." or "chunks: ...".
 
-    offs_b = pid_b * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_s = pid_s * BLOCK_S + tl.arange(0, BLOCK_S)
-    rows = offs_b % n_tokens  # wrap around rather than mask: the loop stays free of masks
-    columns = offs_s % d_sae
-    hidden_pre = tile_product(
-        x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, columns, stride_wd, stride_ws, d_in,
-        PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
-    )  # fmt: skip
+    Never measures: where `FASTSAE_AUTOTUNE=1` and nothing is cached for this shape, it says what serves until then.
 
-    hidden_pre += tl.load(b_enc_ptr + columns).to(tl.float32)[None, :]
-    active, window = gate(hidden_pre, tl.load(threshold_ptr + columns)[None, :], half_bandwidth)
-    unordered = hidden_pre != hidden_pre
-    listed = (active | window | unordered) & (offs_b < n_tokens)[:, None] & (offs_s < d_sae)[None, :]
-    value = tl.where(active | unordered, hidden_pre, 0.0)
-    if bounds_ptr is not None:
-        listed = listed & ~(value < tl.load(bounds_ptr + rows)[:, None])  # not >=: NaN stays
+    Raises:
+        ValueError: `precision` is unknown, or `use_rival` asks for a way whose rules do not hold.
+    """
+    precision = working_precision(x, precision)
+    return str(_path(x, W_enc, precision))
 
-    cursors = cursors_ptr + rows[:, None] + tl.zeros((BLOCK_B, BLOCK_S), dtype=tl.int32)
-    slot = tl.atomic_add(cursors, 1, mask=listed, sem="relaxed")
-    fits = listed & (slot < tl.load(row_ends_ptr + rows)[:, None])
-    tl.store(entries_ptr + slot, pack_entry(first_feature + columns[None, :], value), mask=fits)
+
+def _path(x: Tensor, W_enc: Tensor, precision: str, call: Listing | None = None) -> Path:
+    """The way to take; measures it first where `call` is given, tuning is on and nothing is cached."""
+    forced = forced_path(x, W_enc, precision)
+    if forced is not None:
+        return forced
+    if x.is_cuda and os.environ.get(AUTOTUNE) == "1":
+        # here, for it is a command too: what the package imports would run twice
+        from fastsae_kernels.gpu import tune
+
+        tuned = tune.path(x, W_enc, precision, call)
+        if tuned is not None:
+            return tuned
+    return table_path(x, W_enc, precision)
 
 
 def list_entries(
@@ -106,6 +74,8 @@ def list_entries(
     bounds: Tensor | None = None,
     first_feature: int = 0,
     precision: str = "ieee",
+    l0: Tensor | None = None,
+    feature_counts: Tensor | None = None,
 ) -> None:
     """Append the entries of a range of features to every row's span, in any order.
 
@@ -118,55 +88,61 @@ def list_entries(
         bandwidth: Width of the straight-through window.
         bounds: `[N]` fp32 >= 0 or None: entries with a smaller value are left out, hence the window's where it is positive.
         first_feature: Index of the first feature of the range.
-        precision: `input_precision` of fp32 products: `ieee`, `tf32x3` or `tf32`.
+        precision: Of fp32 products: `ieee`, `tf32x3` or `tf32`. 16-bit operands have one, whatever it says.
+        l0: `[N]` int32 or int64, or None: the active entries of each row are added to it, those without a slot included.
+        feature_counts: `[S]`, the same of each feature. A window's entry is not active, nor is one below the bound or NaN.
 
     Raises:
         TypeError: x is fp64.
-        ValueError: A cursor could pass 2^31.
+        ValueError: A cursor could pass 2^31, `precision` is unknown, or `use_rival` asks for a way that cannot serve.
     """
     if x.dtype == torch.float64:
         raise TypeError("x: expected float32, bfloat16 or float16 on the Triton path, got float64")
-    n_tokens, d_in = x.shape
-    d_sae = W_enc.shape[1]
+    precision = working_precision(x, precision)
+    n_tokens, d_sae = x.shape[0], W_enc.shape[1]
     if entries.numel() + first_feature + d_sae >= 2**31:  # a cursor may run that far past the last span
         raise ValueError(f"x: expected fewer than 2**31 entries in one call, got {entries.numel()}; split the tokens")
     if n_tokens == 0:
         return
-    config = launch_config("encode", x)
-    config = launch_config("encode", x, odd=d_in % config["BLOCK_D"] != 0)
-    grid = (triton.cdiv(n_tokens, config["BLOCK_B"]) * triton.cdiv(d_sae, config["BLOCK_S"]),)
-    _encode_kernel[grid](
-        x_ptr=x,
-        W_enc_ptr=W_enc,
-        b_enc_ptr=b_enc,
-        threshold_ptr=threshold,
-        row_ends_ptr=row_ends,
-        bounds_ptr=bounds,
-        cursors_ptr=cursors,
-        entries_ptr=entries,
-        half_bandwidth=bandwidth / 2,
-        first_feature=first_feature,
-        n_tokens=n_tokens,
-        d_in=d_in,
-        d_sae=d_sae,
-        stride_xb=x.stride(0),
-        stride_xd=x.stride(1),
-        stride_wd=W_enc.stride(0),
-        stride_ws=W_enc.stride(1),
-        PRECISION=precision,
-        EVEN_D=d_in % config["BLOCK_D"] == 0,
-        **config,
-    )
+    call = Listing(
+        x, W_enc, b_enc, threshold, cursors, row_ends, entries, bandwidth, bounds, first_feature, precision,
+        l0, feature_counts,
+    )  # fmt: skip
+    path = _path(x, W_enc, precision, call)
+    RIVALS[path.rival].launch(call, path.config)
 
 
 def list_all_entries(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, row_offsets: Tensor, nnz: int, bandwidth: float
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    row_offsets: Tensor,
+    nnz: int,
+    bandwidth: float,
+    *,
+    precision: str = "ieee",
+    fp8: bool = False,
+    l0: Tensor | None = None,
+    feature_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`counts [N]` int32, entries that found no slot included, and `entries [nnz]` int64, over spans `row_offsets`."""
-    cursors = row_offsets[:-1].clone()
+    starts, ends = row_offsets[:-1], row_offsets[1:]
+    cursors = starts.clone()
     entries = torch.empty(nnz, dtype=torch.int64, device=x.device)
-    list_entries(x, W_enc, b_enc, threshold, cursors, row_offsets[1:], entries, bandwidth=bandwidth)
-    return cursors - row_offsets[:-1], entries
+    if fp8 and x.shape[0] > 0:
+        from fastsae_kernels.gpu.fp8 import fp8_weights, list_entries_fp8  # optional, and seldom used
+
+        weights = fp8_weights(W_enc, x)
+        list_entries_fp8(
+            x, W_enc, b_enc, threshold, cursors, ends, entries, bandwidth=bandwidth, weights=weights
+        )  # fmt: skip
+    else:
+        list_entries(
+            x, W_enc, b_enc, threshold, cursors, ends, entries,
+            bandwidth=bandwidth, precision=precision, l0=l0, feature_counts=feature_counts,
+        )  # fmt: skip
+    return cursors - starts, entries
 
 
 def padded_offsets(n_tokens: int, capacity: int, device: torch.device) -> Tensor:
@@ -183,8 +159,10 @@ def encode(
     *,
     bandwidth: float = 0.0,
     k: int | None = None,
+    precision: str = "ieee",
+    fp8: bool = False,
 ) -> SparseActs:
-    """Active (and window) entries of every row, exact, for inference; synchronises with the host once.
+    """Active (and window) entries of every row, for inference; synchronises with the host once, not at all for top-k.
 
     Equivalent to `fastsae_kernels.reference.encode`. Rows are tried with a fixed span; where one has more entries, the
     call is repeated with exactly the spans that the first one counted.
@@ -196,6 +174,8 @@ def encode(
         threshold: `[d_sae]` fp32, >= 0.
         bandwidth: Inactive entries closer than half of it to the threshold are listed with value 0.
         k: At most the `k` largest active entries of a row survive, ties to the lower index.
+        precision: As in `list_entries`.
+        fp8: Find candidates by an fp8 product first (`fp8`); never with `k`.
 
     Returns:
         Rows sorted by feature index, values fp32.
@@ -204,14 +184,23 @@ def encode(
         TypeError: x is fp64.
     """
     b_enc, threshold = b_enc.contiguous(), threshold.contiguous()
+    if k is not None:
+        from fastsae_kernels.gpu.row_topk import encode_topk  # it is built on `list_entries`
+
+        return encode_topk(x, W_enc, b_enc, threshold, bandwidth, k, precision)
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
-    capacity = min(max(DEFAULT_CAPACITY, k or 0), d_sae, MAX_SORT)
+    capacity = min(DEFAULT_CAPACITY * (CANDIDATES if fp8 else 1), d_sae, MAX_SORT)
     row_offsets = padded_offsets(n_tokens, capacity, x.device)
-    counts, entries = list_all_entries(x, W_enc, b_enc, threshold, row_offsets, n_tokens * capacity, bandwidth)
+    operands = (x, W_enc, b_enc, threshold)
+    counts, entries = list_all_entries(
+        *operands, row_offsets, n_tokens * capacity, bandwidth, precision=precision, fp8=fp8
+    )
     longest, nnz = torch.stack((counts.max().long(), counts.sum())).tolist() if n_tokens else (0, 0)
     if longest <= capacity:
-        return sort_rows(counts, entries, row_offsets, (n_tokens, d_sae), k)
+        return sort_rows(counts, entries, row_offsets, (n_tokens, d_sae), None)
+    if fp8:  # its counts are those of candidates in some rows and of entries in others: of no use as spans
+        return encode(*operands, bandwidth=bandwidth, precision=precision)
     row_offsets = torch.zeros_like(row_offsets)
     row_offsets[1:] = counts.cumsum(0)
-    _, entries = list_all_entries(x, W_enc, b_enc, threshold, row_offsets, nnz, bandwidth)
-    return sort_packed(entries, row_offsets, (n_tokens, d_sae), k)
+    _, entries = list_all_entries(*operands, row_offsets, nnz, bandwidth, precision=precision)
+    return sort_packed(entries, row_offsets, (n_tokens, d_sae))

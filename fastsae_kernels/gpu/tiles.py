@@ -124,13 +124,50 @@ def entry_value(entry):
 
 
 @triton.jit
+def value_bits(value):
+    """An int32 that orders non-negative values as they are, any NaN on top."""
+    return tl.where(value != value, 0x7FC00000, value.to(tl.int32, bitcast=True))
+
+
+@triton.jit
 def rank_entry(index, value):
     """An int64 that orders non-negative values (any NaN on top), the lower index first among equals."""
-    bits = tl.where(value != value, 0x7FC00000, value.to(tl.int32, bitcast=True))
-    return (bits.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
+    return (value_bits(value).to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
 
 
 @triton.jit
 def unrank_entry(rank):
     """The packed entry that `rank_entry` ranked."""
     return ((0x7FFFFFFF - (rank & 0x7FFFFFFF)) << 32) | (rank >> 32)
+
+
+@triton.jit
+def active_bits(
+    x_ptr,  # [B, D]
+    rows,  # [BLOCK_B] row of x, in range
+    stride_xb,
+    stride_xd,
+    W_enc_ptr,  # [D, S]
+    offs_s,  # [BLOCK_S] feature, past the last one too
+    stride_wd,
+    stride_ws,
+    b_enc_ptr,  # [S]
+    threshold_ptr,  # [S] fp32
+    d_in,
+    d_sae,
+    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
+):
+    """`(bits, hidden_pre)` of one tile: `value_bits` of the active and NaN entries, 0 elsewhere."""
+    columns = offs_s % d_sae
+    hidden_pre = tile_product(
+        x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, columns, stride_wd, stride_ws, d_in,
+        PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+    )  # fmt: skip
+    hidden_pre += tl.load(b_enc_ptr + columns).to(tl.float32)[None, :]
+    active, _ = gate(hidden_pre, tl.load(threshold_ptr + columns)[None, :], 0.0)
+    active = (active | (hidden_pre != hidden_pre)) & (offs_s < d_sae)[None, :]
+    return tl.where(active, value_bits(hidden_pre), 0), hidden_pre

@@ -5,8 +5,9 @@ second gather. Activations are positive, so their bit patterns order as the valu
 the lower feature index wins. The result is a function of the set of entries alone: deterministic.
 
 A row with more than `k` active entries keeps the `k` largest and none that is listed for the window alone; a row with at
-most `k` keeps everything. A row that overflowed its span can hide larger entries behind it: `_overflow_topk_kernel`
-recomputes such a row feature block by feature block and merges each block into its best `k` by a bitonic step, in one pass.
+most `k` keeps everything. `row_topk` lists the features range by range and calls `prune_rows` in between.
+
+A program sorts a row in its registers (a bitonic network); rows longer than `MAX_SORT` go through `torch.sort`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels.gpu.config import launch_config
-from fastsae_kernels.gpu.tiles import entry_index, entry_value, gate, rank_entry, tile_product, unrank_entry
-from fastsae_kernels.sparse_acts import SparseActs, topk_mask
+from fastsae_kernels.gpu.tiles import entry_index, entry_value, rank_entry, unrank_entry
+from fastsae_kernels.sparse_acts import SparseActs
 
 # longest row sorted by one program; past it torch.sort is used
 MAX_SORT = 2048
-# largest k that an overflowing row is searched for; past 256 the search spills registers and is slow
-MAX_K = 512
+LAST = 0x7FFFFFFFFFFFFFFF  # sorts behind every entry
 
 
 @triton.jit
@@ -32,11 +31,12 @@ def _sort_rows_kernel(
     entries_ptr,  # [B, capacity] int64
     counts_ptr,  # [B] int32: listed entries, more than capacity where the row overflowed
     # outputs
-    indices_ptr,  # [B, capacity] int32
-    values_ptr,  # [B, capacity] fp32
+    indices_ptr,  # [B, span] int32
+    values_ptr,  # [B, span] fp32
     row_counts_ptr,  # [B] int32: entries kept, 0 where the row overflowed
     # sizes
     capacity,
+    span,  # places of a row in the output: at least what it keeps
     K: tl.constexpr,  # 0 keeps every entry
     BLOCK_K: tl.constexpr,  # power of two, at least capacity
 ):
@@ -55,69 +55,111 @@ def _sort_rows_kernel(
             count = K
     entry = tl.sort(tl.where(offs < count, entry, 0x7FFFFFFFFFFFFFFF))
     entry = tl.where(offs < count, entry, 0)
-    mask = offs < capacity
-    tl.store(indices_ptr + row * capacity + offs, entry_index(entry), mask=mask)
-    tl.store(values_ptr + row * capacity + offs, entry_value(entry), mask=mask)
+    mask = offs < span
+    tl.store(indices_ptr + row * span + offs, entry_index(entry), mask=mask)
+    tl.store(values_ptr + row * span + offs, entry_value(entry), mask=mask)
     tl.store(row_counts_ptr + row, count)
 
 
 @triton.jit
-def _overflow_topk_kernel(
-    # inputs
-    x_ptr,  # [B, D]
-    W_enc_ptr,  # [D, S]
-    b_enc_ptr,  # [S]
-    threshold_ptr,  # [S] fp32
-    rows_ptr,  # [B] int64: the rows that overflowed come first
-    n_rows_ptr,  # [1] int32: how many they are
-    # outputs
+def _prune_rows_kernel(
+    # changed in place
     entries_ptr,  # [B, capacity] int64
-    counts_ptr,  # [B] int32: set to K where the row has more than K active entries, else left alone
+    cursors_ptr,  # [B] int32: next slot of each row
+    bounds_ptr,  # [B] fp32: smaller entries need not be listed any more
+    peaks_ptr,  # [B] int32: most entries that the row has wanted to hold so far
     # sizes
     capacity,
-    d_in,
-    d_sae,
-    # strides
-    stride_xb,
-    stride_xd,
-    stride_wd,
-    stride_ws,
-    PRECISION: tl.constexpr,
-    EVEN_D: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # power of two, at least K
-    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # power of two, at least capacity
 ):
-    """Program owns BLOCK_B overflowing rows and finds the K largest active entries of each, over all features."""
-    n_rows = tl.load(n_rows_ptr)
-    first = tl.program_id(0) * BLOCK_B
-    if first >= n_rows:
+    """Program owns one row: keeps its K largest active entries where more are active, else everything."""
+    row = tl.program_id(0).to(tl.int64)
+    count = tl.load(cursors_ptr + row) - (row * capacity).to(tl.int32)
+    tl.store(peaks_ptr + row, tl.maximum(tl.load(peaks_ptr + row), count))
+    if count > capacity:
+        # the cursor stays where it is, past the end: the row is lost, and listing more of it would be wasted
+        tl.store(bounds_ptr + row, float("inf"))
+    elif count > K:
+        offs = tl.arange(0, BLOCK_K)
+        entry = tl.load(entries_ptr + row * capacity + offs, mask=offs < count, other=0)
+        tl.debug_barrier()  # everything is read before anything is overwritten
+        value = entry_value(entry)
+        active = (offs < count) & ~(value <= 0.0)
+        if tl.sum(active.to(tl.int32), 0) > K:
+            rank = tl.sort(tl.where(active, rank_entry(entry_index(entry), value), 0), descending=True)
+            tl.store(entries_ptr + row * capacity + offs, unrank_entry(rank), mask=offs < K)
+            tl.store(cursors_ptr + row, (row * capacity).to(tl.int32) + K)
+            # a later entry has a higher feature, so it must be larger than the K-th, not equal: the next float, at most inf
+            bits = tl.max(tl.where(offs == K - 1, rank >> 32, 0), 0).to(tl.int32)
+            tl.store(bounds_ptr + row, tl.minimum(bits + 1, 0x7F800000).to(tl.float32, bitcast=True))
+
+
+def _block(capacity: int) -> dict[str, int]:
+    """Tile and warps of a program that sorts a row."""
+    block = max(16, triton.next_power_of_2(capacity))
+    return {"BLOCK_K": block, "num_warps": max(1, min(16, block // 128))}
+
+
+def _ranks(entries: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """`(rank, valid)` of `[N, capacity]` entries: `tiles.rank_entry` where active, else 0; valid where in use."""
+    capacity = entries.shape[1]
+    slots = torch.arange(capacity, device=entries.device)
+    valid = (slots < counts[:, None]) & (counts <= capacity)[:, None]
+    bits = entries & 0xFFFFFFFF
+    # above the bits of infinity lie the NaNs, and from the sign bit on the negative ones
+    bits = torch.where(bits > 0x7F800000, 0x7FC00000, bits)
+    rank = (bits << 32) | (0x7FFFFFFF - (entries >> 32))
+    return torch.where(valid & (bits > 0), rank, 0), valid
+
+
+def _by_rank(rank: Tensor) -> Tensor:
+    """The entries of each row, the highest rank first."""
+    rank = torch.sort(rank, dim=1, descending=True).values
+    return ((0x7FFFFFFF - (rank & 0x7FFFFFFF)) << 32) | (rank >> 32)
+
+
+def _prune_long_rows(
+    entries: Tensor, cursors: Tensor, row_starts: Tensor, bounds: Tensor, peaks: Tensor, k: int
+) -> None:
+    """`prune_rows` for rows that no program can sort."""
+    counts = cursors - row_starts
+    torch.maximum(peaks, counts, out=peaks)
+    rank, _ = _ranks(entries, counts)
+    cut = (rank > 0).sum(1) > k
+    best = _by_rank(rank)[:, :k]
+    entries[:, :k] = torch.where(cut[:, None], best, entries[:, :k])
+    cursors.copy_(torch.where(cut, row_starts + k, cursors))
+    kth = ((best[:, -1] & 0x7FFFFFFF) + 1).clamp(max=0x7F800000).int().view(torch.float32)
+    bounds.copy_(torch.where(cut, kth, bounds).masked_fill(counts > entries.shape[1], float("inf")))
+
+
+def prune_rows(entries: Tensor, cursors: Tensor, row_starts: Tensor, bounds: Tensor, peaks: Tensor, k: int) -> None:
+    """Cut every row with more than `k` active entries to the `k` largest, in place, and raise its bound above the k-th.
+
+    Features must come in ascending order: a later entry that equals the k-th has a higher index and loses.
+
+    Args:
+        entries: `[N, capacity]` int64, packed.
+        cursors: `[N]` int32, next slot of each row; of a row that overflowed it stays past the end.
+        row_starts: `[N]` int32.
+        bounds: `[N]` fp32, see `encode.list_entries`; infinite for a row that overflowed.
+        peaks: `[N]` int32, the most entries that a row has wanted to hold.
+        k: How many active entries survive.
+    """
+    capacity = entries.shape[1]
+    if capacity > MAX_SORT:
+        _prune_long_rows(entries, cursors, row_starts, bounds, peaks, k)
         return
-    offs_r = first + tl.arange(0, BLOCK_B)
-    rows = tl.load(rows_ptr + offs_r % n_rows)
-    best = tl.zeros((BLOCK_B, BLOCK_S), dtype=tl.int64)
-    n_active = tl.zeros((BLOCK_B,), dtype=tl.int32)
-    for start in range(0, d_sae, BLOCK_S):
-        offs_s = start + tl.arange(0, BLOCK_S)
-        columns = offs_s % d_sae
-        hidden_pre = tile_product(
-            x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, columns, stride_wd, stride_ws, d_in,
-            PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
-        )  # fmt: skip
-        hidden_pre += tl.load(b_enc_ptr + columns).to(tl.float32)[None, :]
-        active, _ = gate(hidden_pre, tl.load(threshold_ptr + columns)[None, :], 0.0)
-        active = (active | (hidden_pre != hidden_pre)) & (offs_s < d_sae)[None, :]
-        n_active += tl.sum(active.to(tl.int32), 1)
-        rank = tl.sort(tl.where(active, rank_entry(columns[None, :], hidden_pre), 0))
-        # a falling and a rising sequence: their elementwise maximum is the larger half of both
-        best = tl.sort(tl.maximum(best, rank), descending=True)
-    slots = tl.arange(0, BLOCK_S)
-    cut = (n_active > K) & (offs_r < n_rows)
-    kept = cut[:, None] & (slots < K)[None, :]
-    position = rows[:, None] * capacity + slots[None, :]
-    tl.store(entries_ptr + position, unrank_entry(best), mask=kept)
-    tl.store(counts_ptr + rows, tl.full((BLOCK_B,), K, tl.int32), mask=cut)
+    _prune_rows_kernel[(entries.shape[0],)](
+        entries_ptr=entries,
+        cursors_ptr=cursors,
+        bounds_ptr=bounds,
+        peaks_ptr=peaks,
+        capacity=capacity,
+        K=k,
+        **_block(capacity),
+    )
 
 
 def flag_rows(flagged: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,69 +168,49 @@ def flag_rows(flagged: Tensor) -> tuple[Tensor, Tensor]:
     return rows, flagged.sum(dtype=torch.int32).reshape(1)
 
 
-def resolve_overflow_topk(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    threshold: Tensor,
-    counts: Tensor,
-    entries: Tensor,
-    capacity: int,
-    k: int,
-) -> None:
-    """Replace the entries of overflowing rows with more than `k` active ones by their exact top `k`, in place.
-
-    Raises:
-        ValueError: `k` is above `MAX_K`, or `capacity` below `k`.
-    """
-    if not k <= min(MAX_K, capacity):
-        raise ValueError(f"k: expected at most {MAX_K} and the capacity {capacity} on the Triton path, got {k}")
-    rows, n_rows = flag_rows(counts > capacity)
-    config = dict(launch_config("overflow_topk", x))
-    config["BLOCK_S"] = max(config["BLOCK_S"], triton.next_power_of_2(k))
-    config["num_warps"] = max(config["num_warps"], min(16, config["BLOCK_S"] // 16))  # two tiles of int64 in registers
-    _overflow_topk_kernel[(triton.cdiv(x.shape[0], config["BLOCK_B"]),)](
-        x_ptr=x,
-        W_enc_ptr=W_enc,
-        b_enc_ptr=b_enc,
-        threshold_ptr=threshold,
-        rows_ptr=rows,
-        n_rows_ptr=n_rows,
-        entries_ptr=entries,
-        counts_ptr=counts,
-        capacity=capacity,
-        d_in=x.shape[1],
-        d_sae=W_enc.shape[1],
-        stride_xb=x.stride(0),
-        stride_xd=x.stride(1),
-        stride_wd=W_enc.stride(0),
-        stride_ws=W_enc.stride(1),
-        PRECISION="ieee",
-        EVEN_D=x.shape[1] % config["BLOCK_D"] == 0,
-        K=k,
-        **config,
-    )
+def _sort_long_rows(counts: Tensor, entries: Tensor, span: int, k: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`(indices, values, row_counts)` of `sort_rows` for rows that no program can sort."""
+    rank, valid = _ranks(entries, counts)
+    kept = counts.masked_fill(counts > entries.shape[1], 0)
+    entries = torch.where(valid, entries, LAST)
+    if k is not None and k < entries.shape[1]:
+        cut = (rank > 0).sum(1) > k
+        best = torch.where(torch.arange(entries.shape[1], device=entries.device) < k, _by_rank(rank), LAST)
+        entries = torch.where(cut[:, None], best, entries)
+        kept = kept.masked_fill(cut, k)
+    entries = torch.sort(entries, dim=1).values[:, :span]
+    entries = torch.where(entries == LAST, 0, entries).flatten()
+    return (entries >> 32).int(), entries.int().view(torch.float32), kept.int()
 
 
 def sort_rows(
-    counts: Tensor, entries: Tensor, row_offsets: Tensor, shape: tuple[int, int], k: int | None
+    counts: Tensor,
+    entries: Tensor,
+    row_offsets: Tensor,
+    shape: tuple[int, int],
+    k: int | None,
+    span: int | None = None,
 ) -> SparseActs:
     """Rows of equal span, sorted by feature index and cut to the top `k`; a row that overflowed becomes empty.
 
     Args:
         counts: `[N]` int32, entries of each row, more than its span where it overflowed.
-        entries: `[N * span]` int64, packed.
-        row_offsets: `[N + 1]` int32; the span is at most `MAX_SORT`.
+        entries: `[N * capacity]` int64, packed.
+        row_offsets: `[N + 1]` int32, where the rows of the result lie.
         shape: `(N, d_sae)`.
         k: How many active entries survive in a row, None for all.
+        span: Places of a row in the result, at least what it keeps; None for the capacity.
     """
     n_tokens = shape[0]
-    indices = torch.empty(entries.numel(), dtype=torch.int32, device=entries.device)
-    values = torch.empty(entries.numel(), dtype=torch.float32, device=entries.device)
+    capacity = entries.numel() // max(n_tokens, 1)
+    span = capacity if span is None else span
+    if capacity > MAX_SORT:
+        indices, values, row_counts = _sort_long_rows(counts, entries.view(n_tokens, capacity), span, k)
+        return SparseActs(row_offsets, indices, values, shape, row_counts)
+    indices = torch.empty(n_tokens * span, dtype=torch.int32, device=entries.device)
+    values = torch.empty(n_tokens * span, dtype=torch.float32, device=entries.device)
     row_counts = torch.empty_like(counts)
     if n_tokens > 0:
-        capacity = entries.numel() // n_tokens
-        block = max(16, triton.next_power_of_2(capacity))
         _sort_rows_kernel[(n_tokens,)](
             entries_ptr=entries,
             counts_ptr=counts,
@@ -196,19 +218,17 @@ def sort_rows(
             values_ptr=values,
             row_counts_ptr=row_counts,
             capacity=capacity,
+            span=span,
             K=k or 0,
-            BLOCK_K=block,
-            num_warps=max(1, min(16, block // 128)),
+            **_block(capacity),
         )
     return SparseActs(row_offsets, indices, values, shape, row_counts)
 
 
-def sort_packed(entries: Tensor, row_offsets: Tensor, shape: tuple[int, int], k: int | None) -> SparseActs:
-    """The same for packed rows of any length, by `torch.sort`; used where no fixed span is long enough."""
+def sort_packed(entries: Tensor, row_offsets: Tensor, shape: tuple[int, int]) -> SparseActs:
+    """Packed rows of any length by feature index, by `torch.sort`; used where no fixed span is long enough."""
     indices, values = (entries >> 32).int(), entries.int().view(torch.float32)
-    acts = SparseActs(row_offsets, indices, values, shape)
-    rows = acts.row_ids()
+    rows = SparseActs(row_offsets, indices, values, shape).row_ids()
     # row and index are below 2^31, so the pair fits an int64
     order = torch.sort((rows << 31) | indices).indices
-    acts = SparseActs(row_offsets, indices[order], values[order], shape)
-    return acts if k is None else acts.select(topk_mask(rows, acts.values, row_offsets, k))
+    return SparseActs(row_offsets, indices[order], values[order], shape)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels import chunked, cpu
+from fastsae_kernels.checks import check_no_fp8
 from fastsae_kernels.dispatch import MAX_DENSITY, ActivityHint, Backend, backend_of, forced_backend
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
 from fastsae_kernels.sparse_acts import SparseActs
@@ -35,10 +36,11 @@ def _backend(x: Tensor, capacity: int) -> Backend:
 def _row_places(spec: AutoencodeSpec, d_sae: int, capacity: int) -> int:
     """Places of a row in what the kernels save."""
     from fastsae_kernels.gpu import row_topk, topk  # Triton is optional, so its kernels are imported on first use
+    from fastsae_kernels.gpu.encode import CANDIDATES
 
     capacity = GRAPH_CAPACITY if capacity == BY_ACTIVITY else capacity
     if spec.k is None:
-        return min(capacity, d_sae, topk.MAX_SORT)
+        return min(capacity * (CANDIDATES if spec.fp8 else 1), d_sae, topk.MAX_SORT)
     if spec.batch_topk or spec.bandwidth == 0:
         return min(spec.k, d_sae)
     return min(max(row_topk.span_of(min(spec.k, d_sae), d_sae), min(capacity, topk.MAX_SORT)), d_sae)
@@ -62,12 +64,6 @@ def _places(x: Tensor, d_sae: int, spec: AutoencodeSpec, capacity: int) -> int:
     return n_tokens * share + 1
 
 
-def _spec(
-    bandwidth: float, k: int | None, batch_topk: bool, penalty: str, tanh_scale: float, ste_to_input: bool
-) -> AutoencodeSpec:
-    return AutoencodeSpec(bandwidth, k, batch_topk, penalty, tanh_scale, ste_to_input)  # type: ignore[arg-type]
-
-
 @torch.library.custom_op("fastsae::autoencode", mutates_args=())
 def autoencode(
     x: Tensor,
@@ -83,11 +79,13 @@ def autoencode(
     penalty: str,
     tanh_scale: float,
     ste_to_input: bool,
+    precision: str,
+    fp8: bool,
     capacity: int,
     hint: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """The forward pass; `saved` holds `row_offsets, row_counts, indices, value bits, overflowed`."""
-    spec = _spec(bandwidth, k, batch_topk, penalty, tanh_scale, ste_to_input)
+    spec = AutoencodeSpec(bandwidth, k, batch_topk, penalty, tanh_scale, ste_to_input, precision, fp8)  # type: ignore[arg-type]
     tensors = (x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale)
     known = ActivityHint.of(hint)
     places = _places(x, W_enc.shape[1], spec, capacity)
@@ -110,6 +108,7 @@ def _forward(
         if hint is not None:
             hint.plan_next(state.listed, W_enc.shape[1])
         return output, _pack_gpu(state, x)
+    check_no_fp8(spec, x)
     if backend == "cpu":
         output_or_none = cpu.autoencode_forward(*tensors, spec, places if spec.k is None else None)
         if output_or_none is not None and output_or_none.acts is not None:
@@ -163,7 +162,7 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor
     x, W_enc, _, threshold, W_dec, *_ = inputs
     *options, capacity, _ = inputs[7:]
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
-    places = _places(x, d_sae, _spec(*options), capacity)
+    places = _places(x, d_sae, AutoencodeSpec(*options), capacity)
     return (
         x.new_empty(n_tokens, W_dec.shape[1]),
         threshold.new_empty(n_tokens),
@@ -192,11 +191,13 @@ def autoencode_backward(
     penalty: str,
     tanh_scale: float,
     ste_to_input: bool,
+    precision: str,
+    fp8: bool,
     capacity: int,
     needs: list[bool],
 ) -> list[Tensor]:
     """The gradients of the seven tensors, in order; an empty tensor where none is asked for."""
-    spec = _spec(bandwidth, k, batch_topk, penalty, tanh_scale, ste_to_input)
+    spec = AutoencodeSpec(bandwidth, k, batch_topk, penalty, tanh_scale, ste_to_input, precision, fp8)  # type: ignore[arg-type]
     wanted = AutoencodeNeeds(*needs)
     grad_out = grad_out.contiguous()
     shared = (threshold, W_dec, feature_scale, spec, grad_out, grad_penalty, wanted)
@@ -261,9 +262,7 @@ def _(*arguments: Any) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    *tensors, bandwidth, k, batch_topk, penalty, tanh_scale, ste_to_input, capacity, _ = inputs
-    ctx.options = (bandwidth, k, batch_topk, penalty, tanh_scale, ste_to_input, capacity)
-    ctx.has_scale = tensors[-1] is not None
+    tensors, ctx.options = inputs[:7], inputs[7:-1]
     ctx.save_for_backward(*tensors, *output[-1])
 
 
@@ -277,7 +276,7 @@ def _backward(ctx: Any, grad_out: Tensor, grad_penalty: Tensor, *_: Any) -> tupl
     needs = [asked[0], asked[1], asked[4]]
     grads = torch.ops.fastsae.autoencode_backward(*tensors, saved, grad_out, grad_penalty, *ctx.options, needs)
     given = [grad if wants else None for grad, wants in zip(grads, asked[:7], strict=True)]
-    return (*given, *[None] * 8)
+    return (*given, *[None] * (len(ctx.options) + 1))
 
 
 autoencode.register_autograd(_backward, setup_context=_setup_context)

@@ -40,9 +40,11 @@ def encode(
     k: int | None,
     batch_topk: bool,
     rescore: bool,
+    precision: str,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The entries; with `k` and no window in `k * N` places, of which the unused ones lie in the last row's span."""
-    spec = AutoencodeSpec(bandwidth=bandwidth, k=k, batch_topk=batch_topk)
+    spec = AutoencodeSpec(bandwidth, k, batch_topk, precision=precision, fp8=fp8)  # type: ignore[arg-type]
     acts = list_entries(x, W_enc, b_enc, threshold, spec, rescore).packed()
     counts = acts.row_offsets.diff().int()
     if k is None or bandwidth > 0:
@@ -106,7 +108,7 @@ def _setup_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _encode_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     given = torch.ops.fastsae.encode_backward(*ctx.saved_tensors, ctx.bandwidth, grads[0])
-    return (*given, *[None] * 4)
+    return (*given, *[None] * 6)
 
 
 encode.register_autograd(_encode_backward, setup_context=_setup_encode)

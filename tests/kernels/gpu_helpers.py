@@ -34,6 +34,9 @@ needs_kernels = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 FEW_PROGRAMS = {
     "encode": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 16, "GROUP_B": 2},
     "overflow_topk": {"BLOCK_B": 16, "BLOCK_S": 16, "BLOCK_D": 32, "num_warps": 4},
+    "overflow_select": {"BLOCK_B": 16, "BLOCK_S": 16, "BLOCK_D": 32, "num_warps": 4},
+    "batch_list": {"BLOCK_B": 16, "BLOCK_S": 16, "BLOCK_D": 32, "GROUP_B": 2},
+    "batch_again": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "GROUP_B": 2},
     "decode": {"BLOCK_E": 64, "BLOCK_D": 32},
     "row_stats": {"BLOCK_E": 64},
     "entry_grads": {"BLOCK_E": 32, "BLOCK_D": 32},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,8 +24,7 @@ DENSE = 0
 
 def arguments(problem: problems.Problem, capacity: int) -> tuple[Any, ...]:
     spec = problem.spec
-    options = (spec.bandwidth, spec.k, spec.batch_topk, spec.penalty, spec.tanh_scale, spec.ste_to_input)
-    return (*problems.leaves(problem), *options, capacity, 0)
+    return (*problems.leaves(problem), *dataclasses.astuple(spec), capacity, 0)
 
 
 def compiled(function: Callable) -> Callable:
@@ -71,9 +71,11 @@ def test_opcheck_encode_and_decode(k: int | None) -> None:
     # data-dependent sizes have no dynamic-shape test
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     every = (*checks, "test_aot_dispatch_dynamic") if k else checks
-    torch.library.opcheck(torch.ops.fastsae.encode.default, (*inputs, 0.0, k, False, False), test_utils=every)
+    torch.library.opcheck(
+        torch.ops.fastsae.encode.default, (*inputs, 0.0, k, False, False, "ieee", False), test_utils=every
+    )
     with torch.no_grad():
-        entries = torch.ops.fastsae.encode(*inputs, 0.0, k, False, False)
+        entries = torch.ops.fastsae.encode(*inputs, 0.0, k, False, False, "ieee", False)
     values = entries[0].requires_grad_()
     decoder = (p.W_dec.requires_grad_(), p.b_dec.requires_grad_())
     torch.library.opcheck(torch.ops.fastsae.decode.default, (values, *entries[1:], *decoder))

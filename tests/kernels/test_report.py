@@ -15,8 +15,8 @@ from fastsae_kernels import report
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
-CLEAN = report.Row("sm_90", "encode_kernel", "bf16", "-", 8, 4, 255, 0, 131072, 4, 0, "")
-SPILLING = report.Row("sm_90", "encode_kernel", "bf16", "-", 8, 4, 255, 1104, 131072, 4, 0, "spills")
+CLEAN = report.Row("sm_90", "encode_kernel", "bf16", "-", 8, 4, 255, 0, 131072, 4, "")
+SPILLING = report.Row("sm_90", "encode_kernel", "bf16", "-", 8, 4, 255, 1104, 131072, 4, "spills")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -29,44 +29,83 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @needs_triton
 def test_every_kernel_is_collected_without_a_device() -> None:
-    """The pass runs on tensors without data, so it cannot have waited for one: no host synchronisation."""
+    """The passes run on tensors without data, so they cannot have waited for one: no host synchronisation."""
     done = python(
         "import pkgutil, importlib, fastsae_kernels.gpu as gpu\n"
-        "from fastsae_kernels import report\n"
+        "from fastsae_kernels.launches import collect\n"
         "modules = [importlib.import_module(f'{gpu.__name__}.{m.name}') for m in pkgutil.iter_modules(gpu.__path__)]\n"
         "defined = {name for m in modules for name in vars(m) if name.endswith('_kernel')}\n"
-        "launched = {(launch.kernel.__name__, launch.dtype) for launch in report.collect(90)}\n"
-        "assert {name for name, _ in launched} == defined, (launched, defined)\n"
-        "assert {('_encode_kernel', 'bf16'), ('_encode_kernel', 'fp32')} <= launched\n"
+        "launched = {(launch.kernel.__name__, launch.dtype) for launch in collect('sm_90')}\n"
+        "assert {name for name, _ in launched} == defined, {name for name, _ in launched} ^ defined\n"
+        "ways = ('_encode_kernel', '_persistent_encode_kernel', '_compact_chunk_kernel')\n"
+        "assert {(way, dtype) for way in ways for dtype in ('bf16', 'fp16', 'fp32')} <= launched\n"
     )
     assert done.returncode == 0, done.stderr
 
 
 @needs_triton
-@pytest.mark.parametrize(("arch", "instruction"), [(80, "hmma"), (90, "hgmma")])
-def test_bf16_encode_is_clean(arch: int, instruction: str) -> None:
+def test_every_shipped_tile_that_lists_entries_is_compiled() -> None:
+    """Each tile of the table, odd ones and small batches too, shows up in a recorded launch."""
+    done = python(
+        "from fastsae_kernels.launches import collect\n"
+        "from fastsae_kernels.gpu.config import load_table\n"
+        "for arch in ('sm_80', 'sm_90', 'sm_100', 'gfx942'):\n"
+        "    launches = collect(arch)\n"
+        "    for table in ('encode', 'encode_persistent'):\n"
+        "        for key, tile in load_table(arch).get(table, {}).items():\n"
+        "            precision = (key.split()[1:2] or ['ieee'])[0]\n"
+        "            wanted = {(k, v) for k, v in tile.items() if k.isupper()}\n"
+        "            wanted |= {('PRECISION', precision)} if precision.startswith('tf32') else set()\n"
+        "            options = {(k, v) for k, v in tile.items() if not k.isupper()}\n"
+        "            dtype = 'fp32' if key.startswith('32') else 'bf16'\n"
+        "            found = [l for l in launches if l.dtype == dtype and wanted <= set(l.constants)]\n"
+        "            assert any(options <= set(l.options) for l in found), (arch, table, key)\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
+def test_large_tiles_that_list_entries_are_clean(arch: str) -> None:
+    """With bounds and statistics, which take the most registers; the report compiles the others."""
     done = python(
         "import json, dataclasses\n"
         "from fastsae_kernels import report\n"
-        f"launches = [l for l in report.collect({arch}) if l.kernel.__name__ == '_encode_kernel' and l.dtype == 'bf16']\n"
-        f"print(json.dumps([dataclasses.asdict(report.compile_launch(l, {arch})) for l in launches]))\n"
+        f"launches = [l for l in report.collect('{arch}') if 'encode_kernel' in l.name and l.dtype == 'bf16'\n"
+        "             and 'BLOCK_B=128' in l.variant and 'EVEN_D=False' not in l.variant and 'without' not in l.variant]\n"
+        f"print(json.dumps([dataclasses.asdict(report.compile_launch(l, '{arch}')) for l in launches[:2]]))\n"
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert len(rows) == 2  # d_in a multiple of the tile, and not
+    assert {row["kernel"] for row in rows} == {
+        "encode_kernel",
+        *(["persistent_encode_kernel"] if arch == "sm_90" else []),
+    }
     for row in rows:
         assert row["problem"] == ""
         assert row["stack_bytes"] == 0
-        assert row[instruction] > 0
-        assert 0 < row["registers"] <= 255
+        assert row["matrix"] > 0
+        assert 0 < row["registers"] <= (512 if arch == "gfx942" else 255)
+
+
+@needs_triton
+def test_what_does_not_compile_is_a_finding() -> None:
+    done = python(
+        "from dataclasses import replace\n"
+        "from fastsae_kernels import report\n"
+        "launch = next(l for l in report.collect('sm_90') if l.name == 'row_stats_kernel')\n"
+        "row = report.compile_launch(replace(launch, constants=()), 'sm_90')\n"
+        "assert row.problem.startswith('does not compile: '), row\n"
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_exit_status_and_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for rows, status in (([CLEAN], 0), ([CLEAN, SPILLING], 1)):
-        monkeypatch.setattr(report, "collect", lambda arch, rows=rows: rows)
-        monkeypatch.setattr(report, "compile_launch", lambda row, arch: row)
+        monkeypatch.setattr(report, "collect", lambda arch: [])
+        monkeypatch.setattr(report, "compile_all", lambda work, rows=rows: iter(rows))
         path = tmp_path / "report.json"
         assert report.main(["--arch", "90", "--json", str(path)]) == status
         printed = capsys.readouterr().out
@@ -75,7 +114,7 @@ def test_exit_status_and_json(
         assert [row["stack_bytes"] for row in json.loads(path.read_text())] == [row.stack_bytes for row in rows]
 
 
-@pytest.mark.parametrize("arguments", [["--arch", "12"], ["--arch", "ninety"], ["--colour"]])
+@pytest.mark.parametrize("arguments", [["--arch", "12"], ["--arch", "ninety"], ["--arch", "gfx1"], ["--colour"]])
 def test_wrong_arguments_end_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         report.main(arguments)

@@ -1,0 +1,225 @@
+"""BatchTopK: the `k * N` largest active entries of a batch of `N` tokens, exact, without an `[N, d_sae]` tensor.
+
+    bound = 0
+    for each range of features, each as large as all before it together:
+        append the entries of the range that reach the bound to one buffer for the whole batch
+        bound = the (k * N)-th largest in the buffer (`radix.cut_buffer`); drop what does not reach it
+    cut exactly, sort by token and feature
+
+Order: value descending, then token, then feature. A bound from a part of the features only admits too much, so the result
+is exact. The first range cannot overflow the buffer; for features in no particular order each later one admits about
+`k * N` entries, and the buffer holds `HEADROOM` times as many. Where it overflows all the same, nothing more is listed,
+the bound is found over recomputed activations (`radix.cut_activations`), and one more pass lists what reaches it: at most
+`k * N` entries and one token's ties. In every other step these kernels leave at once. No host synchronisation.
+
+A tile claims its slots by one atomic on the buffer's cursor; inside, they follow from running sums along its rows. One
+atomic per entry on a single address would serialise. The order in the buffer is arbitrary and the result a function of
+the set alone: deterministic. Letters: `B` tokens, `D` d_in, `S` d_sae.
+
+Bytes: two buffers of `12 * (HEADROOM * k * N + d_sae)`, against `2 * N * d_sae` of a dense tensor.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsae_kernels.gpu.config import on_device
+from fastsae_kernels.gpu.radix import EXACT, Buffer, Cut, Problem, compact, cut_activations, cut_buffer, list_config
+from fastsae_kernels.gpu.row_topk import feature_ranges
+from fastsae_kernels.gpu.tiles import active_bits, pack_entry
+from fastsae_kernels.gpu.topk import LAST
+from fastsae_kernels.sparse_acts import SparseActs
+
+# candidates per surviving entry: those that survived so far, about as many new ones, and as many to spare
+HEADROOM = 3
+# features of the first range at least, and what ranges are multiples of
+MIN_RANGE = 64
+
+
+class BatchTopK(NamedTuple):
+    """What survives of a batch."""
+
+    acts: SparseActs  # min(k, d_sae) * N places; unused ones stand behind the last row's entries
+    min_active: Tensor  # [] fp32: the smallest surviving activation, infinite where none is active
+
+
+@triton.jit(do_not_specialize=["n_tokens", "first_feature", "size"])
+def _batch_list_kernel(
+    # inputs
+    x_ptr,  # [B, D]
+    W_enc_ptr,  # [D, S]
+    b_enc_ptr,  # [S]
+    threshold_ptr,  # [S] fp32
+    bounds_ptr,  # [B] int32 or None: bits of the smallest value of a token that is listed
+    overflow_ptr,  # [1] int64 or None: a cursor; does nothing unless that is past the size
+    # outputs
+    cursor_ptr,  # [1] int64: moves on by every entry, also those that find no slot
+    entries_ptr,  # [size] int64: index and bits of the value
+    tokens_ptr,  # [size] int32
+    # scalars and sizes
+    size,
+    first_feature,  # index of the first column of W_enc
+    n_tokens,
+    d_in,
+    d_sae,
+    # strides
+    stride_xb,
+    stride_xd,
+    stride_wd,
+    stride_ws,
+    PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_B: tl.constexpr,  # row tiles that share a column tile before the next one: both stay in L2
+):
+    """Program owns one tile: BLOCK_B tokens, BLOCK_S features; it lists the entries of that tile."""
+    if overflow_ptr is not None:  # noqa: SIM102 a compile-time branch must stand alone
+        if tl.load(overflow_ptr) <= size:
+            return
+    pid = tl.program_id(0)
+    tiles_b = tl.cdiv(n_tokens, BLOCK_B)
+    tiles_s = tl.cdiv(d_sae, BLOCK_S)
+    first_b = pid // (GROUP_B * tiles_s) * GROUP_B
+    group = min(tiles_b - first_b, GROUP_B)
+    offs_b = (first_b + pid % (GROUP_B * tiles_s) % group) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_s = pid % (GROUP_B * tiles_s) // group * BLOCK_S + tl.arange(0, BLOCK_S)
+    rows = offs_b % n_tokens  # wrap around rather than mask: the loop stays free of masks
+    bits, hidden_pre = active_bits(
+        x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, offs_s, stride_wd, stride_ws, b_enc_ptr, threshold_ptr,
+        d_in, d_sae, PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+    )  # fmt: skip
+    listed = (bits > 0) & (offs_b < n_tokens)[:, None]
+    if bounds_ptr is not None:
+        listed = listed & (bits >= tl.load(bounds_ptr + rows)[:, None])
+    counts = tl.sum(listed.to(tl.int32), 1)
+    base = tl.atomic_add(cursor_ptr, tl.sum(counts, 0).to(tl.int64), sem="relaxed")
+    first = tl.minimum(base, size).to(tl.int32) + tl.cumsum(counts, 0) - counts
+    slots = first[:, None] + tl.cumsum(listed.to(tl.int32), 1) - 1
+    fits = listed & (slots < size)
+    tl.store(entries_ptr + slots, pack_entry(first_feature + offs_s[None, :], hidden_pre), mask=fits)
+    tl.store(tokens_ptr + slots, rows[:, None] + tl.zeros((BLOCK_B, BLOCK_S), tl.int32), mask=fits)
+
+
+def _append(
+    problem: Problem, start: int, end: int, buffer: Buffer, bounds: Tensor | None, overflow: Tensor | None = None
+) -> None:
+    """Append the entries of features `start .. end` that reach the bounds; if `overflow` is given, only where it did."""
+    x, W_enc = problem.x, problem.W_enc[:, start:end]
+    d_in = x.shape[1]
+    config = list_config(x, again=overflow is not None)
+    grid = (triton.cdiv(x.shape[0], config["BLOCK_B"]) * triton.cdiv(end - start, config["BLOCK_S"]),)
+    _batch_list_kernel[grid](
+        x_ptr=x,
+        W_enc_ptr=W_enc,
+        b_enc_ptr=problem.b_enc[start:end],
+        threshold_ptr=problem.threshold[start:end],
+        bounds_ptr=bounds,
+        overflow_ptr=overflow,
+        cursor_ptr=buffer.cursor,
+        entries_ptr=buffer.entries,
+        tokens_ptr=buffer.tokens,
+        size=buffer.entries.numel(),
+        first_feature=start,
+        n_tokens=x.shape[0],
+        d_in=d_in,
+        d_sae=end - start,
+        stride_xb=x.stride(0),
+        stride_xd=x.stride(1),
+        stride_wd=W_enc.stride(0),
+        stride_ws=W_enc.stride(1),
+        PRECISION="ieee",
+        EVEN_D=d_in % config["BLOCK_D"] == 0,
+        **config,
+    )
+
+
+def _survivors(problem: Problem, places: int, size: int) -> tuple[Buffer, Cut]:
+    """The `places` largest entries, and those that equal the last of them in its token; and what tells these apart."""
+    n_tokens, d_sae = problem.x.shape[0], problem.W_enc.shape[1]
+    buffer, spare = Buffer.empty(size, problem.x.device), Buffer.empty(size, problem.x.device)
+    whole = size == n_tokens * d_sae
+    first = d_sae if whole else size // n_tokens // MIN_RANGE * MIN_RANGE
+    bounds = None
+    for start, end in feature_ranges(first, d_sae):
+        if start > 0:
+            bounds = cut_buffer(buffer, n_tokens, places, levels=2).bounds
+            buffer, spare = compact(buffer, spare, bounds), buffer
+        _append(problem, start, end, buffer, bounds)
+    if not whole:
+        bounds = cut_activations(problem, buffer, places).bounds
+        again = buffer._replace(cursor=torch.zeros_like(buffer.cursor))
+        _append(problem, 0, d_sae, again, bounds, overflow=buffer.cursor)
+        buffer = again._replace(cursor=torch.where(buffer.cursor > size, again.cursor, buffer.cursor))
+    cut = cut_buffer(buffer, n_tokens, places, EXACT)
+    return compact(buffer, spare, cut.bounds), cut
+
+
+def _in_rows(buffer: Buffer, cut: Cut, n_tokens: int, places: int, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`(row_offsets, indices, values)` of the candidates that survive the cut, `places` long, by token and feature."""
+    entries, tokens = buffer.entries[:limit], buffer.tokens[:limit]
+    valid = torch.arange(limit, device=entries.device) < buffer.cursor
+    key, order = torch.sort(torch.where(valid, (tokens.long() << 31) | (entries >> 32), LAST))
+    bits = entries[order].int()
+    kth, left = cut.kth
+    # NaNs have more than one pattern, and one rank
+    tie = valid & (torch.where(bits.view(torch.float32).isnan(), 0x7FC00000, bits) == kth)
+    kept = valid & (~tie | (tie.cumsum(0) <= left))
+    slots = torch.where(kept, kept.cumsum(0) - 1, places)  # what is dropped shares the place behind the last
+
+    def place(values: Tensor, unused: int) -> Tensor:
+        return torch.full((places + 1,), unused, dtype=values.dtype, device=values.device).scatter_(0, slots, values)
+
+    rows = place(key >> 31, n_tokens)[:places]
+    row_offsets = torch.searchsorted(rows, torch.arange(n_tokens + 1, device=rows.device)).int()
+    indices, values = place((key & 0x7FFFFFFF).int(), 0)[:places], place(bits, 0)[:places].view(torch.float32)
+    return row_offsets, indices, values
+
+
+@on_device
+def encode_batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int) -> BatchTopK:
+    """The `k * N` largest active entries of the batch, or all where fewer are active; equal ones to the lower token, feature.
+
+    Equivalent to `fastsae_kernels.reference.encode(..., batch_topk=True)`.
+
+    Args:
+        x: `[N, d_in]`; fp32, bf16 or fp16. Strides are free, here and below.
+        W_enc: `[d_in, d_sae]`, dtype of x.
+        b_enc: `[d_sae]`.
+        threshold: `[d_sae]` fp32, >= 0.
+        k: At least 1.
+
+    Returns:
+        Rows of any length, sorted by feature index; values fp32. The span of the last row takes in the unused places, and
+        `row_counts` tells where it ends.
+
+    Raises:
+        TypeError: x is fp64.
+        ValueError: 2^30 candidates or more.
+    """
+    if x.dtype == torch.float64:
+        raise TypeError("x: expected float32, bfloat16 or float16 on the Triton path, got float64")
+    problem = Problem(x, W_enc, b_enc.contiguous(), threshold.contiguous())
+    n_tokens, d_sae = x.shape[0], W_enc.shape[1]
+    places = min(k, d_sae) * n_tokens
+    if n_tokens == 0:
+        offsets = torch.zeros(1, dtype=torch.int32, device=x.device)
+        empty = torch.empty(0, dtype=torch.int32, device=x.device)
+        infinity = torch.full((), float("inf"), device=x.device)
+        return BatchTopK(SparseActs(offsets, empty, empty.float(), (0, d_sae), empty), infinity)
+    size = min(max(HEADROOM * places, MIN_RANGE * n_tokens) + d_sae, n_tokens * d_sae)
+    if size >= 2**30:
+        raise ValueError(f"x: expected fewer than 2**30 candidates in one call, got {size}; split the tokens")
+    kept, cut = _survivors(problem, places, size)
+    # one token may have more entries that equal the last one than find a place
+    row_offsets, indices, values = _in_rows(kept, cut, n_tokens, places, min(size, places + d_sae))
+    row_counts = row_offsets.diff()
+    row_offsets[-1] = places
+    min_active = torch.where(values > 0, values, float("inf")).amin()
+    return BatchTopK(SparseActs(row_offsets, indices, values, (n_tokens, d_sae), row_counts), min_active)

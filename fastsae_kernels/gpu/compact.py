@@ -1,0 +1,146 @@
+"""Listing entries in chunks of features: a library product into a small fp32 buffer, then a kernel that gates and appends.
+
+    for each chunk of tokens and features:
+        buffer = x @ W_enc                  cuBLAS, fp32 accumulated and stored
+        append the entries of the buffer    one read of it, from L2
+
+The product runs at the library's speed and pays for it with one write and one read of N * d_sae * 4 bytes, which stay in
+L2: the buffer is small (`CHUNK_MIB`, and under 3 % of the dense tensor) and used again for the next chunk. A chunk takes all
+tokens where that leaves it `MIN_WIDTH` features, so that W_enc is read once; narrower products run slowly.
+
+Numerics: the buffer is fp32 whatever the operands, never a rounded bf16 product. The library chooses how fp32 operands
+are multiplied from PyTorch's flags, which are left alone: where they disagree with `precision`, this way refuses.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsae_kernels.gpu.append import append_in_turn, count_active, listed_values
+from fastsae_kernels.gpu.config import LaunchConfig
+from fastsae_kernels.gpu.listing import Listing
+
+MIN_WIDTH = 256
+WIDTH_STEP = 128
+DENSE_SHARE = 0.03
+
+
+@triton.jit(do_not_specialize=["n_tokens", "first_feature"])
+def _compact_chunk_kernel(
+    # inputs
+    product_ptr,  # [B, S] fp32, contiguous
+    b_enc_ptr,  # [S]
+    threshold_ptr,  # [S] fp32
+    row_ends_ptr,  # [B] int32
+    bounds_ptr,  # [B] fp32 or None
+    # outputs
+    cursors_ptr,  # [B] int32
+    entries_ptr,  # [nnz] int64
+    l0_ptr,  # [B] or None
+    feature_counts_ptr,  # [S] or None
+    # scalars and sizes
+    half_bandwidth,
+    first_feature,
+    n_tokens,
+    d_sae,
+    BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Program owns one tile of the product and appends its entries."""
+    tiles_s = tl.cdiv(d_sae, BLOCK_S)
+    offs_b = tl.program_id(0) // tiles_s * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_s = tl.program_id(0) % tiles_s * BLOCK_S + tl.arange(0, BLOCK_S)
+    mask = (offs_b < n_tokens)[:, None] & (offs_s < d_sae)[None, :]
+    # int64: row * d_sae can pass 2^31
+    product = tl.load(product_ptr + offs_b.to(tl.int64)[:, None] * d_sae + offs_s[None, :], mask=mask, other=0.0)
+    value = listed_values(
+        product, offs_b, offs_s, n_tokens, d_sae, b_enc_ptr, threshold_ptr, bounds_ptr, half_bandwidth
+    )  # fmt: skip
+    rows = offs_b % n_tokens
+    count_active(value, rows, offs_s % d_sae, l0_ptr, feature_counts_ptr)
+    append_in_turn(value, rows, offs_s, first_feature, cursors_ptr, row_ends_ptr, entries_ptr)
+
+
+def _fp32_products_use_tf32() -> bool:
+    """What PyTorch's flags say about fp32 products on CUDA; the older flag cannot be read once the newer one is mixed in."""
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if precision is None:
+        return torch.backends.cuda.matmul.allow_tf32
+    return precision not in ("ieee", "none")
+
+
+def refuses(x: Tensor, W_enc: Tensor, precision: str) -> str:
+    """Why this way cannot list these operands; empty where it can."""
+    if x.dtype != W_enc.dtype:
+        return f"x is {x.dtype} and W_enc {W_enc.dtype}"
+    if x.element_size() == 4:
+        if precision == "tf32x3":
+            return "the library has no tf32x3 product"
+        uses_tf32 = _fp32_products_use_tf32()
+        if uses_tf32 != (precision == "tf32"):
+            return f"precision is {precision}, but PyTorch's flags {'ask for' if uses_tf32 else 'forbid'} TF32"
+    elif x.is_cuda:
+        if torch.version.hip is not None or not hasattr(torch.ops.aten.mm, "dtype_out"):
+            return "this PyTorch has no product of 16-bit operands with an fp32 result (it takes torch 2.8 on CUDA)"
+        if x.dtype == torch.float16 and getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False):
+            return "PyTorch's flags ask for fp16 accumulation"
+    return ""
+
+
+@torch.no_grad()  # a result into a buffer has no gradient, and asking for one would be an error
+def _product(x: Tensor, W_enc: Tensor, out: Tensor) -> None:
+    """`x @ W_enc` in fp32 into `out`."""
+    if x.dtype == torch.float32:
+        torch.mm(x, W_enc, out=out)
+    elif x.device.type == "cpu":  # no such product there: operands are widened, which rounds nothing
+        torch.mm(x.float(), W_enc.float(), out=out)
+    else:
+        torch.mm(x, W_enc, out_dtype=torch.float32, out=out)
+
+
+def chunk_shape(n_tokens: int, d_sae: int, element_size: int, chunk_bytes: int) -> tuple[int, int]:
+    """`(tokens, features)` of a chunk: at most `chunk_bytes` of fp32 and 3 % of the dense tensor, or `WIDTH_STEP` wide."""
+    rows = min(n_tokens, chunk_bytes // (4 * MIN_WIDTH))
+    width = min(chunk_bytes // (4 * rows), int(DENSE_SHARE * d_sae * element_size / 4 * (n_tokens / rows)))
+    return rows, min(d_sae, max(width // WIDTH_STEP, 1) * WIDTH_STEP)
+
+
+def launch(call: Listing, config: LaunchConfig) -> None:
+    """List the entries of `call` chunk by chunk, with the buffer and the tiles of `config`."""
+    tiles = dict(config)
+    n_tokens, d_sae = call.x.shape[0], call.W_enc.shape[1]
+    chunk_bytes = int(tiles.pop("CHUNK_MIB") * 2**20)
+    height, width = chunk_shape(n_tokens, d_sae, call.x.element_size(), chunk_bytes)
+    buffer = torch.empty(height * width, dtype=torch.float32, device=call.x.device)
+    for first_row in range(0, n_tokens, height):
+        rows = slice(first_row, min(first_row + height, n_tokens))
+        for first in range(0, d_sae, width):
+            columns = slice(first, min(first + width, d_sae))
+            shape = (rows.stop - rows.start, columns.stop - columns.start)
+            product = buffer[: shape[0] * shape[1]].view(shape)
+            _product(call.x[rows], call.W_enc[:, columns], product)
+            _append_chunk(call, product, rows, columns, tiles)
+
+
+def _append_chunk(call: Listing, product: Tensor, rows: slice, columns: slice, tiles: LaunchConfig) -> None:
+    n_tokens, d_sae = product.shape
+    grid = (triton.cdiv(n_tokens, tiles["BLOCK_B"]) * triton.cdiv(d_sae, tiles["BLOCK_S"]),)
+    _compact_chunk_kernel[grid](
+        product_ptr=product,
+        b_enc_ptr=call.b_enc[columns],
+        threshold_ptr=call.threshold[columns],
+        row_ends_ptr=call.row_ends[rows],
+        bounds_ptr=None if call.bounds is None else call.bounds[rows],
+        cursors_ptr=call.cursors[rows],
+        entries_ptr=call.entries,
+        l0_ptr=None if call.l0 is None else call.l0[rows],
+        feature_counts_ptr=None if call.feature_counts is None else call.feature_counts[columns],
+        half_bandwidth=call.bandwidth / 2,
+        first_feature=call.first_feature + columns.start,
+        n_tokens=n_tokens,
+        d_sae=d_sae,
+        **tiles,
+    )

@@ -1,0 +1,141 @@
+"""Exact top-k of every row without its full list: features are listed range by range, and rows pruned in between.
+
+    bounds = 0
+    for each range of features, growing by a constant factor (2 or more):
+        append the entries of the range with value >= bounds[row] to the row's span        (encode.list_entries)
+        keep the k largest active ones of a row that has more; bounds[row] = just above the k-th   (topk.prune_rows)
+    sort by feature, cut to k
+
+A bound from a part of the features only admits too much, so the result is exact. The first range has as many features as
+a span has places, so it cannot overflow; for features in no particular order, ranges that end `growth` times as far as the
+one before admit about `(growth - 1) * k` entries, and spans leave room for far more (see `growth_of`). A row that overflows
+all the same is flagged for good, costs nothing more, and is recomputed exactly at the end (`overflow_topk`). There is no
+host synchronisation; up to a span's features there is one range and no pruning.
+
+Bytes: `N * capacity * 8` for the spans, against `N * d_sae * 2` of a dense tensor; every weight is read once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastsae_kernels.gpu import topk
+from fastsae_kernels.gpu.encode import encode, list_entries, padded_offsets
+from fastsae_kernels.gpu.overflow_topk import resolve_overflow_topk
+from fastsae_kernels.sparse_acts import SparseActs
+
+# places of a span: at least so many per surviving entry, and in all
+HEADROOM = 4
+MIN_CAPACITY = 256
+# few tokens: longer spans cost nothing, and save ranges, which are launches and cannot fill the device
+SMALL_BATCH = 64
+SMALL_HEADROOM = 16
+
+
+class RowTopK(NamedTuple):
+    """Listed and cut rows."""
+
+    acts: SparseActs  # rows of equal span; empty where flagged
+    flagged: Tensor | None  # [N] bool: at most k active entries, and more in the window than fit; None: no such row
+    listed: Tensor  # [N] int32: the most entries that a row has wanted to hold
+
+
+def span_of(k: int, d_sae: int, headroom: int | None = None) -> int:
+    """Places of a row, and features of the first range: a power of two that one program sorts, if it can be."""
+    span = triton.next_power_of_2(max((headroom or HEADROOM) * k, MIN_CAPACITY))
+    if span > topk.MAX_SORT:  # k kept, k new ones, and k to spare
+        span = max(topk.MAX_SORT, triton.cdiv(3 * k, 256) * 256)
+    return min(span, d_sae)
+
+
+def growth_of(k: int, span: int) -> int:
+    """By which factor ranges can grow: with features in no order, less than one row in 10^7 then overflows in a range.
+
+    Of the largest `span` values up to the end of a range, about `span / growth` lie before it, Poisson distributed; the
+    span is too short where these are less than `k`. So `span / growth` shall exceed `k` by 5.5 standard deviations.
+    """
+    before = ((5.5 + math.sqrt(5.5**2 + 4 * k)) / 2) ** 2
+    return max(2, int(span / before))
+
+
+def feature_ranges(first: int, d_sae: int, growth: int = 2) -> Iterator[tuple[int, int]]:
+    """`(start, end)` of ranges, each ending `growth` times as far as the one before."""
+    start, end = 0, min(first, d_sae)
+    while start < d_sae:
+        yield start, end
+        start, end = end, min(growth * end, d_sae)
+
+
+def list_topk(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    k: int,
+    bandwidth: float,
+    capacity: int,
+    precision: str = "ieee",
+) -> RowTopK:
+    """The `k` largest active entries of every row, or all of it (window entries too) where at most `k` are active.
+
+    Args:
+        x, W_enc, b_enc, threshold, bandwidth: As in `encode.list_entries`, all features.
+        k: At least 1.
+        capacity: Entries that a row should hold at least, for the window's sake.
+        precision: As in `encode.list_entries`; a row that overflows is recomputed in IEEE.
+    """
+    n_tokens, d_sae = x.shape[0], W_enc.shape[1]
+    k = min(k, d_sae)
+    only_active = bandwidth == 0
+    first = span_of(k, d_sae, SMALL_HEADROOM if only_active and n_tokens <= SMALL_BATCH else HEADROOM)
+    # only the window can need more than that
+    capacity = first if only_active else min(max(first, min(capacity, topk.MAX_SORT)), d_sae)
+    row_offsets = padded_offsets(n_tokens, capacity, x.device)
+    starts, ends = row_offsets[:-1], row_offsets[1:]
+    cursors = starts.clone()
+    entries = torch.empty(n_tokens * capacity, dtype=torch.int64, device=x.device)
+    bounds = torch.zeros(n_tokens, dtype=torch.float32, device=x.device)
+    peaks = torch.zeros_like(cursors)
+    for start, end in feature_ranges(d_sae if capacity == d_sae else first, d_sae, growth_of(k, first)):
+        if start > 0 and n_tokens > 0:
+            topk.prune_rows(entries.view(n_tokens, capacity), cursors, starts, bounds, peaks, k)
+        list_entries(
+            x, W_enc[:, start:end], b_enc[start:end], threshold[start:end], cursors, ends, entries,
+            bandwidth=bandwidth, bounds=bounds if start > 0 else None, first_feature=start, precision=precision,
+        )  # fmt: skip
+    counts = cursors - starts
+    peaks = torch.maximum(peaks, counts)
+    if capacity < d_sae and n_tokens > 0:
+        resolve_overflow_topk(x, W_enc, b_enc, threshold, counts, entries, capacity, k)
+    if only_active:  # nothing but active entries, so k places hold whatever a row keeps
+        acts = topk.sort_rows(counts, entries, padded_offsets(n_tokens, k, x.device), (n_tokens, d_sae), k, k)
+        return RowTopK(acts, None, peaks)
+    acts = topk.sort_rows(counts, entries, row_offsets, (n_tokens, d_sae), k)
+    return RowTopK(acts, None if capacity == d_sae else counts > capacity, peaks)
+
+
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float, k: int, precision: str = "ieee"
+) -> SparseActs:
+    """`encode.encode` with `k`: synchronises with the host only to see whether a row's window overflowed, if there is one.
+
+    Such rows keep everything that they have, so they are encoded once more on their own, without top-k.
+    """
+    rows = list_topk(x, W_enc, b_enc, threshold, k, bandwidth, capacity=0, precision=precision)
+    acts = rows.acts
+    if rows.flagged is None or not rows.flagged.any():
+        return acts
+    left = rows.flagged.nonzero().flatten()
+    more = encode(x[left], W_enc, b_enc, threshold, bandwidth=bandwidth, precision=precision).packed()
+    acts = acts.packed()
+    tokens = torch.cat((acts.row_ids(), left[more.row_ids()]))
+    indices, values = torch.cat((acts.indices, more.indices)), torch.cat((acts.values, more.values))
+    order = torch.sort(tokens, stable=True).indices  # a row's entries lie together in either, in order
+    row_offsets = torch.searchsorted(tokens[order], torch.arange(x.shape[0] + 1, device=x.device)).int()
+    return SparseActs(row_offsets, indices[order], values[order], acts.shape)

@@ -1,0 +1,233 @@
+"""Every kernel launch that the library makes, recorded without a device; what `report` compiles.
+
+The public functions of `fastsae_kernels.gpu` run on meta tensors (shapes without data) while a recorder stands in for the
+launch. So what is recorded is exactly what would be launched: same specialisation, same shipped configuration. It also
+shows that no pass waits for the device, for a meta tensor has no value to wait for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsae_kernels.spec import AutoencodeSpec
+
+# the size of a typical SAE; it matters through its divisibility alone
+N_TOKENS, D_IN, D_SAE = 4096, 2304, 65536
+UNEVEN_D_IN = 1000  # no tile divides it
+# d_in, capacity, options: every compile-time branch of the training kernels is taken by one of these
+CASES = (
+    (D_IN, 128, AutoencodeSpec(bandwidth=0.05)),
+    (D_IN, 128, AutoencodeSpec(bandwidth=0.05, k=64, penalty="tanh", ste_to_input=True)),
+    (D_IN, 128, AutoencodeSpec(penalty="l1")),
+    (D_IN, 128, AutoencodeSpec(k=300)),
+    (D_IN, 128, AutoencodeSpec(k=64, batch_topk=True)),
+    (UNEVEN_D_IN, 128, AutoencodeSpec(k=64, batch_topk=True)),
+    (UNEVEN_D_IN, 256, AutoencodeSpec(bandwidth=0.05, k=128)),
+    (D_IN, 2048, AutoencodeSpec(penalty="l1", k=1024)),
+)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+NAMES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+
+
+class ReportError(Exception):
+    """The report cannot run here; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One specialisation of one kernel."""
+
+    kernel: Any
+    dtype: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[int, ...]  # arguments divisible by 16
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def name(self) -> str:
+        """The kernel's name without the underscore."""
+        return self.kernel.__name__.strip("_")
+
+    @property
+    def variant(self) -> str:
+        """The compile-time flags that tell specialisations of a kernel apart."""
+        flags = [f"{key}={value}" for key, value in self.constants if key.isupper() and key != "MAX_SPLITS"]
+        missing = [key.removesuffix("_ptr") for key, value in self.constants if value is None]
+        return " ".join(flags) + (f" without {','.join(missing)}" if missing else "")
+
+    @property
+    def wants_matrix_instructions(self) -> bool:
+        """Whether it multiplies operands that a matrix unit takes: 16 bits or fewer, or fp32 as tf32."""
+        constants = dict(self.constants)
+        return self.name == "fp8_list_kernel" or (
+            "PRECISION" in constants and (self.dtype != "fp32" or constants["PRECISION"] != "ieee")
+        )
+
+
+def _specialise(name: str, value: Any) -> tuple[str, Any, bool]:
+    """`(type, constant or None, divisible by 16)` of a launch argument, as Triton's launcher would decide."""
+    if isinstance(value, Tensor):
+        return "*" + NAMES[value.dtype], None, True
+    if type(value).__name__ == "TensorDescriptor":
+        return f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)}>", None, False
+    if isinstance(value, bool) or value is None:
+        return "constexpr", value, False
+    if isinstance(value, int):
+        if value == 1:
+            return "constexpr", 1, False
+        return "i32" if value < 2**31 else "i64", None, value % 16 == 0
+    if isinstance(value, float):
+        return "fp32", None, False
+    raise TypeError(f"{name}: expected a tensor or a number, got {type(value).__name__}")
+
+
+@contextmanager
+def _recorded(dtype: str, launches: dict[tuple, Launch]) -> Iterator[None]:
+    """Inside, a launch of any Triton kernel adds its specialisation to `launches` and does nothing else."""
+    from triton.runtime.jit import JITFunction
+
+    def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        signature, constants, aligned = [], [], []
+        for parameter in self.params:
+            value = kwargs.pop(parameter.name, parameter.default)
+            if parameter.is_constexpr:
+                kind, constant, divisible = "constexpr", value, False
+            else:
+                kind, constant, divisible = _specialise(parameter.name, value)
+                if parameter.do_not_specialize:
+                    kind = "i32" if constant == 1 else kind
+                    divisible = False
+            signature.append((parameter.name, kind))
+            if kind == "constexpr":
+                constants.append((parameter.name, constant))
+            elif divisible:
+                aligned.append(parameter.num)
+        options = sorted(kwargs.items())
+        launch = Launch(self, dtype, tuple(signature), tuple(constants), tuple(aligned), tuple(options))
+        launches.setdefault((self.__name__, launch.signature, launch.constants, launch.aligned, launch.options), launch)
+
+    original = JITFunction.run
+    JITFunction.run = record
+    try:
+        yield
+    finally:
+        JITFunction.run = original
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _operands(n_tokens: int, d_in: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(x, W_enc, b_enc, threshold)`."""
+    W_enc = _empty(D_SAE, d_in, dtype=dtype).t()
+    return _empty(n_tokens, d_in, dtype=dtype), W_enc, _empty(D_SAE, dtype=dtype), _empty(D_SAE)
+
+
+def _train(dtype: torch.dtype) -> None:
+    """Launch what a training pass and the sparse ops do, in each of their variants."""
+    from fastsae_kernels import gpu
+
+    for d_in, capacity, spec in CASES:
+        x, W_enc, b_enc, threshold = _operands(N_TOKENS, d_in, dtype)
+        W_dec, b_dec = _empty(D_SAE, d_in, dtype=dtype), _empty(d_in, dtype=dtype)
+        scale = None if spec.penalty == "l0" else _empty(D_SAE)
+        output, saved = gpu.autoencode_forward(x, W_enc, b_enc, threshold, W_dec, b_dec, scale, spec, capacity)
+        gpu.autoencode_backward(saved, output.sae_out, _empty(N_TOKENS), needs_x=True)
+    gpu.decode(saved.acts, W_dec)
+    gpu.decode_backward(saved.acts, W_dec, output.sae_out)
+
+
+def _list(dtype: torch.dtype, precision: str, n_tokens: int, d_in: int, everything: bool) -> None:
+    """Launch every way of listing entries that can serve; with bounds and statistics where `everything`."""
+    from fastsae_kernels.gpu.encode import list_entries
+    from fastsae_kernels.gpu.rivals import RIVALS, refusal, use_rival
+
+    x, W_enc, b_enc, threshold = _operands(n_tokens, d_in, dtype)
+    integers = _empty(n_tokens, dtype=torch.int32)
+    options: dict[str, Any] = {"precision": precision}
+    if everything:
+        options |= {"bounds": _empty(n_tokens), "l0": integers, "feature_counts": _empty(D_SAE, dtype=torch.int32)}
+    for rival in RIVALS:
+        if refusal(rival, x, W_enc, precision):
+            continue
+        with use_rival(rival):
+            list_entries(
+                x, W_enc, b_enc, threshold, integers, integers, _empty(n_tokens * 128, dtype=torch.int64), **options
+            )  # fmt: skip
+
+
+def _list_everything(dtype: torch.dtype, has_tf32: bool) -> None:
+    """Launch every row of the launch table that lists entries. fp16 compiles as bf16 does: one shape shows it."""
+    from fastsae_kernels.gpu.config import SMALL_BATCHES
+    from fastsae_kernels.gpu.rivals import PRECISIONS
+
+    if dtype == torch.float16:
+        _list(dtype, "ieee", N_TOKENS, D_IN, True)
+        return
+    for precision in PRECISIONS if dtype == torch.float32 and has_tf32 else ("ieee",):
+        for d_in in (D_IN, UNEVEN_D_IN):
+            for n_tokens in (*SMALL_BATCHES, N_TOKENS):
+                for everything in (False, True):
+                    _list(dtype, precision, n_tokens, d_in, everything)
+
+
+def _list_fp8(dtype: torch.dtype) -> None:
+    from fastsae_kernels.gpu.fp8 import list_entries_fp8
+    from fastsae_kernels.gpu.fp8_quantise import fp8_weights
+
+    for d_in, bounds in ((D_IN, None), (UNEVEN_D_IN, _empty(N_TOKENS))):
+        x, W_enc, b_enc, threshold = _operands(N_TOKENS, d_in, dtype)
+        integers, entries = _empty(N_TOKENS, dtype=torch.int32), _empty(N_TOKENS * 256, dtype=torch.int64)
+        for sigmas in (6.0, None):
+            weights = fp8_weights(W_enc, x, sigmas)
+            list_entries_fp8(
+                x, W_enc, b_enc, threshold, integers, integers, entries, bounds=bounds, weights=weights
+            )  # fmt: skip
+
+
+def _has_fp8(arch: str) -> bool:
+    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 89
+
+
+def collect(arch: str) -> list[Launch]:
+    """Every specialisation that the library launches on `arch` ("sm_90", "gfx942"), once each.
+
+    Raises:
+        ReportError: Triton is missing, or runs as an interpreter in this process.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ReportError("TRITON_INTERPRET=1 is set: kernels are interpreted and cannot be compiled; unset it")
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        raise ReportError("Triton is not installed, so there are no kernels to compile: pip install triton") from None
+    from fastsae_kernels.gpu import config
+
+    launches: dict[tuple, Launch] = {}
+    with config.override(arch):
+        for name, dtype in DTYPES.items():
+            with _recorded(name, launches):
+                _list_everything(dtype, has_tf32=arch.startswith("sm_"))
+                if name != "fp16":
+                    _train(dtype)
+                    if _has_fp8(arch):
+                        _list_fp8(dtype)
+    return sorted(launches.values(), key=lambda launch: (launch.name, launch.dtype, launch.variant))
