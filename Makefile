@@ -16,8 +16,8 @@ types:
 test:
 	pytest
 
-bench:  ## forward+backward against dense PyTorch; ratios at the end
+bench:  ## training step and encode against dense PyTorch; ratios at the end
 	pytest benchmarks/
 
 report:  ## registers, spills and matrix instructions of every Triton kernel, without a GPU
-	python -m fastsae_kernels.report --arch 80 90
+	python -m fastsae_kernels.report --arch 80 90 100 gfx942

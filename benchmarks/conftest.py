@@ -6,6 +6,8 @@ import json
 import platform
 import subprocess
 from datetime import date
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": version("triton") if find_spec("triton") else None,
+        "cuda": torch.version.cuda,
     }
 
 

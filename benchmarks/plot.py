@@ -14,30 +14,45 @@ from matplotlib import pyplot as plt
 HERE = Path(__file__).parent
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """One panel a group: a bar for each provider, milliseconds from zero, the ratio to dense eager beside it."""
-    groups = sorted({row["group"] for row in result["results"]})
-    figure, axes = plt.subplots(len(groups), 1, figsize=(8, 0.6 + 2.2 * len(groups)), squeeze=False)
-    for axis, group in zip(axes[:, 0], groups, strict=True):
-        rows = [row for row in result["results"] if row["group"] == group]
-        times = [row["median_s"] * 1e3 for row in rows]
-        colors = ["#0f766e" if "fused" in row["provider"] else "#94a3b8" for row in rows]
-        bars = axis.barh([row["provider"] for row in rows], times, color=colors)
-        axis.bar_label(bars, [f" {t:.0f} ms, {row['speedup']:.1f}x" for t, row in zip(times, rows, strict=True)])
-        axis.set(title=group, xlabel="median, ms", xlim=(0, max(times) * 1.3))
+def draw(result: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
+    """One panel a group: a bar for each provider, milliseconds from zero, the ratio to the group's baseline beside it."""
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    columns = min(2, len(groups))
+    lines = -(-len(groups) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(7 * columns, 0.6 + 1.7 * lines), squeeze=False)
+    for axis, group in zip(axes.flat, groups, strict=False):
+        bars_of = [row for row in rows if row["group"] == group]
+        times = [row["median_s"] * 1e3 for row in bars_of]
+        colors = ["#0f766e" if "fused" in row["provider"] else "#94a3b8" for row in bars_of]
+        bars = axis.barh([row["provider"] for row in bars_of], times, color=colors)
+        ratios = ["" if row["speedup"] is None else f", {row['speedup']:.2f}x" for row in bars_of]
+        axis.bar_label(bars, [f" {t:.3g} ms{ratio}" for t, ratio in zip(times, ratios, strict=True)], fontsize=8)
+        axis.set_title(group, fontsize=9)
+        axis.set(xlabel="median, ms", xlim=(0, max(times) * 1.4))
+        axis.tick_params(labelsize=8)
         axis.invert_yaxis()
         axis.spines[["top", "right"]].set_visible(False)
+    for axis in list(axes.flat)[len(groups) :]:
+        axis.remove()
     info = result["machine"]
     machine = f"{info['gpu'] or info['processor']}, {info['threads']} threads, torch {info['torch']}"
-    figure.suptitle(f"{machine}, commit {result['commit']}", fontsize=9)
+    figure.suptitle(
+        f"{machine}, commit {result['commit']}; ratios: how many times as fast as the first bar", fontsize=9
+    )
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 def main() -> None:
     (HERE / "plots").mkdir(exist_ok=True)
     for path in sorted((HERE / "results").glob("*.json")):
-        draw(json.loads(path.read_text(encoding="utf-8")), HERE / "plots" / f"{path.stem.rsplit('_', 2)[0]}.svg")
+        result = json.loads(path.read_text(encoding="utf-8"))
+        machine = path.stem.rsplit("_", 2)[0]
+        for kind in ("forward+backward", "encode"):
+            rows = [row for row in result["results"] if row["group"].startswith(kind)]
+            if rows:
+                draw(result, rows, HERE / "plots" / f"{machine}_{kind.replace('+', '-')}.svg")
 
 
 if __name__ == "__main__":

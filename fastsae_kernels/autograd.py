@@ -47,7 +47,8 @@ class Autoencode(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_penalty: Tensor, *_: Any) -> tuple[Any, ...]:
-        x, W_enc, b_enc, threshold, W_dec, _, feature_scale = ctx.saved_tensors
+        inputs = ctx.saved_tensors  # once: non-reentrant checkpointing unpacks a tensor a single time
+        x, W_enc, b_enc, threshold, W_dec, _, feature_scale = inputs
         asked = ctx.needs_input_grad
         needs = AutoencodeNeeds(x=asked[0], W_enc=asked[1], W_dec=asked[4])
         grad_out = grad_out.contiguous()
@@ -58,7 +59,7 @@ class Autoencode(torch.autograd.Function):
             grads = cpu.autoencode_backward(ctx.acts, x, W_enc, *shared)
         else:
             grads = chunked.autoencode_backward(x, W_enc, b_enc, *shared)
-        return (*_in_dtype_of(grads, ctx.saved_tensors), None, None)
+        return (*_in_dtype_of(grads, inputs), None, None)
 
 
 def _given(tensor: Tensor | None) -> tuple[Tensor, ...]:
@@ -95,7 +96,7 @@ def _run_forward(
         if output is not None:
             return output, None
     if spec.k is not None:
-        raise ValueError("x, W_enc: expected finite values where k is given, got NaN or Inf")
+        raise ValueError("x, W_enc, b_enc: expected finite values where k is given, got NaN or Inf")
     output = chunked.autoencode_forward(*arguments)
     if hint is not None and x.is_cuda:
         hint.update(output.l0)

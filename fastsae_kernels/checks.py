@@ -67,6 +67,8 @@ def check_feature_scale(feature_scale: Tensor | None, threshold: Tensor) -> None
 def check_decode(d_sae: int, dtype: torch.dtype, device: torch.device, W_dec: Tensor, b_dec: Tensor | None) -> None:
     """Raises ValueError or TypeError where the decoder's arguments do not fit together."""
     _check_shape("W_dec", W_dec, (d_sae, None), f"shape [d_sae, d_out] = ({d_sae}, d_out)")
+    if dtype not in FLOATS:
+        raise TypeError(f"W_dec: expected one of {', '.join(map(str, FLOATS))}, got {dtype}")
     _check_like("W_dec", W_dec, dtype, device)
     if b_dec is not None:
         _check_shape("b_dec", b_dec, (W_dec.shape[1],), f"shape [d_out] = ({W_dec.shape[1]},)")

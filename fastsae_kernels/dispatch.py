@@ -105,8 +105,8 @@ class ActivityHint:
         self._register()  # a copy lives its own life
 
     def update(self, l0: Tensor) -> None:
-        """Takes how many entries each token of a pass had, `[N]`."""
-        if l0.numel() == 0 or self._pending is not None:
+        """Takes how many entries each token of a pass had, `[N]`; nothing while a CUDA graph is captured."""
+        if l0.numel() == 0 or self._pending is not None or (l0.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         summary = torch.stack([l0.double().mean(), l0.max().double()])
         if not summary.is_cuda:
@@ -119,8 +119,10 @@ class ActivityHint:
         self._pending = (host, event)
 
     def poll(self) -> None:
-        """Reads the pending counts if they have arrived."""
-        if self._pending is not None and self._pending[1].query():
+        """Reads the pending counts if they have arrived; a query would end the capture of a CUDA graph."""
+        if self._pending is None or torch.cuda.is_current_stream_capturing():
+            return
+        if self._pending[1].query():
             self.mean, self.largest = float(self._pending[0][0]), int(self._pending[0][1])
             self._pending = None
 

@@ -21,9 +21,15 @@ from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec, Precision
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on, as a linear layer would take them; thresholds are never cast."""
+def _autocast(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype where it is on, as a linear layer would take them; thresholds are never cast.
+
+    Raises:
+        ValueError: The first, of the given name, has a device without autocast, such as meta.
+    """
     device_type = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device_type):
+        raise ValueError(f"{name}: expected a tensor of a CPU or a GPU, got device {device_type}")
     if not torch.is_autocast_enabled(device_type):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(device_type)) for tensor in tensors)
@@ -49,7 +55,7 @@ def _in_graph(
         capacity,
         0 if hint is None else hint.key,
     )
-    return (*outputs, None, min_active if spec.batch_topk else None)
+    return (*outputs, None, min_active.detach() if spec.batch_topk else None)
 
 
 def autoencode(
@@ -90,7 +96,8 @@ def autoencode(
         `acts` over the flattened tokens, None where the dense path ran and on a GPU.
 
     Raises:
-        ValueError: Shapes disagree, `k` exceeds `d_sae`, or NaN or Inf meets `k`.
+        ValueError: Shapes disagree, `k` exceeds `d_sae`, NaN or Inf meets `k`, or, in a compiled graph with `k`, more than a
+            tenth of the features lie in the window.
         TypeError: Mixed or unsupported dtypes.
 
     Numerics:
@@ -101,7 +108,7 @@ def autoencode(
     Source:
         Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
-    x, W_enc, b_enc, W_dec, b_dec = _autocast(x, W_enc, b_enc, W_dec, b_dec)
+    x, W_enc, b_enc, W_dec, b_dec = _autocast("x", x, W_enc, b_enc, W_dec, b_dec)
     check_encode(x, W_enc, b_enc, threshold, spec.k)
     check_decode(W_enc.shape[1], x.dtype, x.device, W_dec, b_dec)
     check_feature_scale(feature_scale, threshold)
@@ -165,7 +172,7 @@ def encode(
         Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
     spec = AutoencodeSpec(bandwidth, k, batch_topk, precision=precision, fp8=fp8)
-    x, W_enc, b_enc = _autocast(x, W_enc, b_enc)
+    x, W_enc, b_enc = _autocast("x", x, W_enc, b_enc)
     check_encode(x, W_enc, b_enc, threshold, k)
     if x.dim() != 2:
         raise ValueError(f"x: expected two dimensions [n_tokens, d_in], got shape {tuple(x.shape)}")
@@ -199,7 +206,7 @@ def decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tens
     Numerics:
         Accumulates in fp32, returns the dtype of `W_dec`; deterministic.
     """
-    W_dec, *bias = _autocast(W_dec, *([] if b_dec is None else [b_dec]))
+    W_dec, *bias = _autocast("W_dec", W_dec, *([] if b_dec is None else [b_dec]))
     b_dec = bias[0] if bias else None
     check_decode(acts.shape[1], W_dec.dtype, acts.device, W_dec, b_dec)
     out: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -97,8 +98,8 @@ class SparseActs:
         Raises:
             ValueError: `k` is below 1.
         """
-        if k < 1:
-            raise ValueError(f"k: expected an integer >= 1, got {k}")
+        if not isinstance(k, Integral) or k < 1:
+            raise ValueError(f"k: expected an integer >= 1, got {k!r}")
         acts = self.active()
         return acts.select(topk_mask(acts.row_ids(), acts.values.detach(), acts.row_offsets, k))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, get_args
 
 Penalty = Literal["l0", "l1", "tanh"]
@@ -44,8 +45,8 @@ class AutoencodeSpec:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.bandwidth) and self.bandwidth >= 0):
             raise ValueError(f"bandwidth: expected a finite number >= 0, got {self.bandwidth}")
-        if self.k is not None and self.k < 1:
-            raise ValueError(f"k: expected None or an integer >= 1, got {self.k}")
+        if self.k is not None and (not isinstance(self.k, Integral) or self.k < 1):
+            raise ValueError(f"k: expected None or an integer >= 1, got {self.k!r}")
         if self.batch_topk and self.k is None:
             raise ValueError("k: expected an integer >= 1 with batch_topk, got None")
         if self.batch_topk and self.bandwidth:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import fastsae_kernels as kernels
+from fastsae.sae.outputs import version_of
 from fastsae_kernels import ActivityHint, AutoencodeSpec
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ class DeadFeatures:
 
     def __init__(self) -> None:
         self.activity = ActivityHint()  # of the dead features' own passes
-        self._seen: tuple[Tensor, int, Tensor] | None = None  # mask, its version, its ids
+        self._seen: tuple[Tensor, int | None, Tensor] | None = None  # mask, its version, its ids
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_seen": None}
@@ -28,15 +29,18 @@ class DeadFeatures:
         """`[n_dead]` int64 on `device`.
 
         Raises:
+            TypeError: `dead_mask` is no tensor.
             ValueError: `dead_mask` is not bool of shape `[d_sae]`.
         """
+        if not isinstance(dead_mask, Tensor):
+            raise TypeError(f"dead_mask: expected a torch.Tensor, got {type(dead_mask).__name__}")
         if dead_mask.dtype != torch.bool or dead_mask.shape != (d_sae,):
             got = f"{dead_mask.dtype} {tuple(dead_mask.shape)}"
             raise ValueError(f"dead_mask: expected bool of shape [d_sae] = ({d_sae},), got {got}")
-        version = -1 if dead_mask.is_inference() else dead_mask._version
-        if self._seen is not None:
+        version = version_of(dead_mask)
+        if self._seen is not None and version is not None:
             mask, seen_version, ids = self._seen
-            if mask is dead_mask and seen_version == version >= 0 and ids.device == device:
+            if mask is dead_mask and seen_version == version and ids.device == device:
                 return ids
         ids = dead_mask.nonzero().squeeze(1).to(device)
         self._seen = (dead_mask, version, ids)
@@ -64,6 +68,7 @@ def aux_k_loss(sae: SparseAutoencoder, dead: DeadFeatures, x: Tensor, sae_out: T
         dead_mask: `[d_sae]` bool.
 
     Raises:
+        TypeError: `dead_mask` is no tensor.
         ValueError: `dead_mask` has the wrong shape or dtype.
 
     Source:
@@ -72,18 +77,18 @@ def aux_k_loss(sae: SparseAutoencoder, dead: DeadFeatures, x: Tensor, sae_out: T
     ids = dead.ids(dead_mask, sae.d_sae, sae.device)
     n_dead, k_aux = ids.numel(), max(1, sae.d_in // 2)
     if n_dead == 0:
-        return sae_out.new_zeros((), dtype=torch.float32)
+        return sae_out.new_zeros((), dtype=sae._wide())
     residual = (x.to(sae.dtype) - sae_out).detach()
     scale = sae._rescaling(ids)
     e_hat = kernels.autoencode(
         sae._sae_in(x),
         *sae._encoder(scale, ids),
-        torch.zeros(n_dead, dtype=torch.promote_types(sae.dtype, torch.float32), device=sae.device),
+        torch.zeros(n_dead, dtype=sae._wide(), device=sae.device),
         sae._decoder(scale, ids),
         torch.zeros_like(sae.b_dec),
         # with room for all of them there is nothing to choose, and the dense path may take over
         spec=AutoencodeSpec(k=k_aux if n_dead > k_aux else None),
         hint=dead.activity,
     ).sae_out
-    error = (e_hat - residual).float().square().sum(-1).mean()
+    error = (e_hat - residual).to(sae._wide()).square().sum(-1).mean()
     return error * min(n_dead / k_aux, 1.0)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fastsae_kernels as kernels
 from fastsae.sae import files
-from fastsae.sae.inference import TopActivations, check_feature_ids, check_k, columns, top_activations
-from fastsae.sae.outputs import TrainOutput
+from fastsae.sae.inference import TopActivations, check_feature_ids, check_integer, columns, top_activations
+from fastsae.sae.outputs import TrainOutput, version_of
 from fastsae_kernels import ActivityHint, AutoencodeOutput, AutoencodeSpec, SparseActs, reference
 
 Module = TypeVar("Module", bound="SparseAutoencoder")
@@ -38,10 +38,8 @@ class SparseAutoencoder(nn.Module, ABC):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if d_in < 1 or d_sae < 1:
-            raise ValueError(f"d_in, d_sae: expected integers >= 1, got {d_in} and {d_sae}")
-        self.d_in, self.d_sae = d_in, d_sae
-        self.k = None if k is None else check_k(k, d_sae)
+        self.d_in, self.d_sae = check_integer("d_in", d_in), check_integer("d_sae", d_sae)
+        self.k = None if k is None else check_integer("k", k, self.d_sae)
         self.apply_b_dec_to_input = apply_b_dec_to_input
         self.metadata: dict[str, Any] = {}
         self._activity = ActivityHint()
@@ -70,6 +68,10 @@ class SparseAutoencoder(nn.Module, ABC):
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.W_enc.device
+
+    def _wide(self) -> torch.dtype:
+        """What gates, norms and losses are computed in: float32, and float64 where the weights are."""
+        return torch.promote_types(self.dtype, torch.float32)
 
     @abstractmethod
     def gate_threshold(self) -> Tensor:
@@ -163,10 +165,12 @@ class SparseAutoencoder(nn.Module, ABC):
         """
         return self._encode_sparse(x, self.k_per_token)
 
-    def _encode_sparse(self, x: Tensor, k: int | None, threshold: Tensor | None = None) -> SparseActs:
+    def _encode_sparse(
+        self, x: Tensor, k: int | None, threshold: Tensor | None = None, *, batch_topk: bool = False
+    ) -> SparseActs:
         x = self._sae_in(x).reshape(-1, self.d_in)
         threshold = self.gate_threshold() if threshold is None else threshold
-        return kernels.encode(x, *self._encoder(self._rescaling()), threshold, k=k)
+        return kernels.encode(x, *self._encoder(self._rescaling()), threshold, k=k, batch_topk=batch_topk)
 
     def encode_topk(self, x: Tensor, k: int) -> TopActivations:
         """The `k` largest activations of each token and their features, without a dense tensor.
@@ -186,7 +190,7 @@ class SparseAutoencoder(nn.Module, ABC):
             TypeError: `k` is no integer, or `x` not floating-point.
             ValueError: `k` is out of range, or the last dimension of `x` is not `d_in`.
         """
-        k = check_k(k, self.d_sae)
+        k = check_integer("k", k, self.d_sae)
         acts = self._encode_sparse(x, min(k, self.k_per_token or k))
         values, indices = top_activations(acts, k)
         shape = (*x.shape[:-1], k)
@@ -214,20 +218,27 @@ class SparseAutoencoder(nn.Module, ABC):
         return acts.reshape(*x.shape[:-1], ids.numel()).to(self.dtype)
 
     def decode(self, acts: Tensor | SparseActs) -> Tensor:
-        """The reconstruction from dense `[..., d_sae]` or sparse activations, `[..., d_in]` or `[N, d_in]`."""
+        """The reconstruction from dense `[..., d_sae]` or sparse activations, `[..., d_in]` or `[N, d_in]`.
+
+        Raises:
+            TypeError: `acts` is neither a tensor nor `SparseActs`.
+            ValueError: Its last dimension is not `d_sae`.
+        """
         W_dec = self._decoder(self._rescaling())
         if isinstance(acts, SparseActs):
             return kernels.decode(acts, W_dec, self.b_dec)
+        if not isinstance(acts, Tensor):
+            raise TypeError(f"acts: expected a torch.Tensor or SparseActs, got {type(acts).__name__}")
         if acts.dim() == 0 or acts.shape[-1] != self.d_sae:
             raise ValueError(f"acts: expected last dimension d_sae = {self.d_sae}, got shape {tuple(acts.shape)}")
         return reference.decode(acts.to(self.dtype), W_dec, self.b_dec)
 
     def _train_output(self, x: Tensor, output: AutoencodeOutput, losses: dict[str, Tensor]) -> TrainOutput:
-        error = (output.sae_out - x.to(self.dtype)).float()
+        error = (output.sae_out - x.to(self.dtype)).to(self._wide())
         per_token = error.square().sum(-1)
         losses = {"mse_loss": per_token.mean(), **losses}
         with torch.no_grad():
-            flat = x.reshape(-1, self.d_in).float()
+            flat = x.reshape(-1, self.d_in).to(self._wide())
             variance = (flat - flat.mean(0)).square().sum()
             fvu = per_token.sum() / variance.clamp_min(torch.finfo(torch.float32).tiny)
         return TrainOutput(
@@ -238,29 +249,30 @@ class SparseAutoencoder(nn.Module, ABC):
             fvu=fvu,
             feature_counts=output.feature_counts,
             sparse_acts=output.acts,
-            encode_again=self._encode_again(x, output.min_active),
+            encode_again=self._encode_again(x),
         )
 
-    def _encode_again(self, x: Tensor, min_active: Tensor | None) -> Callable[[], SparseActs]:
-        version = self.W_enc._version
+    def _encode_again(self, x: Tensor) -> Callable[[], SparseActs]:
+        version, device_type = version_of(self.W_enc), self.device.type
+        autocast, autocast_dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
 
         def encode() -> SparseActs:
-            if self.W_enc._version != version:
+            if version_of(self.W_enc) != version:
                 raise RuntimeError(
                     "acts: the weights have changed since this pass; read `acts` before the optimiser's step"
                 )
-            with torch.no_grad():
-                return self._encode_training(x.detach(), min_active)
+            with torch.no_grad(), torch.autocast(device_type, autocast_dtype, autocast):
+                return self._encode_training(x.detach())
 
         return encode
 
-    def _encode_training(self, x: Tensor, min_active: Tensor | None) -> SparseActs:
-        """The active features that a training pass over `x` had, whose smallest is `min_active`."""
+    def _encode_training(self, x: Tensor) -> SparseActs:
+        """The active features that a training pass over `x` has."""
         return self.encode_sparse(x)
 
     def decoder_norms(self) -> Tensor:
-        """`[d_sae]` fp32, differentiable: length of each feature's direction."""
-        return self.W_dec.float().norm(dim=1)
+        """`[d_sae]` fp32 (fp64 for an fp64 module), differentiable: length of each feature's direction."""
+        return self.W_dec.to(self._wide()).norm(dim=1)
 
     @torch.no_grad()
     def normalize_decoder_(self) -> None:

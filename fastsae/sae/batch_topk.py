@@ -44,7 +44,7 @@ class FusedBatchTopKSAE(TopKFamily):
         device: Where the parameters are made.
 
     Raises:
-        TypeError: `k` is no integer.
+        TypeError: A size or `k` is no integer.
         ValueError: A size or `k` is out of its range.
 
     Source:
@@ -103,7 +103,8 @@ class FusedBatchTopKSAE(TopKFamily):
             aux_loss_coefficient: Weight of the auxiliary loss.
 
         Raises:
-            ValueError: A shape is wrong.
+            TypeError: `x` is not floating-point, or `dead_mask` no tensor.
+            ValueError: A shape is wrong, or `dead_mask` is not bool.
         """
         spec = AutoencodeSpec(k=self.k, batch_topk=True)
         output = self._autoencode(x, spec, threshold=super().gate_threshold())
@@ -111,22 +112,16 @@ class FusedBatchTopKSAE(TopKFamily):
         self._move_threshold(output.min_active)
         return self._train_output_with_aux(x, output, dead_mask, aux_loss_coefficient)
 
-    def _encode_training(self, x: Tensor, min_active: Tensor | None) -> SparseActs:
-        assert min_active is not None
-        just_below = torch.nextafter(min_active, torch.zeros_like(min_active))
-        acts = self._encode_sparse(x, None, just_below.to(self._wide()).repeat(self.d_sae)).active()
-        # of several entries as small as the smallest survivor, the last ones may not have survived
-        survivors = acts.values.argsort(descending=True, stable=True)[: self.k * acts.shape[0]]
-        keep = torch.zeros_like(acts.values, dtype=torch.bool)
-        keep[survivors] = True
-        return acts.select(keep)
+    def _encode_training(self, x: Tensor) -> SparseActs:
+        return self._encode_sparse(x, self.k, super().gate_threshold(), batch_topk=True)
 
     @torch.no_grad()
     def _move_threshold(self, min_active: Tensor) -> None:
         """One step towards the smallest active value, on the device; none where nothing is active (+inf)."""
-        old, new = self.topk_threshold, min_active.to(torch.float64)
+        # a view of one dimension: graphs of torch.compile lose what is written to an fp64 scalar of a CPU (torch 2.13)
+        old, new = self.topk_threshold.view(1), min_active.to(torch.float64)
         moved = (1 - THRESHOLD_RATE) * old + THRESHOLD_RATE * new
-        self.topk_threshold.copy_(torch.where(torch.isfinite(new), moved, old))
+        old.copy_(torch.where(torch.isfinite(new), moved, old))
 
     @torch.no_grad()
     def fold_activation_scale_(self, scale: float) -> None:

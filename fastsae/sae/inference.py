@@ -19,21 +19,22 @@ class TopActivations(NamedTuple):
     indices: Tensor  # [..., k] int64 feature of each value; 0 where the value is 0
 
 
-def check_k(k: Any, d_sae: int) -> int:
-    """`k` where it is an integer from 1 to `d_sae`.
+def check_integer(name: str, value: Any, d_sae: int | None = None) -> int:
+    """The argument `name` where it is an integer from 1, to `d_sae` where that is given.
 
     Raises:
         TypeError: It is no integer.
         ValueError: It is out of range.
     """
-    expected = f"k: expected an integer from 1 to d_sae = {d_sae}, got {k!r}"
+    bounds = ">= 1" if d_sae is None else f"from 1 to d_sae = {d_sae}"
+    expected = f"{name}: expected an integer {bounds}, got {value!r}"
     try:
-        number = operator.index(k)  # NumPy's integers too, no floats
+        number = operator.index(value)  # NumPy's integers too, no floats
     except TypeError:
         raise TypeError(expected) from None
-    if isinstance(k, bool):
+    if isinstance(value, bool):
         raise TypeError(expected)
-    if not 1 <= number <= d_sae:
+    if number < 1 or (d_sae is not None and number > d_sae):
         raise ValueError(expected)
     return number
 
@@ -56,7 +57,9 @@ def check_feature_ids(feature_ids: Sequence[int] | Tensor, d_sae: int, device: t
         raise TypeError(f"{expected}, got {ids.dtype}")
     if ids.dim() != 1:
         raise ValueError(f"{expected}, got shape {tuple(ids.shape)}")
-    if ids.numel():
+    if ids.numel() and torch.compiler.is_compiling():  # while a graph is traced there is nothing to look at
+        torch._assert_async(((ids >= 0) & (ids < d_sae)).all(), expected)
+    elif ids.numel():
         lowest, highest = (int(bound) for bound in torch.aminmax(ids))
         if lowest < 0 or highest >= d_sae:
             raise ValueError(f"{expected}, got {lowest if lowest < 0 else highest}")

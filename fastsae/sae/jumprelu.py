@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -37,6 +38,7 @@ class FusedJumpReLUSAE(SparseAutoencoder):
         device: Where the parameters are made.
 
     Raises:
+        TypeError: A size or `k` is no integer.
         ValueError: A size, `k`, `bandwidth` or `init_threshold` is out of its range.
 
     Source:
@@ -58,15 +60,12 @@ class FusedJumpReLUSAE(SparseAutoencoder):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(d_in, d_sae, k=k, apply_b_dec_to_input=apply_b_dec_to_input, dtype=dtype, device=device)
-        if not bandwidth > 0:
-            raise ValueError(f"bandwidth: expected a number > 0, got {bandwidth}")
-        if init_threshold < 0:
-            raise ValueError(f"init_threshold: expected a number >= 0, got {init_threshold}")
+        if not 0 < bandwidth < math.inf:
+            raise ValueError(f"bandwidth: expected a finite number > 0, got {bandwidth}")
+        if not 0 <= init_threshold < math.inf:
+            raise ValueError(f"init_threshold: expected a finite number >= 0, got {init_threshold}")
         self.bandwidth, self.init_threshold, self.ste_to_input = bandwidth, init_threshold, ste_to_input
         self.threshold = nn.Parameter(torch.full((d_sae,), float(init_threshold), dtype=self._wide(), device=device))
-
-    def _wide(self) -> torch.dtype:
-        return torch.promote_types(self.dtype, torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedJumpReLUSAE:
         before, grad = self.threshold.data, self.threshold.grad

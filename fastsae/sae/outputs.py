@@ -10,6 +10,14 @@ from torch import Tensor
 from fastsae_kernels import SparseActs
 
 
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was written in place; None for one made under `torch.inference_mode`, which does not count."""
+    try:
+        return tensor._version
+    except RuntimeError:  # no `is_inference()`, which cannot be traced
+        return None
+
+
 @dataclass
 class TrainOutput:
     """One training pass; call `loss.backward()`.

@@ -31,8 +31,7 @@ class FusedReLUSAE(SparseAutoencoder):
     architecture = "standard"
 
     def gate_threshold(self) -> Tensor:
-        wide = torch.promote_types(self.dtype, torch.float32)
-        return torch.zeros(self.d_sae, dtype=wide, device=self.device)
+        return torch.zeros(self.d_sae, dtype=self._wide(), device=self.device)
 
     def training_forward(
         self, x: Tensor, l1_coefficient: float | Tensor = 1.0, *, scale_by_decoder_norm: bool = True

@@ -42,9 +42,6 @@ class TopKFamily(SparseAutoencoder, ABC):
         self.rescale_acts_by_decoder_norm = rescale_acts_by_decoder_norm
         self._dead = DeadFeatures()
 
-    def _wide(self) -> torch.dtype:
-        return torch.promote_types(self.dtype, torch.float32)
-
     def gate_threshold(self) -> Tensor:
         return torch.zeros(self.d_sae, dtype=self._wide(), device=self.device)
 
@@ -101,7 +98,7 @@ class FusedTopKSAE(TopKFamily):
         device: Where the parameters are made.
 
     Raises:
-        TypeError: `k` is no integer.
+        TypeError: A size or `k` is no integer.
         ValueError: A size or `k` is out of its range.
 
     Source:
@@ -134,10 +131,11 @@ class FusedTopKSAE(TopKFamily):
         Args:
             x: `[..., d_in]`.
             dead_mask: `[d_sae]` bool, features to revive. Its ids are looked up once per mask, which waits for a GPU, so
-                hand in the same tensor until it changes.
+                hand in the same tensor until it changes. Breaks a graph of `torch.compile`.
             aux_loss_coefficient: Weight of the auxiliary loss.
 
         Raises:
-            ValueError: A shape is wrong.
+            TypeError: `x` is not floating-point, or `dead_mask` no tensor.
+            ValueError: A shape is wrong, or `dead_mask` is not bool.
         """
         return self._train_output_with_aux(x, self._autoencode(x), dead_mask, aux_loss_coefficient)

@@ -58,13 +58,16 @@ def encode(
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
     wide = torch.promote_types(x.dtype, torch.float32)
     threshold = threshold.to(wide)
-    if n_tokens * d_sae <= MAX_ELEMENTS and not rescore:
+    rescore = rescore and x.element_size() == 2
+    if n_tokens * d_sae <= MAX_ELEMENTS and (n_tokens == 0 or not rescore):
         return _unless_dense(
             encode_small(x, W_enc, b_enc, threshold, bandwidth=bandwidth, k=k, batch_topk=batch_topk), max_entries
         )
     b_enc = b_enc.to(wide)
+    if not torch.isfinite(b_enc).all():  # joins the comparisons, not the products: NaN would pass for inactive
+        return None
     if k is not None and bandwidth == 0 and not batch_topk:
-        return encode_topk(x, W_enc, b_enc, threshold, k)
+        return encode_topk(x, W_enc, b_enc, threshold, k, rescore)
     if batch_topk:
         assert k is not None
         return _encode_batch_topk(x, W_enc, b_enc, threshold, k, rescore)

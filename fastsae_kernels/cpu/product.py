@@ -147,7 +147,8 @@ class Product:
         n_features = stop - start
         weights, offset = self.weights[start:stop], self.b_enc[start:stop] - lower
         norms = row_norms(weights)
-        is_safe = bool(norms.max() * self.x_norm + offset.abs().max() < OVERFLOW)  # False for NaN too
+        safe = min(OVERFLOW, torch.finfo(self.x.dtype).max)  # fp16 ends at 65504
+        is_safe = bool(norms.max() * self.x_norm + offset.abs().max() < safe)  # False for NaN too
         if self.rounded_t is not None and not is_safe:  # from here on the plain product, whose range is wider
             self.buffer = torch.empty(self.buffer.numel(), dtype=self.x.dtype)
             self.rounded_t = None
@@ -165,8 +166,9 @@ class Product:
             torch.mm(weights, self.x_t, out=buffer)
             if not is_safe and not torch.isfinite(buffer).all():
                 return None
-            if self.exact_x is not None:  # both accumulate in fp32, in another order
-                slack = slack + norms * self.x_norm * (weights.shape[1] + 8) * 2.0**-22
+            if self.exact_x is not None:  # both accumulate in fp32, in another order; what is subnormal may be flushed
+                underflow = max(UNDERFLOW, torch.finfo(self.x.dtype).smallest_normal)
+                slack = slack + norms * self.x_norm * (weights.shape[1] + 8) * 2.0**-22 + underflow
             torch.gt(buffer, (-offset - slack).to(buffer.dtype)[:, None], out=view)
         if limit is not None and int(torch.count_nonzero(mask)) > limit:
             return None  # before their indices, 16 bytes each, are written out

@@ -54,8 +54,11 @@ def _topk(product: Tensor, threshold: Tensor, k: int) -> SparseActs:
     n_tokens, d_sae = product.shape
     # where all thresholds are 0 an inactive entry is simply not positive, and no masked copy is needed
     acts = torch.where(product > threshold, product, 0) if bool(threshold.any()) else product
-    mask = padded_mask(acts.numel())
-    torch.ge(acts, _lower_bound(acts, k), out=mask[: acts.numel()].view_as(acts))
+    mask, bound = padded_mask(acts.numel()), _lower_bound(acts, k)
+    reaches = mask[: acts.numel()].view_as(acts)
+    torch.ge(acts, bound, out=reaches)
+    if not bool((bound > 0).all()):
+        reaches &= acts > 0
     flat = nonzero_flat(mask)
     rows = flat // d_sae
     row_offsets = row_offsets_of(rows, n_tokens)
@@ -67,7 +70,7 @@ def _topk(product: Tensor, threshold: Tensor, k: int) -> SparseActs:
 
 
 def _lower_bound(acts: Tensor, k: int) -> Tensor:
-    """`[n, 1]` > 0: at least k elements of a row reach it, if k are positive.
+    """`[n, 1]` >= 0: at least k elements of a row reach it, if k are positive.
 
     The k-th largest of the maxima of 4 k groups: a pass over memory, and a `torch.topk` of few numbers. An eighth more
     elements than k reach it where values are independent.
@@ -77,9 +80,9 @@ def _lower_bound(acts: Tensor, k: int) -> Tensor:
     if per_group > 1:
         acts = acts[:, : per_group * n_groups].view(acts.shape[0], per_group, n_groups).amax(1)
     if acts.shape[1] < k:
-        return torch.full((acts.shape[0], 1), torch.finfo(acts.dtype).tiny, dtype=acts.dtype)
+        return acts.new_zeros(acts.shape[0], 1)
     largest = torch.topk(acts, k, dim=1, sorted=False).values
-    return largest.amin(1, keepdim=True).clamp_min(torch.finfo(acts.dtype).tiny)
+    return largest.amin(1, keepdim=True).clamp_min(0)
 
 
 def topk_keep(acts: Tensor, k: int) -> Tensor:

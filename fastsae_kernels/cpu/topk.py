@@ -2,8 +2,8 @@
 
 Among any number of features the k-th largest active entry of a token is a lower bound of its final k-th largest, but a
 loose one: after a share p of the features it admits k / p entries in all. So the bound is guessed from the m-th largest,
-where m is what p * k would be at most but for odds of 1 in 10,000 (features in no particular order), and proved at the end:
-a token with at least k entries above its bound has lost none of them. A token without, as where early features fire more
+where m is what p * k would be at most but for odds of 1 in 10,000 (features in no particular order), and proved later:
+a token of which k entries have reached its bound has lost none of them. A token without, as where early features fire more
 than late ones, is searched again by the certain bound. Each token lists about 3 k entries; nothing is sorted but those.
 
 Where the product is rounded (`product.py`), each element is known as an interval. `upper` is what the product says with
@@ -41,12 +41,14 @@ def listed_width(d_sae: int, k: int) -> int:
     return min(d_sae, 6 * k + 64)
 
 
-def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int) -> SparseActs | None:
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int, rescore: bool = False
+) -> SparseActs | None:
     """`encode` with `k` and no window; None where NaN or Inf makes a bound meaningless."""
     d_sae = W_enc.shape[1]
-    rounds = x.dtype == torch.bfloat16 or product.rounds(x.dtype)
+    rounds = rescore or x.dtype == torch.bfloat16 or product.rounds(x.dtype)
     parts: list[SparseActs | None] = []
-    if _is_dense_faster(x.dtype, d_sae, k):
+    if not rescore and _is_dense_faster(x.dtype, d_sae, k):
         for rows in x.split(DENSE_ELEMENTS // d_sae):
             parts.append(encode_small(rows, W_enc, b_enc, threshold, bandwidth=0.0, k=k, batch_topk=False))
         return stack_rows(parts)
@@ -54,6 +56,8 @@ def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: i
     norms = product.row_norms(weights)
     largest = norms.max() * product.row_norms(x).max() + b_enc.abs().max() + threshold.abs().max()
     rounds = rounds and bool(largest < product.OVERFLOW)  # False for NaN too, which the plain product finds
+    if rescore and not rounds:  # the plain product of 16-bit operands is rounded to 16 bits
+        x, weights = x.to(b_enc.dtype), weights.to(b_enc.dtype)
     for rows in x.split(max(MIN_TOKENS, BLOCK_ELEMENTS // listed_width(d_sae, k))):
         parts.append(_Block(rows, weights, norms, b_enc, threshold, k, rounds=rounds, guesses=True).run())
     return stack_rows(parts)
@@ -91,6 +95,7 @@ class _Block:
         self.features = torch.zeros(n_tokens, self.width, dtype=torch.int32)
         self.fill = torch.zeros(n_tokens, dtype=torch.int64)
         self.bound = torch.zeros(n_tokens, dtype=b_enc.dtype)
+        self.certain = torch.zeros(n_tokens, dtype=b_enc.dtype)  # the largest bound that k listed entries reached
         self.gap = torch.zeros(n_tokens, dtype=b_enc.dtype)
         self.crowded = torch.zeros(n_tokens, dtype=torch.bool)
         self.tokens = product.augmented_tokens(x, product.row_norms(x), COLUMNS) if rounds else None
@@ -167,6 +172,8 @@ class _Block:
         if upper.shape[1] >= rank:
             kth = torch.topk(self._lower_end(upper, features), rank, dim=1, sorted=False).values.amin(1)
             torch.maximum(self.bound, kth, out=self.bound)
+            if rank == self.k:
+                torch.maximum(self.certain, kth, out=self.certain)
 
     def _listed(self) -> tuple[Tensor, Tensor]:
         """`(upper, features)`, the columns in use."""
@@ -220,10 +227,8 @@ class _Block:
     def _exact(self) -> SparseActs:
         """Scores what is left exactly and takes the k largest of each row."""
         n_tokens, d_sae = self.x.shape[0], self.weights.shape[0]
-        again = self.crowded
-        if self.guesses:
-            proved = (self._lower_end(self.upper, self.features) >= self.bound[:, None]).sum(1) >= self.k
-            again = again | ((self.bound > 0) & ~proved)
+        # not counted afresh: gaps grow, and k entries that reached a bound once may seem below it by now
+        again = self.crowded | (self.certain < self.bound)
         left = (self.upper >= self.bound[:, None]) & (self.upper > NOTHING) & ~again[:, None]
         rows = left.nonzero()[:, 0]
         features, values = self.features[left], self.upper[left]
@@ -268,11 +273,13 @@ class _Block:
             block = _Block(self.x[unproved], *arguments, rounds=self.tokens is not None, guesses=False)
             parts.append(_entries_of(block.run(), unproved))
         crowded = self.crowded.nonzero().squeeze(1)
-        for rows in crowded.split(max(1, MAX_ELEMENTS // self.weights.shape[0])) if crowded.numel() else ():
-            x = self.x[rows].to(self.b_enc.dtype)
-            weights = self.weights.to(x.dtype).t()
-            acts = encode_small(x, weights, self.b_enc, self.threshold, bandwidth=0.0, k=self.k, batch_topk=False)
-            parts.append(_entries_of(acts, rows))
+        if crowded.numel():
+            wide = self.b_enc.dtype
+            x, W_enc = self.x[crowded].to(wide), self.weights.to(wide).t()
+            step = max(1, MAX_ELEMENTS // self.weights.shape[0])
+            for part, rows in zip(x.split(step), crowded.split(step), strict=True):
+                acts = encode_small(part, W_enc, self.b_enc, self.threshold, bandwidth=0.0, k=self.k, batch_topk=False)
+                parts.append(_entries_of(acts, rows))
         rows, features, values = (torch.cat(column) for column in zip(*parts, strict=True))
         order = torch.sort(rows, stable=True).indices
         return [rows[order], features[order], values[order]]

@@ -1,6 +1,6 @@
 """What a tile of pre-activations does with its entries: which are listed, and two ways to append them to their rows.
 
-Every way of listing entries (`encode`, `persistent`, `compact`) gates through `listed_values` and ends in one of the
+Every way of listing entries (`pointer`, `persistent`, `compact`) gates through `listed_values` and ends in one of the
 appends, so all list the same set. A tile of listed values holds `NOT_LISTED` (-inf, which no gate passes) elsewhere: one
 tile in registers instead of a value and a mask, and that decides whether the large tiles spill.
 

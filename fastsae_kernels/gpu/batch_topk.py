@@ -32,11 +32,10 @@ from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.radix import EXACT, Buffer, Cut, Problem, compact, cut_activations, cut_buffer, list_config
 from fastsae_kernels.gpu.row_topk import feature_ranges
 from fastsae_kernels.gpu.tiles import active_bits, pack_entry
-from fastsae_kernels.gpu.topk import LAST
 from fastsae_kernels.sparse_acts import SparseActs
 
-# candidates per surviving entry: those that survived so far, about as many new ones, and as many to spare
-HEADROOM = 3
+# candidates per surviving entry: those that survived so far, about as many new ones, and some to spare
+HEADROOM = 2.25
 # features of the first range at least, and what ranges are multiples of
 MIN_RANGE = 64
 
@@ -140,8 +139,8 @@ def _append(
     )
 
 
-def _survivors(problem: Problem, places: int, size: int) -> tuple[Buffer, Cut]:
-    """The `places` largest entries, and those that equal the last of them in its token; and what tells these apart."""
+def _candidates(problem: Problem, places: int, size: int) -> tuple[Buffer, Cut]:
+    """At most `size` entries, the `places` largest among them, and what tells these apart."""
     n_tokens, d_sae = problem.x.shape[0], problem.W_enc.shape[1]
     buffer, spare = Buffer.empty(size, problem.x.device), Buffer.empty(size, problem.x.device)
     whole = size == n_tokens * d_sae
@@ -157,16 +156,25 @@ def _survivors(problem: Problem, places: int, size: int) -> tuple[Buffer, Cut]:
         again = buffer._replace(cursor=torch.zeros_like(buffer.cursor))
         _append(problem, 0, d_sae, again, bounds, overflow=buffer.cursor)
         buffer = again._replace(cursor=torch.where(buffer.cursor > size, again.cursor, buffer.cursor))
-    cut = cut_buffer(buffer, n_tokens, places, EXACT)
-    return compact(buffer, spare, cut.bounds), cut
+    return buffer, cut_buffer(buffer, n_tokens, places, EXACT)
 
 
-def _in_rows(buffer: Buffer, cut: Cut, n_tokens: int, places: int, limit: int) -> tuple[Tensor, Tensor, Tensor]:
+def _survivors(problem: Problem, places: int, size: int) -> tuple[Buffer, Cut]:
+    """The `places` largest entries, and those that equal the last of them in its token; and what tells these apart."""
+    buffer, cut = _candidates(problem, places, size)
+    # one token may have more entries that equal the last one than find a place
+    into = Buffer.empty(min(size, places + problem.W_enc.shape[1]), buffer.entries.device)
+    return compact(buffer, into, cut.bounds), cut
+
+
+def _in_rows(buffer: Buffer, cut: Cut, shape: tuple[int, int], places: int) -> tuple[Tensor, Tensor, Tensor]:
     """`(row_offsets, indices, values)` of the candidates that survive the cut, `places` long, by token and feature."""
-    entries, tokens = buffer.entries[:limit], buffer.tokens[:limit]
-    valid = torch.arange(limit, device=entries.device) < buffer.cursor
-    key, order = torch.sort(torch.where(valid, (tokens.long() << 31) | (entries >> 32), LAST))
-    bits = entries[order].int()
+    (n_tokens, d_sae), device = shape, buffer.entries.device
+    valid = torch.arange(buffer.entries.numel(), device=device) < buffer.cursor
+    dtype = torch.int32 if n_tokens * d_sae < 2**31 else torch.int64  # sorting takes several times the keys
+    key = buffer.tokens.to(dtype) * d_sae + (buffer.entries >> 32).to(dtype)
+    key, order = torch.sort(torch.where(valid, key, torch.iinfo(dtype).max))
+    bits = buffer.entries[order].int()
     kth, left = cut.kth
     # NaNs have more than one pattern, and one rank
     tie = valid & (torch.where(bits.view(torch.float32).isnan(), 0x7FC00000, bits) == kth)
@@ -174,11 +182,11 @@ def _in_rows(buffer: Buffer, cut: Cut, n_tokens: int, places: int, limit: int) -
     slots = torch.where(kept, kept.cumsum(0) - 1, places)  # what is dropped shares the place behind the last
 
     def place(values: Tensor, unused: int) -> Tensor:
-        return torch.full((places + 1,), unused, dtype=values.dtype, device=values.device).scatter_(0, slots, values)
+        return torch.full((places + 1,), unused, dtype=values.dtype, device=device).scatter_(0, slots, values)
 
-    rows = place(key >> 31, n_tokens)[:places]
-    row_offsets = torch.searchsorted(rows, torch.arange(n_tokens + 1, device=rows.device)).int()
-    indices, values = place((key & 0x7FFFFFFF).int(), 0)[:places], place(bits, 0)[:places].view(torch.float32)
+    rows = place((key // d_sae).int(), n_tokens)[:places]
+    row_offsets = torch.searchsorted(rows, torch.arange(n_tokens + 1, device=device, dtype=torch.int32), out_int32=True)
+    indices, values = place((key % d_sae).int(), 0)[:places], place(bits, 0)[:places].view(torch.float32)
     return row_offsets, indices, values
 
 
@@ -213,12 +221,11 @@ def encode_batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor
         empty = torch.empty(0, dtype=torch.int32, device=x.device)
         infinity = torch.full((), float("inf"), device=x.device)
         return BatchTopK(SparseActs(offsets, empty, empty.float(), (0, d_sae), empty), infinity)
-    size = min(max(HEADROOM * places, MIN_RANGE * n_tokens) + d_sae, n_tokens * d_sae)
+    size = min(max(int(HEADROOM * places), MIN_RANGE * n_tokens) + d_sae, n_tokens * d_sae)
     if size >= 2**30:
         raise ValueError(f"x: expected fewer than 2**30 candidates in one call, got {size}; split the tokens")
     kept, cut = _survivors(problem, places, size)
-    # one token may have more entries that equal the last one than find a place
-    row_offsets, indices, values = _in_rows(kept, cut, n_tokens, places, min(size, places + d_sae))
+    row_offsets, indices, values = _in_rows(kept, cut, (n_tokens, d_sae), places)
     row_counts = row_offsets.diff()
     row_offsets[-1] = places
     min_active = torch.where(values > 0, values, float("inf")).amin()

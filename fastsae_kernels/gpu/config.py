@@ -23,6 +23,7 @@ from importlib.resources import files
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+import triton
 
 LaunchConfig = dict[str, Any]
 Table = dict[str, dict[str, LaunchConfig]]
@@ -32,11 +33,25 @@ R = TypeVar("R")
 # largest numbers of tokens that have keys of their own
 SMALL_BATCHES = (16, 32, 64)
 OLDEST = (8, 0)
+# before, an atomic on a tensor returned the old value to one of the threads that share an element: entries were lost
+OLDEST_TRITON = (3, 5)
 # architectures that run another one's table
 SAME_AS = {"sm_103": "sm_100", "gfx950": "gfx942"}
 
 # the report compiles for architectures that this machine has not, the tests use small tiles
 _override: str | Table | None = None
+
+
+def check_triton(version: str) -> None:
+    """Raises RuntimeError where a release of Triton would give wrong results in silence."""
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        raise RuntimeError(
+            f"the Triton kernels need triton {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} or newer (it comes with torch 2.9; "
+            f"atomics of older ones return wrong values, triton-lang/triton#7402), got {version}; use another backend"
+        )
+
+
+check_triton(triton.__version__)
 
 
 @cache

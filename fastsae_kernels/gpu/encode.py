@@ -28,8 +28,9 @@ from fastsae_kernels.sparse_acts import SparseActs
 
 # set to 1, calls use and make measurements (`tune`)
 AUTOTUNE = "FASTSAE_AUTOTUNE"
-# first guess of an inference call; a row with more active features costs one retry
-DEFAULT_CAPACITY = 256
+# first guess of an inference call; a row with more active features costs one retry. Before and after sorting, 16 bytes a
+# place: 2.7 % of a dense 16-bit tensor at d_sae 65,536
+DEFAULT_CAPACITY = 224
 # candidates of an fp8 product per entry, with room (measured on a CPU: 2 to 5)
 CANDIDATES = 4
 
@@ -162,7 +163,7 @@ def encode(
     precision: str = "ieee",
     fp8: bool = False,
 ) -> SparseActs:
-    """Active (and window) entries of every row, for inference; synchronises with the host once, not at all for top-k.
+    """Active (and window) entries of every row, for inference; one host synchronisation, none for top-k without a window.
 
     Equivalent to `fastsae_kernels.reference.encode`. Rows are tried with a fixed span; where one has more entries, the
     call is repeated with exactly the spans that the first one counted.

@@ -148,7 +148,7 @@ def _fp8_list_kernel(
     listed = ~(gap <= 0.0) & (offs_b < n_tokens)[:, None] & (offs_s < d_sae)[None, :]  # not >: NaN is a candidate
 
     append_in_turn(
-        tl.where(listed, 0.0, NOT_LISTED), rows, columns, first_feature, cursors_ptr, row_ends_ptr, entries_ptr
+        tl.where(listed, 0.0, NOT_LISTED), rows, offs_s, first_feature, cursors_ptr, row_ends_ptr, entries_ptr
     )  # fmt: skip
 
 

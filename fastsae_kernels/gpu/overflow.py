@@ -8,7 +8,7 @@ Such a row has no list of entries (`topk.sort_rows` empties it), so every kernel
 
 The kernels are launched in every step and leave at once where no row overflowed. Letters: `B` tokens, `R` overflowing
 rows, `D` d_in or d_out, `S` d_sae. With top-k, a row whose active entries exceed `k` was resolved before
-(`topk.resolve_overflow_topk`); what is left keeps everything.
+(`overflow_topk.resolve_overflow_topk`); what is left keeps everything.
 
 This is the safety net, not the fast path: a program owns a block of rows (or features) and of columns and recomputes
 `hidden_pre` for each column block. With few rows the features are split over programs, whose partial sums a second kernel

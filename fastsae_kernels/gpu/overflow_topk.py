@@ -36,6 +36,7 @@ def _overflow_topk_kernel(
     entries_ptr,  # [B, capacity] int64
     counts_ptr,  # [B] int32: set to K where the row has more than K active entries, else left alone
     # sizes
+    least,  # a row with so many active entries or fewer is left alone
     capacity,
     d_in,
     d_sae,
@@ -75,11 +76,12 @@ def _overflow_topk_kernel(
         # a falling and a rising sequence: their elementwise maximum is the larger half of both
         best = tl.sort(tl.maximum(best, rank), descending=True)
     slots = tl.arange(0, BLOCK_S)
-    cut = (n_active > K) & (offs_r < n_rows)
-    kept = cut[:, None] & (slots < K)[None, :]
+    listed = tl.minimum(n_active, K)
+    resolved = (n_active > least) & (offs_r < n_rows)
+    kept = resolved[:, None] & (slots[None, :] < listed[:, None])
     position = rows[:, None] * capacity + slots[None, :]
     tl.store(entries_ptr + position, unrank_entry(best), mask=kept)
-    tl.store(counts_ptr + rows, tl.full((BLOCK_B,), K, tl.int32), mask=cut)
+    tl.store(counts_ptr + rows, listed, mask=resolved)
 
 
 @triton.jit
@@ -96,6 +98,7 @@ def _overflow_select_kernel(
     counts_ptr,  # [B] int32: set to k where the row has more than k active entries, else left alone
     # sizes
     k,
+    least,  # a row with so many active entries or fewer is left alone
     capacity,
     d_in,
     d_sae,
@@ -142,7 +145,7 @@ def _overflow_select_kernel(
     kth = kth.to(tl.int32)
     n_active = tl.zeros((BLOCK_B,), dtype=tl.int32)
     slot = tl.zeros((BLOCK_B,), dtype=tl.int32)
-    ties = k - above  # that still find a place: the first ones
+    ties = tl.where(kth > 0, k - above, 0)  # that still find a place: the first ones; what is inactive finds none
     for start in range(0, d_sae, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
         bits, hidden_pre = active_bits(
@@ -157,7 +160,7 @@ def _overflow_select_kernel(
         fits = kept & (slots < k) & (offs_r < n_rows)[:, None]
         tl.store(entries_ptr + rows[:, None] * capacity + slots, pack_entry(offs_s[None, :], hidden_pre), mask=fits)
         slot += tl.sum(kept.to(tl.int32), 1)
-    tl.store(counts_ptr + rows, tl.zeros((BLOCK_B,), tl.int32) + k, mask=(n_active > k) & (offs_r < n_rows))
+    tl.store(counts_ptr + rows, tl.minimum(n_active, k), mask=(n_active > least) & (offs_r < n_rows))
 
 
 def resolve_overflow_topk(
@@ -169,6 +172,7 @@ def resolve_overflow_topk(
     entries: Tensor,
     capacity: int,
     k: int,
+    only_active: bool,
 ) -> None:
     """Replace the entries of overflowing rows with more than `k` active ones by their exact top `k`, in place.
 
@@ -178,6 +182,8 @@ def resolve_overflow_topk(
         entries: `[N * capacity]` int64.
         capacity: At least `k`.
         k: How many active entries survive.
+        only_active: There is no window, so a row with at most `k` active entries is resolved too: listing in another
+            precision may have counted more.
     """
     rows, n_rows = flag_rows(counts > capacity)
     merges = k <= MAX_MERGE
@@ -207,6 +213,7 @@ def resolve_overflow_topk(
         stride_ws=W_enc.stride(1),
         PRECISION="ieee",
         EVEN_D=x.shape[1] % config["BLOCK_D"] == 0,
+        least=-1 if only_active else k,
         **{"K" if merges else "k": k},
         **config,
     )

@@ -1,10 +1,10 @@
 """Listing entries with Hopper's tensor memory accelerator: a persistent grid over tiles that descriptors load.
 
-The same formulas and result as the pointer kernel in `encode`. What differs is how operands arrive: the accelerator copies
-whole tiles of x `[N, d_in]` and of feature-major W_enc `[S, d_in]` into shared memory, in the layout that the matrix unit
-reads and with zeros past the ends, so that no thread spends registers or instructions on addresses and masks. That leaves
-registers for a tile of 128 x 256, which reads each operand half as often from L2 as the pointer kernel's. The epilogue works
-on the left and the right half of the tile one after the other: on the whole it spills.
+The same formulas and result as in `pointer`. What differs is how operands arrive: the accelerator copies whole tiles of x
+`[N, d_in]` and of feature-major W_enc `[S, d_in]` into shared memory, in the layout that the matrix unit reads and with
+zeros past the ends, so that no thread spends registers or instructions on addresses and masks. That leaves registers for a
+tile of 128 x 256, which reads each operand half as often from L2 as the pointer kernel's. The epilogue works on the left and
+the right half of the tile one after the other: on the whole it spills.
 
 Numerics: operands in their dtype, accumulated, compared and stored in fp32. fp32 operands need `tf32` or `tf32x3`: an
 `ieee` product has no matrix instruction that would want them in shared memory.

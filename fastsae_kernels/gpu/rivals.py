@@ -1,6 +1,6 @@
 """Which of the three ways lists the entries of a call.
 
-    pointer      `encode`: tiles loaded through pointers. Any strides, any d_in, every architecture.
+    pointer      `pointer`: tiles loaded through pointers. Any strides, any d_in, every architecture.
     persistent   `persistent`: tiles loaded by the tensor memory accelerator. sm_90 and later, aligned rows.
     chunks       `compact`: a library product chunk by chunk, then compaction.
 

@@ -112,7 +112,7 @@ def list_topk(
     counts = cursors - starts
     peaks = torch.maximum(peaks, counts)
     if capacity < d_sae and n_tokens > 0:
-        resolve_overflow_topk(x, W_enc, b_enc, threshold, counts, entries, capacity, k)
+        resolve_overflow_topk(x, W_enc, b_enc, threshold, counts, entries, capacity, k, only_active)
     if only_active:  # nothing but active entries, so k places hold whatever a row keeps
         acts = topk.sort_rows(counts, entries, padded_offsets(n_tokens, k, x.device), (n_tokens, d_sae), k, k)
         return RowTopK(acts, None, peaks)

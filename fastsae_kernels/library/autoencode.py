@@ -114,7 +114,7 @@ def _forward(
         if output_or_none is not None and output_or_none.acts is not None:
             return output_or_none, _pack(output_or_none.acts, places)
     if spec.k is not None:
-        raise ValueError("x, W_enc: expected finite values where k is given, got NaN or Inf")
+        raise ValueError("x, W_enc, b_enc: expected finite values where k is given, got NaN or Inf")
     output = chunked.autoencode_forward(*tensors, spec)
     if hint is not None:
         hint.plan_next(output.l0, W_enc.shape[1])
@@ -267,7 +267,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_penalty: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    tensors, saved = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
+    *tensors, row_offsets, row_counts, indices, bits, overflowed = ctx.saved_tensors  # once, for checkpointing
+    saved = [row_offsets, row_counts, indices, bits, overflowed]
     asked = ctx.needs_input_grad
     if grad_out is None:
         grad_out = tensors[0].new_zeros(tensors[0].shape[0], tensors[4].shape[1])

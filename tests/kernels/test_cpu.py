@@ -136,6 +136,17 @@ def test_non_finite_input_is_reported_not_lost(bad: float) -> None:
         kernels.encode(problem.x, problem.W_enc, problem.b_enc, problem.threshold)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_bias_is_reported_not_lost(bad: float, scoring: str) -> None:
+    problem = problems.make()
+    problem.b_enc[5] = bad
+    assert not run(problem).outputs["sae_out"].isfinite().any()
+    with pytest.raises(ValueError, match="expected finite values"):
+        kernels.encode(problem.x, problem.W_enc, problem.b_enc, problem.threshold)
+    with pytest.raises(ValueError, match="W_enc, b_enc: expected finite values where k is given"):
+        run(replace(problem, spec=AutoencodeSpec(k=3)))
+
+
 def test_two_runs_are_bit_equal() -> None:
     problem = problems.make(300, 32, 512)
     for backend in ("cpu", "dense"):

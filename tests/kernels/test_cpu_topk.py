@@ -136,10 +136,25 @@ def test_k_of_all_features_keeps_what_is_positive(way: str) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_finite_is_reported(bad: float, way: str) -> None:
-    for name in ("x", "W_enc"):
-        arguments = {"x": BASE.x.clone(), "W_enc": BASE.W_enc.clone()}
-        arguments[name][3, 2] = bad
-        assert cpu.encode(**arguments, b_enc=BASE.b_enc, threshold=BASE.threshold, k=3) is None
+    for name in ("x", "W_enc", "b_enc"):
+        arguments = {"x": BASE.x.clone(), "W_enc": BASE.W_enc.clone(), "b_enc": BASE.b_enc.clone()}
+        arguments[name][(3, 2)[: arguments[name].dim()]] = bad
+        for threshold in (BASE.threshold, BASE.threshold + 1):
+            for k, batch_topk in ((None, False), (3, False), (3, True)):
+                assert cpu.encode(**arguments, threshold=threshold, k=k, batch_topk=batch_topk) is None
+
+
+def test_fp16_products_beyond_its_range_are_reported(way: str) -> None:
+    x, W_enc, b_enc = (BASE.x * 300).half(), (BASE.W_enc * 300).half(), BASE.b_enc.half()
+    for k, batch_topk in ((None, False), (3, False), (3, True)):
+        assert cpu.encode(x, W_enc, b_enc, BASE.threshold, k=k, batch_topk=batch_topk) is None
+
+
+def test_subnormal_activations_are_kept(way: str) -> None:
+    problem = Case(BASE.x[:, :1] * 1e-20, BASE.W_enc[:1] * 1e-20, BASE.b_enc * 0, BASE.threshold)
+    acts = cpu.encode(problem.x, problem.W_enc, problem.b_enc, problem.threshold, k=700)
+    assert torch.equal(acts.to_dense() > 0, problem.x @ problem.W_enc > 0)
+    assert 0 < acts.values.max() < torch.finfo(torch.float32).tiny
 
 
 def test_guess_is_proved_or_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +176,22 @@ def test_guess_is_proved_or_searched_again(monkeypatch: pytest.MonkeyPatch) -> N
     assert False not in searches  # the usual case needs one search
 
 
+def test_margins_that_grow_late_disprove_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last features are long and never active: all lower ends sink below bounds that were reached before."""
+    for name, value in {"MIN_TOKENS": 16, "BLOCK_ELEMENTS": 1, "DENSE_ELEMENTS": 0}.items():
+        monkeypatch.setattr(cpu_topk, name, value)
+    monkeypatch.setattr(cpu_product, "SCRATCH_ELEMENTS", 2**11)
+    monkeypatch.setattr(cpu_product, "has_fast_bf16", lambda: True)
+    late = torch.arange(700) >= 640
+    problem = Case(BASE.x, BASE.W_enc * (1 + 9 * late), BASE.b_enc - 1e3 * late, BASE.threshold)
+    searches = []
+    run = cpu_topk._Block.run
+    monkeypatch.setattr(cpu_topk._Block, "run", lambda self: searches.append(self.guesses) or run(self))
+    arguments = (problem.x, problem.W_enc, problem.b_enc, problem.threshold)
+    assert_exact(cpu_topk.encode_topk(*arguments, 20), problem, 20, False, torch.float32)
+    assert False not in searches
+
+
 def test_rows_without_room_are_encoded_densely(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = CASES["all equal"]
     monkeypatch.setattr(cpu_topk, "DENSE_ELEMENTS", 0)
@@ -172,20 +203,26 @@ def test_rows_without_room_are_encoded_densely(monkeypatch: pytest.MonkeyPatch) 
     assert acts.indices.view(30, 4).tolist() == [[0, 1, 2, 3]] * 30
 
 
-def test_rescored_values_are_exact_to_fp32(way: str) -> None:
-    problem = CASES["random"]
-    x, W_enc, b_enc = problem.x.bfloat16(), problem.W_enc.bfloat16(), problem.b_enc.bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("k", "batch_topk"), [(None, False), (5, False), (5, True)], ids=["all", "token", "batch"])
+def test_rescored_values_are_exact_to_fp32(dtype: torch.dtype, k: int | None, batch_topk: bool, way: str) -> None:
+    x, W_enc, b_enc = BASE.x.to(dtype), BASE.W_enc.to(dtype), BASE.b_enc.to(dtype)
     threshold = torch.full((700,), 4.0)
-    pre = x.double() @ W_enc.double() + b_enc.double()
-    for k, batch_topk in ((None, False), (5, True)):
-        rescored = cpu.encode(x, W_enc, b_enc, threshold, k=k, batch_topk=batch_topk, rescore=True)
+    wide = Case(x.double(), W_enc.double(), b_enc.double(), threshold.double())
+    pre = reference.hidden_pre(wide.x, wide.W_enc, wide.b_enc)
+    expected = reference.encode(wide.x, wide.W_enc, wide.b_enc, wide.threshold, k=k, batch_topk=batch_topk)
+    acts = cpu.encode(x, W_enc, b_enc, threshold, k=k, batch_topk=batch_topk, rescore=True)
+    torch.testing.assert_close(acts.to_dense().double(), expected, rtol=1e-6, atol=0)
+    if k is None or batch_topk:  # the search for the k of a token scores exactly unasked
         plain = cpu.encode(x, W_enc, b_enc, threshold, k=k, batch_topk=batch_topk)
-        for acts, tolerance in ((rescored, 1e-6), (plain, 1e-2)):
-            exact = pre[acts.row_ids(), acts.indices.long()]
-            assert ((acts.values - exact).abs() <= tolerance * exact).all()
-        assert ((plain.values - pre[plain.row_ids(), plain.indices.long()]).abs() > 1e-4).any()
-    listed = cpu.encode(x, W_enc, b_enc, threshold, rescore=True)
-    assert torch.equal(listed.to_dense() > 0, pre > 4.0)
+        error = (plain.values - pre[plain.row_ids(), plain.indices.long()]).abs()
+        assert 1e-4 < error.max() < 0.1
+    if dtype == torch.bfloat16:  # where bf16 is no shortcut any more: margins would overflow
+        loud = cpu.encode(x * 2.0**60, W_enc * 2.0**60, b_enc, threshold, k=k, batch_topk=batch_topk, rescore=True)
+        exact = (wide.x @ wide.W_enc)[loud.row_ids(), loud.indices.long()] * 2.0**120
+        torch.testing.assert_close(loud.values.double(), exact, rtol=1e-6, atol=1e-6 * exact.max().item())
+    nothing = cpu.encode(x[:0], W_enc, b_enc, threshold, k=k, batch_topk=batch_topk, rescore=True)
+    assert nothing.values.numel() == 0
 
 
 def test_public_encode_takes_k_of_the_batch() -> None:

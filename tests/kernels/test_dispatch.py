@@ -56,3 +56,21 @@ def test_capacity_is_a_power_of_two_with_headroom() -> None:
     assert hint.capacity(100) == 100
     hint.update(torch.zeros(0))
     assert hint.capacity(10_000) == 256
+
+
+def test_pending_counts_are_left_alone_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        queries = 0
+
+        def query(self) -> bool:
+            self.queries += 1
+            return True
+
+    hint, event = ActivityHint(), Event()
+    hint._pending = (torch.tensor([5.0, 9.0]), event)  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert hint.is_dense(10_000, "cuda")
+    assert event.queries == 0
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert not hint.is_dense(10_000, "cuda")
+    assert (hint.mean, hint.largest) == (5.0, 9)

@@ -408,3 +408,13 @@ def test_too_old_a_gpu_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
     with pytest.raises(RuntimeError, match=r"compute capability 8\.0 or newer, Tesla T4 has 7\.5"):
         config._arch_of.__wrapped__(0)
+
+
+def test_too_old_a_triton_is_one_clear_error() -> None:
+    from fastsae_kernels.gpu.config import check_triton
+
+    for version in ("3.2.0", "3.4.0+git1a2b"):
+        with pytest.raises(RuntimeError, match=r"need triton 3\.5 or newer .* got 3\.[24]"):
+            check_triton(version)
+    for version in ("3.5.0", "3.10.1", "4.0.0rc1"):
+        check_triton(version)

@@ -72,9 +72,9 @@ def overflows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     resolve, cut = row_topk.resolve_overflow_topk, batch_topk.cut_activations
 
-    def resolve_and_count(x, W_enc, b_enc, threshold, counts, entries, capacity, k):  # type: ignore[no-untyped-def]
+    def resolve_and_count(x, W_enc, b_enc, threshold, counts, entries, capacity, *rest):  # type: ignore[no-untyped-def]
         seen.append(int((counts > capacity).sum()))
-        resolve(x, W_enc, b_enc, threshold, counts, entries, capacity, k)
+        resolve(x, W_enc, b_enc, threshold, counts, entries, capacity, *rest)
 
     def cut_and_count(problem, buffer, places):  # type: ignore[no-untyped-def]
         seen.append(int((buffer.cursor > buffer.entries.numel()).sum()))
@@ -399,3 +399,22 @@ def test_encode_lists_what_the_reference_has(k: int, bandwidth: float, kind: str
 def test_fp64_is_refused(spec: AutoencodeSpec) -> None:
     with pytest.raises(TypeError, match="float64"):
         run(half_active(spec).to(torch.float64), 32)
+
+
+@pytest.mark.parametrize("k", [3, 150], ids=["merge", "select"])
+def test_a_row_that_only_seemed_to_overflow_is_listed_whole(k: int) -> None:
+    """Listing in TF32 can count entries that the recount finds inactive; such a row must not end up empty."""
+    from fastsae_kernels.gpu import overflow_topk
+
+    p = problems.make(4, 20, 300, density=0.01)
+    arguments = [tensor.to(DEVICE) for tensor in (p.x, p.W_enc, p.b_enc, p.threshold)]
+    active = reference.hidden_pre(p.x.double(), p.W_enc.double(), p.b_enc.double()) > p.threshold
+    capacity = 200
+    k = max(k, int(active.sum(1).max()))
+    assert active.any()
+    counts = torch.full((4,), capacity + 1, dtype=torch.int32, device=DEVICE)
+    entries = torch.full((4 * capacity,), -1, dtype=torch.int64, device=DEVICE)
+    overflow_topk.resolve_overflow_topk(*arguments, counts, entries, capacity, k, only_active=True)
+    assert counts.tolist() == active.sum(1).tolist()
+    listed = [sorted((row[:n] >> 32).tolist()) for row, n in zip(entries.view(4, -1), counts, strict=True)]
+    assert listed == [row.nonzero().flatten().tolist() for row in active]

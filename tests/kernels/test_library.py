@@ -11,10 +11,10 @@ import problems
 import pytest
 import torch
 from gpu_helpers import needs_kernels
+from torch.utils.checkpoint import checkpoint
 
 import fastsae_kernels as kernels
 from fastsae_kernels import ActivityHint, AutoencodeSpec, library
-from fastsae_kernels.spec import AutoencodeSpec as Spec
 
 SPECS = {
     name: problems.SPECS[name] for name in ("l0", "tanh, ste to input", "l1", "top-5 of everything", "batch top-3")
@@ -141,6 +141,26 @@ def test_autocast_inside_a_graph_is_that_outside() -> None:
     assert torch.equal(eager, graph)
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("whole_graph", [False, True], ids=["eager", "whole graph"])
+def test_inside_checkpoint(whole_graph: bool, use_reentrant: bool) -> None:
+    p = problems.make()
+
+    def forward(*tensors: torch.Tensor) -> torch.Tensor:
+        if not whole_graph:
+            return kernels.autoencode(*tensors, spec=p.spec).sae_out
+        inputs = (*tensors, None, *dataclasses.astuple(p.spec), library.BY_ACTIVITY, 0)
+        return torch.ops.fastsae.autoencode(*inputs)[0]
+
+    grads = []
+    for function in (forward, lambda *tensors: checkpoint(forward, *tensors, use_reentrant=use_reentrant)):
+        inputs = problems.leaves(p)[:6]
+        function(*inputs).backward(p.grad_out)
+        grads.append([leaf.grad for leaf in inputs])
+    for plain, checkpointed in zip(*grads, strict=True):
+        assert torch.equal(plain, checkpointed)
+
+
 @pytest.mark.usefixtures("deterministic")
 def test_deterministic_mode_twice_bit_equal() -> None:
     p = problems.make(64, 24, 300)
@@ -158,7 +178,7 @@ def test_steps_of_one_shape_compile_once() -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    hint, spec = ActivityHint(), Spec(bandwidth=0.3)
+    hint, spec = ActivityHint(), AutoencodeSpec(bandwidth=0.3)
     forward = torch.compile(
         lambda *tensors: kernels.autoencode(*tensors, spec=spec, hint=hint).sae_out, fullgraph=True, backend=backend
     )

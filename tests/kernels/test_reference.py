@@ -20,9 +20,12 @@ def closed_form(problem: problems.Problem) -> tuple[dict[str, np.ndarray], dict[
     active = pre > theta
     keep = np.ones_like(active)
     if spec.k is not None:
-        for n, row in enumerate(np.where(active, pre, 0)):
-            if active[n].sum() > spec.k:
-                keep[n] = np.isin(np.arange(len(row)), np.lexsort((np.arange(len(row)), -row))[: spec.k])
+        # the batch is one row of its own for BatchTopK
+        shape, places = ((1, -1), spec.k * len(active)) if spec.batch_topk else (active.shape, spec.k)
+        rows = (pre * active).reshape(shape)
+        for row, kept in zip(rows, keep.reshape(shape), strict=True):
+            if (row > 0).sum() > places:
+                kept[:] = np.isin(np.arange(len(row)), np.lexsort((np.arange(len(row)), -row))[:places])
     acts = pre * active * keep
     window = (np.abs(pre - theta) < spec.bandwidth / 2) * keep if spec.bandwidth else np.zeros_like(pre)
     c = spec.tanh_scale

@@ -39,6 +39,15 @@ def test_activations_of_a_batch_can_be_encoded_again(ties: bool, dtype: torch.dt
         torch.testing.assert_close(again.to_dense(), output.acts.to_dense(), rtol=0, atol=0)
 
 
+def test_threshold_moves_in_a_whole_graph() -> None:
+    sae, x = randomised(FusedBatchTopKSAE), torch.randn(32, D_IN)
+    eager = copy.deepcopy(sae)
+    compiled = torch.compile(sae.training_forward, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x).loss, eager.training_forward(x).loss)
+        assert sae.topk_threshold == eager.topk_threshold != 0.4
+
+
 def test_threshold_stays_where_nothing_is_active() -> None:
     sae = randomised(FusedBatchTopKSAE)
     with torch.no_grad():

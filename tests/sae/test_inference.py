@@ -145,6 +145,16 @@ def test_columns_of_a_per_feature_gate_cost_their_own_product_alone() -> None:
         assert counter.get_total_flops() == 2 * 7 * D_IN * 3
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_encode_features_in_a_whole_graph(kind: str) -> None:
+    sae, x = build(kind), torch.randn(7, D_IN)
+    compiled = torch.compile(sae.encode_features, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, torch.tensor([3, 3, 39])), sae.encode_features(x, [3, 3, 39]))
+    with pytest.raises(RuntimeError, match="feature_ids: expected integers from 0 to d_sae - 1 = 39"):
+        compiled(x, torch.tensor([3, -1, 39]))
+
+
 def test_threshold_gets_its_estimate_from_picked_features() -> None:
     sae, x = build("jumprelu"), torch.randn(50, D_IN)
     sae.bandwidth = 0.5

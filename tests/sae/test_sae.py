@@ -195,12 +195,34 @@ def test_bad_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"d_sae": 0}, {"k": 41}, {"k": 0}, {"bandwidth": 0.0}, {"init_threshold": -1.0}],
+    [
+        {"d_sae": 0},
+        {"d_in": True},
+        {"d_in": "12"},
+        {"d_sae": 40.0},
+        {"k": 41},
+        {"k": 0},
+        {"bandwidth": 0.0},
+        {"bandwidth": math.inf},
+        {"init_threshold": -1.0},
+        {"init_threshold": math.nan},
+    ],
     ids=str,
 )
 def test_bad_construction(options: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
+    ((name, value),) = options.items()
+    with pytest.raises((ValueError, TypeError), match=f"^{name}: expected .*, got {value!r}$"):
         FusedJumpReLUSAE(**{"d_in": 12, "d_sae": 40, **options})
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_losses_of_an_fp64_module_are_fp64(cls: type[SparseAutoencoder]) -> None:
+    sae, x = randomised(cls).double(), torch.randn(20, 12, dtype=torch.float64)
+    options = {"sparsity": "tanh"} if cls is FusedJumpReLUSAE else {}
+    output = sae.training_forward(x, 0.3, **options)  # type: ignore[operator]
+    assert output.loss.dtype == output.losses["mse_loss"].dtype == torch.float64
+    error = (sae.decode(sae.encode(x)) - x).square().sum(-1).mean()
+    torch.testing.assert_close(output.losses["mse_loss"], error, rtol=1e-12, atol=0)
 
 
 def test_bad_calls_name_the_argument() -> None:
@@ -212,6 +234,8 @@ def test_bad_calls_name_the_argument() -> None:
         sae([1.0] * 12)
     with pytest.raises(ValueError, match="acts: expected last dimension d_sae = 40"):
         sae.decode(torch.randn(3, 41))
+    with pytest.raises(TypeError, match=r"^acts: expected a torch\.Tensor or SparseActs, got list$"):
+        sae.decode([0.0] * 40)
     with pytest.raises(TypeError, match="x: expected a floating-point"):
         sae(torch.ones(3, 12, dtype=torch.int64))
     with pytest.raises(ValueError, match="sparsity"):

@@ -130,6 +130,26 @@ def test_torch_compile_runs(cls: Any) -> None:
 
 
 @pytest.mark.parametrize("cls", CLASSES)
+def test_activations_encoded_again_are_those_of_the_pass_under_autocast(cls: Any) -> None:
+    sae, x = randomised(cls), torch.randn(500, D_IN)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = sae.training_forward(x)
+    assert torch.equal(output.encode_again().to_dense(), output.acts.to_dense())
+    outside = sae.training_forward(x).acts
+    assert not torch.equal(output.acts.to_dense(), outside.to_dense())
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_module_made_in_inference_mode_runs_there(cls: Any) -> None:
+    x = torch.randn(9, D_IN)
+    expected = randomised(cls).training_forward(x)
+    with torch.inference_mode():
+        output = randomised(cls).training_forward(x)
+        assert torch.equal(output.loss, expected.loss)
+        assert torch.equal(output.encode_again().to_dense(), expected.acts.to_dense())
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 def test_nan_is_reported(cls: Any) -> None:
     sae, x = randomised(cls), torch.randn(4, D_IN)
     x[2, 1] = math.nan
@@ -197,6 +217,8 @@ def test_aux_pass_holds_no_tensor_of_tokens_by_features(monkeypatch: pytest.Monk
 def test_bad_dead_mask(cls: Any, mask: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=rf"dead_mask: expected bool of shape \[d_sae\] = \({D_SAE},\), got torch"):
         randomised(cls).training_forward(torch.randn(3, D_IN), dead_mask=mask)
+    with pytest.raises(TypeError, match=r"^dead_mask: expected a torch\.Tensor, got list$"):
+        randomised(cls).training_forward(torch.randn(3, D_IN), dead_mask=mask.tolist())
 
 
 @needs_kernels
