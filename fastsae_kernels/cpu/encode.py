@@ -115,6 +115,7 @@ def _encode_threshold(
         # the share seen so far stands for the rest only once it is well above the limit
         if max_entries is not None and entries.count > max_entries * max(stop / d_sae, 0.25):
             return None
+    del chunks, candidates  # their buffers are as large as what sorting the entries takes
     return entries.finish()
 
 

@@ -1,9 +1,11 @@
-"""Encode of few tokens on a CPU: the whole product fits in cache, so it is formed once and looked at directly."""
+"""Encode of few tokens on a CPU: the whole product fits in cache, so it is formed once and looked at directly.
+
+NumPy does the looking: on so few numbers the threads of PyTorch's operators cost more than they save.
+"""
 
 from __future__ import annotations
 
-import math
-
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -13,6 +15,7 @@ from fastsae_kernels.cpu.product import nonzero_flat, padded_mask
 from fastsae_kernels.sparse_acts import SparseActs
 
 MAX_ELEMENTS = 2**20  # of the product: 4 MB in fp32
+PARTIAL_SORT = 64  # `torch.topk` sorts partially for a smaller share of its input, and is several times slower beyond
 
 
 def encode_small(
@@ -23,30 +26,34 @@ def encode_small(
         product = functional.linear(x, W_enc.t(), b_enc)
     else:  # the bias is not rounded to 16 bits, as on every other path
         product = functional.linear(x, W_enc.t()).to(threshold.dtype) + b_enc.to(threshold.dtype)
-    if not math.isfinite(float(product.sum())) and not torch.isfinite(product).all():
+    array = product.numpy()
+    with np.errstate(over="ignore"):  # a sum beyond the largest number is looked at again
+        total = array.sum()
+    if not np.isfinite(total) and not np.isfinite(array).all():
         return None
     if k is not None and bandwidth == 0 and not batch_topk:
         return _topk(product, threshold, k)
-    listed = product > threshold
+    listed = array > threshold.numpy()
     if bandwidth > 0:
-        listed |= (product - threshold).abs() < bandwidth / 2
+        listed |= np.abs(array - threshold.numpy()) < bandwidth / 2
     if k is not None:
         acts = product * (product > threshold)
         if batch_topk:
-            listed &= topk_keep(acts.view(1, -1), k * x.shape[0]).view_as(listed)
+            listed &= topk_keep(acts.view(1, -1), k * x.shape[0]).view_as(acts).numpy()
         else:
-            listed &= topk_keep(acts, k)
-    mask = padded_mask(product.numel())
-    mask[: product.numel()] = listed.view(-1)
-    flat = nonzero_flat(mask)
+            listed &= topk_keep(acts, k).numpy()
+    flat = np.flatnonzero(listed)
     d_sae = W_enc.shape[1]
-    ends = torch.arange(x.shape[0] + 1) * d_sae
-    row_offsets = torch.searchsorted(flat, ends, out_int32=True)
-    indices = flat % d_sae
-    values = product.view(-1)[flat]
+    row_offsets = np.searchsorted(flat, np.arange(x.shape[0] + 1) * d_sae).astype(np.int32)
+    indices = (flat % d_sae).astype(np.int32)
+    values = array.reshape(-1)[flat]
     if bandwidth > 0:
-        values = torch.where(values > threshold[indices], values, 0)
-    return SparseActs(row_offsets, indices.int(), values, (x.shape[0], d_sae))
+        values = np.where(values > threshold.numpy()[indices], values, 0)
+    return _as_acts(row_offsets, indices, values, (x.shape[0], d_sae))
+
+
+def _as_acts(row_offsets: np.ndarray, indices: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> SparseActs:
+    return SparseActs(torch.from_numpy(row_offsets), torch.from_numpy(indices), torch.from_numpy(values), shape)
 
 
 def _topk(product: Tensor, threshold: Tensor, k: int) -> SparseActs:
@@ -54,6 +61,9 @@ def _topk(product: Tensor, threshold: Tensor, k: int) -> SparseActs:
     n_tokens, d_sae = product.shape
     # where all thresholds are 0 an inactive entry is simply not positive, and no masked copy is needed
     acts = torch.where(product > threshold, product, 0) if bool(threshold.any()) else product
+    found = _by_partial_sort(acts, k)
+    if found is not None:
+        return found
     mask, bound = padded_mask(acts.numel()), _lower_bound(acts, k)
     reaches = mask[: acts.numel()].view_as(acts)
     torch.ge(acts, bound, out=reaches)
@@ -67,6 +77,25 @@ def _topk(product: Tensor, threshold: Tensor, k: int) -> SparseActs:
     if keep is not None:
         row_offsets, indices, values = row_offsets_of(rows[keep], n_tokens), indices[keep], values[keep]
     return SparseActs(row_offsets, indices, values, (n_tokens, d_sae))
+
+
+def _by_partial_sort(acts: Tensor, k: int) -> SparseActs | None:
+    """The same from `torch.topk`; None where that would be slow, or has a choice among equal values."""
+    n_tokens, d_sae = acts.shape
+    if (k + 1) * PARTIAL_SORT > d_sae:
+        return None
+    values, indices = torch.topk(acts, k + 1, dim=1)
+    kth = values[:, k - 1]
+    if bool(((kth == values[:, k]) & (kth > 0)).any()):
+        return None
+    flat = np.sort(indices[:, :k].numpy(), axis=1) + np.arange(n_tokens)[:, None] * d_sae
+    found = acts.numpy().reshape(-1)[flat]
+    active = found > 0
+    row_offsets = np.zeros(n_tokens + 1, dtype=np.int32)
+    np.cumsum(active.sum(1), out=row_offsets[1:])
+    if not bool((kth > 0).all()):
+        flat, found = flat[active], found[active]
+    return _as_acts(row_offsets, (flat % d_sae).astype(np.int32).reshape(-1), found.reshape(-1), (n_tokens, d_sae))
 
 
 def _lower_bound(acts: Tensor, k: int) -> Tensor:

@@ -26,7 +26,7 @@ from fastsae_kernels.cpu.entries import largest_of_rows, row_offsets_of, stack_r
 from fastsae_kernels.cpu.small import MAX_ELEMENTS, encode_small
 from fastsae_kernels.sparse_acts import SparseActs
 
-BLOCK_ELEMENTS = 2**20  # of a block's state, 8 bytes each
+BLOCK_ELEMENTS = 2**19  # of a block's state, 8 bytes each
 MIN_TOKENS = 256  # of a block; fewer make the products slow
 COLUMNS = product.RESCORE_MARGIN_COLUMNS + 2  # one for the bound, one to make the depth even
 DENSE_ELEMENTS = 2**21  # of a dense product of a block of tokens
