@@ -181,7 +181,12 @@ class Product:
             if self.exact_x is not None:  # both accumulate in fp32, in another order; what is subnormal may be flushed
                 underflow = max(UNDERFLOW, torch.finfo(self.x.dtype).smallest_normal)
                 slack = slack + norms * self.x_norm * (weights.shape[1] + 8) * 2.0**-22 + underflow
-            torch.gt(buffer, (-offset - slack).to(buffer.dtype)[:, None], out=view)
+            floor = (-offset - slack).to(buffer.dtype)[:, None] + 0.0  # no negative zero
+            if buffer.element_size() == 2 and bool((floor >= 0).all()):
+                # positive numbers order as their bits do, negative ones are below as integers too
+                torch.gt(buffer.view(torch.int16), floor.view(torch.int16), out=view)
+            else:
+                torch.gt(buffer, floor, out=view)
         if limit is not None and int(torch.count_nonzero(mask)) > limit:
             return None  # before their indices, 16 bytes each, are written out
         flat = nonzero_flat(mask)
