@@ -19,14 +19,16 @@ def draw(result: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None
     groups = list(dict.fromkeys(row["group"] for row in rows))
     columns = min(2, len(groups))
     lines = -(-len(groups) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(7 * columns, 0.6 + 1.7 * lines), squeeze=False)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(7 * columns, 0.6 + 1.7 * lines), squeeze=False, layout="constrained"
+    )
     for axis, group in zip(axes.flat, groups, strict=False):
         bars_of = [row for row in rows if row["group"] == group]
         times = [row["median_s"] * 1e3 for row in bars_of]
         colors = ["#0f766e" if "fused" in row["provider"] else "#94a3b8" for row in bars_of]
         bars = axis.barh([row["provider"] for row in bars_of], times, color=colors)
         ratios = ["" if row["speedup"] is None else f", {row['speedup']:.2f}x" for row in bars_of]
-        axis.bar_label(bars, [f" {t:.3g} ms{ratio}" for t, ratio in zip(times, ratios, strict=True)], fontsize=8)
+        axis.bar_label(bars, [f" {t:.4g} ms{ratio}" for t, ratio in zip(times, ratios, strict=True)], fontsize=8)
         axis.set_title(group, fontsize=9)
         axis.set(xlabel="median, ms", xlim=(0, max(times) * 1.4))
         axis.tick_params(labelsize=8)
@@ -39,7 +41,6 @@ def draw(result: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None
     figure.suptitle(
         f"{machine}, commit {result['commit']}; ratios: how many times as fast as the first bar", fontsize=9
     )
-    figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
