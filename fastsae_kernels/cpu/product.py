@@ -24,7 +24,7 @@ RESCORE_MIN_ELEMENTS = 2**14  # of a chunk's product; below, the second score co
 UNDERFLOW = 2.0**-120  # added to the margin: bf16 units flush what is smaller to zero
 OVERFLOW = 2.0**120  # of a product; beyond, sums of intermediate terms may reach Inf
 WORD = 8  # bytes of mask looked at together
-SHORT_MASK = 2**19
+SHORT_MASK = 2**19  # elements that one thread looks at as fast as several
 ROUNDED_TOKENS = 512  # whose rounding errors are looked at together
 
 

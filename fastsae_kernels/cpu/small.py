@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastsae_kernels.cpu.entries import largest_of_rows, row_offsets_of
-from fastsae_kernels.cpu.product import nonzero_flat, padded_mask
+from fastsae_kernels.cpu.product import SHORT_MASK, nonzero_flat, padded_mask
 from fastsae_kernels.sparse_acts import SparseActs
 
 MAX_ELEMENTS = 2**20  # of the product: 4 MB in fp32
@@ -80,9 +80,9 @@ def _topk(product: Tensor, threshold: Tensor, k: int) -> SparseActs:
 
 
 def _by_partial_sort(acts: Tensor, k: int) -> SparseActs | None:
-    """The same from `torch.topk`; None where that would be slow, or has a choice among equal values."""
+    """The same from `torch.topk`, on few elements; None where that would be slow, or has a choice among equal values."""
     n_tokens, d_sae = acts.shape
-    if (k + 1) * PARTIAL_SORT > d_sae:
+    if (k + 1) * PARTIAL_SORT > d_sae or acts.numel() > SHORT_MASK:
         return None
     values, indices = torch.topk(acts, k + 1, dim=1)
     kth = values[:, k - 1]
