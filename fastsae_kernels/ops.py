@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae_kernels import library
+from fastsae_kernels import graph
 from fastsae_kernels.autograd import Autoencode, Decode, Encode, list_entries
 from fastsae_kernels.checks import check_decode, check_encode, check_feature_scale
 from fastsae_kernels.dispatch import ActivityHint
@@ -39,7 +39,7 @@ def _in_graph(
     tensors: tuple[Any, ...], spec: AutoencodeSpec, hint: ActivityHint | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, None, Tensor | None]:
     """The pass as one op of a compiled graph."""
-    capacity = library.BY_ACTIVITY
+    capacity = graph.BY_ACTIVITY
     if tensors[0].is_cuda and hint is not None and spec.k is None:
         capacity = hint.plan
     *outputs, min_active, _ = torch.ops.fastsae.autoencode(
@@ -115,8 +115,8 @@ def autoencode(
     flat = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
         tensors = (flat, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale)
-        graph = torch.compiler.is_compiling()
-        outputs = _in_graph(tensors, spec, hint) if graph else Autoencode.apply(*tensors, spec, hint)
+        compiling = torch.compiler.is_compiling()
+        outputs = _in_graph(tensors, spec, hint) if compiling else Autoencode.apply(*tensors, spec, hint)
     output = AutoencodeOutput(*outputs)
     leading = x.shape[:-1]
     return output._replace(

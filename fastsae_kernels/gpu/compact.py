@@ -118,29 +118,9 @@ def launch(call: Listing, config: LaunchConfig) -> None:
     for first_row in range(0, n_tokens, height):
         rows = slice(first_row, min(first_row + height, n_tokens))
         for first in range(0, d_sae, width):
-            columns = slice(first, min(first + width, d_sae))
-            shape = (rows.stop - rows.start, columns.stop - columns.start)
+            part = call.part(rows, slice(first, min(first + width, d_sae)))
+            shape = (part.x.shape[0], part.W_enc.shape[1])
             product = buffer[: shape[0] * shape[1]].view(shape)
-            _product(call.x[rows], call.W_enc[:, columns], product)
-            _append_chunk(call, product, rows, columns, tiles)
-
-
-def _append_chunk(call: Listing, product: Tensor, rows: slice, columns: slice, tiles: LaunchConfig) -> None:
-    n_tokens, d_sae = product.shape
-    grid = (triton.cdiv(n_tokens, tiles["BLOCK_B"]) * triton.cdiv(d_sae, tiles["BLOCK_S"]),)
-    _compact_chunk_kernel[grid](
-        product_ptr=product,
-        b_enc_ptr=call.b_enc[columns],
-        threshold_ptr=call.threshold[columns],
-        row_ends_ptr=call.row_ends[rows],
-        bounds_ptr=None if call.bounds is None else call.bounds[rows],
-        cursors_ptr=call.cursors[rows],
-        entries_ptr=call.entries,
-        l0_ptr=None if call.l0 is None else call.l0[rows],
-        feature_counts_ptr=None if call.feature_counts is None else call.feature_counts[columns],
-        half_bandwidth=call.bandwidth / 2,
-        first_feature=call.first_feature + columns.start,
-        n_tokens=n_tokens,
-        d_sae=d_sae,
-        **tiles,
-    )
+            _product(part.x, part.W_enc, product)
+            grid = (triton.cdiv(shape[0], tiles["BLOCK_B"]) * triton.cdiv(shape[1], tiles["BLOCK_S"]),)
+            _compact_chunk_kernel[grid](product_ptr=product, **part.arguments(), **tiles)

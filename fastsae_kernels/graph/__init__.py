@@ -1,6 +1,6 @@
 """The ops as `torch.library` has them, for graphs: `torch.compile(fullgraph=True)`, `torch.export`, CUDA graphs."""
 
-from fastsae_kernels.library import autoencode, entries
-from fastsae_kernels.library.autoencode import BY_ACTIVITY
+from fastsae_kernels.graph import autoencode, entries
+from fastsae_kernels.graph.autoencode import BY_ACTIVITY
 
 __all__ = ["BY_ACTIVITY", "autoencode", "entries"]

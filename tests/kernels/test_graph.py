@@ -14,7 +14,7 @@ from gpu_helpers import needs_kernels
 from torch.utils.checkpoint import checkpoint
 
 import fastsae_kernels as kernels
-from fastsae_kernels import ActivityHint, AutoencodeSpec, library
+from fastsae_kernels import ActivityHint, AutoencodeSpec, graph
 
 SPECS = {
     name: problems.SPECS[name] for name in ("l0", "tanh, ste to input", "l1", "top-5 of everything", "batch top-3")
@@ -54,7 +54,7 @@ def deterministic() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("capacity", [library.BY_ACTIVITY, DENSE], ids=["by activity", "dense"])
+@pytest.mark.parametrize("capacity", [graph.BY_ACTIVITY, DENSE], ids=["by activity", "dense"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_opcheck_autoencode(spec: AutoencodeSpec, capacity: int) -> None:
     if capacity == DENSE and spec.k is not None:
@@ -100,7 +100,7 @@ def test_whole_graph_on_the_triton_backend(spec: AutoencodeSpec, monkeypatch: py
 
     from fastsae_kernels.gpu import config
 
-    monkeypatch.setattr(library.autoencode, "GRAPH_CAPACITY", 4)  # most rows overflow
+    monkeypatch.setattr(graph.autoencode, "GRAPH_CAPACITY", 4)  # most rows overflow
     problem = problems.make(9, 20, 43, spec=spec, density=0.2, with_scale=spec.penalty != "l0")
     tables = {name: {"16": tiles, "32": tiles} for name, tiles in FEW_PROGRAMS.items()}
     with kernels.use_backend("triton"), config.override(tables):
@@ -124,8 +124,8 @@ def test_encode_and_decode_in_a_whole_graph(k: int | None) -> None:
         results.append(
             [out, *[leaf.grad for i, leaf in enumerate(inputs) if i != 3]]
         )  # no window, no threshold's gradient
-    for eager, graph in zip(*results, strict=True):
-        torch.testing.assert_close(eager, graph)
+    for eager, whole in zip(*results, strict=True):
+        torch.testing.assert_close(eager, whole)
 
 
 def test_autocast_inside_a_graph_is_that_outside() -> None:
@@ -149,7 +149,7 @@ def test_inside_checkpoint(whole_graph: bool, use_reentrant: bool) -> None:
     def forward(*tensors: torch.Tensor) -> torch.Tensor:
         if not whole_graph:
             return kernels.autoencode(*tensors, spec=p.spec).sae_out
-        inputs = (*tensors, None, *dataclasses.astuple(p.spec), library.BY_ACTIVITY, 0)
+        inputs = (*tensors, None, *dataclasses.astuple(p.spec), graph.BY_ACTIVITY, 0)
         return torch.ops.fastsae.autoencode(*inputs)[0]
 
     grads = []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels.autograd import decode_entries, decode_gradients, encode_gradients, list_entries
-from fastsae_kernels.library.autoencode import laid_out
+from fastsae_kernels.graph.autoencode import laid_out
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
 
