@@ -6,6 +6,7 @@ rank never compiles a kernel again.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,11 @@ def _autocast(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.is_autocast_enabled(device_type):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(device_type)) for tensor in tensors)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    # entering autocast takes longer than all checks together
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
 
 
 def _in_graph(
@@ -113,7 +119,7 @@ def autoencode(
     check_decode(W_enc.shape[1], x.dtype, x.device, W_dec, b_dec)
     check_feature_scale(feature_scale, threshold)
     flat = x.reshape(-1, x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         tensors = (flat, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale)
         compiling = torch.compiler.is_compiling()
         outputs = _in_graph(tensors, spec, hint) if compiling else Autoencode.apply(*tensors, spec, hint)
@@ -176,7 +182,7 @@ def encode(
     check_encode(x, W_enc, b_enc, threshold, k)
     if x.dim() != 2:
         raise ValueError(f"x: expected two dimensions [n_tokens, d_in], got shape {tuple(x.shape)}")
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         if torch.compiler.is_compiling():
             entries = torch.ops.fastsae.encode(
                 x, W_enc, b_enc, threshold, bandwidth, k, batch_topk, rescore, precision, fp8

@@ -106,12 +106,13 @@ def _encode_threshold(
         candidates = chunks.candidates(start, stop, threshold[start:stop] - bandwidth / 2, limit)
         if candidates is None:
             return None
-        offsets, tokens, hidden_pre = candidates
-        features = torch.arange(start, stop).repeat_interleave(offsets.diff(), output_size=tokens.numel())
-        theta = threshold[features]
-        active = hidden_pre > theta
-        keep = active if bandwidth == 0 else active | ((hidden_pre - theta).abs() < bandwidth / 2)
-        entries.append(features[keep].int(), tokens[keep], torch.where(active, hidden_pre, 0)[keep])
+        features, tokens, hidden_pre = candidates
+        theta = threshold.index_select(0, features)
+        listed = active = hidden_pre > theta
+        if bandwidth > 0:
+            listed = active | ((hidden_pre - theta).abs() < bandwidth / 2)
+            hidden_pre = torch.where(active, hidden_pre, 0)
+        entries.append_listed(listed, features, tokens, hidden_pre)
         # the share seen so far stands for the rest only once it is well above the limit
         if max_entries is not None and entries.count > max_entries * max(stop / d_sae, 0.25):
             return None
@@ -134,9 +135,8 @@ def _encode_batch_topk(
         candidates = chunks.candidates(start, stop, threshold[start:stop].clamp_min(entries.bound))
         if candidates is None:
             return None
-        offsets, tokens, hidden_pre = candidates
-        features = torch.arange(start, stop).repeat_interleave(offsets.diff(), output_size=tokens.numel())
-        keep = (hidden_pre > threshold[features]) & (hidden_pre >= entries.bound)
-        entries.append(features[keep].int(), tokens[keep], hidden_pre[keep])
+        features, tokens, hidden_pre = candidates
+        listed = (hidden_pre > threshold.index_select(0, features)) & (hidden_pre >= entries.bound)
+        entries.append_listed(listed, features, tokens, hidden_pre)
         start = stop
     return entries.finish()

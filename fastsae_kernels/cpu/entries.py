@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ def row_offsets_of(sorted_rows: Tensor, n_rows: int) -> Tensor:
     return torch.searchsorted(sorted_rows, torch.arange(n_rows + 1, dtype=sorted_rows.dtype), out_int32=True)
 
 
-def largest_of_rows(rows: Tensor, values: Tensor, row_offsets: Tensor, k: int) -> Tensor | None:
+def largest_of_rows(rows: np.ndarray, values: np.ndarray, row_offsets: np.ndarray, k: int) -> np.ndarray | None:
     """`[nnz]` bool, whether an entry is among the k largest of its row (ties: the earlier one); None where all are.
 
     Args:
@@ -24,20 +25,20 @@ def largest_of_rows(rows: Tensor, values: Tensor, row_offsets: Tensor, k: int) -
         row_offsets: `[n + 1]` of the rows.
         k: How many survive.
     """
-    counts = row_offsets.diff()
-    longest = int(counts.max()) if counts.numel() else 0
+    counts = np.diff(row_offsets)
+    longest = int(counts.max(initial=0))
     if longest <= k:
         return None
-    slot = torch.arange(rows.numel()) - row_offsets.index_select(0, rows)
-    padded = torch.full((counts.numel(), longest), float("-inf"), dtype=values.dtype)
-    at = rows * longest + slot
-    padded.view(-1)[at] = values
-    kth = torch.topk(padded, k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    keep = padded >= kth
-    if int(keep.sum()) > int((torch.minimum(counts, torch.tensor(k))).sum()):
-        above, tied = padded > kth, padded == kth
-        keep = above | (tied & (tied.cumsum(1) <= k - above.sum(1, keepdim=True)))
-    return keep.view(-1)[at]
+    padded = np.full((counts.size, longest), -np.inf, dtype=values.dtype)
+    at = np.arange(rows.size) + (np.arange(counts.size) * longest - row_offsets[:-1]).take(rows)
+    padded.reshape(-1)[at] = values
+    kth = np.partition(padded, longest - k, axis=1)[:, longest - k]
+    keep: np.ndarray = values >= kth.take(rows)
+    if np.count_nonzero(keep) > np.minimum(counts, k).sum():
+        above, tied = padded > kth[:, None], padded == kth[:, None]
+        kept = above | (tied & (tied.cumsum(1) <= k - above.sum(1, keepdims=True)))
+        keep = kept.reshape(-1)[at]
+    return keep
 
 
 def stack_rows(parts: list[SparseActs | None]) -> SparseActs | None:
@@ -69,6 +70,11 @@ class Entries:
         """Takes the entries of the next features."""
         self.parts.append((features, tokens, values))
         self.count += tokens.numel()
+
+    def append_listed(self, listed: Tensor, features: Tensor, tokens: Tensor, values: Tensor) -> None:
+        """Takes those candidates of the next features that are listed (bool)."""
+        at = torch.from_numpy(np.flatnonzero(listed.numpy()))
+        self.append(features.index_select(0, at).int(), tokens.index_select(0, at), values.index_select(0, at))
 
     def merge(self) -> tuple[Tensor, Tensor, Tensor]:
         """All entries in one piece, `(features, tokens, values)`."""

@@ -1,117 +1,219 @@
 """Encode of few tokens on a CPU: the whole product fits in cache, so it is formed once and looked at directly.
 
-NumPy does the looking: on so few numbers the threads of PyTorch's operators cost more than they save.
+NumPy does the looking: on so few numbers the threads of PyTorch's operators cost more than they save, and its partition
+finds a k-th largest several times faster.
+
+On an AMD CPU the fp32 product of oneDNN takes half the time of MKL's, which is PyTorch's, but sums in one long chain and
+so has up to three times its rounding error. It finds the candidates there, with a margin that admits too many, and the
+candidates are scored again.
 """
 
 from __future__ import annotations
+
+import math
+import platform
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastsae_kernels.cpu.entries import largest_of_rows, row_offsets_of
-from fastsae_kernels.cpu.product import SHORT_MASK, nonzero_flat, padded_mask
+from fastsae_kernels.cpu.entries import largest_of_rows
+from fastsae_kernels.cpu.product import has_fast_bf16, nonzero_flat, padded_mask, row_norms, sampled_dot
 from fastsae_kernels.sparse_acts import SparseActs
 
 MAX_ELEMENTS = 2**20  # of the product: 4 MB in fp32
-PARTIAL_SORT = 64  # `torch.topk` sorts partially for a smaller share of its input, and is several times slower beyond
+MIN_ROUGH_TOKENS = 8  # fewer multiplications per weight do not pay for the weights' norms
+MIN_ROUGH_WORK = 2**24  # multiply-adds, likewise for the second score
+MAX_RESCORED = 1 / 32  # of the elements; scoring more takes longer than the other product
+MIN_GROUPS = 128  # whose maxima bound the k-th largest from below
 
 
 def encode_small(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, bandwidth: float, k: int | None, batch_topk: bool
 ) -> SparseActs | None:
     """`encode` through one dense product of at most `MAX_ELEMENTS`; None where it is NaN or Inf."""
-    if x.dtype == threshold.dtype:
-        product = functional.linear(x, W_enc.t(), b_enc)
-    else:  # the bias is not rounded to 16 bits, as on every other path
-        product = functional.linear(x, W_enc.t()).to(threshold.dtype) + b_enc.to(threshold.dtype)
-    array = product.numpy()
-    with np.errstate(over="ignore"):  # a sum beyond the largest number is looked at again
-        total = array.sum()
-    if not np.isfinite(total) and not np.isfinite(array).all():
+    row_k = k if bandwidth == 0 and not batch_topk else None  # else the k largest come from a dense mask
+    shape = (x.shape[0], W_enc.shape[1])
+    if k == row_k and _is_rough_faster(x, W_enc):
+        rough, margin = _rough_product(x, W_enc, b_enc)
+        listed = _candidates(rough, threshold, margin, bandwidth, row_k)
+        if listed is not None and listed.size <= MAX_RESCORED * rough.numel():
+            rows, columns = _places(listed, shape)
+            return _entries(rows, columns, _scores(rows, columns, x, W_enc, b_enc), threshold, bandwidth, k, shape)
+    product = _product(x, W_enc, b_enc.to(x.dtype))
+    listed = _candidates(product, threshold, None, bandwidth, row_k)
+    if listed is None:
         return None
-    if k is not None and bandwidth == 0 and not batch_topk:
-        return _topk(product, threshold, k)
-    listed = array > threshold.numpy()
-    if bandwidth > 0:
-        listed |= np.abs(array - threshold.numpy()) < bandwidth / 2
-    if k is not None:
-        acts = product * (product > threshold)
-        if batch_topk:
-            listed &= topk_keep(acts.view(1, -1), k * x.shape[0]).view_as(acts).numpy()
-        else:
-            listed &= topk_keep(acts, k).numpy()
-    flat = np.flatnonzero(listed)
-    d_sae = W_enc.shape[1]
-    row_offsets = np.searchsorted(flat, np.arange(x.shape[0] + 1) * d_sae).astype(np.int32)
-    indices = (flat % d_sae).astype(np.int32)
-    values = array.reshape(-1)[flat]
-    if bandwidth > 0:
-        values = np.where(values > threshold.numpy()[indices], values, 0)
-    return _as_acts(row_offsets, indices, values, (x.shape[0], d_sae))
+    if k is not None and row_k is None:
+        listed = listed[_largest(product, threshold, k, batch_topk).view(-1).numpy().take(listed)]
+    values = product.view(-1).index_select(0, torch.from_numpy(listed)).to(threshold.dtype).numpy()
+    return _entries(*_places(listed, shape), values, threshold, bandwidth, row_k, shape)
 
 
-def _as_acts(row_offsets: np.ndarray, indices: np.ndarray, values: np.ndarray, shape: tuple[int, int]) -> SparseActs:
-    return SparseActs(torch.from_numpy(row_offsets), torch.from_numpy(indices), torch.from_numpy(values), shape)
+@cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _topk(product: Tensor, threshold: Tensor, k: int) -> SparseActs:
-    """The k largest active entries of each row: what reaches a lower bound of the k-th largest, cut to k."""
-    n_tokens, d_sae = product.shape
-    # where all thresholds are 0 an inactive entry is simply not positive, and no masked copy is needed
-    acts = torch.where(product > threshold, product, 0) if bool(threshold.any()) else product
-    found = _by_partial_sort(acts, k)
-    if found is not None:
-        return found
-    mask, bound = padded_mask(acts.numel()), _lower_bound(acts, k)
-    reaches = mask[: acts.numel()].view_as(acts)
-    torch.ge(acts, bound, out=reaches)
-    if not bool((bound > 0).all()):
-        reaches &= acts > 0
-    flat = nonzero_flat(mask)
-    rows = flat // d_sae
-    row_offsets = row_offsets_of(rows, n_tokens)
-    indices, values = (flat - rows * d_sae).int(), acts.view(-1)[flat]
-    keep = largest_of_rows(rows, values, row_offsets, k)
-    if keep is not None:
-        row_offsets, indices, values = row_offsets_of(rows[keep], n_tokens), indices[keep], values[keep]
-    return SparseActs(row_offsets, indices, values, (n_tokens, d_sae))
+@cache
+def _has_slow_mkl() -> bool:
+    """Whether this is a CPU of AMD, on which MKL keeps to older instructions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = platform.processor() + (cpuinfo.read_text() if cpuinfo.exists() else "")
+    return torch.backends.mkl.is_available() and "AuthenticAMD" in names
 
 
-def _by_partial_sort(acts: Tensor, k: int) -> SparseActs | None:
-    """The same from `torch.topk`, on few elements; None where that would be slow, or has a choice among equal values."""
-    n_tokens, d_sae = acts.shape
-    if (k + 1) * PARTIAL_SORT > d_sae or acts.numel() > SHORT_MASK:
-        return None
-    values, indices = torch.topk(acts, k + 1, dim=1)
-    kth = values[:, k - 1]
-    if bool(((kth == values[:, k]) & (kth > 0)).any()):
-        return None
-    flat = np.sort(indices[:, :k].numpy(), axis=1) + np.arange(n_tokens)[:, None] * d_sae
-    found = acts.numpy().reshape(-1)[flat]
-    active = found > 0
-    row_offsets = np.zeros(n_tokens + 1, dtype=np.int32)
-    np.cumsum(active.sum(1), out=row_offsets[1:])
-    if not bool((kth > 0).all()):
-        flat, found = flat[active], found[active]
-    return _as_acts(row_offsets, (flat % d_sae).astype(np.int32).reshape(-1), found.reshape(-1), (n_tokens, d_sae))
+def _by_onednn(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, W_enc.t(), b_enc, "none", [], "")
+    return product
 
 
-def _lower_bound(acts: Tensor, k: int) -> Tensor:
-    """`[n, 1]` >= 0: at least k elements of a row reach it, if k are positive.
+def _suits_onednn(x: Tensor, W_enc: Tensor) -> bool:
+    # other strides are copied, or multiplied by a slow loop
+    return _has_onednn() and x.is_contiguous() and W_enc.t().is_contiguous()
 
-    The k-th largest of the maxima of 4 k groups: a pass over memory, and a `torch.topk` of few numbers. An eighth more
-    elements than k reach it where values are independent.
+
+def _is_rough_faster(x: Tensor, W_enc: Tensor) -> bool:
+    if x.dtype != torch.float32 or x.shape[0] < MIN_ROUGH_TOKENS or x.numel() * W_enc.shape[1] < MIN_ROUGH_WORK:
+        return False
+    return _has_slow_mkl() and _suits_onednn(x, W_enc)
+
+
+def _product(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    """Pre-activations `[N, S]`, bit for bit those of a linear layer."""
+    if x.dtype == torch.bfloat16 and has_fast_bf16() and _suits_onednn(x, W_enc):
+        return _by_onednn(x, W_enc, b_enc)  # which `linear` calls after it has copied the bias to all rows
+    return functional.linear(x, W_enc.t(), b_enc)
+
+
+def _rough_product(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor]:
+    """Pre-activations `[N, S]` by oneDNN, and `[S]` how far more careful sums can lie from them.
+
+    Two fp32 sums of the same products differ by at most 2 (d + 4) u |x| |w|, u = 2^-24; taken twice, and the bias rounded.
     """
-    n_groups = 4 * k
+    norms = row_norms(W_enc.t()) * row_norms(x).max()
+    return _by_onednn(x, W_enc, b_enc), norms * (x.shape[1] + 8) * 2.0**-22 + b_enc.abs() * 2.0**-21
+
+
+def _candidates(
+    product: Tensor, threshold: Tensor, margin: Tensor | None, bandwidth: float, k: int | None
+) -> np.ndarray | None:
+    """Flat places, ascending, of all that may be an entry: above the window's lower end, and with `k` among the k largest.
+
+    None where the product is NaN or Inf.
+    """
+    # a sum beyond the largest number is looked at again
+    if not math.isfinite(product.sum()) and not bool(product.isfinite().all()):
+        return None
+    widest = 0.0 if margin is None else float(margin.max())
+    if k is not None and not threshold.any():  # of a plain TopK: an inactive element is simply not positive
+        (array,), lower = _in_order(product), np.asarray(-widest)
+        acts = array
+    else:
+        theta = threshold.numpy()
+        numbers = torch.finfo(product.dtype)
+        slack = (theta + bandwidth + numbers.smallest_normal) * (2 * numbers.eps)  # for the rounding of what follows
+        if margin is not None:
+            slack = slack + margin.numpy()
+        lower = theta - bandwidth / 2 - slack
+        if margin is None and bandwidth == 0:  # what is active is positive
+            lower = np.maximum(lower, 0)
+        array, lower, certain = _in_order(product, lower, theta + slack)
+        acts = array if k is None else np.where(array > certain, array, 0)
+    mask = padded_mask(array.size)
+    listed = mask.numpy()[: array.size].reshape(array.shape)
+    if k is None:
+        np.greater(array, lower, out=listed)
+    else:
+        reach = _kth_largest_bound(acts, k)
+        if margin is not None:
+            reach = reach - 2 * widest
+        np.greater_equal(array, reach, out=listed)
+        if not (reach > lower.max()).all():
+            listed &= array > lower
+    return nonzero_flat(mask).numpy()
+
+
+def _in_order(product: Tensor, *bounds: np.ndarray) -> list[np.ndarray]:
+    """The product and its bounds as numbers that NumPy compares.
+
+    16-bit numbers that are not negative order as their bits do, and negative ones lie below them as integers too.
+    """
+    if product.element_size() > 2:
+        return [product.numpy(), *bounds]
+    if any(bound.min() < 0 for bound in bounds):
+        return [product.float().numpy(), *bounds]
+    rounded = [torch.from_numpy(bound + 0.0).to(product.dtype) for bound in bounds]  # -0.0 would lie below all
+    return [numbers.view(torch.int16).numpy() for numbers in (product, *rounded)]
+
+
+def _kth_largest_bound(acts: np.ndarray, k: int) -> np.ndarray:
+    """`[N, 1]` >= 0: at least k elements of a row reach it, if k are positive.
+
+    The k-th largest of the maxima of 4 k groups: one pass over memory. An eighth more elements than k reach it where
+    values are independent.
+    """
+    n_groups = max(MIN_GROUPS, 4 * k)
     per_group = acts.shape[1] // n_groups
     if per_group > 1:
-        acts = acts[:, : per_group * n_groups].view(acts.shape[0], per_group, n_groups).amax(1)
-    if acts.shape[1] < k:
-        return acts.new_zeros(acts.shape[0], 1)
-    largest = torch.topk(acts, k, dim=1, sorted=False).values
-    return largest.amin(1, keepdim=True).clamp_min(0)
+        grouped = torch.from_numpy(acts[:, : per_group * n_groups]).view(acts.shape[0], per_group, n_groups)
+        acts = grouped.amax(1).numpy()  # unlike NumPy's maximum, over all threads
+    at = acts.shape[1] - k
+    bound: np.ndarray = np.maximum(np.partition(acts, at, axis=1)[:, at : at + 1], 0)
+    return bound
+
+
+def _places(flat: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """`(rows, columns)` of flat places."""
+    rows = flat // shape[1]
+    return rows, (flat - rows * shape[1]).astype(np.int32)
+
+
+def _scores(rows: np.ndarray, columns: np.ndarray, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> np.ndarray:
+    """The pre-activations at these places, each summed by itself."""
+    offsets = torch.from_numpy(_row_offsets(rows, x.shape[0]))
+    products: np.ndarray = sampled_dot(offsets, torch.from_numpy(columns), x, W_enc.t()).numpy()
+    return products + b_enc.numpy().take(columns)
+
+
+def _row_offsets(rows: np.ndarray, n_tokens: int) -> np.ndarray:
+    return np.searchsorted(rows, np.arange(n_tokens + 1)).astype(np.int32)
+
+
+def _entries(
+    rows: np.ndarray,
+    columns: np.ndarray,
+    values: np.ndarray,
+    threshold: Tensor,
+    bandwidth: float,
+    k: int | None,
+    shape: tuple[int, int],
+) -> SparseActs:
+    """Those candidates that are entries; with `k`, the k largest of each row."""
+    theta = threshold.numpy().take(columns)
+    keep = active = values > theta
+    if bandwidth > 0:
+        keep = active | (np.abs(values - theta) < bandwidth / 2)
+        values = np.where(active, values, 0)
+    if not keep.all():
+        rows, columns, values = rows[keep], columns[keep], values[keep]
+    row_offsets = _row_offsets(rows, shape[0])
+    largest = None if k is None else largest_of_rows(rows, values, row_offsets, k)
+    if k is not None and largest is not None:
+        columns, values = columns[largest], values[largest]
+        np.minimum(np.diff(row_offsets), k).cumsum(out=row_offsets[1:])
+    return SparseActs(torch.from_numpy(row_offsets), torch.from_numpy(columns), torch.from_numpy(values), shape)
+
+
+def _largest(product: Tensor, threshold: Tensor, k: int, batch_topk: bool) -> Tensor:
+    """`[N, S]` bool: what is inactive, or among the k largest of its row or the k N largest of the batch."""
+    acts = product * (product > threshold)
+    if batch_topk:
+        return topk_keep(acts.view(1, -1), k * acts.shape[0]).view_as(acts)
+    return topk_keep(acts, k)
 
 
 def topk_keep(acts: Tensor, k: int) -> Tensor:

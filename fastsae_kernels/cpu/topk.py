@@ -240,8 +240,10 @@ class _Block:
         features, rows, values = features[order], rows[order].long(), values[order]
         active = values > self.threshold[features]
         rows, features, values = rows[active], features[active], values[active]
-        keep = largest_of_rows(rows, values, row_offsets_of(rows, n_tokens), self.k)
-        entries = [rows, features, values] if keep is None else [rows[keep], features[keep], values[keep]]
+        keep = largest_of_rows(rows.numpy(), values.numpy(), row_offsets_of(rows, n_tokens).numpy(), self.k)
+        entries = [rows, features, values]
+        if keep is not None:
+            entries = [column[torch.from_numpy(keep)] for column in entries]
         if bool(again.any()):
             entries = self._with_others(entries, again)
         return SparseActs(row_offsets_of(entries[0], n_tokens), entries[1], entries[2], (n_tokens, d_sae))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import problems
 import pytest
 import torch
+from small_products import force_product
 
 import fastsae_kernels as kernels
 from fastsae_kernels import AutoencodeSpec
@@ -29,10 +30,13 @@ def run(problem: problems.Problem, backend: Backend | None = None) -> problems.R
         return problems.collect(inputs, named, problem)
 
 
-@pytest.fixture(params=["rescored", "plain", "small"])
+@pytest.fixture(params=["rescored", "plain", "small", "small, rough"])
 def scoring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The ways to find candidates: bf16 with the margin and a second score, the plain product, one product in all."""
-    if request.param != "small":
+    if "small" in request.param:
+        force_product(monkeypatch, rough="rough" in request.param)
+    """The ways to find candidates: bf16 with the margin and a second score, the plain product, one product in all
+    (by oneDNN with a margin, or plain)."""
+    if "small" not in request.param:
         rescored = request.param == "rescored"
         monkeypatch.setattr(cpu_encode, "MAX_ELEMENTS", 0)
         monkeypatch.setattr(cpu_product, "has_fast_bf16", lambda: rescored)

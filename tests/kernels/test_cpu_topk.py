@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from small_products import force_product
 from torch import Tensor
 
 import fastsae_kernels as kernels
@@ -66,9 +67,11 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["searched, rounded", "searched", "dense blocks", "small"])
+@pytest.fixture(params=["searched, rounded", "searched", "dense blocks", "small", "small, rough"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param != "small":
+    if "small" in request.param:
+        force_product(monkeypatch, rough="rough" in request.param)
+    if "small" not in request.param:
         monkeypatch.setattr(cpu_encode, "MAX_ELEMENTS", 0)
         monkeypatch.setattr(cpu_product, "has_fast_bf16", lambda: "rounded" in request.param)
         monkeypatch.setattr(cpu_product, "RESCORE_MIN_ELEMENTS", 0)
@@ -223,6 +226,27 @@ def test_rescored_values_are_exact_to_fp32(dtype: torch.dtype, k: int | None, ba
         torch.testing.assert_close(loud.values.double(), exact, rtol=1e-6, atol=1e-6 * exact.max().item())
     nothing = cpu.encode(x[:0], W_enc, b_enc, threshold, k=k, batch_topk=batch_topk, rescore=True)
     assert nothing.values.numel() == 0
+
+
+@pytest.mark.parametrize("k", [None, 5], ids=["all", "token"])
+def test_rough_product_never_misses_what_a_careful_sum_finds(monkeypatch: pytest.MonkeyPatch, k: int | None) -> None:
+    """Sums of 4,096 numbers that cancel: the rough ones are off by several times the distance to the threshold."""
+    force_product(monkeypatch, rough=True)
+    g = torch.Generator().manual_seed(0)
+    half = 100 * torch.randn(12, 2048, generator=g)
+    x = torch.cat([half, -half + 1e-3 * torch.randn(12, 2048, generator=g)], 1)
+    W_enc = torch.randn(300, 2048, generator=g).repeat(1, 2).t()
+    threshold = torch.zeros(300) if k else torch.full((300,), 0.01)
+    acts = cpu.encode(x, W_enc, torch.zeros(300), threshold, k=k)
+    assert acts is not None
+    rough = cpu_small._by_onednn(x, W_enc, torch.zeros(300))
+    hidden_pre = (x[:, None] * W_enc.t()).sum(2)  # by pairs, so with a far smaller error
+    assert ((rough > threshold) != (hidden_pre > threshold)).any()
+    scored = cpu.product.sampled_dot(torch.arange(13) * 300, torch.arange(300).repeat(12).int(), x, W_enc.t()).view(
+        12, 300
+    )
+    kept = reference.topk_keep(scored * (scored > threshold), k) if k else torch.ones_like(scored, dtype=torch.bool)
+    assert torch.equal(acts.to_dense(), torch.where(kept & (scored > threshold), scored, 0))
 
 
 def test_public_encode_takes_k_of_the_batch() -> None:
