@@ -66,6 +66,14 @@ def _has_slow_mkl() -> bool:
     return torch.backends.mkl.is_available() and "AuthenticAMD" in names
 
 
+def _sums_in_fp32() -> bool:
+    """False where the user lets oneDNN multiply fp32 matrices in a narrower dtype, which no margin covers."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # since PyTorch 2.9
+    if matmul is None:
+        return torch.get_float32_matmul_precision() == "highest"
+    return matmul.fp32_precision in ("none", "ieee")
+
+
 def _by_onednn(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, W_enc.t(), b_enc, "none", [], "")
     return product
@@ -79,7 +87,7 @@ def _suits_onednn(x: Tensor, W_enc: Tensor) -> bool:
 def _is_rough_faster(x: Tensor, W_enc: Tensor) -> bool:
     if x.dtype != torch.float32 or x.shape[0] < MIN_ROUGH_TOKENS or x.numel() * W_enc.shape[1] < MIN_ROUGH_WORK:
         return False
-    return _has_slow_mkl() and _suits_onednn(x, W_enc)
+    return _has_slow_mkl() and _sums_in_fp32() and _suits_onednn(x, W_enc)
 
 
 def _product(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
