@@ -14,6 +14,7 @@ import math
 import platform
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,26 +32,36 @@ MAX_RESCORED = 1 / 32  # of the elements; scoring more takes longer than the oth
 MIN_GROUPS = 128  # whose maxima bound the k-th largest from below
 
 
+class _Cut(NamedTuple):
+    """The `k` largest of each row survive, the elements seen as `n_rows` rows: one of each token, or one of all."""
+
+    n_rows: int
+    k: int
+
+
 def encode_small(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, bandwidth: float, k: int | None, batch_topk: bool
 ) -> SparseActs | None:
     """`encode` through one dense product of at most `MAX_ELEMENTS`; None where it is NaN or Inf."""
-    row_k = k if bandwidth == 0 and not batch_topk else None  # else the k largest come from a dense mask
-    shape = (x.shape[0], W_enc.shape[1])
-    if k == row_k and _is_rough_faster(x, W_enc):
+    shape = n_tokens, _ = x.shape[0], W_enc.shape[1]
+    cut = None
+    if k is not None and bandwidth == 0 and n_tokens > 0:  # with a window a dense mask tells them
+        cut = _Cut(1, k * n_tokens) if batch_topk else _Cut(n_tokens, k)
+    if (k is None or cut is not None) and _is_rough_faster(x, W_enc):
         rough, margin = _rough_product(x, W_enc, b_enc)
-        listed = _candidates(rough, threshold, margin, bandwidth, row_k)
+        listed = _candidates(rough, threshold, margin, bandwidth, cut)
         if listed is not None and listed.size <= MAX_RESCORED * rough.numel():
             rows, columns = _places(listed, shape)
-            return _entries(rows, columns, _scores(rows, columns, x, W_enc, b_enc), threshold, bandwidth, k, shape)
+            return _entries(rows, columns, _scores(rows, columns, x, W_enc, b_enc), threshold, bandwidth, cut, shape)
     product = _product(x, W_enc, b_enc.to(x.dtype))
-    listed = _candidates(product, threshold, None, bandwidth, row_k)
+    listed = _candidates(product, threshold, None, bandwidth, cut)
     if listed is None:
         return None
-    if k is not None and row_k is None:
-        listed = listed[_largest(product, threshold, k, batch_topk).view(-1).numpy().take(listed)]
+    if k is not None and cut is None:
+        keep = topk_keep(product * (product > threshold), k)
+        listed = listed[keep.view(-1).numpy().take(listed)]
     values = product.view(-1).index_select(0, torch.from_numpy(listed)).to(threshold.dtype).numpy()
-    return _entries(*_places(listed, shape), values, threshold, bandwidth, row_k, shape)
+    return _entries(*_places(listed, shape), values, threshold, bandwidth, cut, shape)
 
 
 @cache
@@ -91,9 +102,14 @@ def _is_rough_faster(x: Tensor, W_enc: Tensor) -> bool:
 
 
 def _product(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
-    """Pre-activations `[N, S]`, bit for bit those of a linear layer."""
-    if x.dtype == torch.bfloat16 and has_fast_bf16() and _suits_onednn(x, W_enc):
-        return _by_onednn(x, W_enc, b_enc)  # which `linear` calls after it has copied the bias to all rows
+    """Pre-activations `[N, S]`, in 16 bits those of a linear layer bit for bit."""
+    if _suits_onednn(x, W_enc):
+        if (
+            x.dtype == torch.bfloat16 and has_fast_bf16()
+        ):  # `linear` calls it too, but first copies the bias to all rows
+            return _by_onednn(x, W_enc, b_enc)
+        if x.dtype == torch.float32 and x.shape[0] == 1 and _has_slow_mkl():  # here it has the smaller error as well
+            return _by_onednn(x, W_enc, b_enc)
     return functional.linear(x, W_enc.t(), b_enc)
 
 
@@ -107,9 +123,9 @@ def _rough_product(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Ten
 
 
 def _candidates(
-    product: Tensor, threshold: Tensor, margin: Tensor | None, bandwidth: float, k: int | None
+    product: Tensor, threshold: Tensor, margin: Tensor | None, bandwidth: float, cut: _Cut | None
 ) -> np.ndarray | None:
-    """Flat places, ascending, of all that may be an entry: above the window's lower end, and with `k` among the k largest.
+    """Flat places, ascending, of all that may be an entry: above the window's lower end, and among the largest of a `cut`.
 
     None where the product is NaN or Inf.
     """
@@ -117,7 +133,7 @@ def _candidates(
     if not math.isfinite(product.sum()) and not bool(product.isfinite().all()):
         return None
     widest = 0.0 if margin is None else float(margin.max())
-    if k is not None and not threshold.any():  # of a plain TopK: an inactive element is simply not positive
+    if cut is not None and not threshold.any():  # of a plain TopK: an inactive element is simply not positive
         (array,), lower = _in_order(product), np.asarray(-widest)
         acts = array
     else:
@@ -130,13 +146,13 @@ def _candidates(
         if margin is None and bandwidth == 0:  # what is active is positive
             lower = np.maximum(lower, 0)
         array, lower, certain = _in_order(product, lower, theta + slack)
-        acts = array if k is None else np.where(array > certain, array, 0)
+        acts = array if cut is None else np.where(array > certain, array, 0)
     mask = padded_mask(array.size)
     listed = mask.numpy()[: array.size].reshape(array.shape)
-    if k is None:
+    if cut is None:
         np.greater(array, lower, out=listed)
     else:
-        reach = _kth_largest_bound(acts, k)
+        reach = _kth_largest_bound(acts.reshape(cut.n_rows, -1), cut.k)
         if margin is not None:
             reach = reach - 2 * widest
         np.greater_equal(array, reach, out=listed)
@@ -159,7 +175,7 @@ def _in_order(product: Tensor, *bounds: np.ndarray) -> list[np.ndarray]:
 
 
 def _kth_largest_bound(acts: np.ndarray, k: int) -> np.ndarray:
-    """`[N, 1]` >= 0: at least k elements of a row reach it, if k are positive.
+    """`[n, 1]` >= 0: at least k elements of a row reach it, if k are positive.
 
     The k-th largest of the maxima of 4 k groups: one pass over memory. An eighth more elements than k reach it where
     values are independent.
@@ -197,10 +213,10 @@ def _entries(
     values: np.ndarray,
     threshold: Tensor,
     bandwidth: float,
-    k: int | None,
+    cut: _Cut | None,
     shape: tuple[int, int],
 ) -> SparseActs:
-    """Those candidates that are entries; with `k`, the k largest of each row."""
+    """Those candidates that are entries, and the largest of a `cut`."""
     theta = threshold.numpy().take(columns)
     keep = active = values > theta
     if bandwidth > 0:
@@ -209,19 +225,14 @@ def _entries(
     if not keep.all():
         rows, columns, values = rows[keep], columns[keep], values[keep]
     row_offsets = _row_offsets(rows, shape[0])
-    largest = None if k is None else largest_of_rows(rows, values, row_offsets, k)
-    if k is not None and largest is not None:
-        columns, values = columns[largest], values[largest]
-        np.minimum(np.diff(row_offsets), k).cumsum(out=row_offsets[1:])
+    if cut is not None:
+        whole = cut.n_rows < shape[0]
+        bounds = row_offsets[[0, -1]] if whole else row_offsets
+        largest = largest_of_rows(np.zeros_like(rows) if whole else rows, values, bounds, cut.k)
+        if largest is not None:
+            rows, columns, values = rows[largest], columns[largest], values[largest]
+            row_offsets = _row_offsets(rows, shape[0])
     return SparseActs(torch.from_numpy(row_offsets), torch.from_numpy(columns), torch.from_numpy(values), shape)
-
-
-def _largest(product: Tensor, threshold: Tensor, k: int, batch_topk: bool) -> Tensor:
-    """`[N, S]` bool: what is inactive, or among the k largest of its row or the k N largest of the batch."""
-    acts = product * (product > threshold)
-    if batch_topk:
-        return topk_keep(acts.view(1, -1), k * acts.shape[0]).view_as(acts)
-    return topk_keep(acts, k)
 
 
 def topk_keep(acts: Tensor, k: int) -> Tensor:
