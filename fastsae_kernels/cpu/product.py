@@ -130,6 +130,10 @@ def sampled_dot(offsets: Tensor, tokens: Tensor, features: Tensor, rows: Tensor)
     values = torch.zeros(tokens.numel(), dtype=wide)
     if tokens.numel() == 0:
         return values
+    if features.dtype != wide:  # only those with entries are widened
+        used = offsets.diff().nonzero().squeeze(1)
+        offsets = torch.cat([offsets[:1], offsets[1:].index_select(0, used)])
+        features = features.index_select(0, used)
     shape = (features.shape[0], rows.shape[0])
     pattern = torch.sparse_csr_tensor(offsets.int(), tokens, values, shape, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, features.to(wide), rows.to(wide).t(), beta=0.0).values()
