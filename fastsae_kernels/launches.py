@@ -21,6 +21,7 @@ from fastsae_kernels.spec import AutoencodeSpec
 # the size of a typical SAE; it matters through its divisibility alone
 N_TOKENS, D_IN, D_SAE = 4096, 2304, 65536
 UNEVEN_D_IN = 1000  # no tile divides it
+LONGEST_ROW = 8192  # a whole row in one program's registers
 # d_in, capacity, options: every compile-time branch of the training kernels is taken by one of these
 CASES = (
     (D_IN, 128, AutoencodeSpec(bandwidth=0.05)),
@@ -32,6 +33,7 @@ CASES = (
     (UNEVEN_D_IN, 256, AutoencodeSpec(bandwidth=0.05, k=128)),
     (D_IN, 2048, AutoencodeSpec(penalty="l1", k=1024)),
 )
+ADAM: dict[str, Any] = {"lr": 1e-3, "beta2": 0.999, "eps": 1e-8, "step": 2}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NAMES = {
     torch.float32: "fp32",
@@ -155,6 +157,33 @@ def _train(dtype: torch.dtype) -> None:
     gpu.decode_backward(saved.acts, W_dec, output.sae_out)
 
 
+def _update(dtype: torch.dtype) -> None:
+    """Launch the update of encoder and decoder rows with and without all that is optional, one warp to sixteen."""
+    from fastsae_kernels.gpu.adam import adam_rows, grad_norms
+    from fastsae_kernels.gpu.backward import FeatureOrder
+
+    entries, weights = _empty(N_TOKENS * 128, dtype=torch.int64), _empty(N_TOKENS * 128)
+    last_step, decoder = _empty(D_SAE, dtype=torch.int32), {"project": True, "unit_norm": True}
+    for d_in in (UNEVEN_D_IN // 2, UNEVEN_D_IN, D_IN, LONGEST_ROW):
+        vectors, rows = _empty(N_TOKENS, d_in, dtype=dtype), _empty(D_SAE, d_in)
+        halves = _empty(D_SAE, d_in, dtype=torch.bfloat16)
+        for tokens in (None, entries):
+            operands = (
+                FeatureOrder(_empty(D_SAE + 1, dtype=torch.int64), entries, tokens, 128),
+                weights,
+                vectors,
+                rows,
+            )
+            everything: dict[str, Any] = {"extra": rows, "scale": _empty(), "copy": halves}
+            for options in ({}, everything, everything | decoder):
+                adam_rows(*operands, rows, rows, beta1=0.9, **ADAM, **options)
+            adam_rows(*operands, halves, halves, beta1=0.9, **ADAM, **everything, **decoder)
+            adam_rows(*operands, None, rows, beta1=0.0, **ADAM, last_step=last_step, **decoder)
+            adam_rows(*operands, None, rows, beta1=0.0, **ADAM, last_step=last_step, **everything)
+            grad_norms(*operands)
+            grad_norms(*operands, extra=rows, project=True)
+
+
 def _list(dtype: torch.dtype, precision: str, n_tokens: int, d_in: int, everything: bool) -> None:
     """Launch every way of listing entries that can serve; with bounds and statistics where `everything`."""
     from fastsae_kernels.gpu.encode import list_entries
@@ -228,6 +257,7 @@ def collect(arch: str) -> list[Launch]:
                 _list_everything(dtype, has_tf32=arch.startswith("sm_"))
                 if name != "fp16":
                     _train(dtype)
+                    _update(dtype)
                     if _has_fp8(arch):
                         _list_fp8(dtype)
     return sorted(launches.values(), key=lambda launch: (launch.name, launch.dtype, launch.variant))
