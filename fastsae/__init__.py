@@ -1,6 +1,7 @@
 """Sparse autoencoders for language models: fused, exact, trained dialogue by dialogue."""
 
 from fastsae.errors import FastsaeError, UsageError
+from fastsae.optimizer import FusedSAEAdam
 from fastsae.sae import (
     FusedBatchTopKSAE,
     FusedJumpReLUSAE,
@@ -18,6 +19,7 @@ __all__ = [
     "FusedBatchTopKSAE",
     "FusedJumpReLUSAE",
     "FusedReLUSAE",
+    "FusedSAEAdam",
     "FusedTopKSAE",
     "SparseActs",
     "SparseAutoencoder",

@@ -5,6 +5,7 @@ from fastsae_kernels.gradients import AutoencodeOutput
 from fastsae_kernels.ops import autoencode, decode, encode
 from fastsae_kernels.sparse_acts import FeatureMajor, SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
+from fastsae_kernels.weight_gradients import WeightGradients
 
 __all__ = [
     "ActivityHint",
@@ -12,6 +13,7 @@ __all__ = [
     "AutoencodeSpec",
     "FeatureMajor",
     "SparseActs",
+    "WeightGradients",
     "autoencode",
     "decode",
     "encode",

@@ -36,7 +36,7 @@ class Autoencode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
-        *tensors, spec, hint = inputs
+        *tensors, spec, hint, ctx.weight_gradients = inputs
         x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale = tensors
         output, ctx.saved_by_gpu = _run_forward(tensors, spec, hint)
         ctx.spec, ctx.acts = spec, output.acts
@@ -56,10 +56,10 @@ class Autoencode(torch.autograd.Function):
         if ctx.saved_by_gpu is not None:
             grads = _gpu().autoencode_backward(ctx.saved_by_gpu, grad_out, grad_penalty, needs.x)
         elif ctx.acts is not None:
-            grads = cpu.autoencode_backward(ctx.acts, x, W_enc, *shared)
+            grads = cpu.autoencode_backward(ctx.acts, x, W_enc, *shared, ctx.weight_gradients)
         else:
             grads = chunked.autoencode_backward(x, W_enc, b_enc, *shared)
-        return (*_in_dtype_of(grads, inputs), None, None)
+        return (*_in_dtype_of(grads, inputs), None, None, None)
 
 
 def _given(tensor: Tensor | None) -> tuple[Tensor, ...]:

@@ -20,6 +20,7 @@ from fastsae_kernels.dispatch import ActivityHint
 from fastsae_kernels.gradients import AutoencodeOutput
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec, Precision
+from fastsae_kernels.weight_gradients import WeightGradients
 
 
 def _autocast(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -75,6 +76,7 @@ def autoencode(
     spec: AutoencodeSpec,
     feature_scale: Tensor | None = None,
     hint: ActivityHint | None = None,
+    weight_gradients: WeightGradients | None = None,
 ) -> AutoencodeOutput:
     """Encode, gate, decode and penalise in one differentiable pass that never holds an `[N, d_sae]` tensor.
 
@@ -96,6 +98,8 @@ def autoencode(
         spec: Bandwidth, top-k and penalty.
         feature_scale: `[d_sae]` weight of each feature in the `l1` and `tanh` penalties; None for ones.
         hint: On a GPU, what earlier passes knew of the activity; a module keeps one.
+        weight_gradients: Of an optimiser that sums the gradients of `W_enc` and `W_dec` itself: takes what they are sums of,
+            and their `.grad` stays None (on a CPU, where the sparse path ran).
 
     Returns:
         `sae_out` `[..., d_out]`, `penalty` `[...]` fp32 (fp64 for fp64), the counts `l0` `[...]` and `feature_counts` `[d_sae]`;
@@ -122,7 +126,7 @@ def autoencode(
     with _without_autocast(x.device.type):
         tensors = (flat, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale)
         compiling = torch.compiler.is_compiling()
-        outputs = _in_graph(tensors, spec, hint) if compiling else Autoencode.apply(*tensors, spec, hint)
+        outputs = _in_graph(tensors, spec, hint) if compiling else Autoencode.apply(*tensors, spec, hint, weight_gradients)
     output = AutoencodeOutput(*outputs)
     leading = x.shape[:-1]
     return output._replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import fastsae_kernels as kernels
 from fastsae.sae import files
 from fastsae.sae.inference import TopActivations, check_feature_ids, check_integer, columns, top_activations
 from fastsae.sae.outputs import TrainOutput, version_of
-from fastsae_kernels import ActivityHint, AutoencodeOutput, AutoencodeSpec, SparseActs, reference
+from fastsae_kernels import ActivityHint, AutoencodeOutput, AutoencodeSpec, SparseActs, WeightGradients, reference
 
 Module = TypeVar("Module", bound="SparseAutoencoder")
 
@@ -43,12 +44,20 @@ class SparseAutoencoder(nn.Module, ABC):
         self.apply_b_dec_to_input = apply_b_dec_to_input
         self.metadata: dict[str, Any] = {}
         self._activity = ActivityHint()
+        self._weight_gradients: weakref.ref[WeightGradients] | None = None  # lives as long as its optimiser
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, **factory).t())
         self.b_enc = nn.Parameter(torch.zeros(d_sae, **factory))
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_in, **factory))
         self.b_dec = nn.Parameter(torch.zeros(d_in, **factory))
         self.reset_parameters()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_weight_gradients": None}  # a copy is no optimiser's
+
+    def collect_weight_gradients(self, into: WeightGradients) -> None:
+        """Hands the weight gradients of coming passes to an optimiser that sums them itself, for as long as `into` lives."""
+        self._weight_gradients = weakref.ref(into)
 
     def reset_parameters(self) -> None:
         """Draws `W_dec` Kaiming-uniform with unit-norm rows, sets `W_enc` to its transpose and the biases to 0."""
@@ -131,6 +140,8 @@ class SparseAutoencoder(nn.Module, ABC):
             spec=spec or self._spec(),
             feature_scale=feature_scale,
             hint=self._activity,
+            # the gradient of a rescaled weight is not that of the parameter
+            weight_gradients=self._weight_gradients() if self._weight_gradients and scale is None else None,
         )
 
     def forward(self, x: Tensor) -> Tensor:

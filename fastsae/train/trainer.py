@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastsae.data.buffer import ActivationBatch
 from fastsae.errors import FastsaeError
+from fastsae.optimizer import FusedSAEAdam
 from fastsae.sae import (
     FusedBatchTopKSAE,
     FusedJumpReLUSAE,
@@ -59,8 +60,12 @@ class Trainer:
     def __init__(self, sae: SparseAutoencoder, batches: Iterator[ActivationBatch], config: TrainConfig) -> None:
         self.sae, self.batches, self.config = sae, batches, config
         self.step, self.scale = 0, 1.0
-        self.optimizer = torch.optim.Adam(
-            sae.parameters(), lr=config.lr, betas=(config.beta1, config.beta2), fused=True
+        self.optimizer = FusedSAEAdam(
+            sae,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            max_grad_norm=config.clip_norm or None,
+            normalize_decoder=config.normalize_decoder,
         )
         self.silent_tokens = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
         self.dead_mask: Tensor | None = None
@@ -105,13 +110,7 @@ class Trainer:
             output = self._forward(x, sparsity_share(self.step, config))
         self.optimizer.zero_grad(set_to_none=True)
         output.loss.backward()
-        if config.normalize_decoder:
-            remove_parallel_gradient(sae.W_dec)
-        if config.clip_norm:
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), config.clip_norm)
         self.optimizer.step()
-        if config.normalize_decoder:
-            sae.normalize_decoder_()
         self.silent_tokens = torch.where(output.feature_counts > 0, 0, self.silent_tokens + x.shape[0])
         self.step += 1
         if config.dead_features_learn and self.step % DEAD_MASK_EVERY == 0:
@@ -186,10 +185,3 @@ class Trainer:
         self.silent_tokens = state["silent_tokens"].to(device)
         self.dead_mask = state["dead_mask"].to(device) if state["dead_mask"].numel() else None
         self._sums = {name: total.to(device) for name, total in state["sums"].items()}
-
-
-@torch.no_grad()
-def remove_parallel_gradient(W_dec: torch.nn.Parameter) -> None:
-    """Projects each row's gradient orthogonal to the unit-norm row: `g -= (g . w) w`; before Adam, unlike SAELens v5."""
-    if W_dec.grad is not None:
-        W_dec.grad.addcmul_((W_dec.grad * W_dec).sum(1, keepdim=True), W_dec, value=-1)

@@ -20,6 +20,7 @@ from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, Autoenco
 from fastsae_kernels.penalty import penalty_slope, penalty_terms
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
+from fastsae_kernels.weight_gradients import WeightGradients
 
 
 def autoencode_forward(
@@ -74,8 +75,9 @@ def autoencode_backward(
     grad_out: Tensor,
     grad_penalty: Tensor,
     needs: AutoencodeNeeds,
+    weight_gradients: WeightGradients | None = None,
 ) -> AutoencodeGrads:
-    """Every gradient of `autoencode_forward` from its entries."""
+    """Every gradient of `autoencode_forward` from its entries; those of the weights not, where somebody collects them."""
     entries = by_feature(acts)
     values, d_sae = entries.values, acts.shape[1]
     features = feature_ids(entries.offsets)
@@ -93,6 +95,9 @@ def autoencode_backward(
 
     window = (values == 0) | (values - theta < spec.bandwidth / 2)
     grad_hidden_pre, grad_theta = gate_backward(values > 0, window, theta, grad_acts, penalty_of_token, spec)
+    if weight_gradients is not None and (needs.W_enc or needs.W_dec):
+        weight_gradients.add(entries, grad_hidden_pre, x, grad_out)
+        needs = needs._replace(W_enc=False, W_dec=False)
     return AutoencodeGrads(
         x=grad_input(acts, to_rows(acts, grad_hidden_pre), W_enc) if needs.x else None,
         W_enc=weight_gradient(entries, grad_hidden_pre, x).t() if needs.W_enc else None,

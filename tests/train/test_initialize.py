@@ -7,7 +7,6 @@ import torch
 
 from fastsae import FusedJumpReLUSAE
 from fastsae.train.initialize import activation_scale, geometric_median, initialize_from_data
-from fastsae.train.trainer import remove_parallel_gradient
 
 
 def test_scale_gives_a_mean_norm_of_sqrt_d_in() -> None:
@@ -33,13 +32,3 @@ def test_initial_l0_is_as_asked(subtract: bool) -> None:
     initialize_from_data(sae, acts, "geometric_median", init_l0=20)
     assert sae.encode_sparse(acts).l0().float().mean().item() == pytest.approx(20, rel=0.1)
     torch.testing.assert_close(sae.b_dec.detach(), geometric_median(acts))
-
-
-def test_parallel_gradient_is_removed() -> None:
-    rows = torch.nn.functional.normalize(torch.randn(7, 5), dim=1)
-    W_dec = torch.nn.Parameter(rows)
-    gradient = torch.randn(7, 5)
-    W_dec.grad = gradient.clone()
-    remove_parallel_gradient(W_dec)
-    torch.testing.assert_close((W_dec.grad * rows).sum(1), torch.zeros(7), atol=1e-6, rtol=0)
-    torch.testing.assert_close(W_dec.grad + (gradient * rows).sum(1, keepdim=True) * rows, gradient)
