@@ -98,6 +98,11 @@ class FusedSAEAdam(torch.optim.Adam):
         self._collected.clear()
         return loss
 
+    @property
+    def _chunk(self) -> int:
+        """Features that are updated together: few on a CPU, whose cache holds them, all on a GPU."""
+        return max(1, CHUNK_ELEMENTS // self.sae.d_in) if self.sae.device.type == "cpu" else self.sae.d_sae
+
     def _by_feature(self, p: nn.Parameter, tensor: Tensor) -> Tensor:
         """A tensor like the weight matrix `p`, as `[d_sae, d_in]`."""
         return tensor.t() if p is self.sae.W_enc else tensor
@@ -117,19 +122,21 @@ class FusedSAEAdam(torch.optim.Adam):
     def _gradients(self, weights: list[nn.Parameter]) -> Iterator[tuple[nn.Parameter, slice, Tensor]]:
         """`(weight matrix, rows, gradient [C, d])`, projected; what was collected and what is in `.grad`."""
         sae = self.sae
-        size = max(1, CHUNK_ELEMENTS // sae.d_in)
         if self._collected:
-            chunks: Iterator[tuple[slice, Tensor | None, Tensor | None]] = self._collected.chunks(size)
+            chunks: Iterator[tuple[slice, Tensor | None, Tensor | None]] = self._collected.chunks(self._chunk)
         else:
-            chunks = ((slice(start, start + size), None, None) for start in range(0, sae.d_sae, size))
+            chunks = ((slice(start, start + self._chunk), None, None) for start in range(0, sae.d_sae, self._chunk))
         for rows, *sums in chunks:
             for p, total in zip([sae.W_enc, sae.W_dec], sums, strict=True):
                 if not any(p is w for w in weights):
                     continue
                 w = self._by_feature(p, p)[rows]
-                grad = torch.zeros_like(w) if total is None else total.to(w.dtype)
-                if p.grad is not None:
-                    grad += self._by_feature(p, p.grad)[rows]
+                extra = None if p.grad is None else self._by_feature(p, p.grad)[rows]
+                if total is None:
+                    assert extra is not None
+                    grad = extra.contiguous()
+                else:
+                    grad = total.to(w.dtype) if extra is None else total + extra
                 if self.normalize_decoder and p is sae.W_dec:
                     grad.addcmul_((grad * w).sum(1, keepdim=True), w, value=-1)
                 yield p, rows, grad
@@ -152,10 +159,9 @@ class FusedSAEAdam(torch.optim.Adam):
             self._behind = torch.where(touched, 0, self._behind + 1)
 
     def _kept_gradients(self, weights: list[nn.Parameter]) -> Iterator[tuple[nn.Parameter, slice, Tensor]]:
-        size = max(1, CHUNK_ELEMENTS // self.sae.d_in)
         for p in weights:
-            for start in range(0, self.sae.d_sae, size):
-                rows = slice(start, start + size)
+            for start in range(0, self.sae.d_sae, self._chunk):
+                rows = slice(start, start + self._chunk)
                 yield p, rows, self._kept[p][rows]
 
     def _update_rows(self, p: nn.Parameter, grad: Tensor, w: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
