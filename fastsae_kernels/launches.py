@@ -33,7 +33,6 @@ CASES = (
     (UNEVEN_D_IN, 256, AutoencodeSpec(bandwidth=0.05, k=128)),
     (D_IN, 2048, AutoencodeSpec(penalty="l1", k=1024)),
 )
-ADAM: dict[str, Any] = {"lr": 1e-3, "beta2": 0.999, "eps": 1e-8, "step": 2}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 NAMES = {
     torch.float32: "fp32",
@@ -158,30 +157,29 @@ def _train(dtype: torch.dtype) -> None:
 
 
 def _update(dtype: torch.dtype) -> None:
-    """Launch the update of encoder and decoder rows with and without all that is optional, one warp to sixteen."""
+    """Launch the update of encoder and decoder rows with and without all that is optional."""
     from fastsae_kernels.gpu.adam import adam_rows, grad_norms
     from fastsae_kernels.gpu.backward import FeatureOrder
 
     entries, weights = _empty(N_TOKENS * 128, dtype=torch.int64), _empty(N_TOKENS * 128)
-    last_step, decoder = _empty(D_SAE, dtype=torch.int32), {"project": True, "unit_norm": True}
-    for d_in in (UNEVEN_D_IN // 2, UNEVEN_D_IN, D_IN, LONGEST_ROW):
+    offsets, last_step = _empty(D_SAE + 1, dtype=torch.int64), _empty(D_SAE, dtype=torch.int32)
+    hyper: dict[str, Any] = {"lr": 1e-3, "beta2": 0.999, "eps": 1e-8, "step": 2}
+    decoder = {"project": True, "unit_norm": True}
+    for d_in, tokens in ((UNEVEN_D_IN, entries), (D_IN, None), (LONGEST_ROW - 1, None), (LONGEST_ROW, entries)):
         vectors, rows = _empty(N_TOKENS, d_in, dtype=dtype), _empty(D_SAE, d_in)
-        halves = _empty(D_SAE, d_in, dtype=torch.bfloat16)
-        for tokens in (None, entries):
-            operands = (
-                FeatureOrder(_empty(D_SAE + 1, dtype=torch.int64), entries, tokens, 128),
-                weights,
-                vectors,
-                rows,
-            )
-            everything: dict[str, Any] = {"extra": rows, "scale": _empty(), "copy": halves}
-            for options in ({}, everything, everything | decoder):
-                adam_rows(*operands, rows, rows, beta1=0.9, **ADAM, **options)
-            adam_rows(*operands, halves, halves, beta1=0.9, **ADAM, **everything, **decoder)
-            adam_rows(*operands, None, rows, beta1=0.0, **ADAM, last_step=last_step, **decoder)
-            adam_rows(*operands, None, rows, beta1=0.0, **ADAM, last_step=last_step, **everything)
-            grad_norms(*operands)
-            grad_norms(*operands, extra=rows, project=True)
+        narrow = _empty(D_SAE, d_in, dtype=torch.bfloat16)
+        by_feature = FeatureOrder(offsets, entries, tokens, 128)
+        everything: dict[str, Any] = {"extra": rows, "scale": weights[0], "copy": narrow, **decoder}
+        for m, v, options in (
+            (rows, rows, hyper),
+            (rows, rows, hyper | everything),
+            (narrow, narrow, hyper | everything),
+            (None, rows, hyper | decoder | {"last_step": last_step}),
+            (None, rows, hyper | everything | {"last_step": last_step}),
+        ):
+            adam_rows(by_feature, weights, vectors, rows, m, v, beta1=0.0 if m is None else 0.9, **options)
+        grad_norms(by_feature, weights, vectors, rows)
+        grad_norms(by_feature, weights, vectors, rows, extra=rows, project=True)
 
 
 def _list(dtype: torch.dtype, precision: str, n_tokens: int, d_in: int, everything: bool) -> None:

@@ -126,7 +126,9 @@ def autoencode(
     with _without_autocast(x.device.type):
         tensors = (flat, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale)
         compiling = torch.compiler.is_compiling()
-        outputs = _in_graph(tensors, spec, hint) if compiling else Autoencode.apply(*tensors, spec, hint, weight_gradients)
+        outputs = (
+            _in_graph(tensors, spec, hint) if compiling else Autoencode.apply(*tensors, spec, hint, weight_gradients)
+        )
     output = AutoencodeOutput(*outputs)
     leading = x.shape[:-1]
     return output._replace(
