@@ -40,7 +40,8 @@ class FusedSAEAdam(torch.optim.Adam):
         max_grad_norm: Clips the global norm of all gradients; None does not. Exact: the gradients are summed first and kept,
             at the price of a buffer of the weights' size, which is used again in each step.
         normalize_decoder: Keeps unit-norm decoder rows.
-        moments_dtype: Of the moments of both weight matrices: fp32, or bf16 for half of their memory (rounded to nearest).
+        exp_avg_dtype: Of the first moment of both weight matrices: fp32, or bf16 for half of its memory (rounded to nearest). The
+            second stays fp32: in bf16 it would stand still once a step changes it by less than 1 part in 512.
 
     Raises:
         UsageError: An argument is of the wrong kind or out of range.
@@ -56,19 +57,17 @@ class FusedSAEAdam(torch.optim.Adam):
         *,
         max_grad_norm: float | None = None,
         normalize_decoder: bool = False,
-        moments_dtype: torch.dtype = torch.float32,
+        exp_avg_dtype: torch.dtype = torch.float32,
     ) -> None:
         if not isinstance(sae, SparseAutoencoder):
             raise UsageError(f"sae: expected an SAE of fastsae, got {type(sae).__name__}")
         if max_grad_norm is not None and not (math.isfinite(max_grad_norm) and max_grad_norm > 0):
             raise UsageError(f"max_grad_norm: expected None or a number > 0, got {max_grad_norm}")
-        if moments_dtype not in (torch.float32, torch.bfloat16):
-            raise UsageError(f"moments_dtype: expected torch.float32 or torch.bfloat16, got {moments_dtype}")
+        if exp_avg_dtype not in (torch.float32, torch.bfloat16):
+            raise UsageError(f"exp_avg_dtype: expected torch.float32 or torch.bfloat16, got {exp_avg_dtype}")
         super().__init__(sae.parameters(), lr=lr, betas=betas, eps=eps, fused=True)
         self.sae, self.max_grad_norm, self.normalize_decoder = sae, max_grad_norm, normalize_decoder
-        self.moments_dtype = (
-            torch.promote_types(sae.dtype, moments_dtype) if sae.dtype == torch.float64 else moments_dtype
-        )
+        self.exp_avg_dtype = exp_avg_dtype
         self._collected = WeightGradients()
         self._kept: dict[nn.Parameter, Tensor] = {}  # whole gradients, where they are clipped
         self._behind: Tensor | None = None  # [d_sae] steps by which a row's second moment lags, with betas[0] == 0
@@ -182,7 +181,7 @@ class FusedSAEAdam(torch.optim.Adam):
         """The rows `at` of a chunk alone, after their second moment has caught up."""
         assert self._behind is not None
         decay = self.param_groups[0]["betas"][1] ** self._behind[rows][at].to(w.dtype)
-        parts = [w[at], exp_avg[at], exp_avg_sq[at] * decay[:, None].to(exp_avg_sq.dtype)]
+        parts = [w[at], exp_avg[at], exp_avg_sq[at] * decay[:, None]]
         self._update_rows(p, grad[at], *parts)
         for whole, part in zip((w, exp_avg, exp_avg_sq), parts, strict=True):
             whole[at] = part
@@ -212,11 +211,15 @@ class FusedSAEAdam(torch.optim.Adam):
     def _moments(self, p: nn.Parameter) -> tuple[Tensor, Tensor]:
         state = self.state[p]
         if not state:
-            dtype = self.moments_dtype if p.dim() == 2 else p.dtype
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            state |= self._laid_out(p, torch.zeros_like(p), torch.zeros_like(p))
         return state["exp_avg"], state["exp_avg_sq"]
+
+    def _laid_out(self, p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, Tensor]:
+        """Moments of `p` in its memory layout and their dtypes."""
+        is_narrow = p.dim() == 2 and p.dtype == torch.float32
+        first = torch.empty_like(p, dtype=self.exp_avg_dtype if is_narrow else p.dtype).copy_(exp_avg)
+        return {"exp_avg": first, "exp_avg_sq": torch.empty_like(p).copy_(exp_avg_sq)}
 
     def _adam(
         self, p: nn.Parameter, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, w: Tensor | None = None
@@ -224,15 +227,14 @@ class FusedSAEAdam(torch.optim.Adam):
         """PyTorch's own Adam on some rows `w` of `p`, or on all of it; does not count the step."""
         group = self.param_groups[0]
         w = p.detach() if w is None else w
-        moments = [exp_avg.to(w.dtype), exp_avg_sq.to(w.dtype)]  # copies only where they are narrower
+        wide = exp_avg.to(w.dtype)  # a copy only where it is narrower
         adam(
-            [w], [grad], moments[:1], moments[1:], [], [self.state[p]["step"].clone()],
+            [w], [grad], [wide], [exp_avg_sq], [], [self.state[p]["step"].clone()],
             fused=True, amsgrad=False, maximize=group["maximize"], weight_decay=group["weight_decay"],
             lr=group["lr"], eps=group["eps"], beta1=group["betas"][0], beta2=group["betas"][1],
         )  # fmt: skip
-        if exp_avg.dtype != w.dtype:
-            exp_avg.copy_(moments[0])
-            exp_avg_sq.copy_(moments[1])
+        if wide is not exp_avg:
+            exp_avg.copy_(wide)
 
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Adam`'s."""
@@ -245,6 +247,4 @@ class FusedSAEAdam(torch.optim.Adam):
         super().load_state_dict(state_dict)
         self._behind = None
         for p, state in self.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):  # in the memory layout of the weights, and the dtype asked for
-                like = torch.zeros_like(p, dtype=self.moments_dtype if p.dim() == 2 else p.dtype)
-                state[name] = like.copy_(state[name])
+            state |= self._laid_out(p, state["exp_avg"], state["exp_avg_sq"])

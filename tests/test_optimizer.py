@@ -208,10 +208,10 @@ def test_state_dict_is_that_of_torch_adam(to_fused: bool, betas: tuple[float, fl
     assert_same(fresh, source, 1e-9)
 
 
-def test_narrow_moments_take_half_and_train_alike() -> None:
+def test_a_narrow_first_moment_trains_alike() -> None:
     sae = make()
     optimizers = [
-        FusedSAEAdam(copy.deepcopy(sae), lr=3e-3, moments_dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+        FusedSAEAdam(copy.deepcopy(sae), lr=3e-3, exp_avg_dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
     ]
     losses = [train(optimizer, range(200)) for optimizer in optimizers]
     assert optimizers[1].state[optimizers[1].sae.W_enc]["exp_avg"].dtype == torch.bfloat16
@@ -264,7 +264,7 @@ def test_steps_without_gradients_change_nothing() -> None:
     [
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm"),
-        ({"moments_dtype": torch.float16}, "moments_dtype"),
+        ({"exp_avg_dtype": torch.float16}, "exp_avg_dtype"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], name: str) -> None:

@@ -34,6 +34,8 @@ class FusedJumpReLUSAE(SparseAutoencoder):
         k: At most the k largest active features of a token survive; None is exact JumpReLU.
         apply_b_dec_to_input: Subtract `b_dec` before the encoder.
         ste_to_input: Let the straight-through estimate reach encoder and input (Anthropic, January 2025).
+        log_threshold: Train `log_threshold` instead of `threshold`, its logarithm, whose gradient is threshold times that of
+            the threshold; `sae.threshold` is then computed, and saved as such. Adam moves it far slower: prefer the raw one.
         dtype: Of the weights; `threshold` stays float32.
         device: Where the parameters are made.
 
@@ -56,6 +58,7 @@ class FusedJumpReLUSAE(SparseAutoencoder):
         k: int | None = None,
         apply_b_dec_to_input: bool = False,
         ste_to_input: bool = False,
+        log_threshold: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
@@ -64,18 +67,31 @@ class FusedJumpReLUSAE(SparseAutoencoder):
             raise ValueError(f"bandwidth: expected a finite number > 0, got {bandwidth}")
         if not 0 <= init_threshold < math.inf:
             raise ValueError(f"init_threshold: expected a finite number >= 0, got {init_threshold}")
+        if log_threshold and init_threshold == 0:
+            raise ValueError(f"init_threshold: expected a number > 0 with log_threshold, got {init_threshold}")
         self.bandwidth, self.init_threshold, self.ste_to_input = bandwidth, init_threshold, ste_to_input
-        self.threshold = nn.Parameter(torch.full((d_sae,), float(init_threshold), dtype=self._wide(), device=device))
+        threshold = torch.full((d_sae,), float(init_threshold), dtype=self._wide(), device=device)
+        if log_threshold:
+            self.log_threshold = nn.Parameter(threshold.log())
+        else:
+            self.threshold = nn.Parameter(threshold)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "threshold" and "log_threshold" in self._parameters:
+            return self.log_threshold.exp()
+        return super().__getattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedJumpReLUSAE:
-        before, grad = self.threshold.data, self.threshold.grad
+        parameter = self._parameters.get("log_threshold", self._parameters.get("threshold"))
+        assert parameter is not None
+        before, grad = parameter.data, parameter.grad
         super()._apply(fn, recurse)
-        if self.threshold.dtype != self._wide():
+        if parameter.dtype != self._wide():
             # a bf16 threshold stops learning: its steps are smaller than its rounding (SAELens #728)
-            like: dict[str, Any] = {"device": self.threshold.device, "dtype": self._wide()}
-            self.threshold.grad = None
-            self.threshold.data = before.to(**like)
-            self.threshold.grad = None if grad is None else grad.to(**like)
+            like: dict[str, Any] = {"device": parameter.device, "dtype": self._wide()}
+            parameter.grad = None
+            parameter.data = before.to(**like)
+            parameter.grad = None if grad is None else grad.to(**like)
         return self
 
     def gate_threshold(self) -> Tensor:
@@ -140,7 +156,10 @@ class FusedJumpReLUSAE(SparseAutoencoder):
     @torch.no_grad()
     def fold_activation_scale_(self, scale: float) -> None:
         super().fold_activation_scale_(scale)
-        self.threshold.div_(scale)
+        if "log_threshold" in self._parameters:
+            self.log_threshold.sub_(math.log(scale))
+        else:
+            self.threshold.div_(scale)
         self.bandwidth, self.init_threshold = self.bandwidth / scale, self.init_threshold / scale
 
     def config(self) -> dict[str, Any]:
@@ -149,4 +168,17 @@ class FusedJumpReLUSAE(SparseAutoencoder):
             "bandwidth": self.bandwidth,
             "init_threshold": self.init_threshold,
             "ste_to_input": self.ste_to_input,
+            "log_threshold": "log_threshold" in self._parameters,
         }
+
+    def to_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        keys, state = super().to_files()
+        if "log_threshold" in state:
+            state["threshold"] = state.pop("log_threshold").exp()
+        return keys, state
+
+    @classmethod
+    def from_files(cls, config: dict[str, Any], own: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+        if own.get("log_threshold") and "threshold" in tensors:
+            tensors["log_threshold"] = tensors.pop("threshold").log()
+        return own

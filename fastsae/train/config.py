@@ -61,6 +61,7 @@ class TrainConfig:
     )
     bandwidth: float = option(0.05, "sae", "width of the straight-through window, in activation units")
     init_threshold: float = option(0.01, "sae", "initial threshold, in activation units")
+    log_threshold: bool = option(False, "sae", "jumprelu: train the threshold's logarithm, which moves far slower")
     apply_b_dec_to_input: bool | None = option(
         None, "sae", "subtract b_dec before the encoder (default: with topk and batchtopk, whose b_enc starts at 0)"
     )

@@ -41,7 +41,9 @@ def build_sae(config: TrainConfig, d_in: int, device: torch.device) -> SparseAut
     d_sae = config.d_sae or config.expansion * d_in
     options: dict[str, Any] = {"k": config.k, "apply_b_dec_to_input": config.subtracts_b_dec, "device": device}
     if config.architecture == "jumprelu":
-        options |= {name: getattr(config, name) for name in ("bandwidth", "init_threshold", "ste_to_input")}
+        options |= {
+            name: getattr(config, name) for name in ("bandwidth", "init_threshold", "ste_to_input", "log_threshold")
+        }
     if config.architecture in TOPK_FAMILY:
         # rows kept at unit norm have nothing to rescale, and their gradient's parallel part is removed either way
         options["rescale_acts_by_decoder_norm"] = not config.normalize_decoder
