@@ -21,6 +21,10 @@ class Shape:
 SHAPES = {
     "gpt2-small-16k": Shape(4096, 768, 16384, 78),
     "demo": Shape(1024, 256, 2048, 32),
+    # early training, where the dense path runs
+    "gpt2-small-16k, half active": Shape(4096, 768, 16384, 8192),
+    "demo, half active": Shape(1024, 256, 2048, 1024),
+    "64 tokens, half active": Shape(64, 512, 4096, 2048),
 }
 BANDWIDTH = 0.05
 

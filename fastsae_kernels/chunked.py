@@ -1,7 +1,7 @@
-"""The dense path without a dense tensor: products in feature chunks, on any device, with no host synchronisation.
+"""The dense path without a dense tensor: products in tiles of features and tokens, on any device, with no host synchronisation.
 
 It serves early training, when half of all features are active and a gather costs more than the product it replaces. The
-forward keeps nothing of a chunk; the backward multiplies it again (6 products instead of 5), which is cheaper than
+forward keeps nothing of a tile; the backward multiplies it again (6 products instead of 5), which is cheaper than
 writing and reading `[N, d_sae]` tensors. It is exact, NaN and Inf included.
 """
 
@@ -12,26 +12,49 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput, gate_backward
+from fastsae_kernels.cpu.matmul import multiply
+from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
 from fastsae_kernels.penalty import penalty_slope, penalty_terms
 from fastsae_kernels.spec import AutoencodeSpec
 
-CHUNKS = 64  # of the features; with its chunk-sized temporaries a pass takes 17 % of the dense tensor (d_sae 16384)
-MIN_CHUNK = 128  # below this the products lose more than the memory is worth
+TILE = 2**17  # elements of a tile for each thread of a CPU: four are alive at a time, and stay in its cache
+MIN_TILES = 512  # of a large pass: with the copies for products one takes up to 4 % of the dense tensor (d_sae 16384)
+MIN_TILES_GPU = 128  # needs larger tiles to fill it, and makes no copies
+FEATURES = 512  # of a tile where tokens are many
+MIN_CHUNK = 128  # features; with fewer the products lose more than the memory is worth
+MAX_CHUNK = 1024  # features, where tokens are few; with more the sums of weight gradients outgrow the tile
 
 
-def chunk_bounds(d_sae: int) -> Iterator[tuple[int, int]]:
-    """Feature ranges `(start, stop)`."""
-    size = max(MIN_CHUNK, -(-d_sae // CHUNKS))
-    for start in range(0, d_sae, size):
-        yield start, min(start + size, d_sae)
+def _tiles(x: Tensor, d_sae: int, *, all_tokens: bool = False) -> Iterator[tuple[slice, list[slice]]]:
+    """Features, and the tokens of each of their tiles: one empty tile where there are no tokens."""
+    n_tokens, on_cpu = max(1, x.shape[0]), x.device.type == "cpu"
+    elements = n_tokens * d_sae // (MIN_TILES if on_cpu else MIN_TILES_GPU)
+    if on_cpu:
+        elements = min(elements, TILE * torch.get_num_threads())
+    elements = max(elements, TILE)
+    tokens = n_tokens if all_tokens else min(n_tokens, max(1, elements // FEATURES))
+    features = min(max(MIN_CHUNK, elements // tokens), MAX_CHUNK)
+    for rows in _blocks(d_sae, features):
+        yield rows, _blocks(n_tokens, tokens)
 
 
-def _hidden_pre(x_t: Tensor, W_enc: Tensor, b_enc: Tensor, start: int, stop: int) -> Tensor:
+def _blocks(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _hidden_pre(x: Tensor, W_enc_t: Tensor, b_enc: Tensor) -> Tensor:
     """`[C, N]` pre-activations in at least fp32, features first: the layout in which every product here is fast."""
-    product = W_enc[:, start:stop].t() @ x_t
-    wide = torch.promote_types(product.dtype, torch.float32)
-    return product.to(wide) + b_enc[start:stop, None]
+    hidden_pre = b_enc.new_empty(len(W_enc_t), len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    multiply(W_enc_t, x.t(), hidden_pre)
+    return hidden_pre.add_(b_enc[:, None])
+
+
+def _gate(hidden_pre: Tensor, threshold: Tensor) -> Tensor:
+    """`hidden_pre > threshold` as 0 and 1 of the same dtype: products with bool would convert it to a tensor of their own.
+
+    And products they are, so that NaN and Inf are not lost behind a closed gate.
+    """
+    return torch.gt(hidden_pre, threshold, out=torch.empty_like(hidden_pre))
 
 
 def autoencode_forward(
@@ -44,23 +67,24 @@ def autoencode_forward(
     feature_scale: Tensor | None,
     spec: AutoencodeSpec,
 ) -> AutoencodeOutput:
-    """`reference.autoencode`, chunk by chunk; `spec.k` must be None (a token's rank needs all chunks at once)."""
+    """`reference.autoencode`, tile by tile; `spec.k` must be None (a token's rank needs all features at once)."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    x_t = x.t()
     sae_out = b_dec.to(wide).repeat(x.shape[0], 1)  # a copy: expand() of one row would be b_dec itself
     penalty = torch.zeros(x.shape[0], dtype=wide, device=x.device)
     l0 = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
-    counts = torch.empty(W_enc.shape[1], dtype=torch.int64, device=x.device)
-    for start, stop in chunk_bounds(W_enc.shape[1]):
-        hidden_pre = _hidden_pre(x_t, W_enc, b_enc, start, stop)
-        active = hidden_pre > threshold[start:stop, None]
-        acts = hidden_pre * active
-        sae_out += acts.t().to(x.dtype) @ W_dec[start:stop]
-        scale = None if feature_scale is None else feature_scale[start:stop, None]
-        per_token = active.sum(0)
-        penalty += per_token if spec.penalty == "l0" else penalty_terms(acts, scale, spec).sum(0)
-        l0 += per_token
-        counts[start:stop] = active.sum(1)
+    counts = torch.zeros(W_enc.shape[1], dtype=torch.int64, device=x.device)
+    for rows, of_tokens in _tiles(x, W_enc.shape[1]):
+        scale = None if feature_scale is None else feature_scale[rows, None]
+        for tokens in of_tokens:
+            acts = _hidden_pre(x[tokens], W_enc.t()[rows], b_enc[rows])
+            gate = _gate(acts, threshold[rows, None])
+            acts *= gate
+            per_token = gate.sum(0)
+            l0[tokens] += per_token.long()
+            counts[rows] += gate.sum(1).long()
+            del gate  # before the product, whose operands are copied in places
+            multiply(acts.t().to(x.dtype), W_dec[rows], sae_out[tokens], add=True)
+            penalty[tokens] += per_token if spec.penalty == "l0" else penalty_terms(acts, scale, spec).sum(0)
     return AutoencodeOutput(sae_out.to(x.dtype), penalty, l0, counts, None)
 
 
@@ -76,43 +100,72 @@ def autoencode_backward(
     grad_penalty: Tensor,
     needs: AutoencodeNeeds,
 ) -> AutoencodeGrads:
-    """Every gradient of `autoencode_forward`; multiplies each chunk again instead of having kept it."""
-    x_t, grad_out_t = x.t(), grad_out.t()
-    grad_W_enc_t = torch.empty_like(W_enc.t(), memory_format=torch.contiguous_format) if needs.W_enc else None
-    grad_W_dec = torch.empty_like(W_dec) if needs.W_dec else None
-    grad_x = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) if needs.x else None
+    """Every gradient of `autoencode_forward`; multiplies each tile again instead of having kept it."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    W_enc_t = W_enc.t()
+    grad_W_enc_t = torch.empty_like(W_enc_t, memory_format=torch.contiguous_format) if needs.W_enc else None
+    if spec.penalty == "l0":
+        feature_scale = None  # which weighs no count
     grads = AutoencodeGrads(
-        x=grad_x,
+        x=torch.zeros_like(x, dtype=wide) if needs.x else None,
         W_enc=None if grad_W_enc_t is None else grad_W_enc_t.t(),
-        b_enc=torch.empty_like(b_enc),
+        b_enc=torch.zeros_like(b_enc, dtype=wide),
         threshold=torch.zeros_like(threshold),
-        W_dec=grad_W_dec,
+        W_dec=torch.empty_like(W_dec, memory_format=torch.contiguous_format) if needs.W_dec else None,
         b_dec=grad_out.sum(0),
-        feature_scale=None if feature_scale is None or spec.penalty == "l0" else torch.empty_like(feature_scale),
+        feature_scale=None if feature_scale is None else torch.zeros_like(feature_scale, dtype=wide),
     )
-    for start, stop in chunk_bounds(W_enc.shape[1]):
-        rows = slice(start, stop)
+    # each part of a sum over tokens is rounded to the dtype of the products, so that only fp32 and wider ones may be cut
+    for rows, of_tokens in _tiles(x, W_enc.shape[1], all_tokens=x.dtype != wide):
         theta = threshold[rows, None]
-        hidden_pre = _hidden_pre(x_t, W_enc, b_enc, start, stop)
-        active = hidden_pre > theta
-        acts = hidden_pre * active
-        if grad_W_dec is not None:
-            grad_W_dec[rows] = acts.to(x.dtype) @ grad_out
-        grad_acts = (W_dec[rows] @ grad_out_t).to(hidden_pre.dtype)
-        if spec.penalty != "l0":
-            scale = None if feature_scale is None else feature_scale[rows, None]
-            grad_scaled = grad_penalty * penalty_slope(acts, scale, spec)
-            if grads.feature_scale is not None:
-                grads.feature_scale[rows] = (grad_scaled * acts).sum(1)
-            grad_acts += grad_scaled if scale is None else grad_scaled * scale
-        window = (hidden_pre - theta).abs() < spec.bandwidth / 2
-        grad_hidden_pre, grad_theta = gate_backward(active, window, theta, grad_acts, grad_penalty, spec)
-        if grad_theta is not None:
-            grads.threshold[rows] = grad_theta.sum(1)
-        grads.b_enc[rows] = grad_hidden_pre.sum(1)
-        grad_hidden_pre = grad_hidden_pre.to(x.dtype)
-        if grad_W_enc_t is not None:
-            grad_W_enc_t[rows] = grad_hidden_pre @ x
-        if grad_x is not None:
-            grad_x += grad_hidden_pre.t() @ W_enc[:, rows].t()
+        scale = None if feature_scale is None else feature_scale[rows, None]
+        for tokens in of_tokens:
+            is_later = tokens.start > 0
+            acts = _hidden_pre(x[tokens], W_enc_t[rows], b_enc[rows])
+            window = (acts - theta).abs_().lt_(spec.bandwidth / 2) if spec.bandwidth else None  # 0 and 1, as the gate
+            gate = _gate(acts, theta)
+            acts *= gate
+            if grads.W_dec is not None:
+                multiply(acts.to(x.dtype), grad_out[tokens], grads.W_dec[rows], add=is_later)
+            grad_acts = torch.empty_like(acts)
+            multiply(W_dec[rows], grad_out[tokens].t(), grad_acts)
+            if spec.penalty != "l0":
+                grad_scale = _penalty_backward(acts, scale, grad_penalty[tokens], grad_acts, spec)
+                if grads.feature_scale is not None and grad_scale is not None:
+                    grads.feature_scale[rows] += grad_scale
+            del acts
+            estimate = None if window is None else _estimate(window, theta, grad_acts, grad_penalty[tokens], spec)
+            grad_hidden_pre = grad_acts.mul_(gate)
+            if estimate is not None:
+                grads.threshold[rows] -= estimate.sum(1)
+                if spec.ste_to_input:
+                    grad_hidden_pre += estimate
+            del window, gate, estimate  # before the products, whose operands are copied in places
+            grads.b_enc[rows] += grad_hidden_pre.sum(1)
+            narrow = grad_hidden_pre.to(x.dtype)
+            if grad_W_enc_t is not None:
+                multiply(narrow, x[tokens], grad_W_enc_t[rows], add=is_later)
+            if grads.x is not None:
+                multiply(narrow.t(), W_enc_t[rows], grads.x[tokens], add=True)
     return grads
+
+
+def _penalty_backward(
+    acts: Tensor, scale: Tensor | None, grad_penalty: Tensor, grad_acts: Tensor, spec: AutoencodeSpec
+) -> Tensor | None:
+    """Adds the slope of the `l1` or `tanh` penalty to `grad_acts`; the gradient of the scale, if there is one."""
+    grad_scaled = penalty_slope(acts, scale, spec).mul_(grad_penalty)
+    if scale is None:
+        grad_acts += grad_scaled
+        return None
+    grad_acts.addcmul_(grad_scaled, scale)
+    return grad_scaled.mul_(acts).sum(1)
+
+
+def _estimate(window: Tensor, theta: Tensor, grad_acts: Tensor, grad_penalty: Tensor, spec: AutoencodeSpec) -> Tensor:
+    """The straight-through estimate of `gradients.gate_backward`, in the memory of `window`."""
+    if spec.penalty == "l0":
+        window *= torch.addcmul(grad_penalty, theta, grad_acts)
+    else:
+        window *= theta * grad_acts
+    return window.div_(spec.bandwidth)

@@ -11,9 +11,6 @@ candidates are scored again.
 from __future__ import annotations
 
 import math
-import platform
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastsae_kernels.cpu.entries import largest_of_rows
+from fastsae_kernels.cpu.matmul import by_onednn, has_onednn, has_slow_mkl, sums_in_fp32
 from fastsae_kernels.cpu.product import has_fast_bf16, nonzero_flat, padded_mask, row_norms, sampled_dot
 from fastsae_kernels.sparse_acts import SparseActs
 
@@ -64,41 +62,15 @@ def encode_small(
     return _entries(*_places(listed, shape), values, threshold, bandwidth, cut, shape)
 
 
-@cache
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-@cache
-def _has_slow_mkl() -> bool:
-    """Whether this is a CPU of AMD, on which MKL keeps to older instructions."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = platform.processor() + (cpuinfo.read_text() if cpuinfo.exists() else "")
-    return torch.backends.mkl.is_available() and "AuthenticAMD" in names
-
-
-def _sums_in_fp32() -> bool:
-    """False where the user lets oneDNN multiply fp32 matrices in a narrower dtype, which no margin covers."""
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # since PyTorch 2.9
-    if matmul is None:
-        return torch.get_float32_matmul_precision() == "highest"
-    return matmul.fp32_precision in ("none", "ieee")
-
-
-def _by_onednn(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, W_enc.t(), b_enc, "none", [], "")
-    return product
-
-
 def _suits_onednn(x: Tensor, W_enc: Tensor) -> bool:
     # other strides are copied, or multiplied by a slow loop
-    return _has_onednn() and x.is_contiguous() and W_enc.t().is_contiguous()
+    return has_onednn() and x.is_contiguous() and W_enc.t().is_contiguous()
 
 
 def _is_rough_faster(x: Tensor, W_enc: Tensor) -> bool:
     if x.dtype != torch.float32 or x.shape[0] < MIN_ROUGH_TOKENS or x.numel() * W_enc.shape[1] < MIN_ROUGH_WORK:
         return False
-    return _has_slow_mkl() and _sums_in_fp32() and _suits_onednn(x, W_enc)
+    return has_slow_mkl() and sums_in_fp32() and _suits_onednn(x, W_enc)
 
 
 def _product(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
@@ -107,9 +79,9 @@ def _product(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         if (
             x.dtype == torch.bfloat16 and has_fast_bf16()
         ):  # `linear` calls it too, but first copies the bias to all rows
-            return _by_onednn(x, W_enc, b_enc)
-        if x.dtype == torch.float32 and x.shape[0] == 1 and _has_slow_mkl():  # here it has the smaller error as well
-            return _by_onednn(x, W_enc, b_enc)
+            return by_onednn(x, W_enc.t(), b_enc)
+        if x.dtype == torch.float32 and x.shape[0] == 1 and has_slow_mkl():  # here it has the smaller error as well
+            return by_onednn(x, W_enc.t(), b_enc)
     return functional.linear(x, W_enc.t(), b_enc)
 
 
@@ -119,7 +91,7 @@ def _rough_product(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Ten
     Two fp32 sums of the same products differ by at most 2 (d + 4) u |x| |w|, u = 2^-24; taken twice, and the bias rounded.
     """
     norms = row_norms(W_enc.t()) * row_norms(x).max()
-    return _by_onednn(x, W_enc, b_enc), norms * (x.shape[1] + 8) * 2.0**-22 + b_enc.abs() * 2.0**-21
+    return by_onednn(x, W_enc.t(), b_enc), norms * (x.shape[1] + 8) * 2.0**-22 + b_enc.abs() * 2.0**-21
 
 
 def _candidates(

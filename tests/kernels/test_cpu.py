@@ -11,10 +11,12 @@ import torch
 from small_products import force_product
 
 import fastsae_kernels as kernels
-from fastsae_kernels import AutoencodeSpec
+from benchmarks.memory import MIB, peak_mib
+from fastsae_kernels import AutoencodeSpec, chunked
 from fastsae_kernels.cpu.product import has_fast_bf16
 from fastsae_kernels.dispatch import Backend
 
+cpu_matmul = importlib.import_module("fastsae_kernels.cpu.matmul")
 cpu_product = importlib.import_module("fastsae_kernels.cpu.product")
 cpu_entries = importlib.import_module("fastsae_kernels.cpu.entries")
 cpu_topk = importlib.import_module("fastsae_kernels.cpu.topk")
@@ -69,8 +71,23 @@ def test_sparse_on_hostile_inputs(problem: problems.Problem, scoring: str) -> No
 DENSE_SPECS = {name: spec for name, spec in problems.SPECS.items() if spec.k is None}
 
 
+@pytest.fixture(params=["one tile", "tiles", "tiles, oneDNN"])
+def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """One tile or several both ways on small problems, and the library that multiplies them."""
+    by_onednn = "oneDNN" in request.param
+    if by_onednn and not cpu_matmul.has_onednn():
+        pytest.skip("this build of PyTorch has no oneDNN")
+    monkeypatch.setattr(cpu_matmul, "has_slow_mkl", lambda: by_onednn)
+    monkeypatch.setattr(cpu_matmul, "MIN_ROWS", 1)
+    monkeypatch.setattr(cpu_matmul, "LONGEST_SUM", 5)
+    if "tiles" in request.param:
+        for name, value in {"TILE": 256, "FEATURES": 16, "MIN_CHUNK": 16, "MAX_CHUNK": 32}.items():
+            monkeypatch.setattr(chunked, name, value)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("spec", DENSE_SPECS.values(), ids=DENSE_SPECS)
-def test_chunked_dense_matches_reference(spec: AutoencodeSpec) -> None:
+def test_chunked_dense_matches_reference(spec: AutoencodeSpec, tiling: str) -> None:
     problem = problems.make(d_sae=300, spec=spec, with_scale=spec.penalty != "l0")
     problems.assert_matches(run(problem, "dense"), problem)
     edges = problems.on_the_edges(spec)
@@ -78,8 +95,31 @@ def test_chunked_dense_matches_reference(spec: AutoencodeSpec) -> None:
 
 
 @pytest.mark.parametrize("problem", problems.HOSTILE.values(), ids=problems.HOSTILE)
-def test_chunked_dense_on_hostile_inputs(problem: problems.Problem) -> None:
+def test_chunked_dense_on_hostile_inputs(problem: problems.Problem, tiling: str) -> None:
     problems.assert_matches(run(problem, "dense"), problem)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"x": float("nan")},
+        {"x": float("inf")},
+        {"b_enc": float("-inf")},
+        {"W_dec": float("inf")},
+        {"grad_out": float("nan")},
+    ],
+    ids=str,
+)
+def test_chunked_dense_keeps_what_is_not_finite(values: dict[str, float], tiling: str) -> None:
+    """Whatever is NaN or Inf in dense PyTorch, outputs and gradients, is not finite here."""
+    problem = problems.make(d_sae=100)
+    for name, value in values.items():
+        getattr(problem, name).view(-1)[-3] = value
+    got, dense = run(problem, "dense"), problems.run_reference(problem)
+    for name in ("sae_out", "penalty"):
+        assert not got.outputs[name][~dense.outputs[name].isfinite()].isfinite().any(), name
+    for name, grad in dense.grads.items():
+        assert not got.grads[name][~grad.isfinite()].isfinite().any(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -212,3 +252,25 @@ def test_memory_of_a_step_stays_far_below_one_dense_tensor(monkeypatch: pytest.M
         with Largest() as largest:
             run(problem)
         assert largest.size < 0.05 * n_tokens * d_sae * 4, f"{largest.op} made {largest.size} bytes"
+
+
+def test_memory_of_the_dense_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the tiles of 16,384 features and many threads, less than 5 % of such a dense tensor beyond outputs and gradients."""
+    n_tokens, d_in, d_sae, smaller = 4096, 768, 1024, 16
+    monkeypatch.setattr(chunked, "MIN_TILES", chunked.MIN_TILES // smaller)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    problem = problems.make(n_tokens, d_in, d_sae, density=0.5)
+    *tensors, _ = problems.leaves(problem)
+
+    def call() -> list[torch.Tensor]:
+        with kernels.use_backend("dense"):
+            output = kernels.autoencode(*tensors, spec=problem.spec)  # type: ignore[arg-type]
+        grads = torch.autograd.grad([output.sae_out, output.penalty], tensors, [problem.grad_out, problem.grad_penalty])
+        return [*output[:4], *grads]
+
+    peaks = [peak for peak in (peak_mib(call) for _ in range(3)) if peak is not None]
+    if not peaks:
+        pytest.skip("this system does not tell the peak of a process")
+    returned = sum(tensor.numel() * tensor.element_size() for tensor in call()) / MIB
+    # the lowest: how far the allocator's blocks are apart is not ours
+    assert min(peaks) - returned < 0.05 * n_tokens * d_sae * smaller * 4 / MIB

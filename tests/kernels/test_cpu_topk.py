@@ -239,7 +239,7 @@ def test_rough_product_never_misses_what_a_careful_sum_finds(monkeypatch: pytest
     threshold = torch.zeros(300) if k else torch.full((300,), 0.01)
     acts = cpu.encode(x, W_enc, torch.zeros(300), threshold, k=k)
     assert acts is not None
-    rough = cpu_small._by_onednn(x, W_enc, torch.zeros(300))
+    rough = cpu_small.by_onednn(x, W_enc.t(), torch.zeros(300))
     hidden_pre = (x[:, None] * W_enc.t()).sum(2)  # by pairs, so with a far smaller error
     assert ((rough > threshold) != (hidden_pre > threshold)).any()
     scored = cpu.product.sampled_dot(torch.arange(13) * 300, torch.arange(300).repeat(12).int(), x, W_enc.t()).view(

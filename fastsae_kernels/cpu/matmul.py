@@ -1,0 +1,79 @@
+"""Whole dense products on a CPU, by the faster of the two libraries inside PyTorch.
+
+On a CPU of AMD the fp32 product of MKL, which is PyTorch's, takes twice as long as oneDNN's. But oneDNN sums in one long
+chain, with up to three times the rounding error; up to `LONGEST_SUM` terms the errors are alike.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LONGEST_SUM = 256  # of the products that oneDNN adds up; longer sums are taken in pieces
+MIN_ROWS = 64  # of either operand for oneDNN; with fewer the copies that it needs cost more than it saves
+
+
+@cache
+def has_onednn() -> bool:
+    """Whether this build of PyTorch has oneDNN's linear layer as an op."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@cache
+def has_slow_mkl() -> bool:
+    """Whether this is a CPU of AMD, on which MKL keeps to older instructions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = platform.processor() + (cpuinfo.read_text() if cpuinfo.exists() else "")
+    return torch.backends.mkl.is_available() and "AuthenticAMD" in names
+
+
+def sums_in_fp32() -> bool:
+    """False where the user lets oneDNN multiply fp32 matrices in a narrower dtype."""
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # since PyTorch 2.9
+    if matmul is None:
+        return torch.get_float32_matmul_precision() == "highest"
+    return matmul.fp32_precision in ("none", "ieee")
+
+
+def by_onednn(a: Tensor, b_t: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`a @ b_t.T + bias`; both operands contiguous, as other strides are copied or multiplied by a slow loop."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b_t, bias, "none", [], "")
+    return product
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """`out = a @ b`, or `out += a @ b`, for matrices of any strides on any device.
+
+    Args:
+        a: `[M, K]`.
+        b: `[K, N]`.
+        out: `[M, N]` in the dtype of the operands or a wider one.
+        add: Add to what `out` holds.
+    """
+    if _is_onednn_faster(a, b, out):
+        for start in range(0, a.shape[1], LONGEST_SUM):
+            block = slice(start, start + LONGEST_SUM)
+            part = by_onednn(a[:, block].contiguous(), b[block].t().contiguous())
+            if add or start > 0:
+                out += part
+            else:
+                out.copy_(part)
+    elif add and out.dtype == a.dtype:
+        out.addmm_(a, b)
+    elif add:
+        out += a @ b
+    elif out.dtype != a.dtype:
+        out.copy_(a @ b)
+    else:
+        torch.mm(a, b, out=out)
+
+
+def _is_onednn_faster(a: Tensor, b: Tensor, out: Tensor) -> bool:
+    if a.device.type != "cpu" or a.dtype != torch.float32 or out.dtype != torch.float32:
+        return False
+    enough = min(out.shape) >= MIN_ROWS and a.shape[1] > 0
+    return enough and has_slow_mkl() and has_onednn() and sums_in_fp32()
