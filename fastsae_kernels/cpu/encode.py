@@ -60,8 +60,8 @@ def encode(
     threshold = threshold.to(wide)
     rescore = rescore and x.element_size() == 2
     if n_tokens * d_sae <= MAX_ELEMENTS and (n_tokens == 0 or not rescore):
-        return _unless_dense(
-            encode_small(x, W_enc, b_enc, threshold, bandwidth=bandwidth, k=k, batch_topk=batch_topk), max_entries
+        return encode_small(
+            x, W_enc, b_enc, threshold, bandwidth=bandwidth, k=k, batch_topk=batch_topk, max_entries=max_entries
         )
     b_enc = b_enc.to(wide)
     if not torch.isfinite(b_enc).all():  # joins the comparisons, not the products: NaN would pass for inactive
@@ -77,12 +77,9 @@ def encode(
             encode_small(rows, W_enc, b_enc, threshold, bandwidth=bandwidth, k=None, batch_topk=False)
             for rows in x.split(block)
         ]
-        return _unless_dense(stack_rows(parts), max_entries)
+        acts = stack_rows(parts)
+        return None if acts is None or (max_entries is not None and acts.values.numel() > max_entries) else acts
     return _encode_threshold(x, W_enc, b_enc, threshold, bandwidth, k, rescore, max_entries)
-
-
-def _unless_dense(acts: SparseActs | None, max_entries: int | None) -> SparseActs | None:
-    return None if acts is None or (max_entries is not None and acts.values.numel() > max_entries) else acts
 
 
 def _encode_threshold(

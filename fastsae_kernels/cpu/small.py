@@ -38,23 +38,35 @@ class _Cut(NamedTuple):
 
 
 def encode_small(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, bandwidth: float, k: int | None, batch_topk: bool
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    *,
+    bandwidth: float,
+    k: int | None,
+    batch_topk: bool,
+    max_entries: int | None = None,
 ) -> SparseActs | None:
-    """`encode` through one dense product of at most `MAX_ELEMENTS`; None where it is NaN or Inf."""
+    """`encode` through one dense product of at most `MAX_ELEMENTS`; None where it is NaN or Inf, or has too many entries."""
     shape = n_tokens, _ = x.shape[0], W_enc.shape[1]
     cut = None
     if k is not None and bandwidth == 0 and n_tokens > 0:  # with a window a dense mask tells them
         cut = _Cut(1, k * n_tokens) if batch_topk else _Cut(n_tokens, k)
     if (k is None or cut is not None) and _is_rough_faster(x, W_enc):
         rough, margin = _rough_product(x, W_enc, b_enc)
-        listed = _candidates(rough, threshold, margin, bandwidth, cut)
-        if listed is not None and listed.size <= MAX_RESCORED * rough.numel():
-            rows, columns = _places(listed, shape)
+        marks = _candidates(rough, threshold, margin, bandwidth, cut)
+        count = math.inf if marks is None else np.count_nonzero(marks.numpy())
+        if marks is not None and max_entries is not None and count > max_entries:
+            return None
+        if marks is not None and count <= MAX_RESCORED * rough.numel():
+            rows, columns = _places(nonzero_flat(marks).numpy(), shape)
             return _entries(rows, columns, _scores(rows, columns, x, W_enc, b_enc), threshold, bandwidth, cut, shape)
     product = _product(x, W_enc, b_enc.to(x.dtype))
-    listed = _candidates(product, threshold, None, bandwidth, cut)
-    if listed is None:
+    marks = _candidates(product, threshold, None, bandwidth, cut)
+    if marks is None or (max_entries is not None and np.count_nonzero(marks.numpy()) > max_entries):
         return None
+    listed = nonzero_flat(marks).numpy()
     if k is not None and cut is None:
         keep = topk_keep(product * (product > threshold), k)
         listed = listed[keep.view(-1).numpy().take(listed)]
@@ -96,8 +108,8 @@ def _rough_product(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Ten
 
 def _candidates(
     product: Tensor, threshold: Tensor, margin: Tensor | None, bandwidth: float, cut: _Cut | None
-) -> np.ndarray | None:
-    """Flat places, ascending, of all that may be an entry: above the window's lower end, and among the largest of a `cut`.
+) -> Tensor | None:
+    """A padded mask of all that may be an entry: above the window's lower end, and among the largest of a `cut`.
 
     None where the product is NaN or Inf.
     """
@@ -130,7 +142,7 @@ def _candidates(
         np.greater_equal(array, reach, out=listed)
         if not (reach > lower.max()).all():
             listed &= array > lower
-    return nonzero_flat(mask).numpy()
+    return mask
 
 
 def _in_order(product: Tensor, *bounds: np.ndarray) -> list[np.ndarray]:
