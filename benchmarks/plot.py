@@ -50,10 +50,10 @@ def main() -> None:
     for path in sorted((HERE / "results").glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         machine = path.stem.rsplit("_", 2)[0]
-        for kind in ("forward+backward", "encode"):
+        for kind, name in {"forward+backward": "forward-backward", "whole step": "step", "encode": "encode"}.items():
             rows = [row for row in result["results"] if row["group"].startswith(kind)]
             if rows:
-                draw(result, rows, HERE / "plots" / f"{machine}_{kind.replace('+', '-')}.svg")
+                draw(result, rows, HERE / "plots" / f"{machine}_{name}.svg")
 
 
 if __name__ == "__main__":
