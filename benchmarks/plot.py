@@ -45,6 +45,28 @@ def draw(result: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None
     plt.close(figure)
 
 
+def draw_scaling(result: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
+    """A panel for each quantity that grows: a line for each provider, both axes logarithmic."""
+    kinds = list(dict.fromkeys(row["group"].split(",")[0] for row in rows))
+    figure, axes = plt.subplots(1, len(kinds), figsize=(6 * len(kinds), 4), squeeze=False, layout="constrained")
+    for axis, kind in zip(axes.flat, kinds, strict=True):
+        of_kind = [row for row in rows if row["group"].startswith(kind)]
+        for provider in dict.fromkeys(row["provider"] for row in of_kind):
+            line = sorted((row["x"], row["median_s"] * 1e3) for row in of_kind if row["provider"] == provider)
+            color = "#0f766e" if "fused" in provider else "#94a3b8"
+            axis.plot(*zip(*line, strict=True), marker="o", color=color, label=provider)
+        axis.set(xscale="log", yscale="log", xlabel=kind.removeprefix("scaling with "), ylabel="forward + backward, ms")
+        if kind.endswith("L0"):
+            axis.axvline(0.1 * 16384, color="#64748b", linestyle=":", label="from here on in dense tiles")
+        axis.legend(fontsize=8)
+    info = result["machine"]
+    shape = "512 tokens, d_in 768; L0 64 (left), d_sae 16,384 (right)"
+    machine = f"{info['gpu'] or info['processor']}, {info['threads']} threads, torch {info['torch']}"
+    figure.suptitle(f"{shape}; {machine}, commit {result['commit']}", fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
 def main() -> None:
     (HERE / "plots").mkdir(exist_ok=True)
     for path in sorted((HERE / "results").glob("*.json")):
@@ -54,6 +76,9 @@ def main() -> None:
             rows = [row for row in result["results"] if row["group"].startswith(kind)]
             if rows:
                 draw(result, rows, HERE / "plots" / f"{machine}_{name}.svg")
+        rows = [row for row in result["results"] if row["group"].startswith("scaling")]
+        if rows:
+            draw_scaling(result, rows, HERE / "plots" / f"{machine}_scaling.svg")
 
 
 if __name__ == "__main__":
