@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 
 mpl.use("svg")
+mpl.rcParams["svg.hashsalt"] = "fastsae"  # the same file from the same numbers
 from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent

@@ -73,6 +73,14 @@ class FusedSAEAdam(torch.optim.Adam):
         self._behind: Tensor | None = None  # [d_sae] steps by which a row's second moment lags, with betas[0] == 0
         sae.collect_weight_gradients(self._collected)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raises UsageError: all parameters of the SAE are in the one group that it is made with."""
+        if self.param_groups:
+            raise UsageError(
+                "param_group: expected none beside the SAE's own; give other parameters their own optimiser"
+            )
+        super().add_param_group(param_group)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets all gradients."""
         super().zero_grad(set_to_none)
@@ -189,13 +197,12 @@ class FusedSAEAdam(torch.optim.Adam):
     def _touched(self, weights: list[nn.Parameter]) -> Tensor | None:
         """`[d_sae]` bool where untouched rows may be left alone; None where all rows are updated."""
         group = self.param_groups[0]
-        if group["betas"][0] != 0 or group["weight_decay"] != 0 or len(weights) < 2:
+        others = any(p.grad is not None for p in weights) or len(weights) < 2
+        if group["betas"][0] != 0 or group["weight_decay"] != 0 or others or not self._collected:
             self._catch_up()
             return None
         if self._behind is None:
             self._behind = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=self.sae.device)
-        if any(p.grad is not None for p in weights) or not self._collected:
-            return torch.ones_like(self._behind, dtype=torch.bool)
         return self._collected.touched()
 
     def _catch_up(self) -> None:
@@ -206,7 +213,7 @@ class FusedSAEAdam(torch.optim.Adam):
         for p in (self.sae.W_enc, self.sae.W_dec):
             if p in self.state:
                 self._by_feature(p, self.state[p]["exp_avg_sq"]).mul_(decay[:, None])
-        self._behind.zero_()
+        self._behind = None
 
     def _moments(self, p: nn.Parameter) -> tuple[Tensor, Tensor]:
         state = self.state[p]
