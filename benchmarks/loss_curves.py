@@ -21,8 +21,9 @@ from fastsae.train.initialize import initialize_from_data
 from fastsae_kernels import AutoencodeSpec, reference
 
 mpl.use("svg")
-mpl.rcParams["svg.hashsalt"] = "fastsae"  # the same file from the same numbers
 from matplotlib import pyplot as plt
+
+mpl.rcParams["svg.hashsalt"] = "fastsae"  # the same file from the same numbers
 
 STEPS, TOKENS, D_IN, D_SAE, TARGET_L0, LR = 300, 512, 128, 1024, 16.0, 1e-3
 

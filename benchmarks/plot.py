@@ -9,8 +9,9 @@ from typing import Any
 import matplotlib as mpl
 
 mpl.use("svg")
-mpl.rcParams["svg.hashsalt"] = "fastsae"  # the same file from the same numbers
 from matplotlib import pyplot as plt
+
+mpl.rcParams["svg.hashsalt"] = "fastsae"  # the same file from the same numbers
 
 HERE = Path(__file__).parent
 
