@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastsae_kernels.cpu.matmul import multiply
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
+from fastsae_kernels.matmul import multiply
 from fastsae_kernels.penalty import penalty_slope, penalty_terms
 from fastsae_kernels.spec import AutoencodeSpec
 

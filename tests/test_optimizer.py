@@ -234,6 +234,16 @@ def test_autocast_and_frozen_weights() -> None:
         assert_same(fused, unfused, 1e-6)
 
 
+def test_whole_graphs_leave_their_gradients_where_they_are_found() -> None:
+    fused, unfused = pair(lr=1e-3)
+    for optimizer in (fused, unfused):
+        compiled = torch.compile(optimizer.sae, fullgraph=True, backend="aot_eager")
+        (compiled(batch(0).double()) - batch(0).double()).square().sum().backward()
+        assert optimizer.sae.W_enc.grad is not None
+        optimizer.step()
+    assert_same(fused, unfused, 1e-9)
+
+
 def test_copies_and_orphans_train_by_autograd_again() -> None:
     sae = make()
     optimizer = FusedSAEAdam(sae)

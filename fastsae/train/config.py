@@ -123,6 +123,12 @@ class TrainConfig:
         )
         for name in not_negative.split():
             _require(name, getattr(self, name), getattr(self, name) >= 0, "a number >= 0")
+        _require(
+            "init_threshold",
+            self.init_threshold,
+            self.init_threshold > 0 or not self.log_threshold,
+            "a number > 0 with log_threshold",
+        )
         for name in ("lr_end", "warm_up", "decay", "sparsity_warm_up"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
         for name in ("beta1", "beta2"):

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastsae_kernels.cpu.entries import largest_of_rows
-from fastsae_kernels.cpu.matmul import by_onednn, has_onednn, has_slow_mkl, sums_in_fp32
 from fastsae_kernels.cpu.product import has_fast_bf16, nonzero_flat, padded_mask, row_norms, sampled_dot
+from fastsae_kernels.matmul import by_onednn, has_onednn, has_slow_mkl, sums_in_fp32
 from fastsae_kernels.sparse_acts import SparseActs
 
 MAX_ELEMENTS = 2**20  # of the product: 4 MB in fp32

@@ -1,4 +1,4 @@
-"""The training pass as `torch.library` ops.
+"""The training pass as PyTorch's custom ops.
 
     fastsae::autoencode(...)           -> sae_out, penalty, l0, feature_counts, min_active, saved
     fastsae::autoencode_backward(...)  -> one gradient per parameter, empty where not asked for
@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fastsae_kernels import chunked, cpu
 from fastsae_kernels.checks import check_no_fp8
@@ -64,7 +64,7 @@ def _places(x: Tensor, d_sae: int, spec: AutoencodeSpec, capacity: int) -> int:
     return n_tokens * share + 1
 
 
-@torch.library.custom_op("fastsae::autoencode", mutates_args=())
+@library.custom_op("fastsae::autoencode", mutates_args=())
 def autoencode(
     x: Tensor,
     W_enc: Tensor,
@@ -173,7 +173,7 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor
     )
 
 
-@torch.library.custom_op("fastsae::autoencode_backward", mutates_args=())
+@library.custom_op("fastsae::autoencode_backward", mutates_args=())
 def autoencode_backward(
     x: Tensor,
     W_enc: Tensor,

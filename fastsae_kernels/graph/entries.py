@@ -1,4 +1,4 @@
-"""Encode and decode as `torch.library` ops, over the tensors of a `SparseActs`.
+"""Encode and decode as PyTorch's custom ops, over the tensors of a `SparseActs`.
 
     fastsae::encode(...) -> values, indices, row_offsets, row_counts
     fastsae::decode(...) -> sae_out
@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from fastsae_kernels.autograd import decode_entries, decode_gradients, encode_gradients, list_entries
 from fastsae_kernels.graph.autoencode import laid_out
@@ -30,7 +30,7 @@ def _entries(values: Tensor, indices: Tensor, row_offsets: Tensor, row_counts: T
     return SparseActs(row_offsets, indices[:used], values[:used], (n_tokens, d_sae))
 
 
-@torch.library.custom_op("fastsae::encode", mutates_args=())
+@library.custom_op("fastsae::encode", mutates_args=())
 def encode(
     x: Tensor,
     W_enc: Tensor,
@@ -65,14 +65,14 @@ def _encode_places(n_tokens: int, d_sae: int, k: int) -> int:
 def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, W_enc, _, threshold, bandwidth, k, *_ = inputs
     if k is None or bandwidth > 0:
-        places: Any = torch.library.get_ctx().new_dynamic_size()
+        places: Any = library.get_ctx().new_dynamic_size()
     else:
         places = _encode_places(x.shape[0], W_enc.shape[1], k)
     offsets, counts = (x.new_empty(n, dtype=torch.int32) for n in (x.shape[0] + 1, x.shape[0]))
     return threshold.new_empty(places), x.new_empty(places, dtype=torch.int32), offsets, counts
 
 
-@torch.library.custom_op("fastsae::encode_backward", mutates_args=())
+@library.custom_op("fastsae::encode_backward", mutates_args=())
 def encode_backward(
     values: Tensor,
     indices: Tensor,
@@ -114,7 +114,7 @@ def _encode_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 encode.register_autograd(_encode_backward, setup_context=_setup_encode)
 
 
-@torch.library.custom_op("fastsae::decode", mutates_args=())
+@library.custom_op("fastsae::decode", mutates_args=())
 def decode(
     values: Tensor, indices: Tensor, row_offsets: Tensor, row_counts: Tensor, W_dec: Tensor, b_dec: Tensor | None
 ) -> Tensor:
@@ -130,7 +130,7 @@ def _(*inputs: Any) -> Tensor:
     return out
 
 
-@torch.library.custom_op("fastsae::decode_backward", mutates_args=())
+@library.custom_op("fastsae::decode_backward", mutates_args=())
 def decode_backward(
     values: Tensor, indices: Tensor, row_offsets: Tensor, row_counts: Tensor, W_dec: Tensor, grad_out: Tensor
 ) -> tuple[Tensor, Tensor]:

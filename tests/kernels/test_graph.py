@@ -1,4 +1,4 @@
-"""The `torch.library` ops: `opcheck`, whole graphs with every gradient, autocast, deterministic mode, ranks."""
+"""The custom ops: `opcheck`, whole graphs with every gradient, autocast, deterministic mode, ranks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import problems
 import pytest
 import torch
 from gpu_helpers import needs_kernels
+from torch import library
 from torch.utils.checkpoint import checkpoint
 
 import fastsae_kernels as kernels
@@ -60,7 +61,7 @@ def test_opcheck_autoencode(spec: AutoencodeSpec, capacity: int) -> None:
     if capacity == DENSE and spec.k is not None:
         pytest.skip("a token's rank needs all features at once")
     problem = problems.make(9, 8, 60, spec=spec, with_scale=spec.penalty != "l0")
-    torch.library.opcheck(torch.ops.fastsae.autoencode.default, arguments(problem, capacity))
+    library.opcheck(torch.ops.fastsae.autoencode.default, arguments(problem, capacity))
 
 
 @pytest.mark.usefixtures("deterministic")
@@ -71,14 +72,12 @@ def test_opcheck_encode_and_decode(k: int | None) -> None:
     # data-dependent sizes have no dynamic-shape test
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     every = (*checks, "test_aot_dispatch_dynamic") if k else checks
-    torch.library.opcheck(
-        torch.ops.fastsae.encode.default, (*inputs, 0.0, k, False, False, "ieee", False), test_utils=every
-    )
+    library.opcheck(torch.ops.fastsae.encode.default, (*inputs, 0.0, k, False, False, "ieee", False), test_utils=every)
     with torch.no_grad():
         entries = torch.ops.fastsae.encode(*inputs, 0.0, k, False, False, "ieee", False)
     values = entries[0].requires_grad_()
     decoder = (p.W_dec.requires_grad_(), p.b_dec.requires_grad_())
-    torch.library.opcheck(torch.ops.fastsae.decode.default, (values, *entries[1:], *decoder))
+    library.opcheck(torch.ops.fastsae.decode.default, (values, *entries[1:], *decoder))
 
 
 @pytest.mark.parametrize("density", [0.02, 0.5], ids=["sparse", "dense"])

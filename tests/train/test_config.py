@@ -33,6 +33,7 @@ from fastsae.train.config import PRESETS, TrainConfig
         {"b_dec_init": "median"},
         {"aux_loss_coefficient": -1.0},
         {"architecture": "topk", "d_sae": 8, "k": 9},
+        {"log_threshold": True, "init_threshold": 0.0},
     ],
     ids=str,
 )

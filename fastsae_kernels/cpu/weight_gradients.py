@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastsae_kernels.cpu.decode import gather_sum
 from fastsae_kernels.sparse_acts import FeatureMajor
 
 
@@ -48,8 +49,6 @@ class WeightGradients:
 
     def chunks(self, size: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """`(rows, grad_W_enc.T[rows], grad_W_dec[rows])` for `size` features at a time, in the dtypes of the passes."""
-        from fastsae_kernels.cpu.decode import gather_sum
-
         d_sae = self._passes[0].entries.offsets.numel() - 1
         bounds = [[*p.entries.offsets[:-1:size].tolist(), p.entries.tokens.numel()] for p in self._passes]
         for i, start in enumerate(range(0, d_sae, size)):

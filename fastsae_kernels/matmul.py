@@ -1,4 +1,4 @@
-"""Whole dense products on a CPU, by the faster of the two libraries inside PyTorch.
+"""Dense products; on a CPU by the faster of the two libraries inside PyTorch.
 
 On a CPU of AMD the fp32 product of MKL, which is PyTorch's, takes twice as long as oneDNN's. But oneDNN sums in one long
 chain, with up to three times the rounding error; up to `LONGEST_SUM` terms the errors are alike.
