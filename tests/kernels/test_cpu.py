@@ -16,7 +16,7 @@ from fastsae_kernels import AutoencodeSpec, chunked
 from fastsae_kernels.cpu.product import has_fast_bf16
 from fastsae_kernels.dispatch import Backend
 
-cpu_matmul = importlib.import_module("fastsae_kernels.cpu.matmul")
+matmul = importlib.import_module("fastsae_kernels.matmul")
 cpu_product = importlib.import_module("fastsae_kernels.cpu.product")
 cpu_entries = importlib.import_module("fastsae_kernels.cpu.entries")
 cpu_topk = importlib.import_module("fastsae_kernels.cpu.topk")
@@ -75,11 +75,11 @@ DENSE_SPECS = {name: spec for name, spec in problems.SPECS.items() if spec.k is 
 def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """One tile or several both ways on small problems, and the library that multiplies them."""
     by_onednn = "oneDNN" in request.param
-    if by_onednn and not cpu_matmul.has_onednn():
+    if by_onednn and not matmul.has_onednn():
         pytest.skip("this build of PyTorch has no oneDNN")
-    monkeypatch.setattr(cpu_matmul, "has_slow_mkl", lambda: by_onednn)
-    monkeypatch.setattr(cpu_matmul, "MIN_ROWS", 1)
-    monkeypatch.setattr(cpu_matmul, "LONGEST_SUM", 5)
+    monkeypatch.setattr(matmul, "has_slow_mkl", lambda: by_onednn)
+    monkeypatch.setattr(matmul, "MIN_ROWS", 1)
+    monkeypatch.setattr(matmul, "LONGEST_SUM", 5)
     if "tiles" in request.param:
         for name, value in {"TILE": 256, "FEATURES": 16, "MIN_CHUNK": 16, "MAX_CHUNK": 32}.items():
             monkeypatch.setattr(chunked, name, value)
