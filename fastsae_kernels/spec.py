@@ -43,7 +43,7 @@ class AutoencodeSpec:
     fp8: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.bandwidth) and self.bandwidth >= 0):
+        if not 0 <= self.bandwidth < math.inf:  # a graph may hold a symbol here, which math.isfinite refuses
             raise ValueError(f"bandwidth: expected a finite number >= 0, got {self.bandwidth}")
         if self.k is not None and (not isinstance(self.k, Integral) or self.k < 1):
             raise ValueError(f"k: expected None or an integer >= 1, got {self.k!r}")
@@ -59,5 +59,5 @@ class AutoencodeSpec:
             raise ValueError(f"precision: expected one of {', '.join(get_args(Precision))}, got {self.precision!r}")
         if self.fp8 and self.k is not None:
             raise ValueError(f"fp8: expected False with k, whose bounds an fp8 product cannot give, got k = {self.k}")
-        if not (math.isfinite(self.tanh_scale) and self.tanh_scale > 0):
+        if not 0 < self.tanh_scale < math.inf:
             raise ValueError(f"tanh_scale: expected a finite number > 0, got {self.tanh_scale}")
