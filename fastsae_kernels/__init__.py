@@ -4,6 +4,7 @@ from fastsae_kernels.cpu.weight_gradients import WeightGradients
 from fastsae_kernels.dispatch import ActivityHint, use_backend
 from fastsae_kernels.gradients import AutoencodeOutput
 from fastsae_kernels.ops import autoencode, decode, encode
+from fastsae_kernels.pre_bias import subtract_pre_bias
 from fastsae_kernels.sparse_acts import FeatureMajor, SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
 
@@ -17,5 +18,6 @@ __all__ = [
     "autoencode",
     "decode",
     "encode",
+    "subtract_pre_bias",
     "use_backend",
 ]

@@ -16,6 +16,7 @@ from fastsae_kernels import chunked, cpu
 from fastsae_kernels.checks import check_no_fp8
 from fastsae_kernels.dispatch import MAX_DENSITY, ActivityHint, backend_of, forced_backend
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
+from fastsae_kernels.residual import row_gradients, scaled
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
 
@@ -32,34 +33,44 @@ def _sparse_backend(x: Tensor) -> Any:
 
 
 class Autoencode(torch.autograd.Function):
-    """`autoencode`; differentiable in the seven tensors."""
+    """`autoencode`; differentiable in the seven tensors and the target."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
-        *tensors, spec, hint, ctx.weight_gradients = inputs
+        *tensors, target, spec, hint, ctx.weight_gradients = inputs
         x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale = tensors
-        output, ctx.saved_by_gpu = _run_forward(tensors, spec, hint)
+        output, ctx.saved_by_gpu = _run_forward(tensors, target, spec, hint)
         ctx.spec, ctx.acts = spec, output.acts
-        ctx.save_for_backward(x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale)
+        ctx.target_dtype = None if target is None else target.dtype
+        residual = None if target is None else output.sae_out
+        ctx.save_for_backward(x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, residual)
         ctx.mark_non_differentiable(output.l0, output.feature_counts, *_given(output.min_active))
+        ctx.set_materialize_grads(False)
         return tuple(output)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor, grad_penalty: Tensor, *_: Any) -> tuple[Any, ...]:
-        inputs = ctx.saved_tensors  # once: non-reentrant checkpointing unpacks a tensor a single time
+    def backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None, *others: Any) -> tuple[Any, ...]:
+        *inputs, residual = ctx.saved_tensors  # once: non-reentrant checkpointing unpacks a tensor a single time
         x, W_enc, b_enc, threshold, W_dec, _, feature_scale = inputs
         asked = ctx.needs_input_grad
         needs = AutoencodeNeeds(x=asked[0], W_enc=asked[1], W_dec=asked[4])
-        grad_out = grad_out.contiguous()
-        shared = (threshold, W_dec, feature_scale, ctx.spec, grad_out, grad_penalty, needs)
+        grad_squared_error = others[-1]
+        if grad_out is None and grad_squared_error is None:
+            grad_out = x.new_zeros(x.shape[0], W_dec.shape[1])
+        if grad_penalty is None:
+            grad_penalty = torch.zeros((), dtype=threshold.dtype, device=x.device).expand(x.shape[0])
+        rows, row_scale = row_gradients(residual, grad_out, grad_squared_error)
+        shared = (threshold, W_dec, feature_scale, ctx.spec, rows, grad_penalty, needs, row_scale)
         if ctx.saved_by_gpu is not None:
-            grads = _gpu().autoencode_backward(ctx.saved_by_gpu, grad_out, grad_penalty, needs.x)
+            collects = ctx.weight_gradients if needs.W_enc or needs.W_dec else None
+            grads = _gpu().autoencode_backward(ctx.saved_by_gpu, rows, grad_penalty, needs.x, row_scale, collects)
         elif ctx.acts is not None:
             grads = cpu.autoencode_backward(ctx.acts, x, W_enc, *shared, ctx.weight_gradients)
         else:
             grads = chunked.autoencode_backward(x, W_enc, b_enc, *shared)
-        return (*_in_dtype_of(grads, inputs), None, None, None)
+        grad_target = -scaled(rows, row_scale).to(ctx.target_dtype) if asked[7] else None
+        return (*_in_dtype_of(grads, tuple(inputs)), grad_target, None, None, None)
 
 
 def _given(tensor: Tensor | None) -> tuple[Tensor, ...]:
@@ -72,7 +83,7 @@ def _in_dtype_of(grads: AutoencodeGrads, inputs: tuple[Tensor | None, ...]) -> l
 
 
 def _run_forward(
-    tensors: list[Any], spec: AutoencodeSpec, hint: ActivityHint | None
+    tensors: list[Any], target: Tensor | None, spec: AutoencodeSpec, hint: ActivityHint | None
 ) -> tuple[AutoencodeOutput, Any | None]:
     """The output, and what a GPU backward needs beside it."""
     x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale = tensors
@@ -85,19 +96,19 @@ def _run_forward(
             backend = "dense"
         else:
             hint = hint or ActivityHint()
-            output, saved = _gpu().autoencode_forward(*arguments, hint.capacity(d_sae))
+            output, saved = _gpu().autoencode_forward(*arguments, hint.capacity(d_sae), target)
             hint.update(saved.listed)
             return output._replace(acts=None), saved  # rows that outgrew the capacity are not among its entries
     else:
         check_no_fp8(spec, x)
     if backend == "cpu":
         limit = None if spec.k is not None or forced_backend() else int(MAX_DENSITY["cpu"] * x.shape[0] * d_sae)
-        output = cpu.autoencode_forward(*arguments, limit)
+        output = cpu.autoencode_forward(*arguments, limit, target)
         if output is not None:
             return output, None
     if spec.k is not None:
         raise ValueError("x, W_enc, b_enc: expected finite values where k is given, got NaN or Inf")
-    output = chunked.autoencode_forward(*arguments)
+    output = chunked.autoencode_forward(*arguments, target)
     if hint is not None and x.is_cuda:
         hint.update(output.l0)
     return output, None

@@ -64,6 +64,15 @@ def check_feature_scale(feature_scale: Tensor | None, threshold: Tensor) -> None
         raise ValueError(f"feature_scale: expected device {threshold.device}, got {feature_scale.device}")
 
 
+def check_target(target: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raises ValueError or TypeError unless `target` is floating-point, of the reconstruction's shape and on its device."""
+    _check_shape("target", target, shape, f"shape [..., d_out] = {tuple(shape)}")
+    if not target.is_floating_point():
+        raise TypeError(f"target: expected a floating-point tensor, got {target.dtype}")
+    if target.device != device:
+        raise ValueError(f"target: expected device {device} as the input x, got {target.device}")
+
+
 def check_decode(d_sae: int, dtype: torch.dtype, device: torch.device, W_dec: Tensor, b_dec: Tensor | None) -> None:
     """Raises ValueError or TypeError where the decoder's arguments do not fit together."""
     _check_shape("W_dec", W_dec, (d_sae, None), f"shape [d_sae, d_out] = ({d_sae}, d_out)")

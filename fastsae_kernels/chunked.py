@@ -15,6 +15,7 @@ from torch import Tensor
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
 from fastsae_kernels.matmul import multiply
 from fastsae_kernels.penalty import penalty_slope, penalty_terms
+from fastsae_kernels.residual import scaled, subtract_target
 from fastsae_kernels.spec import AutoencodeSpec
 
 TILE = 2**17  # elements of a tile for each thread of a CPU: four are alive at a time, and stay in its cache
@@ -66,6 +67,7 @@ def autoencode_forward(
     b_dec: Tensor,
     feature_scale: Tensor | None,
     spec: AutoencodeSpec,
+    target: Tensor | None = None,
 ) -> AutoencodeOutput:
     """`reference.autoencode`, tile by tile; `spec.k` must be None (a token's rank needs all features at once)."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -85,7 +87,10 @@ def autoencode_forward(
             del gate  # before the product, whose operands are copied in places
             multiply(acts.t().to(x.dtype), W_dec[rows], sae_out[tokens], add=True)
             penalty[tokens] += per_token if spec.penalty == "l0" else penalty_terms(acts, scale, spec).sum(0)
-    return AutoencodeOutput(sae_out.to(x.dtype), penalty, l0, counts, None)
+    squared_error = None
+    if target is not None:
+        sae_out, squared_error = subtract_target(sae_out, target)
+    return AutoencodeOutput(sae_out.to(x.dtype), penalty, l0, counts, None, squared_error=squared_error)
 
 
 def autoencode_backward(
@@ -99,8 +104,12 @@ def autoencode_backward(
     grad_out: Tensor,
     grad_penalty: Tensor,
     needs: AutoencodeNeeds,
+    row_scale: Tensor | None = None,
 ) -> AutoencodeGrads:
-    """Every gradient of `autoencode_forward`; multiplies each tile again instead of having kept it."""
+    """Every gradient of `autoencode_forward`; multiplies each tile again instead of having kept it.
+
+    The gradient of row n of sae_out is `row_scale[n] * grad_out[n]`.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     W_enc_t = W_enc.t()
     grad_W_enc_t = torch.empty_like(W_enc_t, memory_format=torch.contiguous_format) if needs.W_enc else None
@@ -112,7 +121,7 @@ def autoencode_backward(
         b_enc=torch.zeros_like(b_enc, dtype=wide),
         threshold=torch.zeros_like(threshold),
         W_dec=torch.empty_like(W_dec, memory_format=torch.contiguous_format) if needs.W_dec else None,
-        b_dec=grad_out.sum(0),
+        b_dec=grad_out.sum(0) if row_scale is None else row_scale.to(grad_out.dtype) @ grad_out,
         feature_scale=None if feature_scale is None else torch.zeros_like(feature_scale, dtype=wide),
     )
     # each part of a sum over tokens is rounded to the dtype of the products, so that only fp32 and wider ones may be cut
@@ -121,14 +130,16 @@ def autoencode_backward(
         scale = None if feature_scale is None else feature_scale[rows, None]
         for tokens in of_tokens:
             is_later = tokens.start > 0
+            of_rows = scaled(grad_out[tokens], None if row_scale is None else row_scale[tokens])
             acts = _hidden_pre(x[tokens], W_enc_t[rows], b_enc[rows])
             window = (acts - theta).abs_().lt_(spec.bandwidth / 2) if spec.bandwidth else None  # 0 and 1, as the gate
             gate = _gate(acts, theta)
             acts *= gate
             if grads.W_dec is not None:
-                multiply(acts.to(x.dtype), grad_out[tokens], grads.W_dec[rows], add=is_later)
+                multiply(acts.to(x.dtype), of_rows, grads.W_dec[rows], add=is_later)
             grad_acts = torch.empty_like(acts)
-            multiply(W_dec[rows], grad_out[tokens].t(), grad_acts)
+            multiply(W_dec[rows], of_rows.t(), grad_acts)
+            del of_rows
             if spec.penalty != "l0":
                 grad_scale = _penalty_backward(acts, scale, grad_penalty[tokens], grad_acts, spec)
                 if grads.feature_scale is not None and grad_scale is not None:

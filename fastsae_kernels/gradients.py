@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastsae_kernels.sparse_acts import SparseActs
@@ -14,12 +13,13 @@ from fastsae_kernels.spec import AutoencodeSpec
 class AutoencodeOutput(NamedTuple):
     """One forward pass over N tokens."""
 
-    sae_out: Tensor  # [N, d_out] in the input's dtype
+    sae_out: Tensor  # [N, d_out] in the input's dtype, the reconstruction; less the target, where one is given
     penalty: Tensor  # [N] fp32 (fp64 for fp64 inputs)
     l0: Tensor  # [N] int64, active features of each token
     feature_counts: Tensor  # [d_sae] int64, tokens on which each feature is active
     acts: SparseActs | None  # the entries; None where none were kept for the caller
     min_active: Tensor | None = None  # [] fp32, the smallest surviving activation, inf without one; BatchTopK only
+    squared_error: Tensor | None = None  # [N] fp32 (fp64 for fp64 inputs), of the residual; only with a target
 
 
 class AutoencodeNeeds(NamedTuple):
@@ -55,20 +55,20 @@ def gate_backward(
         active: Bool, any shape.
         window: Bool, same shape; ignored without a bandwidth.
         threshold: Broadcastable to that shape.
-        grad_acts: Gradient with respect to the feature activations, penalty slope included.
+        grad_acts: Gradient with respect to the feature activations, penalty slope included; overwritten.
         grad_penalty: Gradient with respect to the penalty of the element's token.
         spec: The options.
 
     Returns:
         `(grad_hidden_pre, grad_threshold)`; the second is None without a bandwidth.
     """
-    grad_hidden_pre = torch.where(active, grad_acts, 0)
     if spec.bandwidth == 0:
-        return grad_hidden_pre, None
+        return grad_acts.masked_fill_(~active, 0), None
     estimate = threshold * grad_acts
     if spec.penalty == "l0":
-        estimate = estimate + grad_penalty
-    estimate = torch.where(window, estimate, 0) / spec.bandwidth
+        estimate += grad_penalty
+    estimate.masked_fill_(~window, 0).div_(spec.bandwidth)
+    grad_hidden_pre = grad_acts.masked_fill_(~active, 0)
     if spec.ste_to_input:
-        grad_hidden_pre = grad_hidden_pre + estimate
-    return grad_hidden_pre, -estimate
+        grad_hidden_pre += estimate
+    return grad_hidden_pre, estimate.neg_()

@@ -150,17 +150,50 @@ def _train(dtype: torch.dtype) -> None:
         x, W_enc, b_enc, threshold = _operands(N_TOKENS, d_in, dtype)
         W_dec, b_dec = _empty(D_SAE, d_in, dtype=dtype), _empty(d_in, dtype=dtype)
         scale = None if spec.penalty == "l0" else _empty(D_SAE)
-        output, saved = gpu.autoencode_forward(x, W_enc, b_enc, threshold, W_dec, b_dec, scale, spec, capacity)
-        gpu.autoencode_backward(saved, output.sae_out, _empty(N_TOKENS), needs_x=True)
+        for target, row_scale in ((None, None), (x, _empty(N_TOKENS))):
+            output, saved = gpu.autoencode_forward(
+                x, W_enc, b_enc, threshold, W_dec, b_dec, scale, spec, capacity, target
+            )  # fmt: skip
+            gpu.autoencode_backward(saved, output.sae_out, _empty(N_TOKENS), needs_x=True, row_scale=row_scale)
     gpu.decode(saved.acts, W_dec)
     gpu.decode_backward(saved.acts, W_dec, output.sae_out)
+
+
+def _visit(dtype: torch.dtype) -> None:
+    """Launch the visit of every feature, with and without long ones and all that is optional."""
+    from fastsae_kernels.gpu.backward import FeatureOrder
+    from fastsae_kernels.gpu.feature_visit import feature_gradients
+
+    nnz = N_TOKENS * 128
+    offsets, entries = _empty(D_SAE + 1, dtype=torch.int64), _empty(nnz, dtype=torch.int64)
+    for d_in, d_out, n_tokens, tokens in (
+        (D_IN, D_IN, N_TOKENS, None),
+        (UNEVEN_D_IN, D_IN, N_TOKENS, entries),
+        (UNEVEN_D_IN, UNEVEN_D_IN, 128, None),
+        (LONGEST_ROW - 1, LONGEST_ROW - 1, N_TOKENS, None),
+        (LONGEST_ROW, LONGEST_ROW, N_TOKENS, entries),
+    ):
+        x, grad_out = _empty(n_tokens, d_in, dtype=dtype), _empty(n_tokens, d_out, dtype=dtype)
+        rows, features = _empty(n_tokens), _empty(D_SAE)
+        by_feature = FeatureOrder(offsets, entries, tokens, 128)
+        W_dec = _empty(D_SAE, d_out, dtype=dtype)
+        for scale, spec, options in (
+            (None, AutoencodeSpec(bandwidth=0.05), {"row_scale": rows}),
+            (features, AutoencodeSpec(penalty="l1"), {}),
+            (features, AutoencodeSpec(bandwidth=0.05, penalty="tanh", ste_to_input=True), {"row_scale": rows}),
+            (None, AutoencodeSpec(k=64), {"row_scale": rows, "with_weights": False}),
+        ):
+            feature_gradients(by_feature, _empty(nnz), x, W_dec, grad_out, rows, features, scale, spec, **options)
 
 
 def _update(dtype: torch.dtype) -> None:
     """Launch the update of encoder and decoder rows with and without all that is optional."""
     from fastsae_kernels.gpu.adam import adam_rows, grad_norms
     from fastsae_kernels.gpu.backward import FeatureOrder
+    from fastsae_kernels.gpu.weight_gradients import clear_where
 
+    flag = _empty(1, dtype=torch.int32)
+    clear_where(flag, _empty(D_SAE * 2 * D_IN, dtype=dtype))
     entries, weights = _empty(N_TOKENS * 128, dtype=torch.int64), _empty(N_TOKENS * 128)
     offsets, last_step = _empty(D_SAE + 1, dtype=torch.int64), _empty(D_SAE, dtype=torch.int32)
     hyper: dict[str, Any] = {"lr": 1e-3, "beta2": 0.999, "eps": 1e-8, "step": 2}
@@ -170,16 +203,20 @@ def _update(dtype: torch.dtype) -> None:
         narrow = _empty(D_SAE, d_in, dtype=torch.bfloat16)
         by_feature = FeatureOrder(offsets, entries, tokens, 128)
         everything: dict[str, Any] = {"extra": rows, "scale": weights[0], "copy": narrow, **decoder}
+        flagged: dict[str, Any] = {"extra": _empty(D_SAE, d_in, dtype=dtype), "extra_flag": flag}
         for m, v, options in (
             (rows, rows, hyper),
             (rows, rows, hyper | everything),
-            (narrow, narrow, hyper | everything),
+            (rows, rows, hyper | everything | flagged),
+            (narrow, narrow, hyper | everything | flagged),
             (None, rows, hyper | decoder | {"last_step": last_step}),
             (None, rows, hyper | everything | {"last_step": last_step}),
+            (None, rows, hyper | everything | flagged | {"last_step": last_step}),
         ):
             adam_rows(by_feature, weights, vectors, rows, m, v, beta1=0.0 if m is None else 0.9, **options)
         grad_norms(by_feature, weights, vectors, rows)
         grad_norms(by_feature, weights, vectors, rows, extra=rows, project=True)
+        grad_norms(by_feature, weights, vectors, rows, **flagged, project=True)
 
 
 def _list(dtype: torch.dtype, precision: str, n_tokens: int, d_in: int, everything: bool) -> None:
@@ -255,6 +292,7 @@ def collect(arch: str) -> list[Launch]:
                 _list_everything(dtype, has_tf32=arch.startswith("sm_"))
                 if name != "fp16":
                     _train(dtype)
+                    _visit(dtype)
                     _update(dtype)
                     if _has_fp8(arch):
                         _list_fp8(dtype)

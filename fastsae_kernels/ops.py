@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastsae_kernels import graph
 from fastsae_kernels.autograd import Autoencode, Decode, Encode, list_entries
-from fastsae_kernels.checks import check_decode, check_encode, check_feature_scale
+from fastsae_kernels.checks import check_decode, check_encode, check_feature_scale, check_target
 from fastsae_kernels.cpu.weight_gradients import WeightGradients
 from fastsae_kernels.dispatch import ActivityHint
 from fastsae_kernels.gradients import AutoencodeOutput
@@ -44,12 +44,12 @@ def _without_autocast(device_type: str) -> AbstractContextManager[object]:
 
 def _in_graph(
     tensors: tuple[Any, ...], spec: AutoencodeSpec, hint: ActivityHint | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, None, Tensor | None, Tensor | None]:
     """The pass as one op of a compiled graph."""
     capacity = graph.BY_ACTIVITY
     if tensors[0].is_cuda and hint is not None and spec.k is None:
         capacity = hint.plan
-    *outputs, min_active, _ = torch.ops.fastsae.autoencode(
+    *outputs, min_active, squared_error, _ = torch.ops.fastsae.autoencode(
         *tensors,
         spec.bandwidth,
         spec.k,
@@ -62,7 +62,8 @@ def _in_graph(
         capacity,
         0 if hint is None else hint.key,
     )
-    return (*outputs, None, min_active.detach() if spec.batch_topk else None)
+    has_target = tensors[-1] is not None
+    return (*outputs, None, min_active.detach() if spec.batch_topk else None, squared_error if has_target else None)
 
 
 def autoencode(
@@ -74,6 +75,7 @@ def autoencode(
     b_dec: Tensor,
     *,
     spec: AutoencodeSpec,
+    target: Tensor | None = None,
     feature_scale: Tensor | None = None,
     hint: ActivityHint | None = None,
     weight_gradients: WeightGradients | None = None,
@@ -84,6 +86,11 @@ def autoencode(
         feature_acts = hidden_pre * (hidden_pre > threshold) * keep          keep: the k largest of a token, or all
         sae_out      = feature_acts @ W_dec + b_dec
         penalty      = sum over features of [active], feature_acts * feature_scale, or tanh (see `AutoencodeSpec`)
+
+    With a `target`, which is what a training step wants, the loss is part of the pass:
+
+        residual      = sae_out - target                in place of sae_out, which is never written
+        squared_error = sum over d_out of residual^2    whose backward reads the residual and nothing else
 
     Equivalent to `fastsae_kernels.reference.autoencode`. Where activity is dense (early training) the same numbers come
     from products in feature chunks, and from the sparse path again when activity falls.
@@ -96,14 +103,16 @@ def autoencode(
         W_dec: `[d_sae, d_out]`.
         b_dec: `[d_out]`.
         spec: Bandwidth, top-k and penalty.
+        target: `[..., d_out]`, floating-point of any dtype, what is to be reconstructed; differentiable.
         feature_scale: `[d_sae]` weight of each feature in the `l1` and `tanh` penalties; None for ones.
         hint: On a GPU, what earlier passes knew of the activity; a module keeps one.
         weight_gradients: Of an optimiser that sums the gradients of `W_enc` and `W_dec` itself: takes what they are sums of,
-            and their `.grad` stays None (on a CPU, where the sparse path ran).
+            and their `.grad` stays None (where the sparse path ran; on a GPU in the first pass of a step).
 
     Returns:
-        `sae_out` `[..., d_out]`, `penalty` `[...]` fp32 (fp64 for fp64), the counts `l0` `[...]` and `feature_counts` `[d_sae]`;
-        `acts` over the flattened tokens, None where the dense path ran and on a GPU.
+        `sae_out` `[..., d_out]` (the residual, with a target); `penalty` and `squared_error` `[...]` fp32 (fp64 for fp64);
+        the counts `l0` `[...]` and `feature_counts` `[d_sae]`; `acts` over the flattened tokens, None where the dense path
+        ran and on a GPU.
 
     Raises:
         ValueError: Shapes disagree, `k` exceeds `d_sae`, NaN or Inf meets `k`, or, in a compiled graph with `k`, more than a
@@ -122,9 +131,12 @@ def autoencode(
     check_encode(x, W_enc, b_enc, threshold, spec.k)
     check_decode(W_enc.shape[1], x.dtype, x.device, W_dec, b_dec)
     check_feature_scale(feature_scale, threshold)
+    if target is not None:
+        check_target(target, (*x.shape[:-1], W_dec.shape[1]), x.device)
+        target = target.reshape(-1, W_dec.shape[1])
     flat = x.reshape(-1, x.shape[-1])
     with _without_autocast(x.device.type):
-        tensors = (flat, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale)
+        tensors = (flat, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target)
         compiling = torch.compiler.is_compiling()
         outputs = (
             _in_graph(tensors, spec, hint) if compiling else Autoencode.apply(*tensors, spec, hint, weight_gradients)
@@ -135,6 +147,7 @@ def autoencode(
         sae_out=output.sae_out.reshape(*leading, W_dec.shape[1]),
         penalty=output.penalty.reshape(leading),
         l0=output.l0.reshape(leading),
+        squared_error=None if output.squared_error is None else output.squared_error.reshape(leading),
     )
 
 

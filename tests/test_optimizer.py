@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from gpu_helpers import DEVICE, FEW_PROGRAMS, needs_kernels
 from torch import Tensor
 
 import fastsae_kernels as kernels
@@ -54,6 +57,10 @@ def loss_of(sae: SparseAutoencoder, x: Tensor) -> Tensor:
     return sae.training_forward(x).loss  # type: ignore[attr-defined, no-any-return]
 
 
+def with_more(sae: SparseAutoencoder, x: Tensor) -> Tensor:
+    return loss_of(sae, x) + sae.W_enc.square().sum() + (sae.W_dec[3] * x[0]).sum()
+
+
 class Unfused:
     """What a user writes with autograd and `torch.optim.Adam`."""
 
@@ -83,8 +90,22 @@ def pair(kind: str = "jumprelu", dtype: torch.dtype = torch.float64, **options: 
     sae = make(kind, dtype)
     return (
         FusedSAEAdam(copy.deepcopy(sae), max_grad_norm=clip, normalize_decoder=normalize, **options),
-        Unfused(sae, clip, normalize, **options),
+        Unfused(sae, clip, normalize, **{name: options[name] for name in ("lr", "betas") if name in options}),
     )
+
+
+def trio(kind: str = "jumprelu", **options: Any) -> tuple[Any, Any, Any]:
+    """Both in fp32, and the unfused one in fp64 from the same weights."""
+    fused, unfused = pair(kind, torch.float32, **options)
+    _, exact = pair(kind, **options)
+    exact.sae.load_state_dict(unfused.sae.state_dict())
+    return fused, unfused, exact
+
+
+def assert_as_close_as_rounding_allows(fused: Any, unfused: Any, exact: Any) -> None:
+    for name, want in exact.sae.state_dict().items():
+        errors = [(o.sae.state_dict()[name].cpu() - want).abs().max().item() for o in (fused, unfused)]
+        assert errors[0] <= 2 * errors[1] + 1e-6, f"{name}: {errors}"
 
 
 def train(optimizer: Any, steps: range, backend: Backend = "cpu", loss: Callable[..., Tensor] = loss_of) -> list[float]:
@@ -137,22 +158,15 @@ def test_equal_to_unfused(
 
 
 def test_fp32_stays_as_close_as_rounding_allows() -> None:
-    options = {"lr": 3e-3, "max_grad_norm": 1.0, "normalize_decoder": True}
-    fused, unfused = pair(dtype=torch.float32, **options)
-    _, exact = pair(**options)
-    for optimizer in (fused, unfused, exact):
+    optimizers = trio(lr=3e-3, max_grad_norm=1.0, normalize_decoder=True)
+    for optimizer in optimizers:
         train(optimizer, range(50))
-    for name, want in exact.sae.state_dict().items():
-        errors = [(o.sae.state_dict()[name] - want).abs().max().item() for o in (fused, unfused)]
-        assert errors[0] <= 2 * errors[1] + 1e-6, f"{name}: {errors}"
+    assert_as_close_as_rounding_allows(*optimizers)
 
 
 @pytest.mark.parametrize("clip", [None, 0.5], ids=["free", "clipped"])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.99)], ids=str)
 def test_gradients_that_come_another_way_are_added(betas: tuple[float, float], clip: float | None) -> None:
-    def with_more(sae: SparseAutoencoder, x: Tensor) -> Tensor:
-        return loss_of(sae, x) + sae.W_enc.square().sum() + (sae.W_dec[3] * x[0]).sum()
-
     fused, unfused = pair(lr=1e-3, betas=betas, max_grad_norm=clip)
     for loss, backend, steps in [
         (loss_of, "cpu", range(5)),
@@ -182,14 +196,15 @@ def test_rows_that_no_token_touches_are_left_alone_and_exact() -> None:
             optimizer.sae.b_enc[:10] = -50.0  # never
             optimizer.sae.b_enc[10:20] = -2.0  # now and then
         train(optimizer, range(30))
-    assert (fused._behind[:10] == 30).all()
-    assert (fused._behind[10:] < 30).all()
-    assert (fused._behind[10:20] > 0).any()
+    for last_step in fused._last_step.values():
+        assert (last_step[:10] == 0).all()
+        assert (last_step[10:] > 0).all()
+        assert (last_step[10:20] < 30).any()
     assert_same(fused, unfused, 1e-9)
     ours, theirs = fused.state_dict()["state"], unfused.optimizer.state_dict()["state"]
     for index in theirs:  # the decay that untouched rows owe has been applied
         torch.testing.assert_close(ours[index]["exp_avg_sq"], theirs[index]["exp_avg_sq"])
-    assert fused._behind is None
+    assert not fused._last_step
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.9)], ids=str)
@@ -218,6 +233,82 @@ def test_a_narrow_first_moment_trains_alike() -> None:
     assert losses[1] != losses[0]
     late = [sum(values[-20:]) for values in losses]
     assert abs(late[1] - late[0]) < 0.05 * late[0]
+
+
+@contextmanager
+def on_kernels(capacity: int, overflowed: list[int]) -> Iterator[None]:
+    """Triton, `capacity` entries per row; notes how many rows overflowed in each pass that leaves its share."""
+    from fastsae_kernels.gpu import autoencode, config
+    from fastsae_kernels.gpu.weight_gradients import gpu_share
+
+    def counted(*arguments: Any) -> Any:
+        overflowed.append(int(arguments[6]))
+        return gpu_share(*arguments)
+
+    rows_of = {name: {"BLOCK_E": 4, "D_PER_WARP": 512} for name in ("adam_rows", "grad_norms")}
+    table = {name: {"16": tiles, "32": tiles} for name, tiles in (FEW_PROGRAMS | rows_of).items()}
+    with (
+        mock.patch.object(autoencode, "gpu_share", counted),
+        mock.patch.object(kernels.ActivityHint, "capacity", return_value=capacity),
+        config.override(table) if DEVICE == "cpu" else nullcontext(),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("road", ["cpu", pytest.param("triton", marks=needs_kernels)])
+@pytest.mark.parametrize(
+    ("betas", "clip", "normalize"),
+    [((0.9, 0.999), None, False), ((0.9, 0.999), 0.5, True), ((0.0, 0.9), None, True), ((0.0, 0.9), 0.5, False)],
+    ids=str,
+)
+def test_steps_of_every_kind(betas: tuple[float, float], clip: float | None, normalize: bool, road: Backend) -> None:
+    """Rows overflow in some steps; accumulated, dense and mixed steps between, changed rates and weights, swapped states."""
+    options = {"lr": 3e-3, "betas": betas, "max_grad_norm": clip, "normalize_decoder": normalize}
+    fused, unfused, exact = trio(**options, compute_dtype=torch.float16)
+    fused.sae.to(DEVICE if road == "triton" else "cpu")
+    overflowed: list[int] = []
+
+    def step(optimizer: Any, at: int, backend: Backend) -> None:
+        optimizer.zero_grad()
+        for part in range(1 + (at in (5, 6))):
+            x = batch(100 + 2 * at + part, 6).to(optimizer.sae.W_enc)
+            with kernels.use_backend("dense" if at in (12, 20) or (part and at == 6) else backend):
+                (with_more if at == 14 else loss_of)(optimizer.sae, x).backward()
+        optimizer.step()
+
+    for at in range(24):
+        matrices = (fused.sae.W_enc, fused.sae.W_dec)
+        for optimizer in (fused, unfused, exact):
+            getattr(optimizer, "optimizer", optimizer).param_groups[0]["lr"] = 3e-3 if at < 10 else 1e-3
+            if at == 18:
+                with torch.no_grad():
+                    optimizer.sae.W_dec[::2] *= 1.1
+        assert (fused._copies.of(fused.sae.W_dec) is None) == (at == 18)
+        versions = [p._version for p in matrices]
+        for optimizer in (unfused, exact):
+            step(optimizer, at, "cpu")
+        capacity = (D_SAE - 1, 4, D_SAE // 2)[at % 3]
+        with on_kernels(capacity, overflowed) if road == "triton" else nullcontext():
+            step(fused, at, road)
+        leaves_grad = at in (6, 12, 14, 20) or (at == 5 and road == "triton")
+        assert (matrices[0].grad is not None) == leaves_grad
+        assert_as_close_as_rounding_allows(fused, unfused, exact)
+        for p, version in zip(matrices, versions, strict=True):
+            assert torch.equal(fused._copies.of(p), p.half())
+            assert p._version > version
+        if at == 16:
+            ours, theirs = copy.deepcopy(fused.state_dict()), copy.deepcopy(unfused.optimizer.state_dict())
+            for index, state in theirs["state"].items():
+                torch.testing.assert_close(ours["state"][index]["step"].cpu(), state["step"])
+                second = ours["state"][index]["exp_avg_sq"].cpu()
+                torch.testing.assert_close(second, state["exp_avg_sq"], rtol=1e-3, atol=1e-8)
+            fused = FusedSAEAdam(fused.sae, **options, compute_dtype=torch.float16)  # type: ignore[arg-type]
+            fused.load_state_dict(theirs)
+            unfused.optimizer.load_state_dict(ours)
+    assert len(overflowed) == (22 if road == "triton" else 0)
+    assert road == "cpu" or 5 < sum(n > 0 for n in overflowed) < 17
+    if betas[0] == 0:
+        assert min(last_step.min() for last_step in fused._last_step.values()) < 24
 
 
 def test_autocast_and_frozen_weights() -> None:
@@ -275,6 +366,7 @@ def test_steps_without_gradients_change_nothing() -> None:
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm"),
         ({"exp_avg_dtype": torch.float16}, "exp_avg_dtype"),
+        ({"compute_dtype": torch.float32}, "compute_dtype"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], name: str) -> None:

@@ -47,10 +47,10 @@ class DeadFeatures:
         return ids
 
 
-def aux_k_loss(sae: SparseAutoencoder, dead: DeadFeatures, x: Tensor, sae_out: Tensor, dead_mask: Tensor) -> Tensor:
+def aux_k_loss(sae: SparseAutoencoder, dead: DeadFeatures, x: Tensor, residual: Tensor, dead_mask: Tensor) -> Tensor:
     """`min(n_dead / k_aux, 1) * mean over tokens of |e - e_hat|^2`, with `k_aux = d_in // 2`.
 
-        e     = x - sae_out, detached
+        e     = x - sae_out = -residual, detached
         e_hat = (the k_aux largest positive activations of dead features) @ W_dec
 
     An autoencoder of the dead features alone, on the op that runs the whole one: its columns are gathered, no tensor of
@@ -64,7 +64,7 @@ def aux_k_loss(sae: SparseAutoencoder, dead: DeadFeatures, x: Tensor, sae_out: T
         sae: Its weights and its rescaling.
         dead: Remembers the ids between calls.
         x: `[..., d_in]` what is to be reconstructed.
-        sae_out: Of the pass whose residual is the target.
+        residual: `sae_out - x` of the pass whose error is to be reconstructed.
         dead_mask: `[d_sae]` bool.
 
     Raises:
@@ -77,18 +77,17 @@ def aux_k_loss(sae: SparseAutoencoder, dead: DeadFeatures, x: Tensor, sae_out: T
     ids = dead.ids(dead_mask, sae.d_sae, sae.device)
     n_dead, k_aux = ids.numel(), max(1, sae.d_in // 2)
     if n_dead == 0:
-        return sae_out.new_zeros((), dtype=sae._wide())
-    residual = (x.to(sae.dtype) - sae_out).detach()
+        return residual.new_zeros((), dtype=sae._wide())
     scale = sae._rescaling(ids)
-    e_hat = kernels.autoencode(
-        sae._sae_in(x),
-        *sae._encoder(scale, ids),
+    squared_error = kernels.autoencode(
+        *sae._encoder_inputs(x, scale, ids),
         torch.zeros(n_dead, dtype=sae._wide(), device=sae.device),
         sae._decoder(scale, ids),
         torch.zeros_like(sae.b_dec),
         # with room for all of them there is nothing to choose, and the dense path may take over
         spec=AutoencodeSpec(k=k_aux if n_dead > k_aux else None),
+        target=-residual.detach(),
         hint=dead.activity,
-    ).sae_out
-    error = (e_hat - residual).to(sae._wide()).square().sum(-1).mean()
-    return error * min(n_dead / k_aux, 1.0)
+    ).squared_error
+    assert squared_error is not None
+    return squared_error.mean() * min(n_dead / k_aux, 1.0)

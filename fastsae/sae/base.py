@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import fastsae_kernels as kernels
 from fastsae.sae import files
+from fastsae.sae.compute_copies import ComputeCopies
 from fastsae.sae.inference import TopActivations, check_feature_ids, check_integer, columns, top_activations
-from fastsae.sae.outputs import TrainOutput, version_of
+from fastsae.sae.outputs import TrainOutput, total_variance, version_of
 from fastsae_kernels import ActivityHint, AutoencodeOutput, AutoencodeSpec, SparseActs, WeightGradients, reference
 
 Module = TypeVar("Module", bound="SparseAutoencoder")
@@ -45,6 +46,7 @@ class SparseAutoencoder(nn.Module, ABC):
         self.metadata: dict[str, Any] = {}
         self._activity = ActivityHint()
         self._weight_gradients: weakref.ref[WeightGradients] | None = None  # lives as long as its optimiser
+        self._compute_copies: weakref.ref[ComputeCopies] | None = None  # likewise
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
         self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, **factory).t())
         self.b_enc = nn.Parameter(torch.zeros(d_sae, **factory))
@@ -53,11 +55,19 @@ class SparseAutoencoder(nn.Module, ABC):
         self.reset_parameters()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_weight_gradients": None}  # a copy is no optimiser's
+        return {**self.__dict__, "_weight_gradients": None, "_compute_copies": None}  # a copy is no optimiser's
 
     def collect_weight_gradients(self, into: WeightGradients) -> None:
         """Hands the weight gradients of coming passes to an optimiser that sums them itself, for as long as `into` lives."""
         self._weight_gradients = weakref.ref(into)
+
+    def use_compute_copies(self, copies: ComputeCopies) -> None:
+        """Takes an optimiser's 16-bit copies of the weights instead of casting them, for as long as `copies` lives."""
+        self._compute_copies = weakref.ref(copies)
+
+    def _for_products(self, W: Tensor) -> Tensor:
+        copies = self._compute_copies() if self._compute_copies else None
+        return W if copies is None else copies.take(W)
 
     def reset_parameters(self) -> None:
         """Draws `W_dec` Kaiming-uniform with unit-norm rows, sets `W_enc` to its transpose and the biases to 0."""
@@ -111,17 +121,39 @@ class SparseAutoencoder(nn.Module, ABC):
     def _decoder(self, scale: Tensor | None, ids: Tensor | None = None) -> Tensor:
         """`W_dec` as the ops take it, of the features `ids` alone where given."""
         W_dec = self.W_dec if ids is None else self.W_dec.index_select(0, ids)
-        return W_dec if scale is None else (W_dec / scale[:, None]).to(self.dtype)
+        return self._for_products(W_dec) if scale is None else (W_dec / scale[:, None]).to(self.dtype)
 
-    def _sae_in(self, x: Tensor) -> Tensor:
+    def _checked(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
         if x.dim() == 0 or x.shape[-1] != self.d_in:
             raise ValueError(f"x: expected last dimension d_in = {self.d_in}, got shape {tuple(x.shape)}")
         if not x.is_floating_point():
             raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
-        x = x.to(self.dtype)
+        return x.to(self.dtype)
+
+    def _sae_in(self, x: Tensor) -> Tensor:
+        x = self._checked(x)
         return x - self.b_dec if self.apply_b_dec_to_input else x
+
+    def _encoder_inputs(
+        self, x: Tensor, scale: Tensor | None, ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the ops encode, `W_enc` and `b_enc`; only together do they give every gradient."""
+        x, (W_enc, b_enc) = self._checked(x), self._encoder(scale, ids)
+        if self.apply_b_dec_to_input:
+            x, b_enc = kernels.subtract_pre_bias(x, self.b_dec, W_enc, b_enc)
+        return x, self._for_products(W_enc), b_enc  # the bias took the weight itself, in its own dtype
+
+    def _training_pass(
+        self,
+        x: Tensor,
+        spec: AutoencodeSpec | None = None,
+        feature_scale: Tensor | None = None,
+        threshold: Tensor | None = None,
+    ) -> AutoencodeOutput:
+        """`_autoencode` with x as the target: its first output is the residual, and the squared errors come with it."""
+        return self._autoencode(x, spec, feature_scale, threshold, target=self._checked(x))
 
     def _autoencode(
         self,
@@ -129,15 +161,16 @@ class SparseAutoencoder(nn.Module, ABC):
         spec: AutoencodeSpec | None = None,
         feature_scale: Tensor | None = None,
         threshold: Tensor | None = None,
+        target: Tensor | None = None,
     ) -> AutoencodeOutput:
         scale = self._rescaling()
         return kernels.autoencode(
-            self._sae_in(x),
-            *self._encoder(scale),
+            *self._encoder_inputs(x, scale),
             self.gate_threshold() if threshold is None else threshold,
             self._decoder(scale),
             self.b_dec,
             spec=spec or self._spec(),
+            target=target,
             feature_scale=feature_scale,
             hint=self._activity,
             # the gradient of a rescaled weight is not that of the parameter
@@ -179,9 +212,9 @@ class SparseAutoencoder(nn.Module, ABC):
     def _encode_sparse(
         self, x: Tensor, k: int | None, threshold: Tensor | None = None, *, batch_topk: bool = False
     ) -> SparseActs:
-        x = self._sae_in(x).reshape(-1, self.d_in)
+        x, W_enc, b_enc = self._encoder_inputs(x, self._rescaling())
         threshold = self.gate_threshold() if threshold is None else threshold
-        return kernels.encode(x, *self._encoder(self._rescaling()), threshold, k=k, batch_topk=batch_topk)
+        return kernels.encode(x.reshape(-1, self.d_in), W_enc, b_enc, threshold, k=k, batch_topk=batch_topk)
 
     def encode_topk(self, x: Tensor, k: int) -> TopActivations:
         """The `k` largest activations of each token and their features, without a dense tensor.
@@ -245,15 +278,15 @@ class SparseAutoencoder(nn.Module, ABC):
         return reference.decode(acts.to(self.dtype), W_dec, self.b_dec)
 
     def _train_output(self, x: Tensor, output: AutoencodeOutput, losses: dict[str, Tensor]) -> TrainOutput:
-        error = (output.sae_out - x.to(self.dtype)).to(self._wide())
-        per_token = error.square().sum(-1)
+        per_token = output.squared_error
+        assert per_token is not None
         losses = {"mse_loss": per_token.mean(), **losses}
         with torch.no_grad():
-            flat = x.reshape(-1, self.d_in).to(self._wide())
-            variance = (flat - flat.mean(0)).square().sum()
+            variance = total_variance(x.reshape(-1, self.d_in), self._wide())
             fvu = per_token.sum() / variance.clamp_min(torch.finfo(torch.float32).tiny)
         return TrainOutput(
-            sae_out=output.sae_out,
+            target=self._checked(x),
+            residual=output.sae_out,
             loss=torch.stack(list(losses.values())).sum(),
             losses=losses,
             l0=output.l0.float().mean(),

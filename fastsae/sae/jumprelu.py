@@ -139,9 +139,9 @@ class FusedJumpReLUSAE(SparseAutoencoder):
             raise ValueError(f"target_l0: expected a number > 0 with sparsity='quadratic', got {target_l0}")
         self.threshold.data.clamp_(min=0)  # .data: an earlier pass may still wait for its backward
         if sparsity == "tanh":
-            output = self._autoencode(x, self._spec("tanh"), self.decoder_norms())
+            output = self._training_pass(x, self._spec("tanh"), self.decoder_norms())
         else:
-            output = self._autoencode(x)
+            output = self._training_pass(x)
         penalty = output.penalty
         if sparsity == "quadratic":
             assert target_l0 is not None

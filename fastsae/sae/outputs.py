@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fastsae_kernels import SparseActs
+
+VARIANCE_ELEMENTS = 2**18  # of the rows whose squares are summed together: on a CPU they stay in cache
 
 
 def version_of(tensor: Tensor) -> int | None:
@@ -18,12 +21,21 @@ def version_of(tensor: Tensor) -> int | None:
         return None
 
 
+def total_variance(x: Tensor, wide: torch.dtype) -> Tensor:
+    """`sum |x_n - mean x|^2` over the rows of `x` `[N, d]`, in the dtype `wide`."""
+    # a graph and a GPU are better served by one expression
+    size = max(1, len(x) if x.is_cuda or torch.compiler.is_compiling() else VARIANCE_ELEMENTS // x.shape[1])
+    mean = x.mean(0, dtype=wide)
+    return torch.stack([(rows - mean).square().sum() for rows in x.split(size)]).sum()
+
+
 @dataclass
 class TrainOutput:
     """One training pass; call `loss.backward()`.
 
     Args:
-        sae_out: `[..., d_in]` reconstruction, in the module's dtype.
+        target: `[..., d_in]`, what was to be reconstructed.
+        residual: `[..., d_in]`, `sae_out - target` in the dtype of the products; differentiable.
         loss: Scalar, the sum of `losses`.
         losses: Each term by name: `mse_loss` (squared error summed over d_in, mean over tokens), then `l0_loss` or `l1_loss`,
             and where dead features were given `pre_act_loss` or, of the TopK family, `auxiliary_reconstruction_loss`.
@@ -33,7 +45,8 @@ class TrainOutput:
         encode_again: Recomputes the activations; set where the dense path ran and kept none.
     """
 
-    sae_out: Tensor
+    target: Tensor
+    residual: Tensor
     loss: Tensor
     losses: dict[str, Tensor]
     l0: Tensor
@@ -41,6 +54,11 @@ class TrainOutput:
     feature_counts: Tensor
     sparse_acts: SparseActs | None
     encode_again: Callable[[], SparseActs]
+
+    @property
+    def sae_out(self) -> Tensor:
+        """`[..., d_in]` reconstruction in the dtype of the products, differentiable; the pass keeps the residual alone."""
+        return (self.target + self.residual).to(self.residual.dtype)
 
     @property
     def acts(self) -> SparseActs:

@@ -138,4 +138,4 @@ class FusedTopKSAE(TopKFamily):
             TypeError: `x` is not floating-point, or `dead_mask` no tensor.
             ValueError: A shape is wrong, or `dead_mask` is not bool.
         """
-        return self._train_output_with_aux(x, self._autoencode(x), dead_mask, aux_loss_coefficient)
+        return self._train_output_with_aux(x, self._training_pass(x), dead_mask, aux_loss_coefficient)

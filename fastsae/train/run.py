@@ -68,7 +68,7 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
     def seconds() -> float:
         return seconds_before + time.perf_counter() - started
 
-    _run_with_bar(parts.trainer, lambda: parts.save(output, seconds()), progress)
+    run_with_bar(parts.trainer, lambda: parts.save(output, seconds()), progress)
     sae = parts.trainer.sae
     sae.fold_activation_scale_(parts.trainer.scale)
     save_sae(output, config, sae)  # before the evaluation, which can fail
@@ -117,7 +117,8 @@ class _Parts:
             raise checkpoint.corrupt(output / checkpoint.FOLDER, repr(error)) from None
 
 
-def _run_with_bar(trainer: Trainer, save_checkpoint: Any, progress: bool) -> None:
+def run_with_bar(trainer: Trainer, save_checkpoint: Any, progress: bool) -> None:
+    """Trains to the last step behind a progress bar; calls `save_checkpoint` where one is due."""
     config = trainer.config
     with tqdm(
         total=config.steps * config.batch_size,

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from fastsae_kernels.cpu.backward import (
     by_feature,
-    feature_ids,
+    count_segments,
     grad_input,
     grad_of_acts,
-    sum_by_feature,
+    of_entries,
+    sum_segments,
     to_rows,
     weight_gradient,
 )
@@ -19,6 +20,7 @@ from fastsae_kernels.cpu.encode import encode
 from fastsae_kernels.cpu.weight_gradients import WeightGradients
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput, gate_backward
 from fastsae_kernels.penalty import penalty_slope, penalty_terms
+from fastsae_kernels.residual import subtract_target
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
 
@@ -33,6 +35,7 @@ def autoencode_forward(
     feature_scale: Tensor | None,
     spec: AutoencodeSpec,
     max_entries: int | None,
+    target: Tensor | None = None,
 ) -> AutoencodeOutput | None:
     """`reference.autoencode` over the entries alone; None where there are more than `max_entries` of them."""
     acts = encode(
@@ -47,20 +50,27 @@ def autoencode_forward(
     )
     if acts is None:
         return None
-    offsets, tokens, values = by_feature(acts)
-    features = feature_ids(offsets)
+    sae_out, squared_error = decode(acts, W_dec, b_dec), None
+    if target is not None:
+        sae_out, squared_error = subtract_target(sae_out, target)
+    values = acts.values
     active = values > 0
-    scale = None if feature_scale is None else feature_scale[features]
-    terms = penalty_terms(values, scale, spec)
-    n_tokens, d_sae = acts.shape
+    l0 = count_segments(active, acts.row_offsets)
+    if spec.penalty == "l0":
+        penalty = l0.to(values.dtype)
+    else:
+        scale = None if feature_scale is None else feature_scale.index_select(0, acts.indices)
+        penalty = sum_segments(penalty_terms(values, scale, spec), acts.row_offsets)
+    entries = by_feature(acts)
     smallest = values.new_full((), float("inf")) if values.numel() == 0 else values.min()
     return AutoencodeOutput(
-        sae_out=decode(acts, W_dec, b_dec),
-        penalty=terms.new_zeros(n_tokens).index_add_(0, tokens, terms),
-        l0=torch.zeros(n_tokens, dtype=torch.int64).index_add_(0, tokens, active.long()),
-        feature_counts=torch.zeros(d_sae, dtype=torch.int64).index_add_(0, features, active.long()),
+        sae_out=sae_out,
+        penalty=penalty,
+        l0=l0,
+        feature_counts=count_segments(entries.values > 0, entries.offsets),
         acts=acts,
         min_active=smallest if spec.batch_topk else None,
+        squared_error=squared_error,
     )
 
 
@@ -75,35 +85,43 @@ def autoencode_backward(
     grad_out: Tensor,
     grad_penalty: Tensor,
     needs: AutoencodeNeeds,
+    row_scale: Tensor | None = None,
     weight_gradients: WeightGradients | None = None,
 ) -> AutoencodeGrads:
-    """Every gradient of `autoencode_forward` from its entries; those of the weights not, where somebody collects them."""
-    entries = by_feature(acts)
-    values, d_sae = entries.values, acts.shape[1]
-    features = feature_ids(entries.offsets)
-    theta = threshold[features]
-    penalty_of_token = grad_penalty[entries.tokens]
+    """Every gradient of `autoencode_forward` from its entries; those of the weights not, where somebody collects them.
 
-    grad_acts = grad_of_acts(entries, W_dec, grad_out)
+    The gradient of row n of sae_out is `row_scale[n] * grad_out[n]`.
+    """
+    entries = by_feature(acts)
+    offsets, tokens, values = entries
+    grad_acts, decoded = grad_of_acts(entries, W_dec, grad_out), values
+    if row_scale is not None:
+        scale_of_rows = row_scale.index_select(0, tokens)
+        grad_acts *= scale_of_rows
+        decoded = scale_of_rows.mul_(values)
+    penalty_of_tokens = grad_penalty.index_select(0, tokens)
     grad_scale = None
     if spec.penalty != "l0":
-        scale = None if feature_scale is None else feature_scale[features]
-        grad_scaled = penalty_of_token * penalty_slope(values, scale, spec)
+        scale = None if feature_scale is None else of_entries(feature_scale, offsets)
+        grad_scaled = penalty_of_tokens * penalty_slope(values, scale, spec)
         if scale is not None:
-            grad_scale = sum_by_feature(features, grad_scaled * values, d_sae)
-        grad_acts = grad_acts + (grad_scaled if scale is None else grad_scaled * scale)
+            grad_scale = sum_segments(grad_scaled * values, offsets)
+            grad_scaled *= scale
+        grad_acts += grad_scaled
 
+    theta = of_entries(threshold, offsets)
     window = (values == 0) | (values - theta < spec.bandwidth / 2)
-    grad_hidden_pre, grad_theta = gate_backward(values > 0, window, theta, grad_acts, penalty_of_token, spec)
+    grad_hidden_pre, grad_theta = gate_backward(values > 0, window, theta, grad_acts, penalty_of_tokens, spec)
+    del theta, window, penalty_of_tokens  # before what is larger
     if weight_gradients is not None and (needs.W_enc or needs.W_dec):
-        weight_gradients.add(entries, grad_hidden_pre, x, grad_out)
+        weight_gradients.add(entries, grad_hidden_pre, x, decoded, grad_out)
         needs = needs._replace(W_enc=False, W_dec=False)
     return AutoencodeGrads(
         x=grad_input(acts, to_rows(acts, grad_hidden_pre), W_enc) if needs.x else None,
         W_enc=weight_gradient(entries, grad_hidden_pre, x).t() if needs.W_enc else None,
-        b_enc=sum_by_feature(features, grad_hidden_pre, d_sae),
-        threshold=torch.zeros_like(threshold) if grad_theta is None else sum_by_feature(features, grad_theta, d_sae),
-        W_dec=weight_gradient(entries, values, grad_out) if needs.W_dec else None,
-        b_dec=grad_out.sum(0),
+        b_enc=sum_segments(grad_hidden_pre, offsets),
+        threshold=torch.zeros_like(threshold) if grad_theta is None else sum_segments(grad_theta, offsets),
+        W_dec=weight_gradient(entries, decoded, grad_out) if needs.W_dec else None,
+        b_dec=grad_out.sum(0) if row_scale is None else row_scale.to(grad_out.dtype) @ grad_out,
         feature_scale=grad_scale,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,10 +20,9 @@ def by_feature(acts: SparseActs) -> FeatureMajor:
     return acts.feature_major
 
 
-def feature_ids(feature_offsets: Tensor) -> Tensor:
-    """Feature of each entry in feature-major order, `[nnz]` int64."""
-    d_sae = feature_offsets.numel() - 1
-    return torch.arange(d_sae).repeat_interleave(feature_offsets.diff())
+def of_entries(of_features: Tensor, offsets: Tensor) -> Tensor:
+    """What is known of each feature for each of its entries, `[nnz]`, feature-major."""
+    return torch.from_numpy(np.repeat(of_features.detach().numpy(), offsets.diff().numpy()))
 
 
 def row_order(tokens: Tensor) -> Tensor:
@@ -69,9 +69,16 @@ def weight_gradient(entries: FeatureMajor, values: Tensor, rows: Tensor) -> Tens
     return gather_sum(entries.offsets, entries.tokens, values, rows.contiguous())
 
 
-def sum_by_feature(features: Tensor, values: Tensor, d_sae: int) -> Tensor:
-    """`[d_sae]` sums of `values` over each feature's entries, in entry order and the dtype of `values`."""
-    return values.new_zeros(d_sae).index_add_(0, features, values)
+def sum_segments(values: Tensor, offsets: Tensor) -> Tensor:
+    """`[n_segments]` sums of `values` over each segment's entries, in entry order and the dtype of `values`."""
+    return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True)
+
+
+def count_segments(marks: Tensor, offsets: Tensor) -> Tensor:
+    """`[n_segments]` int64, how many of each segment's `marks` (bool) are True."""
+    before = np.zeros(marks.numel() + 1, dtype=np.int32)
+    np.cumsum(marks.numpy(), out=before[1:])
+    return torch.from_numpy(np.diff(before.take(offsets.numpy())).astype(np.int64))
 
 
 def grad_input(acts: SparseActs, grad_hidden_pre: Tensor, W_enc: Tensor) -> Tensor:
@@ -93,6 +100,6 @@ def encode_backward(
     """Gradients of `encode` with respect to x (on demand), `W_enc` and `b_enc` from those of its entries, row-major."""
     entries = by_feature(acts)
     by_features = to_features(acts, grad_hidden_pre)
-    grad_b_enc = sum_by_feature(feature_ids(entries.offsets), by_features, acts.shape[1])
+    grad_b_enc = sum_segments(by_features, entries.offsets)
     grad_x = grad_input(acts, grad_hidden_pre, W_enc) if needs_x else None
     return grad_x, weight_gradient(entries, by_features, x).t(), grad_b_enc

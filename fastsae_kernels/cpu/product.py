@@ -207,7 +207,7 @@ class Product:
                 torch.gt(buffer, floor, out=view)
             else:
                 mark_greater(buffer, floor, view)
-        if limit is not None and int(torch.count_nonzero(mask)) > limit:
+        if limit is not None and np.count_nonzero(mask.numpy()) > limit:
             return None  # before their indices, 16 bytes each, are written out
         flat = nonzero_flat(mask).numpy()  # for what follows NumPy takes half the time
         rows = flat // self.n_tokens

@@ -1,7 +1,7 @@
 """A weight's gradient and its Adam step in one visit of each feature: the gradient is never written.
 
     g_j  = sum over the entries e of feature j of  weight_e * vector[token_e]     as in `backward`, in fp32
-    g_j += extra_j                                                                another gradient of the same row
+    g_j += extra_j                                                                another gradient, if the flag is set
     g_j -= (g_j . p_j) p_j                                                        `project`: rows of unit norm
     g_j *= scale                                                                  clipping by a norm found before
     m, v = beta1 m + (1 - beta1) g,  beta2 v + (1 - beta2) g^2
@@ -53,6 +53,7 @@ def _row_gradient(
     weights_ptr,
     vectors_ptr,
     extra_ptr,
+    extra_depth,  # D, or 0 where extra does not count
     offs_d,
     mask_d,
     span,
@@ -80,7 +81,7 @@ def _row_gradient(
         acc += tl.sum(weight[:, None] * vectors, 0)
     if extra_ptr is not None:
         x_ptrs = extra_ptr + feature * stride_xs + offs_d * stride_xd
-        acc += tl.load(x_ptrs, mask=mask_d, other=0.0).to(tl.float32)
+        acc += tl.load(x_ptrs, mask=offs_d < extra_depth, other=0.0).to(tl.float32)
     return acc
 
 
@@ -93,6 +94,7 @@ def _grad_norms_kernel(
     weights_ptr,  # [nnz]
     vectors_ptr,  # [B, D]
     extra_ptr,  # [S, D] or None
+    extra_flag_ptr,  # [1] int32: extra counts where it is not 0; None: it counts
     param_ptr,  # [S, D] fp32
     # output
     norms_ptr,  # [S] fp32
@@ -115,8 +117,11 @@ def _grad_norms_kernel(
     mask_d = offs_d < depth
     start = tl.load(feature_offsets_ptr + feature)
     count = (tl.load(feature_offsets_ptr + feature + 1) - start).to(tl.int32)
+    extra_depth = depth
+    if extra_flag_ptr is not None:
+        extra_depth = tl.where(tl.load(extra_flag_ptr) != 0, depth, 0)
     g = _row_gradient(
-        feature, start, count, order_ptr, tokens_ptr, weights_ptr, vectors_ptr, extra_ptr, offs_d, mask_d,
+        feature, start, count, order_ptr, tokens_ptr, weights_ptr, vectors_ptr, extra_ptr, extra_depth, offs_d, mask_d,
         span, stride_vb, stride_vd, stride_xs, stride_xd, BLOCK_E, BLOCK_D,
     )  # fmt: skip
     if PROJECT:
@@ -135,6 +140,7 @@ def _adam_rows_kernel(
     weights_ptr,  # [nnz]
     vectors_ptr,  # [B, D]
     extra_ptr,  # [S, D] or None
+    extra_flag_ptr,  # [1] int32: extra counts where it is not 0; None: it counts
     scale_ptr,  # fp32 or None
     # inputs and outputs
     param_ptr,  # [S, D] fp32
@@ -178,15 +184,18 @@ def _adam_rows_kernel(
     mask_d = offs_d < depth
     start = tl.load(feature_offsets_ptr + feature)
     count = (tl.load(feature_offsets_ptr + feature + 1) - start).to(tl.int32)
-    if last_step_ptr is not None and extra_ptr is None:  # noqa: SIM102 a compile-time branch must stand alone
-        if count == 0:
+    extra_depth = depth if extra_ptr is not None else 0
+    if extra_flag_ptr is not None:
+        extra_depth = tl.where(tl.load(extra_flag_ptr) != 0, depth, 0)
+    if last_step_ptr is not None:  # noqa: SIM102 a compile-time branch must stand alone
+        if (count == 0) & (extra_depth == 0):
             return
     if last_step_ptr is not None:
         # ahead of the row: between its loads this costs spilled registers
         missed = step - 1 - tl.load(last_step_ptr + feature)
         catching_up = tl.exp2(missed.to(tl.float32) * log2_beta2)
     g = _row_gradient(
-        feature, start, count, order_ptr, tokens_ptr, weights_ptr, vectors_ptr, extra_ptr, offs_d, mask_d,
+        feature, start, count, order_ptr, tokens_ptr, weights_ptr, vectors_ptr, extra_ptr, extra_depth, offs_d, mask_d,
         span, stride_vb, stride_vd, stride_xs, stride_xd, BLOCK_E, BLOCK_D,
     )  # fmt: skip
     p_ptrs = param_ptr + feature * stride_ps + offs_d * stride_pd
@@ -236,6 +245,7 @@ def _launch(
     weights: Tensor,
     vectors: Tensor,
     extra: Tensor | None,
+    extra_flag: Tensor | None,
     project: bool,
     **others: Any,
 ) -> None:
@@ -253,6 +263,7 @@ def _launch(
         weights_ptr=weights.contiguous(),
         vectors_ptr=vectors,
         extra_ptr=extra,
+        extra_flag_ptr=extra_flag,
         param_ptr=param,
         span=by_feature.span,
         depth=depth,
@@ -277,6 +288,7 @@ def grad_norms(
     param: Tensor,
     *,
     extra: Tensor | None = None,
+    extra_flag: Tensor | None = None,
     project: bool = False,
 ) -> Tensor:
     """Squared norm of each row's gradient, `[S]` fp32, before `scale`; arguments as in `adam_rows`.
@@ -284,7 +296,8 @@ def grad_norms(
     `scale = (max_norm / (sum over all parameters).sqrt()).clamp(max=1)` clips by the global norm without a synchronisation.
     """
     norms = torch.empty(param.shape[0], dtype=torch.float32, device=param.device)
-    _launch(param, _grad_norms_kernel, "grad_norms", by_feature, weights, vectors, extra, project, norms_ptr=norms)
+    operands = (by_feature, weights, vectors, extra, extra_flag)
+    _launch(param, _grad_norms_kernel, "grad_norms", *operands, project, norms_ptr=norms)
     return norms
 
 
@@ -302,6 +315,7 @@ def adam_rows(
     eps: float,
     step: int,
     extra: Tensor | None = None,
+    extra_flag: Tensor | None = None,
     project: bool = False,
     unit_norm: bool = False,
     scale: Tensor | None = None,
@@ -320,12 +334,13 @@ def adam_rows(
         lr, beta1, beta2, eps: As in `torch.optim.Adam`.
         step: Number of this step, from 1.
         extra: `[S, D]`, added to the gradient.
+        extra_flag: `[1]` int32: `extra` is read and added where it is not 0, alone; None: `extra` is.
         project: Remove the gradient's part along the row, which has unit norm.
         unit_norm: Divide the row by its norm afterwards.
         scale: 0-d fp32, what the gradient is multiplied with.
         last_step: `[S]` int32, zeros at first, with `beta1 = 0` alone: rows without entries are left as they are, unless
-            `extra` is given; their v decays when next they are touched, or by `catch_up`. Under `unit_norm` rows must
-            have had unit norm before, under `copy` the copy must have been whole.
+            `extra` is added; their v decays when next they are touched, and lacks `beta2 ** (step - last_step)` until
+            then. Under `unit_norm` rows must have had unit norm before, under `copy` the copy must have been whole.
         copy: `[S, D]` bf16 or fp16, overwritten with the row.
 
     Raises:
@@ -345,6 +360,7 @@ def adam_rows(
         weights,
         vectors,
         extra,
+        extra_flag,
         project,
         scale_ptr=scale,
         exp_avg_ptr=exp_avg,
@@ -367,10 +383,3 @@ def adam_rows(
         stride_cd=stride_cd,
         UNIT_NORM=unit_norm,
     )
-
-
-def catch_up(exp_avg_sq: Tensor, last_step: Tensor, *, beta2: float, step: int) -> None:
-    """Decay every row of v to `step`, in place: what a dense Adam has then, for a state dict."""
-    decay = torch.pow(beta2, (step - last_step).double()).float()
-    exp_avg_sq.mul_(decay[:, None])
-    last_step.fill_(step)

@@ -1,6 +1,6 @@
 """One training pass over the kernels: encode, order, decode, penalty, and every gradient; no host synchronisation.
 
-    forward:   list entries -> sort (and top-k) -> row statistics, decode -> rows that overflowed
+    forward:   list entries -> sort (and top-k) -> row statistics, decode and its loss -> rows that overflowed
     backward:  entries' gradients row by row -> feature order -> feature sums -> rows that overflowed
 
 Nothing of size `[N, d_sae]` is allocated: entries take `N * capacity * 8` bytes, their gradients as much again.
@@ -13,16 +13,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae_kernels.gpu.backward import entry_grads, feature_order, feature_sums
+from fastsae_kernels.cpu.weight_gradients import WeightGradients
+from fastsae_kernels.gpu.adam import MAX_DEPTH
+from fastsae_kernels.gpu.backward import feature_order, gradients_in_passes
 from fastsae_kernels.gpu.batch_topk import encode_batch_topk
 from fastsae_kernels.gpu.config import on_device
-from fastsae_kernels.gpu.decode import decode_into, row_stats
+from fastsae_kernels.gpu.decode import column_sums, decode_into, decode_rows, row_stats
 from fastsae_kernels.gpu.encode import CANDIDATES, list_all_entries, padded_offsets
+from fastsae_kernels.gpu.feature_visit import feature_gradients
 from fastsae_kernels.gpu.overflow import Overflow, overflow_rows
 from fastsae_kernels.gpu.overflow_features import overflow_features
 from fastsae_kernels.gpu.row_topk import list_topk
 from fastsae_kernels.gpu.topk import MAX_SORT, flag_rows, sort_rows
+from fastsae_kernels.gpu.weight_gradients import gpu_share
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeOutput
+from fastsae_kernels.residual import scaled
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
 
@@ -97,6 +102,7 @@ def autoencode_forward(
     feature_scale: Tensor | None,
     spec: AutoencodeSpec,
     capacity: int,
+    target: Tensor | None = None,
 ) -> tuple[AutoencodeOutput, Saved]:
     """`reference.autoencode` over active entries only.
 
@@ -111,6 +117,8 @@ def autoencode_forward(
         spec: The options.
         capacity: Entries that a row can hold (clamped to d_sae and `MAX_SORT`; raised to what top-k needs). A row with more
             is exact too, and slower; `saved.listed` tells how many each wanted.
+        target: `[N, d_out]` in a floating dtype of its own, or None. With one, the output's `sae_out` is the residual
+            `sae_out - target`, formed in fp32, and `squared_error` its sum of squares before rounding.
 
     Returns:
         The output, whose `acts` has no entries in rows that overflowed, and what the backward needs.
@@ -122,19 +130,27 @@ def autoencode_forward(
     feature_scale = None if feature_scale is None else feature_scale.contiguous()
     acts, overflow, listed, min_active, counted = _list(x, W_enc, b_enc, threshold, spec, capacity)
     penalty, l0, feature_counts = stats = counted or row_stats(acts, feature_scale, spec)
-    sae_out = decode_into(acts, acts.values, W_dec, b_dec, x.dtype)
+    sae_out, squared_error = decode_rows(acts, acts.values, W_dec, b_dec, x.dtype, target)
     if overflow is not None:
         if counted:  # overflowing rows are among them already, so what is added goes nowhere
             stats = (penalty, torch.zeros_like(l0), torch.zeros_like(feature_counts))
         overflow_rows(
-            overflow, x, W_enc, b_enc, threshold, feature_scale, spec, sae_out, W_dec, b_out=b_dec, stats=stats
+            overflow, x, W_enc, b_enc, threshold, feature_scale, spec, sae_out, W_dec,
+            b_out=b_dec, stats=stats, target=target, squared_error=squared_error,
         )  # fmt: skip
-    output = AutoencodeOutput(sae_out, penalty, l0, feature_counts, acts, min_active)
+    output = AutoencodeOutput(sae_out, penalty, l0, feature_counts, acts, min_active, squared_error)
     return output, Saved(x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, spec, acts, overflow, listed)
 
 
 @on_device
-def autoencode_backward(saved: Saved, grad_out: Tensor, grad_penalty: Tensor, needs_x: bool) -> AutoencodeGrads:
+def autoencode_backward(
+    saved: Saved,
+    grad_out: Tensor,
+    grad_penalty: Tensor,
+    needs_x: bool,
+    row_scale: Tensor | None = None,
+    weight_gradients: WeightGradients | None = None,
+) -> AutoencodeGrads:
     """Gradients of `autoencode_forward`, each in its parameter's dtype.
 
     Args:
@@ -142,46 +158,49 @@ def autoencode_backward(saved: Saved, grad_out: Tensor, grad_penalty: Tensor, ne
         grad_out: `[N, d_out]` in the dtype of x, any strides.
         grad_penalty: `[N]` fp32, any stride.
         needs_x: Whether to compute `grad_x`, which costs one more gather.
+        row_scale: `[N]` fp32, any stride: the gradient of row n of sae_out is `row_scale[n] * grad_out[n]`. So the residual
+            serves as it is: with twice the gradient of `squared_error`. None for ones.
+        weight_gradients: Of an optimiser that sums those of both matrices itself: takes what they are sums of, unless it holds
+            another pass's already.
     """
     x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, spec, acts, overflow, _ = saved
-    d_in, d_sae = W_enc.shape
-    grad_W_enc = torch.empty(d_sae, d_in, dtype=W_enc.dtype, device=W_enc.device)
-    grad_W_dec = torch.empty(W_dec.shape, dtype=W_dec.dtype, device=W_dec.device)
-    grad_b_enc = torch.empty_like(b_enc)
-    grad_threshold = torch.empty_like(threshold)
-    has_scale = feature_scale is not None and spec.penalty != "l0"
-    grad_scale = torch.empty_like(feature_scale) if feature_scale is not None and has_scale else None
-
-    scale = feature_scale if has_scale else None
-    grad_hidden_pre, threshold_entries, scale_entries = entry_grads(
-        acts, W_dec, grad_out, threshold, scale, grad_penalty, spec
-    )  # fmt: skip
+    scale = None if spec.penalty == "l0" else feature_scale
     # rows of a BatchTopK have no common span
     by_feature = feature_order(acts, None if spec.batch_topk else acts.indices.numel() // max(x.shape[0], 1))
-    feature_sums(by_feature, acts.values, grad_out, grad_W_dec)
-    feature_sums(
-        by_feature,
-        grad_hidden_pre,
-        x,
-        grad_W_enc,
-        weight_sums=grad_b_enc,
-        threshold_entries=threshold_entries,
-        threshold_sums=grad_threshold,
-        scale_entries=scale_entries,
-        scale_sums=grad_scale,
-    )
+    fits = max(x.shape[1], W_dec.shape[1]) <= MAX_DEPTH
+    leaves = fits and weight_gradients is not None and weight_gradients.gpu is None
+    if fits:
+        listed = feature_gradients(
+            by_feature, acts.values, x, W_dec, grad_out, grad_penalty, threshold, scale, spec,
+            row_scale=row_scale, with_weights=not leaves,
+        )  # fmt: skip
+    else:
+        rows = scaled(grad_out, row_scale)
+        listed = gradients_in_passes(by_feature, acts, x, W_dec, rows, grad_penalty, threshold, scale, spec)
+    grad_hidden_pre, grad_W_enc, grad_W_dec, grad_b_enc, grad_threshold, grad_scale = listed
+    if leaves and weight_gradients is not None:
+        n_overflow = None if overflow is None else overflow.n_rows
+        size = W_dec.shape[0] * (x.shape[1] + W_dec.shape[1])
+        buffer = None if overflow is None else weight_gradients.buffer(size, like=x)
+        share = gpu_share(by_feature, acts.values, grad_hidden_pre, x, grad_out, row_scale, n_overflow, buffer)
+        weight_gradients.gpu, grad_W_enc, grad_W_dec = share, share.W_enc.extra, share.W_dec.extra
     grad_x = decode_into(acts, grad_hidden_pre, W_enc.t(), None, x.dtype) if needs_x else None
     if overflow is not None:
+        assert grad_W_enc is not None  # their share is dense in any case
+        assert grad_W_dec is not None
         overflow_features(
-            overflow, x, W_enc, b_enc, threshold, W_dec, scale, spec, grad_out, grad_penalty,
+            overflow, x, W_enc, b_enc, threshold, W_dec, scale, spec, grad_out, grad_penalty, row_scale,
             grad_W_enc, grad_b_enc, grad_threshold, grad_W_dec, grad_scale,
         )  # fmt: skip
         if grad_x is not None:
-            grads = (grad_out, W_dec, grad_penalty)
+            grads = (grad_out, W_dec, grad_penalty, row_scale)
             overflow_rows(overflow, x, W_enc, b_enc, threshold, scale, spec, grad_x, W_enc.t(), grads=grads)
-    grad_b_dec = grad_out.sum(0, dtype=torch.float32).to(b_dec.dtype)
+    grad_b_dec = grad_out.sum(0, dtype=torch.float32) if row_scale is None else column_sums(grad_out, row_scale)
     if feature_scale is not None and grad_scale is None:
         grad_scale = torch.zeros_like(feature_scale)
+    if leaves:
+        grad_W_enc = grad_W_dec = None
     return AutoencodeGrads(
-        grad_x, grad_W_enc.t(), grad_b_enc, grad_threshold, grad_W_dec, grad_b_dec, grad_scale
+        grad_x, None if grad_W_enc is None else grad_W_enc.t(), grad_b_enc, grad_threshold, grad_W_dec,
+        grad_b_dec.to(b_dec.dtype), grad_scale,
     )  # fmt: skip

@@ -284,6 +284,58 @@ def feature_sums(
     )
 
 
+class FeatureGradients(NamedTuple):
+    """Gradients of one pass over listed entries; those of the weights are None where an optimiser sums them itself."""
+
+    grad_hidden_pre: Tensor  # [nnz] fp32, zero on padding
+    W_enc: Tensor | None  # [S, d_in]
+    W_dec: Tensor | None  # [S, d_out]
+    b_enc: Tensor  # [S]
+    threshold: Tensor  # [S] fp32
+    scale: Tensor | None  # [S] fp32
+
+
+def gradients_in_passes(
+    by_feature: FeatureOrder,
+    acts: SparseActs,
+    x: Tensor,
+    W_dec: Tensor,
+    grad_out: Tensor,
+    grad_penalty: Tensor,
+    threshold: Tensor,
+    feature_scale: Tensor | None,
+    spec: AutoencodeSpec,
+) -> FeatureGradients:
+    """As `feature_visit.feature_gradients`, row by row and then feature by feature, whatever the length of a row."""
+    d_sae = W_dec.shape[0]
+    grad_hidden_pre, threshold_entries, scale_entries = entry_grads(
+        acts, W_dec, grad_out, threshold, feature_scale, grad_penalty, spec
+    )  # fmt: skip
+    grads = FeatureGradients(
+        grad_hidden_pre,
+        W_dec.new_empty(d_sae, x.shape[1]),
+        torch.empty_like(W_dec, memory_format=torch.contiguous_format),
+        W_dec.new_empty(d_sae),
+        torch.empty_like(threshold),
+        None if feature_scale is None else torch.empty_like(feature_scale),
+    )
+    assert grads.W_enc is not None
+    assert grads.W_dec is not None
+    feature_sums(by_feature, acts.values, grad_out, grads.W_dec)
+    feature_sums(
+        by_feature,
+        grad_hidden_pre,
+        x,
+        grads.W_enc,
+        weight_sums=grads.b_enc,
+        threshold_entries=threshold_entries,
+        threshold_sums=grads.threshold,
+        scale_entries=scale_entries,
+        scale_sums=grads.scale,
+    )
+    return grads
+
+
 @on_device
 def decode_backward(acts: SparseActs, W_dec: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of `decode` for `acts.values` (`[nnz]`, zero on padding) and `W_dec` (`[d_sae, d_out]`).

@@ -1,13 +1,15 @@
 """Decode: `acts @ W_dec + b_dec` from listed entries, and the statistics of each row.
 
-    sae_out[n] = sum_e value_e * W_dec[index_e] + b_dec
+    sae_out[n] = sum_e value_e * W_dec[index_e] + b_dec, less target[n] where one is given
+    squared_error[n] = sum of squares of that residual
     penalty[n] = sum_e of (value_e > 0), value_e * scale or tanh(tanh_scale * value_e * scale)
 
 Letters: `B` tokens, `D` d_out, `S` d_sae. Decoder rows are wide, so gathers are coalesced: 1 flop per byte, against a
-GEMM over all S in the dense step. The same kernel computes `grad_x` from `(grad_hidden_pre, W_enc.T)`.
+GEMM over all S in the dense step. The same kernel computes `grad_x` from `(grad_hidden_pre, W_enc.T)`. With a target, the
+reconstruction is never written: its residual is both the loss and, but for a factor per row, its gradient.
 
 Numerics: cast to fp32 after loading, accumulated in fp32 in the order of the entries: deterministic (feature counts are
-integer atomics).
+integer atomics). The residual is squared before it is rounded.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ from fastsae_kernels.gpu.tiles import penalty_terms
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
 
+# programs that share the rows of a column sum; bounds its scratch to MAX_ROW_SPLITS x d_out
+MAX_ROW_SPLITS = 128
+
 
 @triton.jit
 def _decode_kernel(
@@ -32,12 +37,16 @@ def _decode_kernel(
     values_ptr,  # [nnz]
     W_dec_ptr,  # [S, D]
     b_dec_ptr,  # [D] or None
-    # output
-    sae_out_ptr,  # [B, D]
+    target_ptr,  # [B, D] or None
+    # outputs
+    sae_out_ptr,  # [B, D], the residual with a target
+    squares_ptr,  # [B, D / BLOCK_D] fp32, with a target
     # sizes and strides
     d_out,
     stride_ws,
     stride_wd,
+    stride_tb,
+    stride_td,
     stride_ob,
     stride_od,
     BLOCK_E: tl.constexpr,  # entries gathered at a time
@@ -62,8 +71,44 @@ def _decode_kernel(
         used = mask_e & (value != 0.0)
         w = tl.load(w_ptrs, mask=used[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
         acc += tl.sum(value[:, None] * w, 0)
+    if target_ptr is not None:
+        acc -= tl.load(target_ptr + row * stride_tb + offs_d * stride_td, mask=mask_d, other=0.0).to(tl.float32)
+        # an infinite value makes NaN of the zeros beyond the last column
+        square = tl.sum(tl.where(mask_d, acc * acc, 0.0), 0)
+        tl.store(squares_ptr + row * tl.num_programs(1) + tl.program_id(1), square)
     out_ptrs = sae_out_ptr + row * stride_ob + offs_d * stride_od
     tl.store(out_ptrs, acc.to(sae_out_ptr.dtype.element_ty), mask=mask_d)
+
+
+@triton.jit
+def _column_sums_kernel(
+    # inputs
+    vectors_ptr,  # [B, D]
+    weights_ptr,  # [B]
+    # output
+    partial_ptr,  # [splits, D] fp32
+    # sizes and strides
+    n_tokens,
+    depth,  # D
+    stride_vb,
+    stride_vd,
+    stride_weight,
+    BLOCK_E: tl.constexpr,  # rows at a time
+    BLOCK_D: tl.constexpr,
+):
+    """Program (w, i) adds columns i * BLOCK_D .. of every num_programs(0)-th block of BLOCK_E rows."""
+    split = tl.program_id(0)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
+    mask_d = offs_d < depth
+    acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for first in range(split * BLOCK_E, n_tokens, tl.num_programs(0) * BLOCK_E):
+        rows = first + tl.arange(0, BLOCK_E).to(tl.int64)
+        mask_b = rows < n_tokens
+        weight = tl.load(weights_ptr + rows * stride_weight, mask=mask_b, other=0.0).to(tl.float32)
+        v_ptrs = vectors_ptr + rows[:, None] * stride_vb + offs_d[None, :] * stride_vd
+        vectors = tl.load(v_ptrs, mask=mask_b[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
+        acc += tl.sum(weight[:, None] * vectors, 0)
+    tl.store(partial_ptr + split.to(tl.int64) * depth + offs_d, acc, mask=mask_d)
 
 
 @triton.jit
@@ -110,29 +155,78 @@ def row_counts_of(acts: SparseActs) -> Tensor:
     return acts.row_offsets.diff() if acts.row_counts is None else acts.row_counts
 
 
-def decode_into(acts: SparseActs, values: Tensor, W_dec: Tensor, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """`sum_e values_e * W_dec[index_e] + b_dec` per row, `[N, d_out]` in `dtype`; `values` replace those of `acts`."""
+def decode_rows(
+    acts: SparseActs,
+    values: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    dtype: torch.dtype,
+    target: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`(sae_out [N, d_out] in dtype, None)`; with a target `(residual, its sum of squares [N] fp32)`.
+
+    Args:
+        acts: `N` rows, padded or packed.
+        values: `[nnz]`, in place of those of `acts`.
+        W_dec: `[d_sae, d_out]`, any strides.
+        b_dec: `[d_out]`, or None.
+        dtype: Of the first result.
+        target: `[N, d_out]` in a dtype of its own, any strides, or None.
+    """
     n_tokens, d_out = acts.shape[0], W_dec.shape[1]
-    sae_out = torch.empty(n_tokens, d_out, dtype=dtype, device=W_dec.device)
-    if n_tokens == 0:
-        return sae_out
     config = launch_config("decode", W_dec)
-    _decode_kernel[(n_tokens, triton.cdiv(d_out, config["BLOCK_D"]))](
+    columns = triton.cdiv(d_out, config["BLOCK_D"])
+    sae_out = torch.empty(n_tokens, d_out, dtype=dtype, device=W_dec.device)
+    squares = None
+    if target is not None:
+        squares = torch.empty(n_tokens, columns, dtype=torch.float32, device=W_dec.device)
+    if n_tokens == 0:
+        return sae_out, None if squares is None else squares.sum(1)
+    _decode_kernel[(n_tokens, columns)](
         row_offsets_ptr=acts.row_offsets,
         row_counts_ptr=row_counts_of(acts),
         indices_ptr=acts.indices.contiguous(),
         values_ptr=values.contiguous(),
         W_dec_ptr=W_dec,
         b_dec_ptr=None if b_dec is None else b_dec.contiguous(),
+        target_ptr=target,
         sae_out_ptr=sae_out,
+        squares_ptr=squares,
         d_out=d_out,
         stride_ws=W_dec.stride(0),
         stride_wd=W_dec.stride(1),
+        stride_tb=0 if target is None else target.stride(0),
+        stride_td=0 if target is None else target.stride(1),
         stride_ob=sae_out.stride(0),
         stride_od=sae_out.stride(1),
         **config,
     )
-    return sae_out
+    return sae_out, None if squares is None else squares.sum(1)
+
+
+def decode_into(acts: SparseActs, values: Tensor, W_dec: Tensor, b_dec: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`sum_e values_e * W_dec[index_e] + b_dec` per row, `[N, d_out]` in `dtype`; `values` replace those of `acts`."""
+    return decode_rows(acts, values, W_dec, b_dec, dtype)[0]
+
+
+def column_sums(vectors: Tensor, weights: Tensor) -> Tensor:
+    """`weights @ vectors`, `[D]` fp32, of `[N]` and `[N, D]` in any dtypes and strides; nothing of their size is made."""
+    n_tokens, depth = vectors.shape
+    config = launch_config("decode", vectors)
+    splits = max(min(triton.cdiv(n_tokens, config["BLOCK_E"]), MAX_ROW_SPLITS), 1)
+    partial = torch.empty(splits, depth, dtype=torch.float32, device=vectors.device)
+    _column_sums_kernel[(splits, triton.cdiv(depth, config["BLOCK_D"]))](
+        vectors_ptr=vectors,
+        weights_ptr=weights,
+        partial_ptr=partial,
+        n_tokens=n_tokens,
+        depth=depth,
+        stride_vb=vectors.stride(0),
+        stride_vd=vectors.stride(1),
+        stride_weight=weights.stride(0),
+        **config,
+    )
+    return partial.sum(0)
 
 
 @on_device

@@ -25,6 +25,7 @@ def _overflow_features_kernel(
     grad_out_ptr,  # [B, D_out]
     W_dec_ptr,  # [S, D_out]
     grad_penalty_ptr,  # [B] fp32
+    row_scale_ptr,  # [B] fp32 or None: factor of grad_out
     # outputs, added to
     grad_W_enc_ptr,  # [S, D] contiguous
     grad_W_dec_ptr,  # [S, D_out] contiguous
@@ -48,6 +49,7 @@ def _overflow_features_kernel(
     stride_ds,
     stride_dd,
     stride_penalty,
+    stride_scale,
     PENALTY: tl.constexpr,
     STE_TO_INPUT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -89,6 +91,9 @@ def _overflow_features_kernel(
             grad_out_ptr, rows, stride_gb, stride_gd, W_dec_ptr, columns, stride_dd, stride_ds, d_dec,
             PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, False,
         )  # fmt: skip
+        if row_scale_ptr is not None:
+            row_scale = tl.load(row_scale_ptr + rows * stride_scale)[:, None]
+            grad_acts *= row_scale
         active, window = gate(hidden_pre, threshold, half_bandwidth)
         active = active & inside
         tile = tl.where(active | ((hidden_pre != hidden_pre) & inside), hidden_pre, 0.0)
@@ -97,6 +102,8 @@ def _overflow_features_kernel(
             tile, active, window & inside, grad_acts, g, threshold, scale, inv_bandwidth, tanh_scale,
             PENALTY, STE_TO_INPUT,
         )  # fmt: skip
+        if row_scale_ptr is not None:
+            tile *= row_scale
         x_ptrs = x_ptr + rows[:, None] * stride_xb + offs_o[None, :] * stride_xd
         x = tl.load(x_ptrs, mask=mask_r[:, None] & (offs_o < d_in)[None, :], other=0.0)
         grad_W_enc = tl.dot(tl.trans(grad_hidden_pre).to(x.dtype), x, grad_W_enc, input_precision=PRECISION)
@@ -134,6 +141,7 @@ def overflow_features(
     spec: AutoencodeSpec,
     grad_out: Tensor,
     grad_penalty: Tensor,
+    row_scale: Tensor | None,
     grad_W_enc: Tensor,
     grad_b_enc: Tensor,
     grad_threshold: Tensor,
@@ -144,7 +152,8 @@ def overflow_features(
 
     Args:
         overflow: Which rows.
-        x, W_enc, b_enc, threshold, W_dec, feature_scale, spec, grad_out, grad_penalty: As in `autoencode_backward`.
+        x, W_enc, b_enc, threshold, W_dec, feature_scale, spec: As in `autoencode_forward`.
+        grad_out, grad_penalty, row_scale: As in `autoencode_backward`.
         grad_W_enc: `[d_sae, d_in]`, contiguous.
         grad_b_enc: `[d_sae]`.
         grad_threshold: `[d_sae]` fp32.
@@ -168,6 +177,7 @@ def overflow_features(
         grad_out_ptr=grad_out,
         W_dec_ptr=W_dec,
         grad_penalty_ptr=grad_penalty,
+        row_scale_ptr=row_scale,
         grad_W_enc_ptr=grad_W_enc,
         grad_W_dec_ptr=grad_W_dec,
         grad_b_enc_ptr=grad_b_enc,
@@ -188,6 +198,7 @@ def overflow_features(
         stride_ds=W_dec.stride(0),
         stride_dd=W_dec.stride(1),
         stride_penalty=grad_penalty.stride(0),
+        stride_scale=0 if row_scale is None else row_scale.stride(0),
         PENALTY=spec.penalty,
         STE_TO_INPUT=spec.ste_to_input,
         PRECISION="ieee",

@@ -1,6 +1,6 @@
 """The training pass as PyTorch's custom ops.
 
-    fastsae::autoencode(...)           -> sae_out, penalty, l0, feature_counts, min_active, saved
+    fastsae::autoencode(...)           -> sae_out, penalty, l0, feature_counts, min_active, squared_error, saved
     fastsae::autoencode_backward(...)  -> one gradient per parameter, empty where not asked for
 
 A graph needs sizes that do not depend on the data, so what the backward needs is `saved` in a fixed number of places:
@@ -19,6 +19,7 @@ from fastsae_kernels import chunked, cpu
 from fastsae_kernels.checks import check_no_fp8
 from fastsae_kernels.dispatch import MAX_DENSITY, ActivityHint, Backend, backend_of, forced_backend
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
+from fastsae_kernels.residual import row_gradients, scaled
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
 
@@ -73,6 +74,7 @@ def autoencode(
     W_dec: Tensor,
     b_dec: Tensor,
     feature_scale: Tensor | None,
+    target: Tensor | None,
     bandwidth: float,
     k: int | None,
     batch_topk: bool,
@@ -83,39 +85,47 @@ def autoencode(
     fp8: bool,
     capacity: int,
     hint: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """The forward pass; `saved` holds `row_offsets, row_counts, indices, value bits, overflowed`."""
     spec = AutoencodeSpec(bandwidth, k, batch_topk, penalty, tanh_scale, ste_to_input, precision, fp8)  # type: ignore[arg-type]
     tensors = (x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale)
     known = ActivityHint.of(hint)
     places = _places(x, W_enc.shape[1], spec, capacity)
-    output, saved = _forward(tensors, spec, capacity, places, known)
-    min_active = output.min_active
+    output, saved = _forward(tensors, target, spec, capacity, places, known)
+    min_active, squared_error = output.min_active, output.squared_error
     if min_active is None:
         min_active = torch.full((), float("inf"), dtype=output.penalty.dtype, device=x.device)
-    return output.sae_out, output.penalty, output.l0, output.feature_counts, min_active, saved
+    if squared_error is None:
+        squared_error = output.penalty.new_empty(0)
+    return output.sae_out, output.penalty, output.l0, output.feature_counts, min_active, squared_error, saved
 
 
 def _forward(
-    tensors: Parameters, spec: AutoencodeSpec, capacity: int, places: int, hint: ActivityHint | None
+    tensors: Parameters,
+    target: Tensor | None,
+    spec: AutoencodeSpec,
+    capacity: int,
+    places: int,
+    hint: ActivityHint | None,
 ) -> tuple[AutoencodeOutput, list[Tensor]]:
     x, W_enc, _, threshold, *_ = tensors
     backend = _backend(x, capacity)
     if backend == "triton":
         from fastsae_kernels import gpu
 
-        output, state = gpu.autoencode_forward(*tensors, spec, GRAPH_CAPACITY if capacity == BY_ACTIVITY else capacity)
+        places_of_row = GRAPH_CAPACITY if capacity == BY_ACTIVITY else capacity
+        output, state = gpu.autoencode_forward(*tensors, spec, places_of_row, target)
         if hint is not None:
             hint.plan_next(state.listed, W_enc.shape[1])
         return output, _pack_gpu(state, x)
     check_no_fp8(spec, x)
     if backend == "cpu":
-        output_or_none = cpu.autoencode_forward(*tensors, spec, places if spec.k is None else None)
+        output_or_none = cpu.autoencode_forward(*tensors, spec, places if spec.k is None else None, target)
         if output_or_none is not None and output_or_none.acts is not None:
             return output_or_none, _pack(output_or_none.acts, places)
     if spec.k is not None:
         raise ValueError("x, W_enc, b_enc: expected finite values where k is given, got NaN or Inf")
-    output = chunked.autoencode_forward(*tensors, spec)
+    output = chunked.autoencode_forward(*tensors, spec, target)
     if hint is not None:
         hint.plan_next(output.l0, W_enc.shape[1])
     return output, _empty_saved(x, threshold, places)
@@ -158,9 +168,9 @@ def _pack_gpu(state: Any, x: Tensor) -> list[Tensor]:
 
 
 @autoencode.register_fake
-def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    x, W_enc, _, threshold, W_dec, *_ = inputs
-    *options, capacity, _ = inputs[7:]
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    x, W_enc, _, threshold, W_dec, _, _, target = inputs[:8]
+    *options, capacity, _ = inputs[8:]
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
     places = _places(x, d_sae, AutoencodeSpec(*options), capacity)
     return (
@@ -169,6 +179,7 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor
         x.new_empty(n_tokens, dtype=torch.int64),
         x.new_empty(d_sae, dtype=torch.int64),
         threshold.new_empty(()),
+        threshold.new_empty(0 if target is None else n_tokens),
         _empty_saved(x, threshold, places),
     )
 
@@ -185,6 +196,7 @@ def autoencode_backward(
     saved: list[Tensor],
     grad_out: Tensor,
     grad_penalty: Tensor,
+    row_scale: Tensor | None,
     bandwidth: float,
     k: int | None,
     batch_topk: bool,
@@ -196,11 +208,13 @@ def autoencode_backward(
     capacity: int,
     needs: list[bool],
 ) -> list[Tensor]:
-    """The gradients of the seven tensors, in order; an empty tensor where none is asked for."""
+    """The gradients of the seven tensors, in order; an empty tensor where none is asked for.
+
+    That of row n of sae_out is `row_scale[n] * grad_out[n]`.
+    """
     spec = AutoencodeSpec(bandwidth, k, batch_topk, penalty, tanh_scale, ste_to_input, precision, fp8)  # type: ignore[arg-type]
     wanted = AutoencodeNeeds(*needs)
-    grad_out = grad_out.contiguous()
-    shared = (threshold, W_dec, feature_scale, spec, grad_out, grad_penalty, wanted)
+    shared = (threshold, W_dec, feature_scale, spec, grad_out, grad_penalty, wanted, row_scale)
     acts = _unpack(saved, W_enc.shape[1], threshold.dtype)
     backend = _backend(x, capacity)
     if backend == "triton":
@@ -210,7 +224,7 @@ def autoencode_backward(
         state = gpu.Saved(
             x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, spec, acts, overflow, listed=saved[1]
         )
-        grads = gpu.autoencode_backward(state, grad_out, grad_penalty, wanted.x)
+        grads = gpu.autoencode_backward(state, grad_out, grad_penalty, wanted.x, row_scale)
     elif backend == "cpu" and (x.shape[0] == 0 or int(saved[1][0]) >= 0):
         grads = cpu.autoencode_backward(_packed(acts), x, W_enc, *shared)
     else:
@@ -262,22 +276,29 @@ def _(*arguments: Any) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    tensors, ctx.options = inputs[:7], inputs[7:-1]
-    ctx.save_for_backward(*tensors, *output[-1])
+    *tensors, target = inputs[:8]
+    ctx.options = inputs[8:-1]
+    ctx.target_dtype = None if target is None else target.dtype
+    ctx.save_for_backward(*tensors, None if target is None else output[0], *output[-1])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_penalty: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    *tensors, row_offsets, row_counts, indices, bits, overflowed = ctx.saved_tensors  # once, for checkpointing
+def _backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None, *others: Any) -> tuple[Any, ...]:
+    saved_tensors = ctx.saved_tensors  # once, for checkpointing
+    *tensors, residual, row_offsets, row_counts, indices, bits, overflowed = saved_tensors
+    grad_squared_error = others[-2] if residual is not None else None
     saved = [row_offsets, row_counts, indices, bits, overflowed]
     asked = ctx.needs_input_grad
-    if grad_out is None:
+    if grad_out is None and grad_squared_error is None:
         grad_out = tensors[0].new_zeros(tensors[0].shape[0], tensors[4].shape[1])
     if grad_penalty is None:
         grad_penalty = tensors[3].new_zeros(tensors[0].shape[0])
+    rows, row_scale = row_gradients(residual, grad_out, grad_squared_error)
     needs = [asked[0], asked[1], asked[4]]
-    grads = torch.ops.fastsae.autoencode_backward(*tensors, saved, grad_out, grad_penalty, *ctx.options, needs)
+    grads = torch.ops.fastsae.autoencode_backward(*tensors, saved, rows, grad_penalty, row_scale, *ctx.options, needs)
     given = [grad if wants else None for grad, wants in zip(grads, asked[:7], strict=True)]
-    return (*given, *[None] * (len(ctx.options) + 1))
+    grad_target = -scaled(rows, row_scale).to(ctx.target_dtype) if asked[7] else None
+    return (*given, grad_target, *[None] * (len(ctx.options) + 1))
 
 
 autoencode.register_autograd(_backward, setup_context=_setup_context)

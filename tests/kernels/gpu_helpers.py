@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 
 import problems
 import pytest
 import torch
+from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -41,20 +43,40 @@ FEW_PROGRAMS = {
     "row_stats": {"BLOCK_E": 64},
     "entry_grads": {"BLOCK_E": 32, "BLOCK_D": 32},
     "feature_sums": {"BLOCK_E": 16, "BLOCK_D": 32},
+    "feature_visit": {"BLOCK_E": 16, "D_PER_WARP": 512, "CHUNK": 6},
+    "join_chunks": {"BLOCK_C": 2, "BLOCK_D": 32},
     "overflow_rows": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "BLOCK_O": 32},
     "overflow_features": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "BLOCK_O": 32},
 }
 
 
-def run(problem: problems.Problem, capacity: int) -> problems.Result:
-    """Forward and every gradient of one pass through the kernels, rows limited to `capacity` entries."""
+def first(problem: problems.Problem, n_tokens: int) -> problems.Problem:
+    """The first tokens of a problem."""
+    return replace(
+        problem,
+        x=problem.x[:n_tokens],
+        grad_out=problem.grad_out[:n_tokens],
+        grad_penalty=problem.grad_penalty[:n_tokens],
+    )
+
+
+def run(
+    problem: problems.Problem, capacity: int, target: Tensor | None = None, row_scale: Tensor | None = None
+) -> problems.Result:
+    """Forward and every gradient of one pass through the kernels, rows limited to `capacity` entries.
+
+    With a target, what comes back into the pass is `row_scale * residual` in place of the problem's gradient.
+    """
     from fastsae_kernels import gpu
 
     tensors = [None if tensor is None else tensor.to(DEVICE) for tensor in problem.tensors()]
-    output, saved = gpu.autoencode_forward(*tensors, problem.spec, capacity)  # type: ignore[arg-type]
-    grad_out = problem.grad_out.to(DEVICE)
-    grads = gpu.autoencode_backward(saved, grad_out, problem.grad_penalty.to(DEVICE), needs_x=True)
-    named = {name: getattr(output, name) for name in ("sae_out", "penalty", "l0", "feature_counts")}
+    target, row_scale = (None if tensor is None else tensor.to(DEVICE) for tensor in (target, row_scale))
+    output, saved = gpu.autoencode_forward(*tensors, problem.spec, capacity, target)  # type: ignore[arg-type]
+    grad_out = problem.grad_out.to(DEVICE) if target is None else output.sae_out
+    grads = gpu.autoencode_backward(saved, grad_out, problem.grad_penalty.to(DEVICE), True, row_scale)
+    names = ("sae_out", "penalty", "l0", "feature_counts", *(() if target is None else ("squared_error",)))
+    named = {name: getattr(output, name) for name in names}
+    assert (output.squared_error is None) == (target is None)
     assert output.sae_out.dtype == problem.x.dtype
     for name, grad, tensor in zip(problems.NAMES, grads, problem.tensors(), strict=True):
         assert (grad is None) == (tensor is None), name

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -126,10 +126,10 @@ class Fused:
             self.exp_avg_sq,
             beta1=self.beta1,
             step=self.t,
-            extra=None if batch.extra is None else batch.extra.to(DEVICE),
             scale=None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=DEVICE),
             last_step=self.last_step,
             **HYPER,
+            **({} if batch.extra is None else {"extra": batch.extra.to(DEVICE)}),
             **options,
         )
 
@@ -220,8 +220,6 @@ def test_any_strides_and_rows_of_one_span() -> None:
 
 def test_rows_that_rest_are_free_and_exact() -> None:
     """With beta1 = 0 untouched rows keep every bit, and all ends as in a dense Adam that visits them."""
-    from fastsae_kernels.gpu.adam import catch_up
-
     param = unit_rows()
     fused, truth = Fused(param, 0.0, lazy=True), Dense(param, torch.float64, 0.0)
     eager = Dense(param, torch.float32, 0.0)
@@ -240,9 +238,9 @@ def test_rows_that_rest_are_free_and_exact() -> None:
         last_touched[touched] = t
         assert torch.equal(fused.last_step.cpu(), last_touched)
     assert len(set(last_touched.tolist())) > 3, "rows should have rested for different times"
-    catch_up(fused.exp_avg_sq, fused.last_step, beta2=HYPER["beta2"], step=12)
+    fused.exp_avg_sq *= HYPER["beta2"] ** (12 - fused.last_step)[:, None]
+    fused.last_step.fill_(12)
     assert_equals_dense(fused, truth, eager)
-    assert (fused.last_step == 12).all()
     batch = make_batch()
     for trained in (fused, truth, eager):
         trained.step(batch)
@@ -258,6 +256,29 @@ def test_extra_gradient_touches_every_row() -> None:
         for trained in (fused, truth, eager):
             trained.step(batch)
     assert (fused.last_step == 3).all()
+    assert_equals_dense(fused, truth, eager)
+
+
+@pytest.mark.parametrize("beta1", [0.9, 0.0])
+def test_flagged_extra_gradient_counts_where_the_flag_is_set(beta1: float) -> None:
+    """Elsewhere it is not read, and rows without entries rest."""
+    from fastsae_kernels.gpu.adam import grad_norms
+
+    param = unit_rows()
+    fused, truth = Fused(param, beta1, lazy=beta1 == 0), Dense(param, torch.float64, beta1)
+    eager, stale = Dense(param, torch.float32, beta1), torch.full((N_FEATURES, 13), torch.nan, device=DEVICE)
+    for flag in (0, 1, 0, 7, 0):
+        batch = make_batch(4, extra=flag > 0)
+        operands = {"extra": stale if batch.extra is None else batch.extra.to(DEVICE)}
+        operands["extra_flag"] = torch.tensor([flag], dtype=torch.int32, device=DEVICE)
+        norms = grad_norms(*batch.operands(), fused.param, **operands)
+        torch.testing.assert_close(norms.cpu(), eager.gradient(batch).square().sum(1))
+        fused.step(replace(batch, extra=None), **operands)
+        for dense in (truth, eager):
+            dense.step(batch)
+    if fused.last_step is not None:
+        assert fused.last_step[NEVER] == 4
+        fused.exp_avg_sq[NEVER] *= HYPER["beta2"]
     assert_equals_dense(fused, truth, eager)
 
 

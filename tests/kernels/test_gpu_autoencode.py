@@ -12,7 +12,7 @@ from dataclasses import replace
 import problems
 import pytest
 import torch
-from gpu_helpers import DEVICE, FEW_PROGRAMS, needs_kernels, run
+from gpu_helpers import DEVICE, FEW_PROGRAMS, first, needs_kernels, run
 
 from fastsae_kernels import AutoencodeSpec
 
@@ -31,16 +31,6 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(overflow, "MAX_SPLITS", 3)
     with config.override({name: {"16": tiles, "32": tiles} for name, tiles in FEW_PROGRAMS.items()}):
         yield
-
-
-def first(problem: problems.Problem, n_tokens: int) -> problems.Problem:
-    """The first tokens of a problem."""
-    return replace(
-        problem,
-        x=problem.x[:n_tokens],
-        grad_out=problem.grad_out[:n_tokens],
-        grad_penalty=problem.grad_penalty[:n_tokens],
-    )
 
 
 @pytest.mark.parametrize("capacity", [64, 2], ids=["fits", "overflows"])
@@ -104,6 +94,16 @@ def test_non_contiguous_and_expanded_inputs() -> None:
     )
     for capacity in (43, 2):
         problems.assert_matches(run(problem, capacity), problem)
+
+
+@pytest.mark.parametrize("capacity", [64, 2], ids=["fits", "overflows"])
+@pytest.mark.parametrize("spec", [SPECS["tanh, ste to input"], SPECS["batch top-3"]], ids=["tanh", "batch top-3"])
+def test_rows_longer_than_a_program_holds(spec: AutoencodeSpec, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastsae_kernels.gpu import autoencode
+
+    monkeypatch.setattr(autoencode, "MAX_DEPTH", 8)
+    problem = problems.make(9, 20, 43, spec=spec, density=0.2, with_scale=spec.penalty != "l0")
+    problems.assert_matches(run(problem, capacity), problem)
 
 
 @pytest.mark.parametrize("capacity", [40, 4], ids=["fits", "overflows"])

@@ -23,9 +23,8 @@ SPECS = {
 DENSE = 0
 
 
-def arguments(problem: problems.Problem, capacity: int) -> tuple[Any, ...]:
-    spec = problem.spec
-    return (*problems.leaves(problem), *dataclasses.astuple(spec), capacity, 0)
+def arguments(problem: problems.Problem, capacity: int, target: torch.Tensor | None = None) -> tuple[Any, ...]:
+    return (*problems.leaves(problem), target, *dataclasses.astuple(problem.spec), capacity, 0)
 
 
 def compiled(function: Callable) -> Callable:
@@ -61,7 +60,8 @@ def test_opcheck_autoencode(spec: AutoencodeSpec, capacity: int) -> None:
     if capacity == DENSE and spec.k is not None:
         pytest.skip("a token's rank needs all features at once")
     problem = problems.make(9, 8, 60, spec=spec, with_scale=spec.penalty != "l0")
-    library.opcheck(torch.ops.fastsae.autoencode.default, arguments(problem, capacity))
+    target = problem.grad_out.clone().requires_grad_() if spec.penalty == "l0" else None
+    library.opcheck(torch.ops.fastsae.autoencode.default, arguments(problem, capacity, target))
 
 
 @pytest.mark.usefixtures("deterministic")
@@ -148,7 +148,7 @@ def test_inside_checkpoint(whole_graph: bool, use_reentrant: bool) -> None:
     def forward(*tensors: torch.Tensor) -> torch.Tensor:
         if not whole_graph:
             return kernels.autoencode(*tensors, spec=p.spec).sae_out
-        inputs = (*tensors, None, *dataclasses.astuple(p.spec), graph.BY_ACTIVITY, 0)
+        inputs = (*tensors, None, None, *dataclasses.astuple(p.spec), graph.BY_ACTIVITY, 0)
         return torch.ops.fastsae.autoencode(*inputs)[0]
 
     grads = []

@@ -297,12 +297,13 @@ def test_autocast_is_the_same_as_narrow_weights(backend: Backend) -> None:
     narrow = copy.deepcopy(sae).to(torch.bfloat16)
     with kernels.use_backend(backend):
         with torch.autocast("cpu", torch.bfloat16):
-            output = sae.training_forward(x)
+            output, reconstructed = sae.training_forward(x), sae(x)
             sparse = sae.decode(sae.encode_sparse(x))
         expected = narrow.training_forward(x)
         expected_sparse = narrow.decode(narrow.encode_sparse(x))
-    assert output.sae_out.dtype == torch.bfloat16
-    assert torch.equal(output.sae_out, expected.sae_out)
+        expected_out = narrow(x)
+    assert output.residual.dtype == reconstructed.dtype == torch.bfloat16
+    assert torch.equal(reconstructed, expected_out)
     assert torch.equal(sparse, expected_sparse)
     output.loss.backward()
     expected.loss.backward()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastsae import FusedJumpReLUSAE, FusedReLUSAE, SparseAutoencoder
+from fastsae import FusedJumpReLUSAE, FusedReLUSAE, SparseAutoencoder, TrainOutput
 
 sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed (pip install sae-lens)")
 
@@ -46,37 +46,64 @@ def test_we_load_a_folder_of_saelens(tmp_path: Path) -> None:
     assert (theirs(x) - ours(x)).abs().max() < 2e-6
 
 
-@pytest.mark.parametrize("mode", ["step", "tanh"])
-@pytest.mark.parametrize("ste_to_input", [False, True])
-def test_one_training_step_is_the_same_step(mode: str, ste_to_input: bool) -> None:
+def assert_same_step(ours: SparseAutoencoder, theirs: Any, got: TrainOutput, expected: Any) -> None:
+    """Losses by name, and every gradient after both went back."""
+    expected.loss.backward()
+    got.loss.backward()
+    torch.testing.assert_close(got.loss, expected.loss)
+    torch.testing.assert_close(got.sae_out, expected.sae_out)
+    assert got.losses.keys() == expected.losses.keys()
+    for name, loss in expected.losses.items():
+        torch.testing.assert_close(got.losses[name], loss, msg=name)
+    for name, parameter in theirs.named_parameters():
+        scale = parameter.grad.abs().max()
+        error = (ours.get_parameter(name).grad - parameter.grad).abs().max()
+        assert error <= 2e-6 * scale, f"{name}: {error / scale:.3g} relative"
+
+
+def step_input(coefficients: dict[str, float]) -> Any:
     from sae_lens.saes.sae import TrainStepInput
 
+    x, dead = torch.randn(300, 24, generator=torch.Generator().manual_seed(2)), torch.arange(80) % 7 == 0
+    return TrainStepInput(
+        sae_in=x, coefficients=coefficients, dead_neuron_mask=dead, n_training_steps=1, is_logging_step=False
+    )
+
+
+@pytest.mark.parametrize("subtract", [False, True], ids=["", "subtracts b_dec"])
+@pytest.mark.parametrize("mode", ["step", "tanh", "quadratic"])
+@pytest.mark.parametrize("ste_to_input", [False, True], ids=["", "ste to input"])
+def test_one_training_step_is_the_same_step(mode: Any, ste_to_input: bool, subtract: bool) -> None:
     config = sae_lens.JumpReLUTrainingSAEConfig(
         d_in=24,
         d_sae=80,
-        apply_b_dec_to_input=False,
+        apply_b_dec_to_input=subtract,
         jumprelu_bandwidth=0.3,
         jumprelu_sparsity_loss_mode=mode,
         jumprelu_ste_to_input=ste_to_input,
         pre_act_loss_coefficient=0.01,
         l0_coefficient=0.5,
+        target_l0=9.0,
     )
     theirs = sae_lens.JumpReLUTrainingSAE(config)
-    ours = FusedJumpReLUSAE(24, 80, bandwidth=0.3, ste_to_input=ste_to_input)
+    ours = FusedJumpReLUSAE(24, 80, bandwidth=0.3, ste_to_input=ste_to_input, apply_b_dec_to_input=subtract)
     fill(theirs)
     ours.load_state_dict(theirs.state_dict())
-    x, dead = torch.randn(300, 24), torch.arange(80) % 7 == 0
-    step_input = TrainStepInput(
-        sae_in=x, coefficients={"l0": 0.5}, dead_neuron_mask=dead, n_training_steps=1, is_logging_step=False
+    batch = step_input({"l0": 0.5})
+    got = ours.training_forward(
+        batch.sae_in, 0.5, mode, target_l0=9.0, dead_mask=batch.dead_neuron_mask, pre_act_loss_coefficient=0.01
     )
-    expected = theirs.training_forward_pass(step_input)
-    expected.loss.backward()
-    got = ours.training_forward(x, 0.5, mode, dead_mask=dead, pre_act_loss_coefficient=0.01)  # type: ignore[arg-type]
-    got.loss.backward()
-    torch.testing.assert_close(got.loss, expected.loss)
-    for name in ("mse_loss", "l0_loss", "pre_act_loss"):
-        torch.testing.assert_close(got.losses[name], expected.losses[name], msg=name)
-    for name, parameter in theirs.named_parameters():
-        scale = parameter.grad.abs().max()
-        error = (ours.get_parameter(name).grad - parameter.grad).abs().max()
-        assert error <= 2e-6 * scale, f"{name}: {error / scale:.3g} relative"
+    assert_same_step(ours, theirs, got, theirs.training_forward_pass(batch))
+
+
+@pytest.mark.parametrize("subtract", [False, True], ids=["", "subtracts b_dec"])
+def test_one_training_step_of_a_relu_sae_is_the_same_step(subtract: bool) -> None:
+    theirs = sae_lens.StandardTrainingSAE(
+        sae_lens.StandardTrainingSAEConfig(d_in=24, d_sae=80, apply_b_dec_to_input=subtract)
+    )
+    ours = FusedReLUSAE(24, 80, apply_b_dec_to_input=subtract)
+    fill(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    batch = step_input({"l1": 0.3})
+    got = ours.training_forward(batch.sae_in, 0.3)
+    assert_same_step(ours, theirs, got, theirs.training_forward_pass(batch))

@@ -1,0 +1,51 @@
+"""The reconstruction less its target, formed where the reconstruction is, and the gradient that comes back through it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 2**18  # of rows that are subtracted together: on a CPU they are still in cache when they are squared
+
+
+def subtract_target(sae_out: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """`sae_out - target` in the memory of `sae_out`, and its squared norms `[N]` in at least fp32.
+
+    The difference is formed in at least fp32, and squared before it is rounded to the dtype of `sae_out`.
+    """
+    wide = torch.promote_types(sae_out.dtype, torch.float32)
+    squared_error = sae_out.new_empty(sae_out.shape[0], dtype=wide)
+    size = max(1, BLOCK_ELEMENTS // max(1, sae_out.shape[1]))
+    for rows, of_target, squares in zip(
+        sae_out.split(size), target.split(size), squared_error.split(size), strict=True
+    ):
+        difference = rows.to(wide).sub_(of_target)  # `rows` itself where that is wide
+        torch.linalg.vecdot(difference, difference, out=squares)
+        rows.copy_(difference)
+    return sae_out, squared_error
+
+
+def row_gradients(
+    residual: Tensor | None, grad_out: Tensor | None, grad_squared_error: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`(rows, row_scale)`: the gradient of row n of the reconstruction is `row_scale[n] * rows[n]`.
+
+    Where the loss is made of squared errors alone, `rows` is the residual itself, which is neither scaled nor copied.
+
+    Args:
+        residual: `[N, d_out]`; None without a target.
+        grad_out: Of the first output, `[N, d_out]`; None where the loss does not use it.
+        grad_squared_error: Of the squared errors, `[N]`; None likewise.
+    """
+    if residual is None or grad_squared_error is None:
+        assert grad_out is not None
+        return grad_out.contiguous(), None
+    row_scale = 2 * grad_squared_error
+    if grad_out is None:
+        return residual, row_scale
+    return torch.addcmul(grad_out, residual, row_scale[:, None].to(residual.dtype)).contiguous(), None
+
+
+def scaled(rows: Tensor, row_scale: Tensor | None) -> Tensor:
+    """`row_scale[n] * rows[n]`, in the dtype of `rows`."""
+    return rows if row_scale is None else (rows * row_scale[:, None]).to(rows.dtype)

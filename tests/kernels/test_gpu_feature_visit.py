@@ -1,0 +1,362 @@
+"""The gradients of one visit per feature against the fp64 reference and against the three passes that it replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import problems
+import pytest
+import torch
+from gpu_helpers import DEVICE, FEW_PROGRAMS, needs_kernels
+from torch import Tensor
+
+from fastsae_kernels import AutoencodeSpec, SparseActs, reference
+
+pytestmark = needs_kernels
+SPECS = problems.SPECS
+FEW_TABLE: dict[str, Any] = {name: {"16": tiles, "32": tiles} for name, tiles in FEW_PROGRAMS.items()}
+CHUNK: int = FEW_PROGRAMS["feature_visit"]["CHUNK"]
+# entries of each feature, before chunks are cut: none, one chunk, its edges, several chunks, every token
+COUNTS = (0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1, 3 * CHUNK - 1, 26, 0, 26)
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Chunks so short that small problems have several, and slots enough for them; on a GPU too."""
+    from fastsae_kernels.gpu import config, feature_chunks
+
+    monkeypatch.setattr(feature_chunks, "CHUNKS_PER_SLOT", 1)
+    with config.override(FEW_TABLE):
+        yield
+
+
+def entries(listed: Tensor, values: Tensor, span: int | None = None) -> SparseActs:
+    """The entries where `listed` (`[N, S]` bool), packed or in rows of `span` places."""
+    (n_tokens, _), counts = listed.shape, listed.sum(1)
+    rows, indices = listed.nonzero(as_tuple=True)
+    values = values[listed].float()
+    if span is None:
+        row_offsets = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
+        acts = SparseActs(row_offsets, indices.int(), values, tuple(listed.shape))
+    else:
+        assert n_tokens == 0 or counts.max() <= span
+        places = rows * span + (listed.cumsum(1) - 1)[listed]
+        filled = torch.zeros(n_tokens * span).index_put_((places,), values)
+        indices = torch.zeros(n_tokens * span, dtype=torch.int32).index_put_((places,), indices.int())
+        row_offsets = torch.arange(n_tokens + 1) * span
+        acts = SparseActs(row_offsets, indices, filled, tuple(listed.shape), counts)
+    moved = {name: t.to(DEVICE) for name, t in vars(acts).items() if isinstance(t, Tensor)}
+    return replace(acts, **moved)
+
+
+def listed_by(problem: problems.Problem, span: int | None = None) -> SparseActs:
+    """The entries that the problem's spec lists, decided in fp64."""
+    wide, spec = problem.to(torch.float64), problem.spec
+    pre = reference.hidden_pre(wide.x, wide.W_enc, wide.b_enc)
+    active = pre > wide.threshold
+    acts = torch.where(active, pre, 0)
+    listed = active | reference.in_window(pre, wide.threshold, spec.bandwidth)
+    return entries(listed & reference.topk_keep(acts, spec.k, spec.batch_topk), acts, span)
+
+
+def arguments(problem: problems.Problem, acts: SparseActs, span: int | None) -> tuple[Any, ...]:
+    """What `feature_gradients` takes by position."""
+    from fastsae_kernels.gpu.backward import feature_order
+
+    names = ("x", "W_dec", "grad_out", "grad_penalty", "threshold", "feature_scale")
+    tensors = (getattr(problem, name) for name in names)
+    moved = (None if tensor is None else tensor.to(DEVICE) for tensor in tensors)
+    return feature_order(acts, span), acts.values, *moved, problem.spec
+
+
+def visit(problem: problems.Problem, acts: SparseActs, span: int | None = None, **options: Any) -> Any:
+    from fastsae_kernels.gpu.feature_visit import feature_gradients
+
+    return feature_gradients(*arguments(problem, acts, span), **options)
+
+
+def three_passes(problem: problems.Problem, acts: SparseActs, span: int | None = None) -> dict[str, Tensor | None]:
+    """The same by `entry_grads` and two `feature_sums`."""
+    from fastsae_kernels.gpu.backward import entry_grads, feature_sums
+
+    by_feature, values, x, W_dec, grad_out, grad_penalty, threshold, scale, spec = arguments(problem, acts, span)
+    grad_hidden_pre, *shares = entry_grads(acts, W_dec, grad_out, threshold, scale, grad_penalty, spec)
+    sums = {
+        "W_enc": x.new_empty(len(W_dec), x.shape[1]),
+        "W_dec": torch.empty_like(W_dec),
+        "b_enc": x.new_empty(len(W_dec)),
+        "threshold": torch.empty_like(threshold),
+        "scale": None if scale is None else torch.empty_like(scale),
+    }
+    feature_sums(by_feature, values, grad_out, sums["W_dec"])
+    feature_sums(
+        by_feature, grad_hidden_pre, x, sums["W_enc"], sums["b_enc"],
+        shares[0], sums["threshold"], shares[1], sums["scale"],
+    )  # fmt: skip
+    return {"grad_hidden_pre": grad_hidden_pre, **sums}
+
+
+def assert_true(problem: problems.Problem, span: int | None = None, row_scale: Tensor | None = None) -> None:
+    """Every gradient by name within the error budget of dense eager PyTorch, x's by way of `grad_hidden_pre`."""
+    from fastsae_kernels.gpu.decode import decode_into
+
+    acts = listed_by(problem, span)
+    scale = None if row_scale is None else row_scale.to(DEVICE)
+    grads = visit(problem, acts, span, row_scale=scale)
+    got = {"W_enc": grads.W_enc.t(), "b_enc": grads.b_enc, "threshold": grads.threshold, "W_dec": grads.W_dec}
+    if problem.feature_scale is not None:
+        got["feature_scale"] = grads.scale
+    got["x"] = decode_into(acts, grads.grad_hidden_pre, problem.W_enc.t().to(DEVICE), None, problem.x.dtype)
+    if row_scale is not None:
+        problem = replace(problem, grad_out=problem.grad_out * row_scale[:, None].to(problem.grad_out.dtype))
+    truth, eager = problems.run_reference(problem.to(torch.float64)).grads, problems.run_reference(problem).grads
+    assert got.keys() == truth.keys() - {"b_dec"}
+    for name, grad in got.items():
+        assert grad.dtype == getattr(problem, name).dtype, name
+        problems.assert_within_budget(f"grad of {name}", grad.cpu().double(), truth[name], eager[name])
+
+
+def assert_equals_three_passes(problem: problems.Problem, acts: SparseActs, span: int | None = None) -> None:
+    """To the rounding of sums in another order."""
+    grads = visit(problem, acts, span)
+    for name, expected in three_passes(problem, acts, span).items():
+        got = getattr(grads, name)
+        assert (got is None) == (expected is None), name
+        if expected is not None:
+            assert (got.dtype, got.shape) == (expected.dtype, expected.shape), name
+            eps = torch.finfo(expected.dtype).eps
+            largest = expected.nan_to_num().abs().max() if expected.numel() else 0
+            torch.testing.assert_close(
+                got, expected, rtol=8 * eps, atol=float(8 * eps * largest), equal_nan=True, msg=lambda m, n=name: n + m
+            )
+
+
+def exact_scales(n_tokens: int) -> Tensor:
+    """Powers of two, which round nothing, one of them negative and one zero."""
+    scales = 2.0 ** (torch.arange(n_tokens) % 5 - 2)
+    scales[1], scales[2] = -0.5, 0.0
+    return scales
+
+
+@pytest.mark.parametrize("span", [None, 23], ids=["packed", "padded"])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_matches_reference(spec: AutoencodeSpec, span: int | None) -> None:
+    problem = problems.make(13, 20, 23, spec=spec, density=0.2, with_scale=spec.penalty != "l0")
+    assert_true(problem, span, exact_scales(13))
+    assert_equals_three_passes(problem, listed_by(problem, span), span)
+
+
+@pytest.mark.parametrize("problem", problems.HOSTILE.values(), ids=problems.HOSTILE)
+def test_on_hostile_inputs(problem: problems.Problem) -> None:
+    problem = replace(problem, **{name: getattr(problem, name)[:9] for name in ("x", "grad_out", "grad_penalty")})
+    assert_true(problem, problem.W_dec.shape[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("spec", [SPECS["ste to input"], SPECS["top-3"]], ids=["ste to input", "top-3"])
+def test_on_threshold_and_window_edges(spec: AutoencodeSpec, dtype: torch.dtype) -> None:
+    problem = problems.on_the_edges(spec).to(dtype)
+    problem = replace(problem, **{name: getattr(problem, name)[:17] for name in ("x", "grad_out", "grad_penalty")})
+    assert_true(problem)
+    assert_true(problem, 40, exact_scales(17))
+
+
+def features_with(counts: tuple[int, ...], n_tokens: int) -> Tensor:
+    """`[N, S]` bool: feature j fires on `counts[j]` tokens, drawn at random."""
+    g = torch.Generator().manual_seed(2)
+    ranks = torch.rand(n_tokens, len(counts), generator=g).argsort(0).argsort(0)
+    return ranks < torch.tensor(counts)
+
+
+@pytest.mark.parametrize("block_e", [1, 4])
+@pytest.mark.parametrize(("d_in", "d_out"), [(13, 13), (1, 40), (33, 7)])
+@pytest.mark.parametrize("span", [None, 60], ids=["packed", "padded"])
+def test_features_of_any_length(span: int | None, d_in: int, d_out: int, block_e: int) -> None:
+    """Chunks exactly full, one entry over, several long features: what one program would sum, several do."""
+    from fastsae_kernels.gpu import config
+    from fastsae_kernels.gpu.feature_chunks import chunk_plan, n_slots_for
+
+    listed = features_with(COUNTS, 26)
+    problem = problems.make(26, d_in, len(COUNTS), spec=SPECS["tanh, ste to input"], with_scale=True)
+    problem = replace(problem, W_dec=torch.randn(len(COUNTS), d_out), grad_out=torch.randn(26, d_out))
+    values = torch.rand(listed.shape) * torch.randint(0, 4, listed.shape).sign()  # a quarter is in the window alone
+    acts = entries(listed, values, span)
+    by_feature = arguments(problem, acts, span)[0]
+    assert by_feature.offsets.diff().tolist() == list(COUNTS)
+    plan = chunk_plan(by_feature.offsets, n_slots_for(acts.values.numel(), CHUNK), CHUNK)
+    assert (plan.slot_features < len(COUNTS)).any()
+    assert span is None or plan.length == CHUNK
+    tiles = {**FEW_PROGRAMS["feature_visit"], "BLOCK_E": block_e}
+    with config.override({**FEW_TABLE, "feature_visit": {"32": tiles}}):
+        assert_equals_three_passes(problem, acts, span)
+
+
+def test_chunks_cover_every_long_feature_and_fit_their_slots() -> None:
+    from fastsae_kernels.gpu.feature_chunks import chunk_plan
+
+    g = torch.Generator().manual_seed(0)
+    ragged = [(torch.rand(50, generator=g) ** 8 * 400).long() for _ in range(20)]
+    for counts in (*ragged, torch.full((90,), 9), torch.full((90,), 8), torch.tensor([10_000]), torch.zeros(3).long()):
+        offsets = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
+        for n_slots in (1, 2, 7, 64, 1000):
+            length, ends, features = chunk_plan(offsets, n_slots, 8)
+            chunks = ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
+            assert length >= 8
+            assert ends[-1] <= n_slots == len(features)
+            assert torch.equal(chunks, torch.where(counts > length, -(-counts // length), 0))
+            assert torch.equal(features[: ends[-1]], torch.arange(len(counts)).repeat_interleave(chunks))
+            assert (features[ends[-1] :] == len(counts)).all()
+
+
+def test_few_slots_make_longer_chunks() -> None:
+    """As many slots as places allow, fewer than chunks of the shortest length would take."""
+    from fastsae_kernels.gpu.feature_chunks import chunk_plan
+
+    problem = replace(problems.make(37, 7, 5, spec=SPECS["l1"]), b_enc=torch.full((5,), 40.0))
+    acts = listed_by(problem)
+    order = arguments(problem, acts, None)[0]
+    assert chunk_plan(order.offsets, acts.values.numel() // CHUNK, CHUNK).length > CHUNK
+    assert_true(problem)
+
+
+def test_rows_of_a_penalty_and_scale_may_be_expanded_and_operands_strided() -> None:
+    base = problems.make(13, 24, 23, spec=SPECS["tanh, ste to input"], with_scale=True)
+    problem = replace(
+        base,
+        x=base.x[:1].expand(13, 24),
+        W_dec=base.W_dec.t().contiguous().t(),
+        grad_out=torch.ones(()).expand(13, 24),
+        grad_penalty=torch.ones(()).expand(13),
+    )
+    assert_true(problem, row_scale=torch.tensor(0.5).expand(13))
+    assert_true(replace(problem, grad_penalty=base.grad_penalty.repeat_interleave(3)[::3]), 23)
+    assert_true(problem, 23, exact_scales(13).repeat_interleave(2)[::2])
+
+
+def test_d_out_other_than_d_in() -> None:
+    base = problems.make(13, 20, 23, spec=SPECS["ste to input"])
+    g = torch.Generator().manual_seed(3)
+    problem = replace(
+        base,
+        W_dec=torch.randn(23, 33, generator=g),
+        b_dec=torch.randn(33, generator=g),
+        grad_out=torch.randn(13, 33, generator=g),
+    )
+    assert_true(problem)
+    assert_true(problem, 23, exact_scales(13))
+
+
+@pytest.mark.parametrize("span", [None, 23], ids=["packed", "padded"])
+def test_without_weights_the_rest_is_the_same(span: int | None) -> None:
+    problem = problems.make(13, 20, 23, spec=SPECS["tanh, ste to input"], with_scale=True, density=0.3)
+    acts = listed_by(problem, span)
+    with_weights, without = visit(problem, acts, span), visit(problem, acts, span, with_weights=False)
+    assert without.W_enc is None
+    assert without.W_dec is None
+    for name in ("grad_hidden_pre", "b_enc", "threshold", "scale"):
+        assert torch.equal(getattr(with_weights, name), getattr(without, name)), name
+    unread = replace(problem, x=torch.full_like(problem.x, torch.nan))
+    assert torch.equal(visit(unread, acts, span, with_weights=False).b_enc, with_weights.b_enc)
+
+
+@pytest.mark.parametrize("span", [None, 30], ids=["packed", "padded"])
+def test_nan_goes_where_the_three_passes_take_it(span: int | None) -> None:
+    problem = problems.make(26, 13, len(COUNTS), spec=SPECS["l0"])
+    listed = features_with(COUNTS, 26)
+    values = torch.rand(listed.shape)
+    values[3] = torch.nan
+    acts = entries(listed, values, span)
+    problem.grad_out[7, 2] = torch.nan
+    problem.x[3, 4] = torch.nan
+    assert_equals_three_passes(problem, acts, span)
+    grads = visit(problem, acts, span)
+    assert grads.W_dec[listed[3].to(DEVICE)].isnan().all()
+    assert grads.W_enc[~listed[7].to(DEVICE)].isfinite().all()
+
+
+def test_uninitialised_memory_never_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(make: Any) -> Any:
+        def filled(*args: Any, **kwargs: Any) -> Tensor:
+            made: Tensor = make(*args, **kwargs)
+            return made.fill_(float("nan") if made.is_floating_point() else -(2**30))
+
+        return filled
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    problem = problems.make(26, 20, 23, spec=SPECS["tanh, ste to input"], with_scale=True, density=0.3)
+    assert_true(problem)
+    assert_true(problem, 23)
+
+
+def test_padding_has_no_gradient() -> None:
+    problem = problems.make(13, 20, 23, spec=SPECS["ste to input"])
+    acts = listed_by(problem, 23)
+    grads = visit(problem, acts, 23)
+    assert (grads.grad_hidden_pre[~acts.valid()] == 0).all()
+    assert (grads.grad_hidden_pre != 0).any()
+
+
+def test_two_runs_are_bit_equal() -> None:
+    problem = problems.make(26, 20, 23, spec=SPECS["l0"], density=0.3)
+    acts = listed_by(problem, 23)
+    for first, second in zip(visit(problem, acts, 23), visit(problem, acts, 23), strict=True):
+        assert first is second is None or torch.equal(first, second)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="reserves host memory; the offsets are the same code on a GPU")
+def test_offsets_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows 2^30 elements apart: an int32 row * stride would wrap and read elsewhere."""
+    try:
+        memory = torch.empty(2**31 + 8, dtype=torch.float16)  # reserved, never touched but for three rows
+    except RuntimeError:
+        pytest.skip("cannot reserve 4 GiB of address space")
+    copy = torch.UntypedStorage.copy_
+    # the interpreter copies each argument back onto itself, which would touch every page
+    monkeypatch.setattr(
+        torch.UntypedStorage, "copy_", lambda a, b, *args: a if a.data_ptr() == b.data_ptr() else copy(a, b, *args)
+    )
+    near = problems.make(3, 2, 3, spec=AutoencodeSpec(bandwidth=0.5), density=0.5).to(torch.float16)
+    acts = listed_by(near)
+    names = ("x", "W_dec", "grad_out")
+    far = {name: memory[2 * i :].as_strided((3, 2), (2**30, 1)) for i, name in enumerate(names)}
+    for name, tensor in far.items():
+        tensor.copy_(getattr(near, name))
+    for got, expected in zip(visit(replace(near, **far), acts), visit(near, acts), strict=True):
+        assert got is expected is None or torch.equal(got, expected)
+
+
+def test_rows_that_no_program_can_hold_are_refused() -> None:
+    problem = problems.make(3, 2, 3)
+    with pytest.raises(ValueError, match="at most 8192"):
+        visit(replace(problem, x=torch.zeros(3, 8193)), listed_by(problem))
+
+
+def test_slots_take_less_than_2_percent_of_the_dense_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted on tensors without data, on which any wait for the device would fail."""
+    from triton.runtime.jit import KernelInterface
+
+    from fastsae_kernels.gpu import config, feature_visit
+    from fastsae_kernels.gpu.backward import FeatureOrder
+
+    launched: list[dict[str, Any]] = []
+    monkeypatch.undo()  # as many slots as are shipped
+    monkeypatch.setattr(KernelInterface, "__getitem__", lambda kernel, grid: lambda **given: launched.append(given))
+    n_tokens, d_in, d_sae, span = 8192, 2304, 65536, 128
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    nnz = n_tokens * span
+    order = FeatureOrder(meta(d_sae + 1, dtype=torch.int64), meta(nnz, dtype=torch.int64), None, span)
+    x, W_dec = meta(n_tokens, d_in, dtype=torch.bfloat16), meta(d_sae, d_in, dtype=torch.bfloat16)
+    with config.override("sm_90"):
+        feature_visit.feature_gradients(
+            order, meta(nnz), x, W_dec, x, meta(n_tokens), meta(d_sae), None, AutoencodeSpec(k=64)
+        )
+    slots = [tensor for name, tensor in launched[0].items() if name.startswith("slots") and tensor is not None]
+    assert len(launched) == 2
+    assert 0 < sum(tensor.nbytes for tensor in slots) < 0.02 * n_tokens * d_sae * 2
