@@ -1,11 +1,13 @@
-"""Prints each provider's ratio to the baseline of its group after a run, and keeps the run where `--results DIR` says."""
+"""Collects a row for each provider, prints them after a run, and writes them where `--results DIR` says."""
 
 from __future__ import annotations
 
 import json
 import platform
 import subprocess
-from datetime import date
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,28 +16,73 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import floor
+from benchmarks.harness import Case, GroupTimer, report
+from benchmarks.shapes import QUICK
+
+ROWS = pytest.StashKey[list[dict[str, Any]]]()
+TIMER = pytest.StashKey[GroupTimer]()
+STARTED = pytest.StashKey[float]()
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="also write <machine>_<date>_<commit>.json to this folder")
+    parser.addoption("--quick", action="store_true", help="small shapes and three rounds alone: less than 3 minutes")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS], config.stash[STARTED] = [], time.time()
+    config.stash[TIMER] = GroupTimer(config.getoption("--quick"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--quick"):
+        return
+    cases = [getattr(item, "callspec", None) and item.callspec.params.get("case") for item in items]
+    large = [
+        item for item, case in zip(items, cases, strict=True) if isinstance(case, Case) and case.shape_name not in QUICK
+    ]
+    config.hook.pytest_deselected(items=large)
+    items[:] = [item for item in items if item not in large]
+
+
+@pytest.fixture
+def timed_rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """The rows of this run, to be added to."""
+    return request.config.stash[ROWS]
+
+
+@pytest.fixture
+def timed(
+    benchmark: Any, request: pytest.FixtureRequest, timed_rows: list[dict[str, Any]]
+) -> Callable[[Case, str], None]:
+    """Reports the time of a case's provider; fails where its numbers are wrong."""
+    return lambda case, provider: report(benchmark, request.config.stash[TIMER], timed_rows, case, provider)
 
 
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    clocks = [float(line.split(":", 1)[1]) for line in lines if "cpu MHz" in line]
     return {
-        "processor": name,
+        "processor": models[0] if models else name,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_units": getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)(),
         "threads": torch.get_num_threads(),
+        "clock_mhz": round(max(clocks)) if clocks else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton") if find_spec("triton") else None,
         "cuda": torch.version.cuda,
+        "copy_gb_per_s": floor.copy_gb_per_s(),
+        "gemm_tflop_per_s": {
+            name: floor.product_tflop_per_s(dtype)
+            for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items()
+        },
     }
 
 
@@ -45,43 +92,40 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def _row(bench: Any) -> dict[str, Any]:
-    calls = bench.extra_info.get("calls", 1)
-    return {
-        "group": bench.group,
-        **bench.extra_info,
-        "median_s": bench.stats.median / calls,
-        "iqr_s": bench.stats.iqr / calls,
-    }
-
-
 def _line(row: dict[str, Any]) -> str:
     """Time, ratio to the baseline (above 1: faster), error against fp64, peak memory beyond the start."""
+    if row["status"] != "ok":
+        return f"{row['group']:44} {row['provider']:30} {row['status']}: {row['reason']}"
     speedup = f"{row['speedup']:6.2f}x" if row["speedup"] else "      -"
-    error = "-" if row.get("error") is None else f"{row['error']:.1e}"
-    memory = "" if row.get("peak_mib") is None else f"  peak {row['peak_mib']:7.1f} MiB"
-    times = f"{row['median_s'] * 1e3:9.3f} ms  IQR {row['iqr_s'] * 1e3:8.3f}"
-    return f"{row['group']:44} {row['provider']:30} {times} {speedup}  error {error}{memory}"
+    error = "-" if row["error"] is None else f"{row['error']:.1e}"
+    memory = "" if row["peak_mib"] is None else f"  peak {row['peak_mib']:7.1f} MiB"
+    share = f"  {row['floor_s'] / row['median_s']:4.0%} of the floor" if row["floor_s"] else ""
+    times = f"{row['median_s'] * 1e3:9.3f} ms  IQR {(row['iqr_s'] or 0) * 1e3:8.3f}"
+    return f"{row['group']:44} {row['provider']:30} {times} {speedup}  error {error}{memory}{share}"
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    session = getattr(config, "_benchmarksession", None)
-    timed = [bench for bench in getattr(session, "benchmarks", []) if bench.stats.rounds]
-    if not timed:
+    rows = config.stash[ROWS]
+    if not rows or config.getoption("--benchmark-disable"):
         return
-    rows = [_row(bench) for bench in timed]
-    times = {(row["group"], row["provider"]): row["median_s"] for row in rows}
     terminalreporter.section("ratio to the first of each group (medians; above 1: faster)")
     for row in rows:
-        baseline = times.get((row["group"], row["baseline"]))
-        row["speedup"] = baseline / row["median_s"] if baseline else None
         terminalreporter.write_line(_line(row))
-    info = machine()
+    info, now = machine(), datetime.now(timezone.utc)
     terminalreporter.write_line(", ".join(f"{key} {value}" for key, value in info.items()))
     folder = config.getoption("--results")
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = info["gpu"] or info["processor"]
-        name = f"{'-'.join(stem.split())}_{date.today()}_{commit()}.json"
-        (folder / name).write_text(json.dumps({"machine": info, "commit": commit(), "results": rows}, indent=2) + "\n")
-        terminalreporter.write_line(f"written to {folder / name}")
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = "-".join((info["gpu"] or info["processor"]).split())
+    path = folder / f"{stem}_{now.date()}_{commit()}.json"
+    result = {
+        "machine": info,
+        "commit": commit(),
+        "date": str(now.date()),
+        "finished": now.isoformat(timespec="seconds"),
+        "seconds": round(time.time() - config.stash[STARTED]),
+        "results": rows,
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    terminalreporter.write_line(f"written to {path}")

@@ -7,26 +7,51 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BANDWIDTH = 0.05
+
 
 @dataclass(frozen=True)
 class Shape:
-    """Tokens of a step, widths, and active features per token."""
+    """Tokens of a step, widths, active features per token, and whether the model's own step would have more tokens."""
 
     n_tokens: int
     d_in: int
     d_sae: int
     l0: float
+    is_cut: bool = False
 
 
-SHAPES = {
-    "gpt2-small-16k": Shape(4096, 768, 16384, 78),
+HEADLINE = "gpt2-small-16k"
+CPU_SHAPES = {
+    HEADLINE: Shape(4096, 768, 16384, 78),
     "demo": Shape(1024, 256, 2048, 32),
-    # early training, where the dense path runs
-    "gpt2-small-16k, half active": Shape(4096, 768, 16384, 8192),
+    "pythia-70m": Shape(1024, 512, 16384, 64, is_cut=True),
+    "gpt2-small x32": Shape(512, 768, 24576, 64, is_cut=True),
+    "gemma-2-2b 16k": Shape(512, 2304, 16384, 64, is_cut=True),
+    "gemma-2-2b 65k": Shape(128, 2304, 65536, 64, is_cut=True),
+    "qwen2.5-7b x8": Shape(256, 3584, 28672, 64, is_cut=True),
+    "llama-3.1-8b x8": Shape(256, 4096, 32768, 64, is_cut=True),
+    "1M features": Shape(64, 256, 1048576, 64, is_cut=True),
+}
+GPU_SHAPES = {
+    "pythia-70m": Shape(8192, 512, 16384, 64),
+    "gpt2-small x32": Shape(8192, 768, 24576, 64),
+    "gemma-2-2b 16k": Shape(8192, 2304, 16384, 64),
+    "gemma-2-2b 65k": Shape(8192, 2304, 65536, 64),
+    "qwen2.5-7b x8": Shape(8192, 3584, 28672, 64),
+    "llama-3.1-8b x8": Shape(8192, 4096, 32768, 64),
+    "llama-3.1-8b x32": Shape(8192, 4096, 131072, 64),
+    "1M features": Shape(16384, 3584, 1048576, 64),
+}
+# early training, where half of all features are active and the dense path runs
+EARLY_SHAPES = {
+    f"{HEADLINE}, half active": Shape(4096, 768, 16384, 8192),
     "demo, half active": Shape(1024, 256, 2048, 1024),
     "64 tokens, half active": Shape(64, 512, 4096, 2048),
 }
-BANDWIDTH = 0.05
+SHAPES = CPU_SHAPES if DEVICE == "cpu" else GPU_SHAPES
+QUICK = ("demo", "demo, half active", "64 tokens", "64 tokens, half active", "one token")
 
 
 def threshold_for(shape: Shape) -> float:
@@ -34,20 +59,22 @@ def threshold_for(shape: Shape) -> float:
     return torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - shape.l0 / shape.d_sae)).item()
 
 
-def parameters(shape: Shape) -> dict[str, Tensor]:
+def parameters(shape: Shape, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Leaves of one step: random unit-norm decoder, thresholds at the quantile that gives the shape's L0."""
-    g = torch.Generator().manual_seed(0)
-    W_dec = torch.nn.functional.normalize(torch.randn(shape.d_sae, shape.d_in, generator=g), dim=1)
+    g = torch.Generator(DEVICE).manual_seed(0)
+    W_dec = torch.randn(shape.d_sae, shape.d_in, generator=g, device=DEVICE)
+    W_dec /= W_dec.norm(dim=1, keepdim=True)
     tensors = {
         "W_enc": W_dec.clone().t(),
-        "b_enc": torch.zeros(shape.d_sae),
-        "threshold": torch.full((shape.d_sae,), threshold_for(shape)),
+        "b_enc": torch.zeros(shape.d_sae, device=DEVICE),
+        "threshold": torch.full((shape.d_sae,), threshold_for(shape), device=DEVICE),
         "W_dec": W_dec,
-        "b_dec": torch.zeros(shape.d_in),
+        "b_dec": torch.zeros(shape.d_in, device=DEVICE),
     }
-    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    return {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
 
 
 def tokens(shape: Shape) -> Tensor:
     """`[n_tokens, d_in]`, standard normal, so that pre-activations are too (rows of W_enc have unit norm)."""
-    return torch.randn(shape.n_tokens, shape.d_in, generator=torch.Generator().manual_seed(1))
+    g = torch.Generator(DEVICE).manual_seed(1)
+    return torch.randn(shape.n_tokens, shape.d_in, generator=g, device=DEVICE)

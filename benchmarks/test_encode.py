@@ -2,42 +2,40 @@
 
     pytest benchmarks/test_encode.py --results benchmarks/results       on a CPU, or on a GPU where there is one
 
-Each provider's entries are compared with fp64 before it is timed. A call is timed in runs of several, so that a GPU is
-waited for once a run.
+Each provider's entries are compared with fp64 before it is timed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache, partial
+from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 import fastsae_kernels as kernels
-from benchmarks.memory import MIB, peak_mib
-from benchmarks.shapes import Shape, threshold_for
+from benchmarks.floor import Work, encode_work
+from benchmarks.harness import Call, Case, Provider, cases_and_providers
+from benchmarks.shapes import DEVICE, GPU_SHAPES, HEADLINE, SHAPES, Shape, threshold_for
 from fastsae_kernels import SparseActs
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CPU_SHAPES = {
-    "gpt2-small-16k": Shape(4096, 768, 16384, 78),
-    "demo": Shape(1024, 256, 2048, 32),
-    "small": Shape(64, 512, 4096, 32),
-    "one token": Shape(1, 768, 16384, 64),
-}
-GPU_SHAPES = {
-    "B": Shape(8192, 2304, 65536, 64),
-    "C": Shape(8192, 4096, 131072, 64),
-    "D, GPT-2": Shape(4096, 768, 24576, 32),
-    "B, 32 tokens": Shape(32, 2304, 65536, 64),
-    "B, one token": Shape(1, 2304, 65536, 64),
-}
-SHAPES = GPU_SHAPES if DEVICE == "cuda" else CPU_SHAPES
+ENCODE_SHAPES = {
+    "cpu": {
+        HEADLINE: SHAPES.get(HEADLINE),
+        "demo": SHAPES.get("demo"),
+        "64 tokens": Shape(64, 512, 4096, 32),
+        "one token": Shape(1, 768, 16384, 64),
+    },
+    "cuda": {
+        **{name: shape for name, shape in GPU_SHAPES.items() if name != "1M features"},
+        "gemma-2-2b 65k, 32 tokens": Shape(32, 2304, 65536, 64),
+        "gemma-2-2b 65k, one token": Shape(1, 2304, 65536, 64),
+    },
+}[DEVICE]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHECKED_TOKENS = 64  # compared with fp64, whose product of all tokens would not fit
 
 
@@ -56,9 +54,8 @@ class Problem:
         return self.W_enc.t()
 
 
-@cache
-def problem(shape: str, dtype: torch.dtype, top_k: bool) -> Problem:
-    s = SHAPES[shape]
+@lru_cache(1)
+def problem(s: Shape, dtype: torch.dtype, top_k: bool) -> Problem:
     g = torch.Generator(DEVICE).manual_seed(0)
     weight = functional.normalize(torch.randn(s.d_sae, s.d_in, generator=g, device=DEVICE), dim=1).to(dtype)
     x = torch.randn(s.n_tokens, s.d_in, generator=g, device=DEVICE).to(dtype)
@@ -87,12 +84,8 @@ def dense_batch_topk(p: Problem) -> Tensor:
     return torch.zeros_like(flat).scatter(0, indices, values)
 
 
-def fused(p: Problem) -> SparseActs:
-    return kernels.encode(p.x, p.W_enc, p.b_enc, p.threshold)
-
-
-def fused_rescored(p: Problem) -> SparseActs:
-    return kernels.encode(p.x, p.W_enc, p.b_enc, p.threshold, rescore=True)
+def fused(p: Problem, rescore: bool = False) -> SparseActs:
+    return kernels.encode(p.x, p.W_enc, p.b_enc, p.threshold, rescore=rescore)
 
 
 def fused_topk(p: Problem) -> SparseActs:
@@ -103,24 +96,28 @@ def fused_batch_topk(p: Problem) -> SparseActs:
     return kernels.encode(p.x, p.W_enc, p.b_enc, p.threshold, k=p.k, batch_topk=True)
 
 
-def by_rival(name: str) -> Callable[[], AbstractContextManager]:
-    def rival() -> AbstractContextManager:
-        from fastsae_kernels.gpu.rivals import use_rival
+def by_rival(name: str, p: Problem) -> SparseActs:
+    """The fused op, forced to one of a GPU's ways to list entries."""
+    from fastsae_kernels.gpu.rivals import use_rival
 
-        return use_rival(name)
-
-    return rival
-
-
-# group -> what it is compared with, and the providers
-THRESHOLD: dict[str, Callable] = {"product alone": product, "dense, threshold": dense_threshold, "fused": fused}
-TOP_K: dict[str, Callable] = {"F.linear + torch.topk": dense_topk, "fused": fused_topk}
-BATCH_TOP_K: dict[str, Callable] = {"F.linear + flat torch.topk": dense_batch_topk, "fused": fused_batch_topk}
-RIVALS = {f"fused, {name}": by_rival(name) for name in ("pointer", "persistent", "chunks")} if DEVICE == "cuda" else {}
+    with use_rival(name):
+        return fused(p)
 
 
-def error_of(acts: SparseActs, p: Problem, shape: str) -> float:
-    """Largest relative error of a value against fp64 among the first tokens; fails where an entry is wrong.
+# operation -> its providers, the first of which the ratios refer to
+Encoders = dict[str, Callable[[Problem], Any]]
+RIVALS = {f"fused, {name}": partial(by_rival, name) for name in ("pointer", "persistent", "chunks")}
+OPERATIONS: dict[str, Encoders] = {
+    "encode": {"product alone": product, "dense eager": dense_threshold, "fused": fused}
+    | (RIVALS if DEVICE == "cuda" else {}),
+    "top-k": {"dense eager, torch.topk": dense_topk, "fused": fused_topk},
+    "batch top-k": {"dense eager, flat torch.topk": dense_batch_topk, "fused": fused_batch_topk},
+}
+RESCORED: Encoders = {"fused, rescored": partial(fused, rescore=True)}
+
+
+def error_of(acts: SparseActs, p: Problem) -> float:
+    """Largest relative error of a value against fp64 among the first tokens; infinite where an entry is wrong.
 
     An entry may be missing or too many only where the fp64 value is within rounding of the bound.
     """
@@ -136,78 +133,71 @@ def error_of(acts: SparseActs, p: Problem, shape: str) -> float:
     if bool((p.threshold == 0).all()):  # top-k: the smallest that was kept, of the token
         bound = torch.where(listed, exact, torch.inf).amin(1, keepdim=True).clamp_min(0)
     clear = (exact - bound).abs() > rounding * exact.abs().max()
-    assert torch.equal(listed & clear, (exact > bound) & clear), f"{shape}: entries differ from fp64"
+    if not torch.equal(listed & clear, (exact > bound) & clear):
+        return float("inf")
     return ((rows.values[:end] - exact[at]).abs() / exact[at].abs()).max().item() if end else 0.0
 
 
-def timed(benchmark, shape: str, call: Callable[[], object], rounds: int = 9) -> None:  # type: ignore[no-untyped-def]
-    """Times runs of several calls; the summary divides by `calls`."""
-    s = SHAPES[shape]
-    work = {"cpu": 2e9, "cuda": 1e13}[DEVICE]  # multiply-adds of a run: some ten milliseconds
-    calls = max(1, min(50, int(work / (s.n_tokens * s.d_in * s.d_sae))))
-
-    def run() -> None:
-        for _ in range(calls):
-            call()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-
-    dense = s.n_tokens * s.d_sae * 4 / MIB
-    benchmark.extra_info.update(calls=calls, shape=shape, peak_mib=peak_mib(call), dense_tensor_mib=dense)
-    benchmark.pedantic(run, rounds=rounds, warmup_rounds=2)
-
-
-def measure(benchmark, shape: str, dtype: str, kind: str, providers: dict[str, Callable], name: str) -> None:  # type: ignore[no-untyped-def]
-    p = problem(shape, getattr(torch, dtype), kind != "threshold")
-    with torch.no_grad(), RIVALS.get(name, nullcontext)():
-        call = providers[name] if name in providers else providers["fused"]  # a rival is the fused op, forced
-        result = call(p)
-        error = error_of(result, p, shape) if isinstance(result, SparseActs) and kind != "batch top-k" else None
-        benchmark.group = f"encode, {kind}, {shape}, {dtype}"
-        benchmark.extra_info.update(provider=name, baseline=next(iter(providers)), error=error)
-        del result
-        timed(benchmark, shape, lambda: call(p), rounds=3 if kind == "batch top-k" else 9)  # a flat top-k is slow
-
-
-DTYPES = ["float32", "bfloat16"] if DEVICE == "cpu" else ["bfloat16"]
-
-
-@pytest.mark.parametrize("provider", [*THRESHOLD, *RIVALS])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_threshold(benchmark, shape: str, dtype: str, provider: str) -> None:  # type: ignore[no-untyped-def]
-    measure(benchmark, shape, dtype, "threshold", THRESHOLD, provider)
-
-
-@pytest.mark.skipif(DEVICE != "cpu", reason="products of a GPU are not rounded")
-@pytest.mark.parametrize("shape", SHAPES)
-def test_threshold_rescored(benchmark, shape: str) -> None:  # type: ignore[no-untyped-def]
-    providers = {"product alone": product, "fused, rescored": fused_rescored}
-    measure(benchmark, shape, "bfloat16", "threshold", providers, "fused, rescored")
-
-
-@pytest.mark.parametrize("provider", [*TOP_K, *RIVALS])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_topk(benchmark, shape: str, dtype: str, provider: str) -> None:  # type: ignore[no-untyped-def]
-    measure(benchmark, shape, dtype, "top-k", TOP_K, provider)
-
-
-@pytest.mark.parametrize("provider", BATCH_TOP_K)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [name for name in SHAPES if "token" not in name])
-def test_batch_topk(benchmark, shape: str, dtype: str, provider: str) -> None:  # type: ignore[no-untyped-def]
-    measure(benchmark, shape, dtype, "batch top-k", BATCH_TOP_K, provider)
-
-
-@pytest.mark.skipif(DEVICE != "cuda", reason="a GPU's latency is bound by reading the weights")
-@pytest.mark.parametrize("provider", ["copy of W_enc", "fused"])
-def test_latency_of_32_tokens(benchmark, provider: str) -> None:  # type: ignore[no-untyped-def]
-    """A copy reads and writes, so reading once is half of it."""
-    p = problem("B, 32 tokens", torch.bfloat16, False)
-    target = torch.empty_like(p.weight)
-    providers = {"copy of W_enc": lambda p: target.copy_(p.weight), "fused": fused}
+def check(
+    encode: Callable[[Problem], SparseActs], shape: Shape, dtype: torch.dtype, top_k: bool
+) -> tuple[float, float]:
+    p = problem(shape, dtype, top_k)
     with torch.no_grad():
-        benchmark.group = "encode, latency, B, 32 tokens"
-        benchmark.extra_info.update(provider=provider, baseline="copy of W_enc", error=None)
-        timed(benchmark, "B, 32 tokens", lambda: providers[provider](p))
+        return error_of(encode(p), p), 16 * torch.finfo(dtype).eps
+
+
+def make(encode: Callable[[Problem], Any], shape: Shape, dtype: torch.dtype, top_k: bool) -> Call:
+    return partial(torch.no_grad()(encode), problem(shape, dtype, top_k))
+
+
+def case(operation: str, shape_name: str, dtype: str) -> Case:
+    shape, encoders, top_k = ENCODE_SHAPES[shape_name], OPERATIONS[operation], operation != "encode"
+    assert shape is not None
+    if operation == "encode" and dtype == "bf16" and DEVICE == "cpu":  # products of a GPU are not rounded
+        encoders = encoders | RESCORED
+    providers = {}
+    for name, encode in encoders.items():
+        arguments = (encode, shape, DTYPES[dtype], top_k)
+        # what a batch keeps hangs on all tokens: its tests compare it with fp64, here the whole product would not fit
+        has_entries = name.startswith("fused") and operation != "batch top-k"
+        providers[name] = Provider(
+            partial(make, *arguments), partial(check, *arguments) if has_entries else None, dtype
+        )
+    return Case(operation, shape_name, shape, providers, dtype, encode_work(shape, DTYPES[dtype]))
+
+
+CASES = [
+    case(operation, shape_name, dtype)
+    for operation in OPERATIONS
+    for shape_name in ENCODE_SHAPES
+    for dtype in (DTYPES if DEVICE == "cpu" else ["bf16"])
+    if operation != "batch top-k" or "token" not in shape_name
+]
+
+
+@cases_and_providers(CASES)
+def test_encode(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
+    timed(case, provider)
+
+
+def latency() -> Case:
+    """A call of 32 tokens is bound by reading the weights; a copy reads and writes, so reading once is half of it."""
+    shape = ENCODE_SHAPES["gemma-2-2b 65k, 32 tokens"]
+    assert shape is not None
+
+    def copy() -> Call:
+        weight = problem(shape, torch.bfloat16, False).weight
+        return partial(torch.empty_like(weight).copy_, weight)
+
+    arguments = (fused, shape, torch.bfloat16, False)
+    providers = {
+        "copy of W_enc": Provider(copy),
+        "fused": Provider(partial(make, *arguments), partial(check, *arguments)),
+    }
+    work = Work(0, torch.bfloat16, shape.d_in * shape.d_sae * 2)
+    return Case("latency of encode", "gemma-2-2b 65k, 32 tokens", shape, providers, "bf16", work)
+
+
+@cases_and_providers([latency()] if DEVICE == "cuda" else [])
+def test_latency(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
+    timed(case, provider)

@@ -1,42 +1,51 @@
 """A whole training step: forward, loss, backward and Adam, against the dense step with `torch.optim.Adam(fused=True)`.
 
-Each provider is timed only once the parameters that it has after three steps are as close to those of fp64 as the dense eager
-step's are, within a factor of two.
+A provider is timed once the parameters that it has after three steps are as close to those of fp64 as the dense eager step's in
+the same dtype are, within a factor of two.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache, partial
 
-import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.memory import MIB, peak_mib
-from benchmarks.shapes import BANDWIDTH, SHAPES, parameters, tokens
-from fastsae import FusedJumpReLUSAE, FusedSAEAdam
-from fastsae_kernels import AutoencodeSpec, reference
-
-L0_COEFFICIENT, LR, CHECKED_STEPS = 0.01, 1e-4, 3
-SPEC = AutoencodeSpec(bandwidth=BANDWIDTH)
-SPARSE_SHAPES = ("gpt2-small-16k", "demo")
-FLOOR = (
-    1e-3  # relative, of a change of parameters: the first steps of Adam are signs of gradients, however small those are
+from benchmarks.dense import (
+    L0_COEFFICIENT,
+    SPEC,
+    checked,
+    compiled,
+    in_bf16,
+    in_tf32,
+    relative_errors,
+    worst,
 )
+from benchmarks.floor import step_work
+from benchmarks.harness import Call, Case, Provider, cases_and_providers
+from benchmarks.peer_providers import PEER_SHAPES, peer_providers
+from benchmarks.shapes import BANDWIDTH, DEVICE, HEADLINE, SHAPES, Shape, parameters, tokens
+from fastsae import FusedJumpReLUSAE, FusedSAEAdam
+from fastsae_kernels import reference
+
+LR, CHECKED_STEPS = 1e-4, 3
+# relative, of a change of parameters: the first steps of Adam are signs of gradients, however small those are
+FLOOR = 1e-3
+STEP_SHAPES = SHAPES if DEVICE == "cuda" else {name: SHAPES[name] for name in (HEADLINE, "demo", "gemma-2-2b 16k")}
+TOO_LARGE = {"1M features": "the dense tensor of 16,384 tokens and 1,048,576 features takes 64 GiB, and a step several"}
 
 Step = Callable[[Tensor], None]
 
 
-def make(shape: str) -> FusedJumpReLUSAE:
-    s = SHAPES[shape]
-    sae = FusedJumpReLUSAE(s.d_in, s.d_sae, BANDWIDTH)
-    sae.load_state_dict({name: tensor.detach() for name, tensor in parameters(s).items()})
+def make_sae(shape: Shape) -> FusedJumpReLUSAE:
+    sae = FusedJumpReLUSAE(shape.d_in, shape.d_sae, BANDWIDTH, device=DEVICE)
+    sae.load_state_dict({name: tensor.detach() for name, tensor in parameters(shape).items()})
     return sae
 
 
-def dense_step(sae: FusedJumpReLUSAE, compiled: bool = False, bf16: bool = False) -> Step:
+def dense_step(sae: FusedJumpReLUSAE, wrap: Callable[[Callable], Callable] = lambda loss: loss) -> Step:
     """The step as one writes it."""
     optimizer = torch.optim.Adam(sae.parameters(), lr=LR, fused=True)
 
@@ -45,72 +54,87 @@ def dense_step(sae: FusedJumpReLUSAE, compiled: bool = False, bf16: bool = False
         sae_out, l0, _ = reference.autoencode(x, *weights, None, SPEC)
         return (sae_out - x).square().sum(-1).mean() + L0_COEFFICIENT * l0.mean()
 
-    forward = torch.compile(loss_of) if compiled else loss_of
+    forward = wrap(loss_of)
 
     def step(x: Tensor) -> None:
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = forward(x)
-        loss.backward()
+        forward(x).backward()
         optimizer.step()
 
     return step
 
 
-def fused_step(sae: FusedJumpReLUSAE, optimizer: torch.optim.Optimizer) -> Step:
+def fused_step(
+    sae: FusedJumpReLUSAE, optimizer: torch.optim.Optimizer, wrap: Callable[[Callable], Callable] = lambda loss: loss
+) -> Step:
+    forward = wrap(lambda x: sae.training_forward(x, L0_COEFFICIENT).loss)
+
     def step(x: Tensor) -> None:
         optimizer.zero_grad()
-        sae.training_forward(x, L0_COEFFICIENT).loss.backward()
+        forward(x).backward()
         optimizer.step()
 
     return step
 
 
-PROVIDERS: dict[str, Callable[[FusedJumpReLUSAE], Step]] = {
+STEPS: dict[str, Callable[[FusedJumpReLUSAE], Step]] = {
     "dense eager fp32": dense_step,
-    "dense compiled fp32": lambda sae: dense_step(sae, compiled=True),
-    "dense compiled bf16 autocast": lambda sae: dense_step(sae, compiled=True, bf16=True),
-    "fused, torch.optim.Adam": lambda sae: fused_step(sae, torch.optim.Adam(sae.parameters(), lr=LR, fused=True)),
-    "fused, FusedSAEAdam": lambda sae: fused_step(sae, FusedSAEAdam(sae, lr=LR)),
-    "fused, FusedSAEAdam, clipped": lambda sae: fused_step(sae, FusedSAEAdam(sae, lr=LR, max_grad_norm=1e6)),
+    "dense compiled fp32": lambda sae: dense_step(sae, compiled),
+    "dense eager bf16": lambda sae: dense_step(sae, in_bf16),
+    "dense compiled bf16": lambda sae: dense_step(sae, lambda loss: compiled(in_bf16(loss))),
+    "fused, torch.optim.Adam fp32": lambda sae: fused_step(sae, torch.optim.Adam(sae.parameters(), lr=LR, fused=True)),
+    "fused fp32": lambda sae: fused_step(sae, FusedSAEAdam(sae, lr=LR)),
+    "fused, clipped fp32": lambda sae: fused_step(sae, FusedSAEAdam(sae, lr=LR, max_grad_norm=1e6)),
+    "fused bf16": lambda sae: fused_step(sae, FusedSAEAdam(sae, lr=LR, compute_dtype=torch.bfloat16), in_bf16),
 }
+if DEVICE == "cuda":
+    STEPS["dense compiled tf32"] = lambda sae: dense_step(sae, lambda loss: in_tf32(compiled(loss)))
 
 
-@cache
-def changes(provider: str, shape: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def changes(make: Callable[[FusedJumpReLUSAE], Step], shape: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
     """What three steps add to each parameter."""
-    sae = make(shape).to(dtype)
+    sae = make_sae(shape).to(dtype)
     before = copy.deepcopy(sae.state_dict())
-    step = PROVIDERS[provider](sae)
+    step = make(sae)
     for _ in range(CHECKED_STEPS):
-        step(tokens(SHAPES[shape]).to(dtype))
+        step(tokens(shape).to(dtype))
     return {name: tensor.double() - before[name].double() for name, tensor in sae.state_dict().items()}
 
 
-@cache
-def errors_of(provider: str, shape: str) -> dict[str, float]:
-    exact = changes("dense eager fp32", shape, torch.float64)
-    return {
-        name: ((changes(provider, shape)[name] - change).norm() / change.norm()).item()
-        for name, change in exact.items()
-    }
+@lru_cache(1)
+def exact_changes(shape: Shape) -> dict[str, Tensor]:
+    return changes(dense_step, shape, torch.float64)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("shape", SPARSE_SHAPES)
-def test_whole_step(benchmark, provider: str, shape: str) -> None:  # type: ignore[no-untyped-def]
-    try:
-        errors = errors_of(provider, shape)
-    except Exception as error:
-        if "compiled" in provider and "compiler" in str(error).lower():
-            pytest.skip(f"torch.compile needs a C++ compiler: {str(error).splitlines()[0]}")
-        raise
-    if "bf16" not in provider:
-        eager = errors_of("dense eager fp32", shape)
-        worse = {name: (error, eager[name]) for name, error in errors.items() if error > 2 * eager[name] + FLOOR}
-        assert not worse, f"{provider}: error over twice that of eager: {worse}"
-    s, x, step = SHAPES[shape], tokens(SHAPES[shape]), PROVIDERS[provider](make(shape))
-    benchmark.group = f"whole step with Adam, {shape}"
-    benchmark.extra_info.update(provider=provider, baseline="dense eager fp32", shape=shape, error=max(errors.values()))
-    benchmark.extra_info.update(peak_mib=peak_mib(lambda: step(x)), dense_tensor_mib=s.n_tokens * s.d_sae * 4 / MIB)
-    benchmark.pedantic(step, args=(x,), rounds=5, warmup_rounds=1)
+@lru_cache(2)
+def eager_errors(shape: Shape, dtype: str) -> dict[str, float]:
+    eager = STEPS["dense eager bf16" if dtype == "bf16" else "dense eager fp32"]
+    return relative_errors(changes(eager, shape, torch.float32), exact_changes(shape))
+
+
+def check(name: str, shape: Shape, dtype: str) -> tuple[float, float]:
+    part = checked(shape)
+    errors = relative_errors(changes(STEPS[name], part, torch.float32), exact_changes(part))
+    return worst(errors, {key: 2 * error + FLOOR for key, error in eager_errors(part, dtype).items()})
+
+
+def make(name: str, shape: Shape) -> Call:
+    return partial(STEPS[name](make_sae(shape)), tokens(shape))
+
+
+def provider(name: str, shape_name: str) -> Provider:
+    shape, dtype = STEP_SHAPES[shape_name], name.rsplit(" ", 1)[1]
+    reason = TOO_LARGE.get(shape_name) if name.startswith("dense") and DEVICE == "cuda" else None
+    return Provider(partial(make, name, shape), partial(check, name, shape, dtype), dtype, lambda: reason)
+
+
+def case(shape_name: str, shape: Shape) -> Case:
+    providers = {name: provider(name, shape_name) for name in STEPS}
+    if shape_name in PEER_SHAPES:
+        providers |= peer_providers(shape, "jumprelu", "train_step")
+    return Case("whole step", shape_name, shape, providers, work=step_work(shape, torch.float32, adam=True))
+
+
+@cases_and_providers([case(*item) for item in STEP_SHAPES.items()])
+def test_whole_step(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
+    timed(case, provider)

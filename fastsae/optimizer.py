@@ -18,7 +18,7 @@ from fastsae_kernels import WeightGradients
 if TYPE_CHECKING:
     from fastsae_kernels.gpu.weight_gradients import RowSums
 
-CHUNK_ELEMENTS = 2**19  # of the rows that are updated together: four tensors of 2 MB stay in cache
+CHUNK_ELEMENTS = 2**18  # of the rows that are updated together: four tensors of 1 MB stay in cache
 
 
 class FusedSAEAdam(torch.optim.Adam):

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
 from fastsae_kernels.matmul import multiply
 from fastsae_kernels.penalty import penalty_slope, penalty_terms
-from fastsae_kernels.residual import scaled, subtract_target
+from fastsae_kernels.residual import scaled, subtract_target, weighted_sum
 from fastsae_kernels.spec import AutoencodeSpec
 
 TILE = 2**17  # elements of a tile for each thread of a CPU: four are alive at a time, and stay in its cache
@@ -121,7 +121,7 @@ def autoencode_backward(
         b_enc=torch.zeros_like(b_enc, dtype=wide),
         threshold=torch.zeros_like(threshold),
         W_dec=torch.empty_like(W_dec, memory_format=torch.contiguous_format) if needs.W_dec else None,
-        b_dec=grad_out.sum(0) if row_scale is None else row_scale.to(grad_out.dtype) @ grad_out,
+        b_dec=grad_out.sum(0) if row_scale is None else weighted_sum(row_scale, grad_out),
         feature_scale=None if feature_scale is None else torch.zeros_like(feature_scale, dtype=wide),
     )
     # each part of a sum over tokens is rounded to the dtype of the products, so that only fp32 and wider ones may be cut

@@ -54,7 +54,7 @@ def gate_backward(
     Args:
         active: Bool, any shape.
         window: Bool, same shape; ignored without a bandwidth.
-        threshold: Broadcastable to that shape.
+        threshold: Same shape; overwritten.
         grad_acts: Gradient with respect to the feature activations, penalty slope included; overwritten.
         grad_penalty: Gradient with respect to the penalty of the element's token.
         spec: The options.
@@ -64,7 +64,7 @@ def gate_backward(
     """
     if spec.bandwidth == 0:
         return grad_acts.masked_fill_(~active, 0), None
-    estimate = threshold * grad_acts
+    estimate = threshold.mul_(grad_acts)
     if spec.penalty == "l0":
         estimate += grad_penalty
     estimate.masked_fill_(~window, 0).div_(spec.bandwidth)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastsae_kernels.residual import weighted_sum
+
 
 class _PreBias(torch.autograd.Function):
     """`b_enc` as it is; its gradient also reaches the bias that was subtracted from x."""
@@ -21,7 +23,7 @@ class _PreBias(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor]:
         (W_enc,) = ctx.saved_tensors
-        return -(W_enc @ grad) if ctx.needs_input_grad[0] else None, None, grad
+        return -weighted_sum(grad, W_enc.t()) if ctx.needs_input_grad[0] else None, None, grad
 
 
 def subtract_pre_bias(x: Tensor, pre_bias: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor]:

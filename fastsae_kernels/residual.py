@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SUMMED_ROWS = 128  # whose weighted sum is formed by one product
 BLOCK_ELEMENTS = 2**18  # of rows that are subtracted together: on a CPU they are still in cache when they are squared
 
 
@@ -49,3 +50,11 @@ def row_gradients(
 def scaled(rows: Tensor, row_scale: Tensor | None) -> Tensor:
     """`row_scale[n] * rows[n]`, in the dtype of `rows`."""
     return rows if row_scale is None else (rows * row_scale[:, None]).to(rows.dtype)
+
+
+def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
+    """`weights @ rows` in the dtype of `rows`, in blocks: one product would sum thousands of terms in a row and lose a digit."""
+    weights, whole = weights.to(rows.dtype), len(rows) // SUMMED_ROWS * SUMMED_ROWS
+    blocks = weights[:whole].view(-1, 1, SUMMED_ROWS) @ rows[:whole].unflatten(0, (-1, SUMMED_ROWS))
+    rest = weights[whole:] @ rows[whole:]
+    return torch.cat([blocks.squeeze(1), rest[None]]).sum(0, dtype=torch.float64).to(rows.dtype)

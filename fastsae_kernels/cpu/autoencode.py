@@ -20,7 +20,7 @@ from fastsae_kernels.cpu.encode import encode
 from fastsae_kernels.cpu.weight_gradients import WeightGradients
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput, gate_backward
 from fastsae_kernels.penalty import penalty_slope, penalty_terms
-from fastsae_kernels.residual import subtract_target
+from fastsae_kernels.residual import subtract_target, weighted_sum
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
 
@@ -94,11 +94,9 @@ def autoencode_backward(
     """
     entries = by_feature(acts)
     offsets, tokens, values = entries
-    grad_acts, decoded = grad_of_acts(entries, W_dec, grad_out), values
+    grad_acts = grad_of_acts(entries, W_dec, grad_out)
     if row_scale is not None:
-        scale_of_rows = row_scale.index_select(0, tokens)
-        grad_acts *= scale_of_rows
-        decoded = scale_of_rows.mul_(values)
+        grad_acts *= row_scale.index_select(0, tokens)
     penalty_of_tokens = grad_penalty.index_select(0, tokens)
     grad_scale = None
     if spec.penalty != "l0":
@@ -112,7 +110,8 @@ def autoencode_backward(
     theta = of_entries(threshold, offsets)
     window = (values == 0) | (values - theta < spec.bandwidth / 2)
     grad_hidden_pre, grad_theta = gate_backward(values > 0, window, theta, grad_acts, penalty_of_tokens, spec)
-    del theta, window, penalty_of_tokens  # before what is larger
+    del theta, window, penalty_of_tokens  # each as large as a column of the entries, as is what follows
+    decoded = values if row_scale is None else row_scale.index_select(0, tokens).mul_(values)
     if weight_gradients is not None and (needs.W_enc or needs.W_dec):
         weight_gradients.add(entries, grad_hidden_pre, x, decoded, grad_out)
         needs = needs._replace(W_enc=False, W_dec=False)
@@ -122,6 +121,6 @@ def autoencode_backward(
         b_enc=sum_segments(grad_hidden_pre, offsets),
         threshold=torch.zeros_like(threshold) if grad_theta is None else sum_segments(grad_theta, offsets),
         W_dec=weight_gradient(entries, decoded, grad_out) if needs.W_dec else None,
-        b_dec=grad_out.sum(0) if row_scale is None else row_scale.to(grad_out.dtype) @ grad_out,
+        b_dec=grad_out.sum(0) if row_scale is None else weighted_sum(row_scale, grad_out),
         feature_scale=grad_scale,
     )

@@ -2,44 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from gpu_helpers import needs_kernels
+from meter import Meter
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 pytestmark = needs_kernels
 
 N_TOKENS, D_IN, D_SAE, K = 8192, 2304, 65536, 64
 DENSE = N_TOKENS * D_SAE * 2
-
-
-class Meter(TorchDispatchMode):
-    """Counts the bytes of storages that operations make, and that a CUDA sort takes on top of its results."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        known = {tensor.untyped_storage()._cdata for tensor in given}
-        for leaf in tree_leaves(result):
-            storage = leaf.untyped_storage() if isinstance(leaf, Tensor) else None
-            if storage is not None and storage._cdata not in known | self.live.keys():
-                self.live[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.live.pop, storage._cdata, None)
-        # positions, and a second copy of keys and positions
-        sorting = given[0].numel() * (8 + 8 + given[0].element_size()) if "aten.sort" in str(func) else 0
-        self.peak = max(self.peak, sum(self.live.values()) + sorting)
-        return result
 
 
 def jumprelu(*operands: Tensor) -> None:

@@ -1,0 +1,240 @@
+"""An SAE with given weights and what is timed or compared of it: the interface of ours and of the peers, and their gate."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import cached_property, lru_cache
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.dense import L0_COEFFICIENT, ROUNDING, SPEC, checked, in_fp64, relative_errors, worst
+from benchmarks.shapes import BANDWIDTH, DEVICE, Shape
+from fastsae import FusedJumpReLUSAE, FusedSAEAdam, FusedTopKSAE, SparseAutoencoder
+from fastsae_kernels import reference
+
+LR = 1e-4
+MANY_STEPS = 2**30  # of a run: no schedule ends while it is timed
+FLOOR = 2e-6  # of a relative error: sums over 4,096 tokens in another order
+Parameters = dict[str, Tensor]
+
+
+class Expected(NamedTuple):
+    """What a training pass computes, from plain differentiable PyTorch."""
+
+    acts: Tensor
+    sae_out: Tensor
+    loss: Tensor
+
+
+def squared_error(sae_out: Tensor, x: Tensor) -> Tensor:
+    return (sae_out - x).square().sum(-1).mean()
+
+
+class Contestant(ABC):
+    """An SAE with given weights, in their dtype, and everything that is timed or compared of it.
+
+    Args:
+        parameters: As of `benchmarks.shapes.parameters`; copied.
+        shape: Whose L0 is `k` for TopK.
+        l0_coefficient: Of JumpReLU's penalty.
+        bf16: Run under bf16 autocast, the way the peer's trainer does.
+    """
+
+    name: ClassVar[str]
+    architecture: str  # "jumprelu" or "topk"
+    always_bf16: ClassVar[bool] = False  # in training, whatever it is asked for
+    names: dict[str, str]  # ours -> a parameter of the module, with .T where that is stored transposed
+
+    def __init__(
+        self, parameters: Parameters, shape: Shape, l0_coefficient: float = L0_COEFFICIENT, bf16: bool = False
+    ) -> None:
+        self.shape, self.k, self.l0_coefficient, self.bf16 = shape, round(shape.l0), l0_coefficient, bf16
+        self.device, self.dtype = parameters["W_enc"].device, parameters["W_enc"].dtype
+        self.module: Any = self._make()
+        with torch.no_grad():
+            for name, parameter, is_transposed in self._weights():
+                parameter.copy_(parameters[name].t() if is_transposed else parameters[name])
+
+    def _weights(self) -> Iterator[tuple[str, nn.Parameter, bool]]:
+        for name, theirs in self.names.items():
+            yield name, self.module.get_parameter(theirs.removesuffix(".T")), theirs.endswith(".T")
+
+    def weights(self) -> Parameters:
+        """Views of the weights, in our names and layout."""
+        return {name: (p.t() if is_transposed else p).detach() for name, p, is_transposed in self._weights()}
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, self.bf16)
+
+    @abstractmethod
+    def _make(self) -> nn.Module: ...
+
+    @abstractmethod
+    def _loss(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _encode(self, x: Tensor) -> Any: ...
+
+    @abstractmethod
+    def _make_step(self) -> Callable[[Tensor], object]: ...
+
+    def _reconstruct(self, x: Tensor) -> Tensor:
+        return self.module(x)
+
+    def loss_and_backward(self, x: Tensor) -> Parameters:
+        """Forward and backward of the training loss without terms for dead features; gradients in our names and layout."""
+        self.module.zero_grad()
+        with self.autocast():
+            loss = self._loss(x)
+        loss.backward()
+        return {name: p.grad.t() if is_transposed else p.grad for name, p, is_transposed in self._weights()}
+
+    def loss_scale(self, x: Tensor) -> float:
+        """Gradients times this are those of `reference(...).loss`."""
+        return 1.0
+
+    def encode(self, x: Tensor) -> Any:
+        """Activations as it returns them at inference; `densify` makes `[N, d_sae]` of them."""
+        with torch.no_grad(), self.autocast():
+            return self._encode(x)
+
+    def densify(self, encoded: Any) -> Tensor:
+        return encoded
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """`[N, d_in]`, at inference."""
+        with torch.no_grad(), self.autocast():
+            return self._reconstruct(x)
+
+    @cached_property
+    def train_step(self) -> Callable[[Tensor], object]:
+        """One step of its own trainer on a batch; the trainer is made when this is first looked up."""
+        return self._make_step()
+
+    def reference(self, x: Tensor, p: Parameters) -> Expected:
+        """What its numbers may be compared with, in our words; in fp64 where `x` and `p` are."""
+        if self.architecture == "jumprelu":
+            weights = (p[name] for name in ("W_enc", "b_enc", "threshold", "W_dec", "b_dec"))
+            sae_out, l0, acts = reference.autoencode(x, *weights, None, SPEC)
+            return Expected(acts, sae_out, squared_error(sae_out, x) + self.l0_coefficient * l0.mean())
+        threshold = torch.zeros_like(p["b_enc"])
+        acts = reference.encode(x - p["b_dec"], p["W_enc"], p["b_enc"], threshold, k=self.k)
+        sae_out = reference.decode(acts, p["W_dec"], p["b_dec"])
+        return Expected(acts, sae_out, squared_error(sae_out, x))
+
+
+SAME_NAMES = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+LINEAR_ENCODER = {"W_enc": "encoder.weight.T", "b_enc": "encoder.bias"}
+WITH_THRESHOLD = {**SAME_NAMES, "threshold": "threshold"}
+
+
+class Fused(Contestant):
+    """Our SAE of an architecture with `FusedSAEAdam`; made by `Peer.counterpart`."""
+
+    name = "fused"
+
+    def __init__(self, architecture: str, adam: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        self.architecture, self.adam = architecture, adam
+        self.names = WITH_THRESHOLD if architecture == "jumprelu" else SAME_NAMES
+        super().__init__(*args, **kwargs)
+
+    def _make(self) -> SparseAutoencoder:
+        sizes, options = (self.shape.d_in, self.shape.d_sae), {"dtype": self.dtype, "device": self.device}
+        if self.architecture == "jumprelu":
+            return FusedJumpReLUSAE(*sizes, bandwidth=BANDWIDTH, **options)
+        return FusedTopKSAE(*sizes, self.k, rescale_acts_by_decoder_norm=False, **options)
+
+    def _loss(self, x: Tensor) -> Tensor:
+        coefficient = (self.l0_coefficient,) if self.architecture == "jumprelu" else ()
+        return self.module.training_forward(x, *coefficient).loss
+
+    def _encode(self, x: Tensor) -> Any:
+        return self.module.encode_sparse(x)
+
+    def densify(self, encoded: Any) -> Tensor:
+        return encoded.to_dense()
+
+    def _make_step(self) -> Callable[[Tensor], object]:
+        optimizer = FusedSAEAdam(self.module, lr=LR, **self.adam)
+
+        def step(x: Tensor) -> None:
+            optimizer.zero_grad()
+            with self.autocast():
+                loss = self._loss(x)
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+
+@torch.no_grad()
+def clear_tokens(x: Tensor, p: Parameters, architecture: str, k: int) -> Tensor:
+    """`[N]` bool: which features of the token are active, or in the window, does not hang on rounding.
+
+    Elsewhere two right answers differ by a feature, which outweighs all rounding.
+    """
+    clear = []
+    for rows in x.split(512):
+        if architecture == "jumprelu":
+            above = (reference.hidden_pre(rows, p["W_enc"], p["b_enc"]) - p["threshold"]).abs()
+            nearest = torch.minimum(above, (above - BANDWIDTH / 2).abs()).amin(1)
+        else:
+            pre = reference.hidden_pre(rows - p["b_dec"], p["W_enc"], p["b_enc"])
+            largest = pre.topk(min(k + 1, pre.shape[1])).values.relu()
+            nearest = largest[:, k - 1] - largest[:, k] if k < pre.shape[1] else largest[:, k - 1]
+        clear.append(nearest > ROUNDING)
+    return torch.cat(clear)
+
+
+def expected(contestant: Contestant, x: Tensor, p: Parameters) -> Parameters:
+    """`acts`, `sae_out` and each gradient by name, as `reference` has them."""
+    leaves = {name: p[name].detach().requires_grad_() for name in p}
+    result = contestant.reference(x, leaves)
+    grads = torch.autograd.grad(result.loss, [leaves[name] for name in contestant.names])
+    forward = {"acts": result.acts.detach(), "sae_out": result.sae_out.detach()}
+    return forward | dict(zip(contestant.names, grads, strict=True))
+
+
+def computed(contestant: Contestant, x: Tensor) -> Parameters:
+    """The same of the contestant itself, gradients scaled to be those of `reference`'s loss."""
+    scale = contestant.loss_scale(x)
+    forward = {"acts": contestant.densify(contestant.encode(x)), "sae_out": contestant.reconstruct(x)}
+    return forward | {name: grad * scale for name, grad in contestant.loss_and_backward(x).items()}
+
+
+def errors(got: Parameters, exact: Parameters) -> dict[str, float]:
+    return relative_errors({name: tensor.double() for name, tensor in got.items()}, exact)
+
+
+@lru_cache(1)  # the truth of the next would not fit beside it
+def _truth(make: Callable[..., Contestant], shape: Shape) -> tuple[Contestant, Tensor, Parameters, Parameters]:
+    """A contestant with the shape's weights, tokens that can be compared, the weights and what is expected, all in fp64."""
+    x, p = in_fp64(shape)
+    contestant = make({name: tensor.float() for name, tensor in p.items()}, shape)
+    x = x[clear_tokens(x, p, contestant.architecture, contestant.k)]
+    return contestant, x, p, expected(contestant, x, p)
+
+
+def check(make: Callable[..., Contestant], shape: Shape, *, training: bool, bf16: bool = False) -> tuple[float, float]:
+    """The worst error against fp64, of gradients or of inference, and twice that of the dense eager `reference` in that dtype.
+
+    Args:
+        make: A peer or its `counterpart`.
+        shape: Compared in part where it is large.
+        training: Gradients, or else activations and reconstruction.
+        bf16: Under autocast; a peer may be in bf16 without it, see `SparsifyTopK`.
+    """
+    part = checked(shape)
+    contestant, x, p, exact = _truth(make, part)
+    contestant.bf16 = bf16
+    in_bf16 = bf16 or (training and contestant.always_bf16)
+    with torch.autocast(DEVICE, torch.bfloat16, in_bf16):
+        eager = expected(contestant, x.float(), {name: tensor.float() for name, tensor in p.items()})
+    compared = contestant.names if training else ("acts", "sae_out")
+    limits = {name: 2 * error + FLOOR for name, error in errors(eager, exact).items() if name in compared}
+    found = errors(computed(contestant, x.float()), exact)
+    return worst({name: found[name] for name in limits}, limits)

@@ -1,0 +1,117 @@
+"""The dense step as one writes it in PyTorch, eager, compiled and in bf16, and its truth in fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from benchmarks.shapes import BANDWIDTH, DEVICE, Shape, parameters, tokens
+from fastsae_kernels import AutoencodeSpec, reference
+
+SPEC = AutoencodeSpec(bandwidth=BANDWIDTH)
+L0_COEFFICIENT = 0.01
+CHECKED_TOKENS = {"cpu": 1024, "cuda": 256}[DEVICE]
+CHECKED_FEATURES = 2**17  # the fp64 truth of more would not fit
+ROUNDING = 2e-6  # of an fp32 pre-activation, whose size is about 1
+Parameters = dict[str, Tensor]
+Loss = Callable[[Tensor, Parameters], Tensor]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def dense_loss(x: Tensor, p: Parameters) -> Tensor:
+    sae_out, penalty, _ = reference.autoencode(x, *p.values(), None, SPEC)
+    return (sae_out - x).square().sum(-1).mean() + L0_COEFFICIENT * penalty.mean()
+
+
+def in_bf16(function: Function) -> Function:
+    """The function under bf16 autocast."""
+
+    def autocast(*args: Any) -> Any:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return function(*args)
+
+    return autocast  # type: ignore[return-value]
+
+
+def in_tf32(function: Function) -> Function:
+    """The function with fp32 products in tf32."""
+
+    def tf32(*args: Any) -> Any:
+        with _tf32_products():
+            return function(*args)
+
+    return tf32  # type: ignore[return-value]
+
+
+@contextmanager
+def _tf32_products() -> Any:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def compiled(function: Function) -> Function:
+    """Compiled for the shapes it meets, as for a training run."""
+    return torch.compile(function, dynamic=False)  # type: ignore[return-value]
+
+
+def gradients(loss: Loss, x: Tensor, p: Parameters) -> dict[str, Tensor]:
+    """One forward and backward; the gradients by name."""
+    for tensor in p.values():
+        tensor.grad = None
+    loss(x, p).backward()
+    return {name: tensor.grad for name, tensor in p.items() if tensor.grad is not None}
+
+
+def checked(shape: Shape) -> Shape:
+    """The part of a shape that is compared with fp64."""
+    n_tokens, d_sae = min(shape.n_tokens, CHECKED_TOKENS), min(shape.d_sae, CHECKED_FEATURES)
+    return replace(shape, n_tokens=n_tokens, d_sae=d_sae)
+
+
+def in_fp64(shape: Shape) -> tuple[Tensor, Parameters]:
+    """Tokens and parameters of a shape, widened."""
+    wide = {name: tensor.detach().double().requires_grad_() for name, tensor in parameters(shape).items()}
+    return tokens(shape).double(), wide
+
+
+def clear_features(shape: Shape) -> Tensor:
+    """`[d_sae]` bool: no pre-activation of the feature lies within rounding of its threshold or of an edge of its window.
+
+    Elsewhere eager itself flips, and one flip outweighs all rounding.
+    """
+    x, p = in_fp64(shape)
+    clear = []
+    with torch.no_grad():
+        for rows in torch.arange(shape.d_sae).split(1024):
+            above = (x @ p["W_enc"][:, rows] + (p["b_enc"] - p["threshold"])[rows]).abs_()
+            nearest = torch.minimum(above, (above - BANDWIDTH / 2).abs())
+            clear.append(nearest.amin(0) > ROUNDING)
+    return torch.cat(clear)
+
+
+def of_features(tensors: dict[str, Tensor], features: Tensor) -> dict[str, Tensor]:
+    """Those features of what is known by parameter; `b_dec` belongs to none."""
+    return {
+        name: tensor if name == "b_dec" else tensor[:, features] if name == "W_enc" else tensor[features]
+        for name, tensor in tensors.items()
+    }
+
+
+def relative_errors(got: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Error in norm of each tensor, relative to its norm."""
+    return {name: ((got[name] - tensor).norm() / tensor.norm()).item() for name, tensor in exact.items()}
+
+
+def worst(errors: dict[str, float], limits: dict[str, float]) -> tuple[float, float]:
+    """The error that is largest against its limit, and that limit."""
+    name = max(errors, key=lambda name: errors[name] / limits[name])
+    return errors[name], limits[name]

@@ -1,0 +1,89 @@
+"""The least time an operation can take on this machine: its products at the rate of a large one, its bytes at that of a copy.
+
+Both rates are measured here, in the same process, not taken from a data sheet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from benchmarks.shapes import Shape
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COPY_BYTES = 2**28 if DEVICE == "cpu" else 2**31
+PRODUCT = (4096, 1024, 4096) if DEVICE == "cpu" else (8192, 8192, 8192)
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an operation cannot do without.
+
+    Args:
+        flops: Of its dense products.
+        product_dtype: In which they may run without changing the result.
+        n_bytes: Read and written at least once each.
+    """
+
+    flops: float
+    product_dtype: torch.dtype
+    n_bytes: float
+
+    def floor_s(self) -> float:
+        """Seconds of the products and the bytes, one after the other."""
+        return self.flops / (product_tflop_per_s(self.product_dtype) * 1e12) + self.n_bytes / (copy_gb_per_s() * 1e9)
+
+
+def encode_work(shape: Shape, dtype: torch.dtype) -> Work:
+    """One product, `x` and `W_enc` read, the entries written."""
+    s, size = shape, dtype.itemsize
+    n_bytes = (s.n_tokens + s.d_sae) * s.d_in * size + s.n_tokens * s.l0 * 8
+    return Work(2.0 * s.n_tokens * s.d_in * s.d_sae, _fastest(dtype), n_bytes)
+
+
+def step_work(shape: Shape, dtype: torch.dtype, *, adam: bool = False) -> Work:
+    """One product; `x` and both weights read, the residual and both gradients written; or, with Adam, 6 x 4 bytes a weight."""
+    encode, weights = encode_work(shape, dtype), 2 * shape.d_in * shape.d_sae
+    n_bytes = encode.n_bytes + shape.n_tokens * shape.d_in * dtype.itemsize + weights / 2 * dtype.itemsize
+    return Work(encode.flops, encode.product_dtype, n_bytes + weights * (24 if adam else dtype.itemsize))
+
+
+def _fastest(dtype: torch.dtype) -> torch.dtype:
+    """A CPU with bf16 units finds the candidates of fp32 operands in bf16 and scores those alone again."""
+    from fastsae_kernels.cpu.product import rounds
+
+    return torch.bfloat16 if DEVICE == "cpu" and rounds(dtype) else dtype
+
+
+@cache
+def copy_gb_per_s() -> float:
+    """Bytes read and written per second by a copy that no cache holds."""
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / _best_seconds(lambda: target.copy_(source)) / 1e9
+
+
+@cache
+def product_tflop_per_s(dtype: torch.dtype) -> float:
+    """Rate of PyTorch's own product of random matrices."""
+    n, d, m = PRODUCT
+    left, right = torch.randn(n, d, device=DEVICE).to(dtype), torch.randn(m, d, device=DEVICE).to(dtype)
+    return 2 * n * d * m / _best_seconds(lambda: left @ right.t()) / 1e12
+
+
+def _best_seconds(call: Callable[[], object]) -> float:
+    seconds = []
+    for _ in range(ROUNDS + 1):
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])

@@ -1,0 +1,307 @@
+"""benchmarks/README.md from results: a table for each operation, and where dense wins."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from decimal import Decimal
+
+from benchmarks.result import Result, Row, baseline_of, compiled_of, faster_by, fastest
+
+NONE = "-"
+NO_GPU = "GPU: not measured."
+LONGEST_REASON = 160
+RUN = "pytest benchmarks/ --results benchmarks/results && python -m benchmarks.report"
+INSTALL = 'pip install -e ".[bench,plots]"'
+
+TOP = f"""# Benchmarks
+
+Written by `python -m benchmarks.report` from the newest file of each machine in [results](results): change nothing here by
+hand. `python -m benchmarks.report --check` fails where a table or a plot is not what the results give.
+
+## Run them again
+
+On a CPU (with the versions of `constraints.txt`, those of the machine lines below):
+
+```sh
+{INSTALL} -c constraints.txt && {RUN}
+```
+
+On a machine with a GPU, with the torch build of its driver installed; the shapes are then a GPU's:
+
+```sh
+{INSTALL} && {RUN}
+```
+
+## How to read the tables
+
+- **match**: a provider's numbers are compared with fp64 before its time is taken. `ok`: the error is within its limit. `RED`:
+  it is not, and there is no time. `{NONE}`: nothing to compare, or a baseline that is only a part of the work.
+- **median ± IQR**: of rounds in which all providers of a group take turns; IQR is the distance between the quartiles.
+- **vs**: how many times as fast as that provider; below 1x it is slower. Ratios to the table's baseline are medians of the
+  rounds' ratios, others are ratios of medians.
+- **peak**: memory beyond what the call started with.
+- **of the floor**: the least time that the products and the bytes of the operation take at this machine's own rates (of a
+  large matrix product, of a copy), as a share of the median: 100 % cannot be beaten without doing less.
+- **cut**: a shape with fewer tokens than a model's own step would have, so that a CPU gets through it.
+"""
+
+Cell = Callable[[Row, list[Row]], str]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table; left out where no row fills it, if it may be."""
+
+    title: str
+    cell: Cell
+    is_optional: bool = True
+    is_number: bool = True
+
+
+def digits(value: float, count: int = 3) -> str:
+    """The number with so many significant digits, never in scientific notation: 5,850, 64.0, 0.357."""
+    return f"{Decimal(f'{value:.{count - 1}e}'):,f}"
+
+
+def plain(value: float) -> str:
+    """A size: 16,384, 1,048,576, 12.5."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,g}"
+
+
+def times_as_fast(ratio: float | None) -> str:
+    """18x, 4.1x, 0.91x; 118x keeps its third digit."""
+    return NONE if ratio is None else f"{digits(ratio, 3 if ratio >= 100 else 2)}x"
+
+
+def milliseconds(row: Row) -> str:
+    return NONE if row.median_s is None else f"{digits(row.median_s * 1e3)} ms"
+
+
+def match(row: Row) -> str:
+    """Whether the provider's numbers are right, or why it has no time."""
+    if row.status == "ok":
+        return NONE if row.error is None else "ok"
+    reason = " ".join((row.reason or "no reason given").split())
+    short = reason if len(reason) <= LONGEST_REASON else reason[: LONGEST_REASON - 1] + "…"
+    return f"{'RED' if row.status == 'red' else 'skipped'}: {short}"
+
+
+def table(titles: list[str], rows: Iterable[list[str]], numbers: Iterable[int] = ()) -> str:
+    """A Markdown table; the columns in `numbers` are aligned to the right."""
+    right = set(numbers)
+    rule = ["--:" if i in right else "---" for i in range(len(titles))]
+    lines = [titles, rule, *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def sizes(row: Row) -> str:
+    """The shape in words."""
+    return f"{row.n_tokens:,} tokens, d_in {row.d_in:,}, d_sae {row.d_sae:,}, L0 {plain(row.l0)}"
+
+
+def shape_label(row: Row, clashes: set[str]) -> str:
+    """The shape's name; with its sizes where the name has several."""
+    name = row.shape + (" (cut)" if row.is_cut else "")
+    return f"{name}: {sizes(row)}" if row.shape in clashes else name
+
+
+def shapes(result: Result) -> dict[str, set[tuple[float, ...]]]:
+    """Every size that goes by a name; scaling has its own axis."""
+    found: dict[str, set[tuple[float, ...]]] = {}
+    for row in result.rows:
+        if not row.operation.startswith("scaling"):
+            found.setdefault(row.shape, set()).add((row.n_tokens, row.d_in, row.d_sae, row.l0))
+    return found
+
+
+def machine_line(result: Result) -> str:
+    """Hardware, versions, rates, commit, date and duration."""
+    m = result.machine
+    rates = [f"copies {digits(m.copy_gb_per_s)} GB/s"] if m.copy_gb_per_s else []
+    products = [f"{digits(rate)} TFLOP/s in {dtype}" for dtype, rate in (m.gemm_tflop_per_s or {}).items() if rate]
+    rates += [f"products {' and '.join(products)}"] if products else []
+    rates += [f"{m.clock_mhz:,.0f} MHz"] if m.clock_mhz else []
+    versions = [f"Python {m.python}", f"torch {m.torch}"]
+    versions += [f"{name} {version}" for name, version in {"Triton": m.triton, "CUDA": m.cuda}.items() if version]
+    run = f"commit {result.commit}, {result.date}, {digits(result.seconds)} s in all"
+    return "; ".join([", ".join([m.name, *rates]), ", ".join(versions), run]) + "."
+
+
+def benchmarks_readme(results: list[Result]) -> str:
+    """All of benchmarks/README.md."""
+    gpus, cpus = ([r for r in results if (r.machine.gpu is not None) == has_gpu] for has_gpu in (True, False))
+    parts = [TOP, *map(machine_section, cpus)]
+    parts += map(machine_section, gpus) if gpus else [f"## GPU\n\n{NO_GPU}\n"]
+    return "\n".join(parts)
+
+
+def machine_section(result: Result) -> str:
+    """Everything that one machine measured."""
+    heading = f"## {'GPU' if result.machine.gpu else 'CPU'}: {result.machine.name}\n"
+    source = f"{machine_line(result)} From [{result.path.name}](results/{result.path.name}).\n"
+    operations = [operation_section(result, operation) for operation in result.operations()]
+    return "\n".join([heading, source, shapes_section(result), *operations, where_dense_wins(result)])
+
+
+def shapes_section(result: Result) -> str:
+    """What the names of shapes stand for."""
+    rows = {
+        (row.shape, row.n_tokens, row.d_in, row.d_sae, row.l0): row
+        for row in result.rows
+        if not row.operation.startswith("scaling")
+    }
+    if not rows:
+        return ""
+    cells = [
+        [
+            row.shape + (" (cut)" if row.is_cut else ""),
+            *map(plain, (row.n_tokens, row.d_in, row.d_sae, row.l0)),
+            digits(row.n_tokens * row.d_sae * 4 / 2**20),
+        ]
+        for row in rows.values()
+    ]
+    titles = ["shape", "tokens", "d_in", "d_sae", "L0", "one dense fp32 tensor, tokens x d_sae, MiB"]
+    return table(titles, cells, range(1, 6))
+
+
+def operation_section(result: Result, operation: str) -> str:
+    """The tables of one operation, one for each baseline, and its plot."""
+    groups, clashes = result.groups(), {name for name, found in shapes(result).items() if len(found) > 1}
+    by_baseline: dict[str | None, list[Row]] = {}
+    for row in result.rows_of(operation):
+        by_baseline.setdefault(_baseline_name(row, groups[operation, row.group]), []).append(row)
+    is_scaling = operation.startswith("scaling")
+    parts = [f"### {operation[0].upper()}{operation[1:]}\n"]
+    if is_scaling:
+        parts.append(f"{constant_sizes(result.rows_of(operation))}.\n")
+    for baseline, rows in by_baseline.items():
+        columns = _columns(baseline, operation.removeprefix("scaling with ") if is_scaling else None, clashes)
+        parts.append(_filled(columns, rows, groups))
+    if has_plot(result, operation):
+        name = plot_name(result, operation)
+        parts.append(f"![{operation}: medians by provider](plots/{name})\n")
+    return "\n".join(parts)
+
+
+def constant_sizes(rows: list[Row]) -> str:
+    """The sizes that all rows share."""
+    names = {"tokens": "n_tokens", "d_in": "d_in", "d_sae": "d_sae", "L0": "l0"}
+    values = {name: {getattr(row, attribute) for row in rows} for name, attribute in names.items()}
+    same = {name: found.pop() for name, found in values.items() if len(found) == 1}
+    return ", ".join(
+        f"{plain(value)} tokens" if name == "tokens" else f"{name} {plain(value)}" for name, value in same.items()
+    )
+
+
+def plot_name(result: Result, operation: str) -> str:
+    """File name of the plot of an operation."""
+    return f"{result.machine.slug}_{re.sub('[^a-zA-Z0-9_]+', '-', operation)}.svg"
+
+
+def has_plot(result: Result, operation: str) -> bool:
+    """Whether there is anything to draw: the trainer's overhead is one number."""
+    return operation != "trainer overhead" and any(row.median_s is not None for row in result.rows_of(operation))
+
+
+def _baseline_name(row: Row, group: list[Row]) -> str | None:
+    """Of the row, or of its group where the row, often the baseline itself, names none."""
+    return row.baseline or next((other.baseline for other in group if other.baseline), None)
+
+
+def _columns(baseline: str | None, x_title: str | None, clashes: set[str]) -> list[Column]:
+    def first(row: Row, group: list[Row]) -> str:
+        return shape_label(row, clashes) if x_title is None or row.x is None else plain(row.x)
+
+    return [
+        Column(x_title or "shape", first, is_optional=False, is_number=x_title is not None),
+        Column("dtype", lambda row, group: row.dtype or NONE, is_number=False),
+        Column("provider", lambda row, group: row.provider, is_optional=False, is_number=False),
+        Column("median ± IQR, ms", lambda row, group: _median(row), is_optional=False),
+        Column("overhead", lambda row, group: NONE if row.overhead is None else f"{row.overhead * 100:+.1f} %"),
+        Column(f"vs {baseline}", lambda row, group: times_as_fast(faster_by(row, baseline_of(row, group)))),
+        Column(
+            "vs dense compiled, same dtype", lambda row, group: times_as_fast(faster_by(row, compiled_of(row, group)))
+        ),
+        Column("peak, MiB", lambda row, group: NONE if row.peak_mib is None else digits(row.peak_mib)),
+        Column("of the floor", lambda row, group: _share_of_floor(row)),
+        Column("error", lambda row, group: _error(row.error), is_optional=False),
+        Column("match", lambda row, group: match(row), is_optional=False, is_number=False),
+    ]
+
+
+def _filled(columns: list[Column], rows: list[Row], groups: dict[tuple[str, str], list[Row]]) -> str:
+    cells = [[column.cell(row, groups[row.operation, row.group]) for row in rows] for column in columns]
+    kept = [i for i, column in enumerate(columns) if not column.is_optional or set(cells[i]) != {NONE}]
+    numbers = [place for place, i in enumerate(kept) if columns[i].is_number]
+    lines = [[cells[i][line] for i in kept] for line in range(len(rows))]
+    return table([columns[i].title for i in kept], lines, numbers)
+
+
+def _median(row: Row) -> str:
+    if row.median_s is None:
+        return NONE
+    return digits(row.median_s * 1e3) + ("" if row.iqr_s is None else f" ± {digits(row.iqr_s * 1e3)}")
+
+
+def _error(error: float | None) -> str:
+    return NONE if error is None else f"{error:.2e}" if math.isfinite(error) else str(error)
+
+
+def _share_of_floor(row: Row) -> str:
+    if row.floor_s is None or row.median_s is None:
+        return NONE
+    return f"{digits(100 * row.floor_s / row.median_s)} %"
+
+
+def where_dense_wins(result: Result) -> str:
+    """Every group and dtype in which dense PyTorch or another library has a lower median than the best fused provider."""
+    from fastsae_kernels.dispatch import MAX_DENSITY
+
+    parts = ["### Where dense wins\n"]
+    lost = [line for group in result.groups().values() for line in _lost(group)]
+    if lost:
+        titles = ["group", "dtype", "L0 / d_sae", "faster", "ms", "best fused", "ms", "fused vs it"]
+        parts += ["Against the fastest fused provider in the same dtype:\n", table(titles, lost, (2, 4, 6, 7))]
+    else:
+        parts.append("Nowhere: in every group the fastest fused provider leads those of its dtype.\n")
+    parts.append(
+        f"The ops of a step take the sparse path while the share of active features, L0 / d_sae, is at most"
+        f" {MAX_DENSITY['cpu']:g} on a CPU and {MAX_DENSITY['cuda']:g} on a GPU (`fastsae_kernels.dispatch.MAX_DENSITY`);"
+        f" beyond it they take the dense path in tiles by themselves (`dense in tiles` is that path, asked for).\n"
+    )
+    return "\n".join(parts)
+
+
+def _lost(group: list[Row]) -> list[list[str]]:
+    """A line for each dtype and rival; our dense path, asked for, is a rival of its own: dispatch should have taken it."""
+    lines = []
+    for dtype in dict.fromkeys(row.dtype for row in group if row.kind == "fused"):
+        same = [row for row in group if row.dtype == dtype]
+        fused = fastest([row for row in same if row.kind == "fused"])
+        for kinds in (("dense", "peer"), ("tiles",)):
+            rival = fastest([row for row in same if row.kind in kinds])
+            if rival is not None and (fused is None or _seconds(fused) > _seconds(rival)):
+                lines.append(_lost_line(same, rival, fused))
+    return lines
+
+
+def _lost_line(rows: list[Row], rival: Row, fused: Row | None) -> list[str]:
+    label = rival.group if rival.group.startswith(rival.operation) else f"{rival.operation}: {rival.group}"
+    theirs = [digits(rival.density, 2), rival.provider, digits(_seconds(rival) * 1e3)]
+    if fused is None:
+        return [label, rival.dtype or NONE, *theirs, _why_none(rows), NONE, NONE]
+    ours = [fused.provider, digits(_seconds(fused) * 1e3), times_as_fast(_seconds(rival) / _seconds(fused))]
+    return [label, rival.dtype or NONE, *theirs, *ours]
+
+
+def _seconds(row: Row) -> float:
+    assert row.median_s is not None
+    return row.median_s
+
+
+def _why_none(rows: list[Row]) -> str:
+    """Why no fused provider has a time."""
+    return "; ".join(f"{row.provider} ({row.status})" for row in rows if row.kind == "fused")

@@ -1,0 +1,96 @@
+"""Decode of listed entries against the dense product, and against the gather that one writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import fastsae_kernels as kernels
+from benchmarks.floor import Work
+from benchmarks.harness import Call, Case, Provider, cases_and_providers
+from benchmarks.shapes import DEVICE, HEADLINE, SHAPES, Shape
+from fastsae_kernels import SparseActs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DECODE_SHAPES = {"cpu": (HEADLINE, "demo"), "cuda": ("gemma-2-2b 65k", "llama-3.1-8b x32")}[DEVICE]
+CHECKED_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Problem:
+    """As many entries in each row, features ascending."""
+
+    acts: SparseActs
+    W_dec: Tensor
+    b_dec: Tensor
+
+    @property
+    def dense(self) -> Tensor:
+        return self.acts.to_dense().to(self.W_dec.dtype)
+
+
+@lru_cache(1)
+def problem(s: Shape, dtype: torch.dtype) -> Problem:
+    g = torch.Generator(DEVICE).manual_seed(0)
+    k = int(s.l0)
+    chosen = torch.rand(s.n_tokens, s.d_sae, generator=g, device=DEVICE).topk(k).indices.sort().values
+    offsets = torch.arange(0, (s.n_tokens + 1) * k, k, dtype=torch.int32, device=DEVICE)
+    values = torch.rand(s.n_tokens * k, generator=g, device=DEVICE) + 0.5
+    W_dec = functional.normalize(torch.randn(s.d_sae, s.d_in, generator=g, device=DEVICE), dim=1).to(dtype)
+    acts = SparseActs(offsets, chosen.flatten().int(), values, (s.n_tokens, s.d_sae))
+    return Problem(acts, W_dec, torch.randn(s.d_in, generator=g, device=DEVICE).to(dtype))
+
+
+def dense_product(s: Shape, dtype: torch.dtype) -> Callable[[], Tensor]:
+    p = problem(s, dtype)
+    return partial(torch.addmm, p.b_dec, p.dense, p.W_dec)
+
+
+def embedding_bag(s: Shape, dtype: torch.dtype) -> Callable[[], Tensor]:
+    p, k = problem(s, dtype), int(s.l0)
+    indices, weights = p.acts.indices.view(-1, k), p.acts.values.view(-1, k).to(dtype)
+    return lambda: functional.embedding_bag(indices, p.W_dec, per_sample_weights=weights, mode="sum") + p.b_dec
+
+
+def fused(s: Shape, dtype: torch.dtype) -> Callable[[], Tensor]:
+    p = problem(s, dtype)
+    return partial(kernels.decode, p.acts, p.W_dec, p.b_dec)
+
+
+DECODERS = {"dense eager": dense_product, "embedding_bag": embedding_bag, "fused": fused}
+
+
+def make(name: str, s: Shape, dtype: torch.dtype) -> Call:
+    return torch.no_grad()(DECODERS[name](s, dtype))
+
+
+def error_of(name: str, s: Shape, dtype: torch.dtype) -> float:
+    p = problem(s, dtype)
+    exact = p.acts.to_dense()[:CHECKED_TOKENS].double() @ p.W_dec.double() + p.b_dec.double()
+    got = DECODERS[name](s, dtype)()[:CHECKED_TOKENS].double()
+    return ((got - exact).norm() / exact.norm()).item()
+
+
+def check(name: str, s: Shape, dtype: torch.dtype) -> tuple[float, float]:
+    return error_of(name, s, dtype), 2 * error_of("dense eager", s, dtype) + 1e-6
+
+
+def work(s: Shape, dtype: torch.dtype) -> Work:
+    """Every decoder row is read once at least, every row of the result written."""
+    return Work(0, dtype, (s.d_sae + s.n_tokens) * s.d_in * dtype.itemsize + s.n_tokens * s.l0 * 8)
+
+
+def case(shape_name: str, dtype: str) -> Case:
+    arguments = (SHAPES[shape_name], DTYPES[dtype])
+    providers = {name: Provider(partial(make, name, *arguments), partial(check, name, *arguments)) for name in DECODERS}
+    return Case("decode", shape_name, SHAPES[shape_name], providers, dtype, work(*arguments))
+
+
+@cases_and_providers([case(shape_name, dtype) for shape_name in DECODE_SHAPES for dtype in DTYPES])
+def test_decode(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
+    timed(case, provider)

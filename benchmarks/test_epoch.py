@@ -1,0 +1,45 @@
+"""The whole main job: `fastsae train` with its defaults, from the embedded model's activations to the evaluation."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import Case, Outcome, Provider, cases_and_providers, replay
+from benchmarks.shapes import CPU_SHAPES
+
+MAX_FVU, MAX_L0 = 0.20, 40.0  # what the default run promises
+PROVIDER = "fastsae train"
+CASE = Case("epoch", "embedded model", CPU_SHAPES["demo"], {PROVIDER: Provider(lambda: lambda: None)}, "fp32")
+
+
+@cases_and_providers([CASE])
+def test_epoch(benchmark, request, timed_rows, case: Case, provider: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """One run in a process of its own; red where the SAE that comes out is a bad one."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "fastsae.cli", "train", "--output", tmp_path / "run"], check=True)
+    seconds = time.perf_counter() - started
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    row = case.row(provider) | described(metrics)
+    timed_rows.append(row)
+    assert row["status"] == "ok", row["reason"]
+    row |= {"median_s": seconds, "rounds": 1, "peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024}
+    benchmark.group = case.group
+    replay(benchmark, Outcome(row, [seconds]))
+
+
+def described(metrics: dict[str, Any]) -> dict[str, Any]:
+    """FVU as the error, and why a run is red."""
+    is_good = metrics["fvu"] <= MAX_FVU and metrics["l0"] <= MAX_L0
+    reason = f"FVU {metrics['fvu']:.3f} and L0 {metrics['l0']:.1f}, expected at most {MAX_FVU} and {MAX_L0:g}"
+    return {
+        "error": metrics["fvu"],
+        "error_limit": MAX_FVU,
+        "status": "ok" if is_good else "red",
+        "reason": None if is_good else reason,
+    }

@@ -1,0 +1,33 @@
+"""A loaded SAE at inference, activations in and reconstruction out: ours, the dense formula, and the peers."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from benchmarks.dense import SPEC
+from benchmarks.floor import encode_work
+from benchmarks.harness import Call, Case, Provider, cases_and_providers
+from benchmarks.peer_providers import PEER_SHAPES, counterpart, peer_providers
+from benchmarks.shapes import SHAPES, Shape, parameters, tokens
+from fastsae_kernels import reference
+
+
+def dense(shape: Shape) -> Call:
+    return partial(torch.no_grad()(reference.autoencode), tokens(shape), *parameters(shape).values(), None, SPEC)
+
+
+def case(shape_name: str) -> Case:
+    shape = SHAPES[shape_name]
+    providers = {
+        "dense eager fp32": Provider(partial(dense, shape), dtype="fp32"),
+        **peer_providers(shape, "jumprelu", "reconstruct"),
+        "fused fp32": counterpart(shape, "jumprelu", "reconstruct"),
+    }
+    return Case("inference", shape_name, shape, providers, work=encode_work(shape, torch.float32))
+
+
+@cases_and_providers([case(shape_name) for shape_name in PEER_SHAPES])
+def test_inference(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
+    timed(case, provider)

@@ -1,0 +1,69 @@
+"""What the trainer costs beside the step itself: schedules, statistics, a logged row, the progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from dataclasses import replace
+from functools import partial
+from itertools import repeat
+
+import torch
+
+from benchmarks.harness import Call, Case, Provider, cases_and_providers
+from benchmarks.shapes import DEVICE, SHAPES, Shape, tokens
+from benchmarks.test_whole_step import make_sae
+from fastsae import FusedSAEAdam
+from fastsae.data.buffer import ActivationBatch
+from fastsae.train.config import TrainConfig
+from fastsae.train.run import run_with_bar
+from fastsae.train.trainer import Trainer
+
+STEPS = 25  # of a call: as many as between two logged rows
+LR = 1e-12  # nothing moves, so that both go on having the same work
+TARGET_L0 = 32.0
+
+
+def config_of(shape: Shape) -> TrainConfig:
+    return TrainConfig(d_sae=shape.d_sae, batch_size=shape.n_tokens, tokens=shape.n_tokens * 10**6, lr=LR)
+
+
+def by_trainer(shape: Shape) -> Call:
+    config, nothing = config_of(shape), torch.zeros(shape.n_tokens, dtype=torch.int64, device=DEVICE)
+    batch = ActivationBatch(tokens(shape), nothing, nothing, nothing)
+    trainer = Trainer(make_sae(shape), repeat(batch), config)
+
+    def run() -> None:
+        trainer.config = replace(config, tokens=(trainer.step + STEPS) * shape.n_tokens)
+        with contextlib.redirect_stderr(io.StringIO()):  # the bar is drawn, though nobody sees it
+            run_with_bar(trainer, lambda: None, True)
+
+    return run
+
+
+def alone(shape: Shape) -> Call:
+    config, sae, x = config_of(shape), make_sae(shape), tokens(shape)
+    optimizer = FusedSAEAdam(sae, lr=LR, max_grad_norm=config.clip_norm, normalize_decoder=config.normalize_decoder)
+
+    def run() -> None:
+        for _ in range(STEPS):
+            output = sae.training_forward(x, 1.0, "quadratic", target_l0=TARGET_L0)
+            optimizer.zero_grad()
+            output.loss.backward()
+            optimizer.step()
+
+    return run
+
+
+def case(shape_name: str) -> Case:
+    shape = SHAPES[shape_name]
+    providers = {
+        f"{STEPS} steps alone": Provider(partial(alone, shape)),
+        "trainer": Provider(partial(by_trainer, shape)),
+    }
+    return Case("trainer overhead", shape_name, shape, providers, "fp32")
+
+
+@cases_and_providers([case("demo" if DEVICE == "cpu" else "gpt2-small x32")])
+def test_trainer_overhead(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
+    timed(case, provider)

@@ -1,0 +1,154 @@
+"""The real peers compute what `benchmarks/peers.py` says they compute, so that their times may stand beside ours."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import contestants, peers
+from benchmarks.contestants import Contestant, Parameters
+from benchmarks.peers import PEERS, Peer
+from benchmarks.shapes import DEVICE, Shape
+
+SHAPE = Shape(n_tokens=32, d_in=16, d_sae=64, l0=8)
+TOLERANCE = 1e-5  # relative, of an fp32 tensor against fp64
+JUMPRELU = [peer for peer in PEERS if peer.architecture == "jumprelu"]
+
+
+def title(peer: type[Peer]) -> str:
+    return f"{peer.architecture}, {peer.name}"
+
+
+def problem() -> tuple[Tensor, Parameters]:
+    """Tokens and weights; biases and thresholds that differ from feature to feature, so that none can be mixed up."""
+    g = torch.Generator().manual_seed(0)
+    n, d_in, d_sae = SHAPE.n_tokens, SHAPE.d_in, SHAPE.d_sae
+    W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=g), dim=1)
+    weights = {
+        "W_enc": W_dec.t() + 0.1 * torch.randn(d_in, d_sae, generator=g),
+        "b_enc": 0.2 * torch.randn(d_sae, generator=g),
+        "threshold": 0.8 + 0.4 * torch.rand(d_sae, generator=g),
+        "W_dec": W_dec,
+        "b_dec": 0.3 * torch.randn(d_in, generator=g),
+    }
+    x = 0.5 + torch.randn(n, d_in, generator=g)
+    return x.to(DEVICE), {name: tensor.to(DEVICE) for name, tensor in weights.items()}
+
+
+def in_fp64(x: Tensor, p: Parameters) -> tuple[Tensor, Parameters]:
+    return x.double(), {name: tensor.double() for name, tensor in p.items()}
+
+
+def worst_errors(contestant: Contestant, x: Tensor, p: Parameters) -> dict[str, float]:
+    clear = contestants.clear_tokens(*in_fp64(x, p), contestant.architecture, contestant.k)
+    assert clear.float().mean() > 0.9
+    exact = contestants.expected(contestant, *in_fp64(x[clear], p))
+    return contestants.errors(contestants.computed(contestant, x[clear]), exact)
+
+
+@pytest.fixture(params=PEERS, ids=title)
+def peer(request: pytest.FixtureRequest) -> type[Peer]:
+    reason = request.param.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+def skip_without(peer: type[Peer]) -> None:
+    reason = peer.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("side", ["peer", "counterpart"])
+def test_numbers_are_those_of_the_reference(peer: type[Peer], side: str) -> None:
+    x, p = problem()
+    made = (peer if side == "peer" else peer.counterpart)(p, SHAPE)
+    if side == "peer" and "sparsify" in peer.package and DEVICE == "cuda":
+        pytest.skip("eai-sparsify's forward is in bf16 on a GPU")
+    errors = worst_errors(made, x, p)
+    assert errors.keys() == {"acts", "sae_out", *made.names}
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_gate_of_a_benchmark_lets_it_through(peer: type[Peer], bf16: bool, training: bool) -> None:
+    # in bf16 many features are chosen otherwise; enough tokens that both flip as often
+    shape = Shape(n_tokens=512, d_in=32, d_sae=256, l0=16)
+    error, limit = contestants.check(peer, shape, training=training, bf16=bf16)
+    assert 0 < error <= limit
+    if not bf16 and DEVICE == "cpu":
+        assert limit < TOLERANCE
+
+
+def test_gate_fails_where_the_numbers_are_wrong(peer: type[Peer]) -> None:
+    class Wrong(peer):  # type: ignore[misc,valid-type]
+        def loss_scale(self, x: Tensor) -> float:
+            return 1.5 * super().loss_scale(x)
+
+    error, limit = contestants.check(Wrong, SHAPE, training=True)
+    assert error > limit
+
+
+@pytest.mark.parametrize("side", ["peer", "counterpart"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_a_step_changes_all_weights(peer: type[Peer], bf16: bool, side: str) -> None:
+    x, p = problem()
+    made = (peer if side == "peer" else peer.counterpart)(p, SHAPE, bf16=bf16)
+    for _ in range(3):
+        made.train_step(x)
+    for name, tensor in made.weights().items():
+        assert tensor.isfinite().all(), name
+        assert (tensor != p[name]).any(), name
+
+
+# the peers whose step ours can repeat: one penalty, and Adam
+SAME_STEP = [peer for peer in PEERS if peer.name != "eai-sparsify, SignSGD" and peer not in JUMPRELU[1:]]
+
+
+@pytest.mark.parametrize("peer_class", SAME_STEP, ids=title)
+def test_counterpart_takes_the_same_steps(peer_class: type[Peer]) -> None:
+    skip_without(peer_class)
+    if "sparsify" in peer_class.package and DEVICE == "cuda":
+        pytest.skip("eai-sparsify's forward is in bf16 on a GPU")
+    x, p = problem()
+    theirs, ours = peer_class(p, SHAPE), peer_class.counterpart(p, SHAPE)
+    for _ in range(5):
+        theirs.train_step(x)
+        ours.train_step(x)
+    expected, got = theirs.weights(), ours.weights()
+    if "sparsify" in peer_class.package:  # it normalises before a forward, ours after a step
+        expected["W_dec"] = torch.nn.functional.normalize(expected["W_dec"], dim=1)
+    for name, tensor in expected.items():
+        change = (tensor - p[name]).norm()
+        # the first steps of Adam are signs of gradients, however small those are
+        assert (got[name] - tensor).norm() < 0.01 * change, name
+
+
+@pytest.mark.parametrize("peer_class", PEERS, ids=title)
+def test_missing_package_is_a_reason(peer_class: type[Peer], monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(peers, "version", missing)
+    reason = f"{peer_class.package} is not installed (pip install 'fastsae[bench-peers]')"
+    assert peer_class.not_installed() == peer_class.why_not() == reason
+
+
+def test_broken_package_is_a_reason(peer: type[Peer], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> Any:
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist\nmore")
+        except RuntimeError as error:
+            raise ModuleNotFoundError("Could not import module 'PreTrainedModel'") from error
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    monkeypatch.setattr(peers, "_import_failure", peers._import_failure.__wrapped__)
+    cause = "RuntimeError: operator torchvision::nms does not exist; 'pip uninstall torchvision' mends it"
+    assert peer.why_not() == f"{peer.package} {peer.version()} cannot be imported ({cause})"
