@@ -1,6 +1,6 @@
-.PHONY: check lint format types test bench report
+.PHONY: check lint format types test stale bench bench-quick bench-gpu bench-compare report
 
-check: lint types test  ## what CI runs
+check: lint types stale test  ## what CI runs
 
 lint:
 	ruff check .
@@ -16,8 +16,21 @@ types:
 test:
 	pytest
 
-bench:  ## training step and encode against dense PyTorch; ratios at the end
-	pytest benchmarks/
+stale:  ## fails where tables and plots are not those of the committed results
+	python -m benchmarks.report --check
+
+bench:  ## every provider of every operation, then its result file, tables and plots; 15 minutes
+	pytest benchmarks/ --results benchmarks/results
+	python -m benchmarks.report
+
+bench-quick:  ## small shapes, three rounds; 3 minutes, writes nothing
+	pytest benchmarks/ --quick
+
+bench-compare:  ## fails where a median is 30 % above that of the last run saved on this machine, then saves this one
+	pytest benchmarks/ --benchmark-autosave --benchmark-compare --benchmark-compare-fail=median:30%
+
+bench-gpu:  ## GPU tests and headline benchmarks, 10 minutes
+	python -m benchmarks.gpu benchmarks/results
 
 report:  ## registers, spills and matrix instructions of every Triton kernel, without a GPU
 	python -m fastsae_kernels.report --arch 80 90 100 gfx942

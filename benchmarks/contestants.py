@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.dense import L0_COEFFICIENT, ROUNDING, SPEC, checked, in_fp64, relative_errors, worst
+from benchmarks.dense import L0_COEFFICIENT, SPEC, checked, clear_tokens, in_fp64, relative_errors, worst
 from benchmarks.shapes import BANDWIDTH, DEVICE, Shape
 from fastsae import FusedJumpReLUSAE, FusedSAEAdam, FusedTopKSAE, SparseAutoencoder
 from fastsae_kernels import reference
@@ -169,25 +169,6 @@ class Fused(Contestant):
             optimizer.step()
 
         return step
-
-
-@torch.no_grad()
-def clear_tokens(x: Tensor, p: Parameters, architecture: str, k: int) -> Tensor:
-    """`[N]` bool: which features of the token are active, or in the window, does not hang on rounding.
-
-    Elsewhere two right answers differ by a feature, which outweighs all rounding.
-    """
-    clear = []
-    for rows in x.split(512):
-        if architecture == "jumprelu":
-            above = (reference.hidden_pre(rows, p["W_enc"], p["b_enc"]) - p["threshold"]).abs()
-            nearest = torch.minimum(above, (above - BANDWIDTH / 2).abs()).amin(1)
-        else:
-            pre = reference.hidden_pre(rows - p["b_dec"], p["W_enc"], p["b_enc"])
-            largest = pre.topk(min(k + 1, pre.shape[1])).values.relu()
-            nearest = largest[:, k - 1] - largest[:, k] if k < pre.shape[1] else largest[:, k - 1]
-        clear.append(nearest > ROUNDING)
-    return torch.cat(clear)
 
 
 def expected(contestant: Contestant, x: Tensor, p: Parameters) -> Parameters:

@@ -83,27 +83,23 @@ def in_fp64(shape: Shape) -> tuple[Tensor, Parameters]:
     return tokens(shape).double(), wide
 
 
-def clear_features(shape: Shape) -> Tensor:
-    """`[d_sae]` bool: no pre-activation of the feature lies within rounding of its threshold or of an edge of its window.
+@torch.no_grad()
+def clear_tokens(x: Tensor, p: Parameters, architecture: str, k: int) -> Tensor:
+    """`[N]` bool: which features of the token are active, or in the window, does not hang on rounding.
 
-    Elsewhere eager itself flips, and one flip outweighs all rounding.
+    Elsewhere two right answers differ by a feature, which outweighs all rounding.
     """
-    x, p = in_fp64(shape)
     clear = []
-    with torch.no_grad():
-        for rows in torch.arange(shape.d_sae).split(1024):
-            above = (x @ p["W_enc"][:, rows] + (p["b_enc"] - p["threshold"])[rows]).abs_()
-            nearest = torch.minimum(above, (above - BANDWIDTH / 2).abs())
-            clear.append(nearest.amin(0) > ROUNDING)
+    for rows in x.split(512):
+        if architecture == "jumprelu":
+            above = (reference.hidden_pre(rows, p["W_enc"], p["b_enc"]) - p["threshold"]).abs()
+            nearest = torch.minimum(above, (above - BANDWIDTH / 2).abs()).amin(1)
+        else:
+            pre = reference.hidden_pre(rows - p["b_dec"], p["W_enc"], p["b_enc"])
+            largest = pre.topk(min(k + 1, pre.shape[1])).values.relu()
+            nearest = largest[:, k - 1] - largest[:, k] if k < pre.shape[1] else largest[:, k - 1]
+        clear.append(nearest > ROUNDING)
     return torch.cat(clear)
-
-
-def of_features(tensors: dict[str, Tensor], features: Tensor) -> dict[str, Tensor]:
-    """Those features of what is known by parameter; `b_dec` belongs to none."""
-    return {
-        name: tensor if name == "b_dec" else tensor[:, features] if name == "W_enc" else tensor[features]
-        for name, tensor in tensors.items()
-    }
 
 
 def relative_errors(got: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:

@@ -19,16 +19,17 @@ import pytest
 import torch
 
 from benchmarks.floor import Work
-from benchmarks.memory import MIB, peak_mib
+from benchmarks.memory import MIB, memory_bytes, peak_mib
 from benchmarks.shapes import Shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BUDGET_S = 20.0  # of a group's rounds
-ROUNDS = (3, 15)
+BUDGET_S = 5.0  # of a group's rounds
+ROUNDS = (3, 9)
 QUICK_ROUNDS = (3, 3)
 BLOCK_S = 0.01  # of work between two looks at the clock
 FLUSHED_BYTES = 2**28  # more than any cache of a GPU
 
+MEMORY_SHARE = 0.5  # for what all providers of a group keep; passes take more
 Call = Callable[[], object]
 
 
@@ -65,6 +66,11 @@ class Case:
     def group(self) -> str:
         """What the tables are grouped by."""
         return ", ".join(part for part in (self.operation, self.shape_name, self.dtype) if part)
+
+    def fits_in_memory(self) -> bool:
+        """Whether all providers can be alive at a time, each with weights, gradients and Adam's moments."""
+        s = self.shape
+        return 2 * s.d_in * s.d_sae * 16 * len(self.providers) < MEMORY_SHARE * memory_bytes()
 
     def row(self, provider: str) -> dict[str, Any]:
         """What a result file says of a provider before it is timed."""
@@ -103,31 +109,28 @@ class GroupTimer:
     def _measure(self, case: Case) -> dict[str, Outcome]:
         torch._dynamo.reset()  # or what was compiled for another shape would be compiled again, for shapes of all kinds
         outcomes = {name: Outcome(case.row(name), []) for name in case.providers}
-        calls: dict[str, Call] = {}
-        for name, provider in case.providers.items():
-            row = outcomes[name].row
-            call = _gated(provider, row)
-            if call is not None:
-                row["peak_mib"] = peak_mib(call)
-                calls[name] = call
-        if calls:
-            self._time(case, calls, {name: outcomes[name].samples for name in calls})
-        for name in calls:
-            _fill_in(outcomes[name], outcomes[next(iter(case.providers))].samples, case.work)
+        names = list(case.providers)
+        # what is too large to stand beside others is timed alone
+        for together in [names] if case.fits_in_memory() else [[name] for name in names]:
+            calls = {name: call for name in together if (call := _gated(case.providers[name], outcomes[name].row))}
+            self._time(calls, {name: outcomes[name].samples for name in calls})
+        for outcome in outcomes.values():
+            if outcome.samples:
+                _fill_in(outcome, outcomes[names[0]].samples, case.work)
         return outcomes
 
-    def _time(self, case: Case, calls: dict[str, Call], samples: dict[str, list[float]]) -> None:
+    def _time(self, calls: dict[str, Call], samples: dict[str, list[float]]) -> None:
         repeats = {name: _repeats(call) for name, call in calls.items()}
         fewest, most = QUICK_ROUNDS if self.quick else ROUNDS
         order, started, rounds = random.Random(0), time.perf_counter(), 0
-        while rounds < fewest or (rounds < most and time.perf_counter() - started < BUDGET_S):
+        while calls and (rounds < fewest or (rounds < most and time.perf_counter() - started < BUDGET_S)):
             for name in order.sample(list(calls), len(calls)):
                 samples[name].append(_seconds(calls[name], repeats[name]))
             rounds += 1
 
 
 def _gated(provider: Provider, row: dict[str, Any]) -> Call | None:
-    """The call, once its numbers are right; None, and a reason in the row, where it has none that can be timed."""
+    """The call, once its numbers are right and its memory is known; None, and a reason in the row, where there is none."""
     reason = provider.skip() if provider.skip else None
     if reason:
         row.update(status="skipped", reason=reason)
@@ -139,12 +142,17 @@ def _gated(provider: Provider, row: dict[str, Any]) -> Call | None:
             reason = f"error {row['error']:.2g} against fp64, over the limit of {row['error_limit']:.2g}"
             row.update(status="red", reason=reason)
             return None
-        return provider.make()
+        call = provider.make()
+        row["peak_mib"] = peak_mib(call)
+    except torch.OutOfMemoryError as error:
+        row.update(status="skipped", reason=f"out of memory: {str(error).splitlines()[0]}")
+        return None
     except Exception as error:
         if "compiled" not in row["provider"] or "compiler" not in str(error).lower():
             raise
         row.update(status="skipped", reason=f"torch.compile needs a C++ compiler: {str(error).splitlines()[0]}")
         return None
+    return call
 
 
 def _repeats(call: Call) -> int:
@@ -173,8 +181,10 @@ def _fill_in(outcome: Outcome, baseline: list[float], work: Work | None) -> None
     row, samples = outcome.row, outcome.samples
     quartiles = statistics.quantiles(samples, n=4)
     row.update(median_s=statistics.median(samples), iqr_s=quartiles[2] - quartiles[0], rounds=len(samples))
-    if baseline:  # of one round both
+    if len(baseline) == len(samples):  # of one round both
         row["speedup"] = statistics.median(b / s for b, s in zip(baseline, samples, strict=True))
+    elif baseline:
+        row["speedup"] = statistics.median(baseline) / statistics.median(samples)
     if work is not None:
         row["floor_s"] = work.floor_s()
 

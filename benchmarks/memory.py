@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 MIB = 2**20
+
+
+def memory_bytes() -> int:
+    """All memory of the device."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_mib(call: Callable[[], object]) -> float | None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import repeat
 
+import pytest
 import torch
 
 from benchmarks.harness import Call, Case, Provider, cases_and_providers
@@ -16,8 +17,11 @@ from benchmarks.test_whole_step import make_sae
 from fastsae import FusedSAEAdam
 from fastsae.data.buffer import ActivationBatch
 from fastsae.train.config import TrainConfig
-from fastsae.train.run import run_with_bar
 from fastsae.train.trainer import Trainer
+
+run_with_bar = pytest.importorskip(
+    "fastsae.train.run", reason="the trainer needs pip install 'fastsae[train]'"
+).run_with_bar
 
 STEPS = 25  # of a call: as many as between two logged rows
 LR = 1e-12  # nothing moves, so that both go on having the same work

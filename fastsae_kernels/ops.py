@@ -16,11 +16,11 @@ from torch import Tensor
 from fastsae_kernels import graph
 from fastsae_kernels.autograd import Autoencode, Decode, Encode, list_entries
 from fastsae_kernels.checks import check_decode, check_encode, check_feature_scale, check_target
-from fastsae_kernels.cpu.weight_gradients import WeightGradients
 from fastsae_kernels.dispatch import ActivityHint
 from fastsae_kernels.gradients import AutoencodeOutput
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec, Precision
+from fastsae_kernels.weight_gradients import WeightGradients
 
 
 def _autocast(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -68,6 +68,7 @@ class Trainer:
             betas=(config.beta1, config.beta2),
             max_grad_norm=config.clip_norm or None,
             normalize_decoder=config.normalize_decoder,
+            compute_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
         )
         self.silent_tokens = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
         self.dead_mask: Tensor | None = None

@@ -17,12 +17,12 @@ from fastsae_kernels.cpu.backward import (
 )
 from fastsae_kernels.cpu.decode import decode
 from fastsae_kernels.cpu.encode import encode
-from fastsae_kernels.cpu.weight_gradients import WeightGradients
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput, gate_backward
 from fastsae_kernels.penalty import penalty_slope, penalty_terms
 from fastsae_kernels.residual import subtract_target, weighted_sum
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
+from fastsae_kernels.weight_gradients import WeightGradients
 
 
 def autoencode_forward(

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae_kernels.cpu.weight_gradients import WeightGradients
 from fastsae_kernels.gpu.adam import MAX_DEPTH
 from fastsae_kernels.gpu.backward import feature_order, gradients_in_passes
 from fastsae_kernels.gpu.batch_topk import encode_batch_topk
@@ -30,6 +29,7 @@ from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeOutput
 from fastsae_kernels.residual import scaled
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
+from fastsae_kernels.weight_gradients import WeightGradients
 
 
 class Saved(NamedTuple):

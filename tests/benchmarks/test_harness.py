@@ -1,0 +1,115 @@
+"""The gate of the benchmarks: what computes wrong numbers gets no time, what cannot run says why."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import fastsae_kernels as kernels
+from benchmarks import harness, test_encode, test_train_step
+from benchmarks.floor import Work
+from benchmarks.harness import Case, GroupTimer, Provider
+from benchmarks.shapes import Shape
+
+SHAPE = Shape(n_tokens=48, d_in=16, d_sae=96, l0=8)
+
+
+@pytest.fixture(autouse=True)
+def soon_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "BUDGET_S", 0.0)
+    monkeypatch.setattr(harness, "BLOCK_S", 1e-9)
+    monkeypatch.setattr(Work, "floor_s", lambda self: 1e-6)
+    for cached in (test_train_step.exact_gradients, test_train_step.operands, test_train_step.eager_errors):
+        cached.cache_clear()
+
+
+def step_case(*names: str) -> Case:
+    return Case("forward+backward", "tiny", SHAPE, {name: test_train_step.provider(name, SHAPE) for name in names})
+
+
+def break_the_op(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """A gradient of W_dec that is off by a factor, and nothing else."""
+    works = kernels.autoencode
+
+    def broken(x: Any, W_enc: Any, b_enc: Any, threshold: Any, W_dec: Any, b_dec: Any, **options: Any) -> Any:
+        W_dec = W_dec * factor + W_dec.detach() * (1 - factor)
+        return works(x, W_enc, b_enc, threshold, W_dec, b_dec, **options)
+
+    monkeypatch.setattr(kernels, "autoencode", broken)
+
+
+def test_a_working_op_is_timed() -> None:
+    row = GroupTimer(quick=True).outcome(step_case("dense eager fp32", "fused fp32"), "fused fp32").row
+    assert row["status"] == "ok"
+    assert row["error"] <= row["error_limit"] < 1e-4
+    assert row["rounds"] == 3
+    assert row["median_s"] > 0
+    assert row["speedup"] > 0
+
+
+def test_a_broken_op_turns_its_rows_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    break_the_op(monkeypatch, 1.001)
+    timer, case = GroupTimer(quick=True), step_case("dense eager fp32", "fused fp32", "fused bf16")
+    row = timer.outcome(case, "fused fp32").row
+    assert row["status"] == "red"
+    assert row["median_s"] is None
+    assert row["error"] == pytest.approx(1e-3, rel=0.1)
+    assert "over the limit" in row["reason"]
+    assert timer.outcome(case, "dense eager fp32").row["status"] == "ok"
+
+
+def test_a_missing_entry_turns_encode_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    works = kernels.encode
+    monkeypatch.setattr(kernels, "encode", lambda x, W, b, threshold, **o: works(x, W, b, threshold + 0.05, **o))
+    error, limit = test_encode.check(test_encode.fused, SHAPE, torch.float32, top_k=False)
+    assert error == float("inf") > limit
+
+
+def test_a_red_row_fails_its_benchmark_and_a_skipped_one_says_why() -> None:
+    providers = {
+        "wrong": Provider(lambda: print, check=lambda: (0.5, 0.1)),
+        "absent": Provider(lambda: print, skip=lambda: "it is not installed"),
+        "nan": Provider(lambda: print, check=lambda: (float("nan"), 0.1)),
+    }
+    case, timer = Case("encode", "tiny", SHAPE, providers), GroupTimer(quick=True)
+    benchmark, rows = SimpleNamespace(), []  # type: ignore[var-annotated]
+    for provider in ("wrong", "nan"):
+        with pytest.raises(pytest.fail.Exception, match=r"over the limit of 0\.1"):
+            harness.report(benchmark, timer, rows, case, provider)
+    with pytest.raises(pytest.skip.Exception, match="absent: it is not installed"):
+        harness.report(benchmark, timer, rows, case, "absent")
+    assert [row["status"] for row in rows] == ["red", "red", "skipped"]
+
+
+def test_a_test_reports_the_samples_of_its_group(benchmark: Any) -> None:
+    harness.replay(benchmark, harness.Outcome({}, [0.25, 0.5, 1.0]))
+    if not benchmark.disabled:
+        assert benchmark.stats.stats.data == [0.25, 0.5, 1.0]
+
+
+def test_what_does_not_fit_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "memory_bytes", lambda: 1000)
+    alive: list[str] = []
+
+    def make(name: str) -> Any:
+        alive.append(name)
+        return lambda: assert_alone(name)
+
+    def assert_alone(name: str) -> None:
+        assert alive[-1] == name
+
+    case = Case("encode", "large", SHAPE, {name: Provider(lambda name=name: make(name)) for name in "ab"})
+    rows = [GroupTimer(quick=True).outcome(case, name).row for name in "ab"]
+    assert all(row["rounds"] == 3 for row in rows)
+
+
+def test_out_of_memory_is_a_reason() -> None:
+    def make() -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 64 GiB")
+
+    case = Case("encode", "tiny", SHAPE, {"dense": Provider(make)})
+    row = GroupTimer(quick=True).outcome(case, "dense").row
+    assert (row["status"], row["reason"]) == ("skipped", "out of memory: tried to allocate 64 GiB")
