@@ -92,6 +92,15 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
+def _kept(folder: Path, stem: str, groups: set[str]) -> list[dict[str, Any]]:
+    """Rows of the newest earlier file of this machine, of groups that were not measured again; each names its commit."""
+    earlier = [json.loads(path.read_text()) for path in folder.glob(f"{stem}_*.json")]
+    newest = max(earlier, key=lambda result: result["finished"], default=None)
+    if newest is None:
+        return []
+    return [{"commit": newest["commit"], **row} for row in newest["results"] if row["group"] not in groups]
+
+
 def _line(row: dict[str, Any]) -> str:
     """Time, ratio to the baseline (above 1: faster), error against fp64, peak memory beyond the start."""
     if row["status"] != "ok":
@@ -119,13 +128,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     folder.mkdir(parents=True, exist_ok=True)
     stem = "-".join((info["gpu"] or info["processor"]).split())
     path = folder / f"{stem}_{now.date()}_{commit()}.json"
+    rows = [{**row, "commit": commit()} for row in rows]
     result = {
         "machine": info,
         "commit": commit(),
         "date": str(now.date()),
         "finished": now.isoformat(timespec="seconds"),
         "seconds": round(time.time() - config.stash[STARTED]),
-        "results": rows,
+        "results": rows + _kept(folder, stem, {row["group"] for row in rows}),
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
     terminalreporter.write_line(f"written to {path}")

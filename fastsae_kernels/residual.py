@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 SUMMED_ROWS = 128  # whose weighted sum is formed by one product
+WIDENED_ROWS = 1024
 BLOCK_ELEMENTS = 2**18  # of rows that are subtracted together: on a CPU they are still in cache when they are squared
 
 
@@ -54,7 +55,12 @@ def scaled(rows: Tensor, row_scale: Tensor | None) -> Tensor:
 
 def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
     """`weights @ rows` in the dtype of `rows`, in blocks: one product would sum thousands of terms in a row and lose a digit."""
+    if (
+        rows.element_size() == 2
+    ):  # widened some at a time: weights that are all the same would be rounded all the same way
+        blocks = zip(weights.split(WIDENED_ROWS), rows.split(WIDENED_ROWS), strict=True)
+        return torch.stack([weighted_sum(w.float(), r.float()) for w, r in blocks]).sum(0).to(rows.dtype)
     weights, whole = weights.to(rows.dtype), len(rows) // SUMMED_ROWS * SUMMED_ROWS
-    blocks = weights[:whole].view(-1, 1, SUMMED_ROWS) @ rows[:whole].unflatten(0, (-1, SUMMED_ROWS))
+    products = weights[:whole].view(-1, 1, SUMMED_ROWS) @ rows[:whole].unflatten(0, (-1, SUMMED_ROWS))
     rest = weights[whole:] @ rows[whole:]
-    return torch.cat([blocks.squeeze(1), rest[None]]).sum(0, dtype=torch.float64).to(rows.dtype)
+    return torch.cat([products.squeeze(1), rest[None]]).sum(0, dtype=torch.float64).to(rows.dtype)
