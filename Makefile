@@ -19,11 +19,11 @@ test:
 stale:  ## fails where tables and plots are not those of the committed results
 	python -m benchmarks.report --check
 
-bench:  ## every provider of every operation, then its result file, tables and plots; 15 minutes
+bench:  ## every provider of every operation, then its result file, tables and plots; half an hour
 	pytest benchmarks/ --results benchmarks/results
 	python -m benchmarks.report
 
-bench-quick:  ## small shapes, three rounds; 3 minutes, writes nothing
+bench-quick:  ## small shapes, three rounds; a minute or two, writes nothing
 	pytest benchmarks/ --quick
 
 bench-compare:  ## fails where a median is 30 % above that of the last run saved on this machine, then saves this one

@@ -92,13 +92,17 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def _kept(folder: Path, stem: str, groups: set[str]) -> list[dict[str, Any]]:
-    """Rows of the newest earlier file of this machine, of groups that were not measured again; each names its commit."""
+def _kept(folder: Path, stem: str, groups: set[str]) -> tuple[list[dict[str, Any]], int]:
+    """Rows of the newest earlier file of this machine, of groups that were not measured again, and the seconds it took.
+
+    Each names its commit. After a run of everything there are none, and none of the seconds.
+    """
     earlier = [json.loads(path.read_text()) for path in folder.glob(f"{stem}_*.json")]
     newest = max(earlier, key=lambda result: result["finished"], default=None)
     if newest is None:
-        return []
-    return [{"commit": newest["commit"], **row} for row in newest["results"] if row["group"] not in groups]
+        return [], 0
+    kept = [{"commit": newest["commit"], **row} for row in newest["results"] if row["group"] not in groups]
+    return kept, newest["seconds"] if kept else 0
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -129,13 +133,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     stem = "-".join((info["gpu"] or info["processor"]).split())
     path = folder / f"{stem}_{now.date()}_{commit()}.json"
     rows = [{**row, "commit": commit()} for row in rows]
+    kept, seconds = _kept(folder, stem, {row["group"] for row in rows})
     result = {
         "machine": info,
         "commit": commit(),
         "date": str(now.date()),
         "finished": now.isoformat(timespec="seconds"),
-        "seconds": round(time.time() - config.stash[STARTED]),
-        "results": rows + _kept(folder, stem, {row["group"] for row in rows}),
+        "seconds": round(time.time() - config.stash[STARTED]) + seconds,
+        "results": rows + kept,
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
     terminalreporter.write_line(f"written to {path}")

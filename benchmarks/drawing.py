@@ -81,7 +81,7 @@ def _subtitle(result: Result) -> str:
     m = result.machine
     versions = [f"torch {m.torch}"]
     versions += [f"{name} {version}" for name, version in {"Triton": m.triton, "CUDA": m.cuda}.items() if version]
-    return f"{m.name}\n{', '.join(versions)}; commit {result.commit}, {result.date}"
+    return f"{m.name}\n{', '.join(versions)}; {result.commits}, {result.date}"
 
 
 def _bars(result: Result, operation: str) -> Plot:

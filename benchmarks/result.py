@@ -64,6 +64,7 @@ class Row:
     floor_s: float | None = None
     x: float | None = None
     overhead: float | None = None
+    commit: str | None = None  # where it is not the file's: a partial run keeps the rows that it does not replace
 
     @property
     def kind(self) -> Kind:
@@ -125,6 +126,12 @@ class Result:
     finished: datetime
     seconds: float
     rows: list[Row] = field(repr=False)
+
+    @property
+    def commits(self) -> str:
+        """What the rows were measured at, the newest first."""
+        found = list(dict.fromkeys([self.commit, *(row.commit or self.commit for row in self.rows)]))
+        return f"commit{'s' if len(found) > 1 else ''} {', '.join(found)}"
 
     def rows_of(self, operation: str) -> list[Row]:
         return [row for row in self.rows if row.operation == operation]

@@ -126,7 +126,7 @@ def machine_line(result: Result) -> str:
     rates += [f"{m.clock_mhz:,.0f} MHz"] if m.clock_mhz else []
     versions = [f"Python {m.python}", f"torch {m.torch}"]
     versions += [f"{name} {version}" for name, version in {"Triton": m.triton, "CUDA": m.cuda}.items() if version]
-    run = f"commit {result.commit}, {result.date}, {digits(result.seconds)} s in all"
+    run = f"{result.commits}, {result.date}, {digits(result.seconds)} s in all"
     return "; ".join([", ".join([m.name, *rates]), ", ".join(versions), run]) + "."
 
 

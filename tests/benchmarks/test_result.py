@@ -152,3 +152,9 @@ def test_no_files(bench: Any) -> None:
     status, printed = bench.report("--check")
     assert status == 1
     assert f"{bench.folder / 'results'}: no result files; `pytest benchmarks/ --results" in printed
+
+
+def test_each_commit_that_rows_were_measured_at_is_named(bench: Any, content: dict[str, Any]) -> None:
+    content["results"][0]["commit"] = "0ld"
+    (found,) = newest_of_each_machine(bench.add(content).parent)
+    assert found.commits == f"commits {content['commit']}, 0ld"
