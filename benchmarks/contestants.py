@@ -5,14 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.dense import L0_COEFFICIENT, SPEC, checked, clear_tokens, in_fp64, relative_errors, worst
-from benchmarks.shapes import BANDWIDTH, DEVICE, Shape
+from benchmarks.shapes import BANDWIDTH, DEVICE, Shape, parameters
 from fastsae import FusedJumpReLUSAE, FusedSAEAdam, FusedTopKSAE, SparseAutoencoder
 from fastsae_kernels import reference
 
@@ -191,13 +192,38 @@ def errors(got: Parameters, exact: Parameters) -> dict[str, float]:
     return relative_errors({name: tensor.double() for name, tensor in got.items()}, exact)
 
 
-@lru_cache(1)  # the truth of the next would not fit beside it
-def _truth(make: Callable[..., Contestant], shape: Shape) -> tuple[Contestant, Tensor, Parameters, Parameters]:
-    """A contestant with the shape's weights, tokens that can be compared, the weights and what is expected, all in fp64."""
-    x, p = in_fp64(shape)
-    contestant = make({name: tensor.float() for name, tensor in p.items()}, shape)
-    x = x[clear_tokens(x, p, contestant.architecture, contestant.k)]
-    return contestant, x, p, expected(contestant, x, p)
+@dataclass(frozen=True)
+class Truth:
+    """Tokens that can be compared, weights and what is expected of them, in fp64; and the errors of dense PyTorch.
+
+    Contestants with the same `reference` share it: in fp64 it takes longer than all of their checks.
+    """
+
+    x: Tensor
+    p: Parameters
+    exact: Parameters
+    eager_errors: dict[bool, dict[str, float]] = field(default_factory=dict)  # by whether it runs under bf16 autocast
+
+
+_TRUTHS: dict[tuple, Truth] = {}  # the last one: the next would not fit beside it
+
+
+def _truth(contestant: Contestant, shape: Shape) -> Truth:
+    key = (type(contestant).reference, contestant.architecture, contestant.l0_coefficient, shape)
+    if key not in _TRUTHS:
+        _TRUTHS.clear()
+        x, p = in_fp64(shape)
+        x = x[clear_tokens(x, p, contestant.architecture, contestant.k)]
+        _TRUTHS[key] = Truth(x, p, expected(contestant, x, p))
+    return _TRUTHS[key]
+
+
+def _eager_errors(contestant: Contestant, truth: Truth, bf16: bool) -> dict[str, float]:
+    if bf16 not in truth.eager_errors:
+        with torch.autocast(DEVICE, torch.bfloat16, bf16):
+            eager = expected(contestant, truth.x.float(), {name: tensor.float() for name, tensor in truth.p.items()})
+        truth.eager_errors[bf16] = errors(eager, truth.exact)
+    return truth.eager_errors[bf16]
 
 
 def check(make: Callable[..., Contestant], shape: Shape, *, training: bool, bf16: bool = False) -> tuple[float, float]:
@@ -210,12 +236,11 @@ def check(make: Callable[..., Contestant], shape: Shape, *, training: bool, bf16
         bf16: Under autocast; a peer may be in bf16 without it, see `SparsifyTopK`.
     """
     part = checked(shape)
-    contestant, x, p, exact = _truth(make, part)
+    contestant = make(parameters(part), part)
+    truth = _truth(contestant, part)
+    eager_errors = _eager_errors(contestant, truth, bf16 or (training and contestant.always_bf16))
     contestant.bf16 = bf16
-    in_bf16 = bf16 or (training and contestant.always_bf16)
-    with torch.autocast(DEVICE, torch.bfloat16, in_bf16):
-        eager = expected(contestant, x.float(), {name: tensor.float() for name, tensor in p.items()})
     compared = contestant.names if training else ("acts", "sae_out")
-    limits = {name: 2 * error + FLOOR for name, error in errors(eager, exact).items() if name in compared}
-    found = errors(computed(contestant, x.float()), exact)
+    limits = {name: 2 * eager_errors[name] + FLOOR for name in compared}
+    found = errors(computed(contestant, truth.x.float()), truth.exact)
     return worst({name: found[name] for name in limits}, limits)

@@ -15,8 +15,10 @@ from fastsae_kernels import AutoencodeSpec, reference
 
 SPEC = AutoencodeSpec(bandwidth=BANDWIDTH)
 L0_COEFFICIENT = 0.01
-CHECKED_TOKENS = {"cpu": 1024, "cuda": 256}[DEVICE]
-CHECKED_FEATURES = 2**17  # the fp64 truth of more would not fit
+CHECKED_TOKENS = {"cpu": 512, "cuda": 256}[DEVICE]
+# the fp64 truth of more features, or of more weights, would take longer than all else, or not fit
+CHECKED_FEATURES = {"cpu": 2**16, "cuda": 2**17}[DEVICE]
+CHECKED_WEIGHTS = {"cpu": 2**24, "cuda": 2**29}[DEVICE]
 ROUNDING = 2e-6  # of an fp32 pre-activation, whose size is about 1
 Parameters = dict[str, Tensor]
 Loss = Callable[[Tensor, Parameters], Tensor]
@@ -73,8 +75,8 @@ def gradients(loss: Loss, x: Tensor, p: Parameters) -> dict[str, Tensor]:
 
 def checked(shape: Shape) -> Shape:
     """The part of a shape that is compared with fp64."""
-    n_tokens, d_sae = min(shape.n_tokens, CHECKED_TOKENS), min(shape.d_sae, CHECKED_FEATURES)
-    return replace(shape, n_tokens=n_tokens, d_sae=d_sae)
+    d_sae = min(shape.d_sae, CHECKED_FEATURES, CHECKED_WEIGHTS // shape.d_in)
+    return replace(shape, n_tokens=min(shape.n_tokens, CHECKED_TOKENS), d_sae=d_sae)
 
 
 def in_fp64(shape: Shape) -> tuple[Tensor, Parameters]:

@@ -1,56 +1,214 @@
 """Everything that only a GPU can tell, in ten minutes: `python -m benchmarks.gpu RESULTS`.
 
-Runs the GPU tests, then the headline benchmarks (encode, a step's passes, the whole step, at 65,536 to 1,048,576 features),
-prints their table and leaves a result file in the folder RESULTS. Needs torch with CUDA, Triton, NumPy, safetensors, pytest and
-pytest-benchmark; no network. Peers that are not installed are skipped with a reason.
+Runs the GPU tests, then the headline benchmarks, the most telling first: the whole step, encode and a step's passes at
+65,536, 131,072 and 1,048,576 features. Prints a table of both at the end and leaves in the folder RESULTS
+
+    <gpu>_<date>_<commit>.json    what was measured, for `python -m benchmarks.report`; written anew after each benchmark
+    logs/                         all that pytest said, a file for each process
+
+Tests run in several processes, for most of their time goes into compiling kernels, which a process does one by one. Each part
+has a process of its own, so that a kernel that hangs or breaks the CUDA context costs that part alone. What did not fit into
+the time, and where it was stopped, is said at the end.
+
+Needs torch with CUDA, Triton and the C compiler that it calls, NumPy, safetensors, pytest and pytest-benchmark; no network,
+no installation, no git. Peers that are not installed are skipped with a reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import sysconfig
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-TESTS = ["tests/kernels", "-q", "-p", "no:cacheprovider"]
-HEADLINES = ["benchmarks/test_whole_step.py", "benchmarks/test_train_step.py", "benchmarks/test_encode.py"]
-SHAPES = "65k or x32 or 1M"
+from benchmarks.writer import ROOT, commit_of, line, newest
+
 MINUTES = 10.0
 TESTS_SHARE = 0.4  # of the time, at most
+HANG_S = 60.0  # what a part may take beside half of the time that is left
+GROUP_S = 45.0  # about as long as a group of benchmarks takes: none begins later before the end
+LAST_WORDS_S = 10.0  # for what failed so far, when a process is stopped
+NEEDED = {"triton": "triton", "numpy": "numpy", "safetensors": "safetensors", "pytest": "pytest",
+          "pytest_benchmark": "pytest-benchmark"}  # fmt: skip
+# what compiles most comes first, or at the end all others would wait for it
+TESTS = tuple(
+    f"tests/kernels/test_{name}.py"
+    for name in (
+        "gpu_graphs gpu_topk gpu_residual gpu_encode gpu_autoencode fp8 gpu_adam gpu_feature_visit gpu_ops "
+        "gpu_weight_gradients tune residual graph"
+    ).split()
+)
+OF_THE_CPU = "not opcheck and not checkpoint"  # of test_graph.py and test_residual.py, which have a few tests of Triton's
+BENCHMARKS = (  # files, and which of their shapes: the most telling first
+    ("whole_step", "gemma-2-2b and 65k"),
+    ("encode train_step", "gemma-2-2b and 65k"),
+    ("whole_step", "llama and x32"),
+    ("whole_step", "1M"),
+    ("encode train_step", "llama and x32"),
+    ("train_step", "1M"),
+)
+OUTCOME = re.compile(r"^(\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
+BEGUN = re.compile(r"^\S+\.py::.+", re.MULTILINE)
+REASON = re.compile(r"^(?:FAILED|ERROR) .+", re.MULTILINE)
 
 
-def run(arguments: list[str], seconds: float) -> bool:
-    """Whether pytest ended well, and in time."""
-    try:
-        return (
-            subprocess.run([sys.executable, "-m", "pytest", *arguments], timeout=seconds, check=False).returncode == 0
-        )
-    except subprocess.TimeoutExpired:
-        print(f"stopped after {seconds:.0f} s: pytest {' '.join(arguments)}", file=sys.stderr)
-        return False
+@dataclass
+class Part:
+    """One pytest process, and what became of it."""
+
+    name: str
+    arguments: tuple[str, ...]
+    log: Path
+    status: int | None = None  # of pytest; None where it did not begin
+    seconds: float = 0.0
+    is_stopped: bool = False
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def run(self, seconds: float) -> None:
+        """Runs it; after so many seconds asks it to end, then kills it."""
+        if seconds < 1:
+            return
+        started = time.monotonic()
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *self.arguments]
+        wide = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "250"}  # reasons in full, and at once
+        with self.log.open("w") as log:
+            process = subprocess.Popen(command, cwd=ROOT, env=wide, stdout=log, stderr=subprocess.STDOUT)
+            try:
+                process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                self.is_stopped = True
+                process.send_signal(signal.SIGINT)
+                try:
+                    process.wait(LAST_WORDS_S)
+                except subprocess.TimeoutExpired:  # hangs in a kernel
+                    process.kill()
+            finally:
+                process.poll() is None and process.kill()
+                self.status = process.wait()
+        self.seconds = time.monotonic() - started
+        self.counts.update(outcome for _, outcome in OUTCOME.findall(self.text))
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    @property
+    def is_good(self) -> bool:
+        """Whether all ran and passed."""
+        return self.status == 0 and not self.is_stopped
+
+    def described(self) -> list[str]:
+        """One line, and one for each failure."""
+        if self.status is None:
+            return [f"{self.name}: not begun, no time left"]
+        counted = ", ".join(f"{n} {outcome.lower()}" for outcome, n in sorted(self.counts.items())) or "nothing ran"
+        ended = "" if self.status in (0, 1) and not self.is_stopped else f", exit status {self.status}: see {self.log}"
+        if self.is_stopped:
+            done = {test for test, _ in OUTCOME.findall(self.text)}
+            last = next((name for name in reversed(BEGUN.findall(self.text)) if name.strip() not in done), "")
+            ended = f", STOPPED in {last.strip()}" if last else ", STOPPED"
+        reasons = REASON.findall(self.text) or [
+            f"{outcome} {test}" for test, outcome in OUTCOME.findall(self.text) if outcome in ("FAILED", "ERROR")
+        ]
+        return [f"{self.name}: {counted}, {self.seconds:.0f} s{ended}", *(f"    {reason}" for reason in reasons)]
 
 
-def main() -> int:
-    """Exit status: 0 all went well, 1 something failed, 2 there is no GPU."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="folder for the result file")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="time for all of it (default: %(default)g)")
-    arguments = parser.parse_args()
+def missing() -> str:
+    """What has to be put right before anything can run; empty where nothing has."""
     if not torch.cuda.is_available():
-        print("no CUDA device: on a CPU run `pytest benchmarks/ --results FOLDER`", file=sys.stderr)
-        return 2
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-    started = time.monotonic()
-    tested = run(TESTS, 60 * arguments.minutes * TESTS_SHARE)
-    left = 60 * arguments.minutes - (time.monotonic() - started)
-    timed = run([*HEADLINES, "-q", "-k", SHAPES, "--results", str(arguments.results)], left)
-    print(
-        f"tests {'passed' if tested else 'FAILED'}, benchmarks {'passed' if timed else 'FAILED'}: {arguments.results}"
+        return "no CUDA device: on a CPU run `pytest benchmarks/ --results FOLDER`"
+    packages = [package for module, package in NEEDED.items() if find_spec(module) is None]
+    if packages:
+        return f"not installed: {', '.join(packages)}; run `pip install {' '.join(packages)}`"
+    if not any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))):
+        return "no C compiler, which Triton calls: install gcc, or name one in the environment variable CC"
+    return ""
+
+
+def describe_machine(commit: str) -> None:
+    """Says what runs here, and what may be in the way."""
+    properties = torch.cuda.get_device_properties(0)
+    print(f"{properties.name}, compute capability {properties.major}.{properties.minor}, ", end="")
+    print(f"{properties.total_memory / 2**30:.0f} GiB; torch {torch.__version__}, CUDA {torch.version.cuda}, ", end="")
+    print(f"commit {commit}", flush=True)
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        print("Python.h is missing: Triton may fail to build its launcher (Debian: python3-dev)", flush=True)
+
+
+def run_tests(logs: Path, deadline: float) -> list[Part]:
+    """A process for each file, several at a time."""
+    options = ("-o", "faulthandler_timeout=60", "--durations=10", "--tb=short")  # a test that hangs says where
+    parts = [
+        Part(file, (file, *options, *(("-k", OF_THE_CPU) if "gpu" not in file else ())), logs / f"{Path(file).stem}.log")
+        for file in TESTS
+    ]
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
+        list(pool.map(lambda part: part.run(deadline - time.monotonic()), parts))
+    return parts
+
+
+def run_benchmarks(logs: Path, results: Path, commit: str, deadline: float) -> list[Part]:
+    """One process after the other."""
+    parts = []
+    for number, (files, shapes) in enumerate(BENCHMARKS):
+        left = deadline - time.monotonic()
+        seconds = min(left, HANG_S + left / 2)
+        paths = tuple(f"benchmarks/test_{file}.py" for file in files.split())
+        options = ("--benchmark-quiet", "--results", str(results), "--commit", commit)
+        limit = ("--minutes", f"{max(seconds - GROUP_S, GROUP_S / 2) / 60:.2f}")
+        part = Part(f"{files}, {shapes}", (*paths, "-k", shapes, *options, *limit), logs / f"benchmarks_{number}.log")
+        part.run(seconds if left > GROUP_S / 2 else 0)
+        parts.append(part)
+        print("\n".join(part.described()), flush=True)
+    return parts
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 all went well, 1 something failed or was stopped, 2 it cannot run here."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    return 0 if tested and timed else 1
+    parser.add_argument("results", type=Path, help="folder for the result file and the logs")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="time for all of it (default: %(default)g)")
+    parser.add_argument("--commit", help="what is measured, where the copy has no .git (default: of the git checkout)")
+    parser.add_argument("--only", choices=["tests", "benchmarks"], help="spend the time on one of the two")
+    arguments = parser.parse_args(argv)
+    reason = missing()
+    if reason:
+        print(reason, file=sys.stderr)
+        return 2
+    started, results = time.monotonic(), arguments.results.resolve()
+    deadline, commit = started + 60 * arguments.minutes - LAST_WORDS_S, arguments.commit or commit_of()
+    logs = results / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs / ".gitignore").write_text("*\n")
+    describe_machine(commit)
+    parts: list[Part] = []
+    if arguments.only != "benchmarks":
+        share = 1.0 if arguments.only == "tests" else TESTS_SHARE
+        parts += run_tests(logs, started + (deadline - started) * share)
+        print("\n".join(text for part in parts for text in part.described()), flush=True)
+    if arguments.only != "tests":
+        parts += run_benchmarks(logs, results, commit, deadline)
+        measured = newest(results)
+        print("\n".join(line(row) for row in measured["results"]) if measured else "nothing was measured")
+    failed = [part for part in parts if not part.is_good]
+    for part in failed:
+        print(part.described()[0])
+    print(f"{len(parts) - len(failed)} of {len(parts)} parts went well, {time.monotonic() - started:.0f} s: {results}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Times the providers of one operation in turn, each only after its numbers were compared with fp64.
 
-Machines drift by a tenth in a minute, which is more than some of the differences that count. So all providers of a group are
-timed round by round, in another order each time, when the first test of the group runs; each test then reports its own
-samples through pytest-benchmark's timer.
+Machines drift by a tenth in a minute, which is more than some of the differences that count. So the providers of a group take
+turns, in another order each time, when the first test of the group runs; each test then reports its own samples through
+pytest-benchmark's timer. In a training run a step follows its like, so the first call of a turn, which finds caches and heap
+as another provider left them, counts only where it is long.
 """
 
 from __future__ import annotations
@@ -12,25 +13,39 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from benchmarks import clock
 from benchmarks.floor import Work
-from benchmarks.memory import MIB, memory_bytes, peak_mib
-from benchmarks.shapes import Shape
+from benchmarks.memory import MIB, Peak, memory_bytes
+from benchmarks.shapes import DEVICE, Shape
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BUDGET_S = 5.0  # of a group's rounds
-ROUNDS = (3, 9)
-QUICK_ROUNDS = (3, 3)
-BLOCK_S = 0.01  # of work between two looks at the clock
+BUDGET_S = 3.0  # of a group's turns
+TURNS = (3, 9)
+QUICK_TURNS = (3, 3)
+TURN_S = 0.1  # of a provider's calls in a turn
+MOST_CALLS = 50  # of a turn
+LONG_S = 1.0  # beside this, what a cold cache costs is nothing
 FLUSHED_BYTES = 2**28  # more than any cache of a GPU
 
 MEMORY_SHARE = 0.5  # for what all providers of a group keep; passes take more
 Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call that takes what `before` returns, which is made again each time, and is not timed."""
+
+    before: Callable[[], Any]
+    timed: Callable[[Any], object]
+
+    def __call__(self) -> object:
+        return self.timed(self.before())
 
 
 @dataclass(frozen=True)
@@ -79,18 +94,22 @@ class Case:
             "operation": self.operation, "group": self.group, "shape": self.shape_name, "is_cut": s.is_cut,
             "n_tokens": s.n_tokens, "d_in": s.d_in, "d_sae": s.d_sae, "l0": s.l0, "dtype": dtype,
             "provider": provider, "baseline": next(iter(self.providers)), "status": "ok", "reason": None,
-            "error": None, "error_limit": None, "median_s": None, "iqr_s": None, "rounds": 0, "speedup": None,
-            "peak_mib": None, "dense_tensor_mib": s.n_tokens * s.d_sae * (2 if dtype == "bf16" else 4) / MIB,
-            "floor_s": None, "x": self.x,
+            "error": None, "error_limit": None, "median_s": None, "iqr_s": None, "turns": 0, "rounds": 0, "speedup": None,
+            "speedup_iqr": None, "peak_mib": None, "dense_tensor_mib": s.n_tokens * s.d_sae * (2 if dtype == "bf16" else 4) / MIB,
+            "least_bytes": self.work.n_bytes if self.work else None, "floor_s": None, "clock_mhz": None, "x": self.x,
         }  # fmt: skip
 
 
 @dataclass
 class Outcome:
-    """A provider's row and the seconds of each of its rounds."""
+    """A provider's row and the seconds of each counted call of each of its turns."""
 
     row: dict[str, Any]
-    samples: list[float]
+    turns: list[list[float]]
+
+    @property
+    def samples(self) -> list[float]:
+        return [seconds for turn in self.turns for seconds in turn]
 
 
 class GroupTimer:
@@ -113,24 +132,33 @@ class GroupTimer:
         # what is too large to stand beside others is timed alone
         for together in [names] if case.fits_in_memory() else [[name] for name in names]:
             calls = {name: call for name in together if (call := _gated(case.providers[name], outcomes[name].row))}
-            self._time(calls, {name: outcomes[name].samples for name in calls})
+            self._take_turns(calls, outcomes)
         for outcome in outcomes.values():
-            if outcome.samples:
-                _fill_in(outcome, outcomes[names[0]].samples, case.work)
+            if outcome.turns:
+                _fill_in(outcome, outcomes[names[0]].turns, case.work)
         return outcomes
 
-    def _time(self, calls: dict[str, Call], samples: dict[str, list[float]]) -> None:
-        repeats = {name: _repeats(call) for name, call in calls.items()}
-        fewest, most = QUICK_ROUNDS if self.quick else ROUNDS
-        order, started, rounds = random.Random(0), time.perf_counter(), 0
-        while calls and (rounds < fewest or (rounds < most and time.perf_counter() - started < BUDGET_S)):
+    def _take_turns(self, calls: dict[str, Call], outcomes: dict[str, Outcome]) -> None:
+        fewest, most = QUICK_TURNS if self.quick else TURNS
+        if DEVICE == "cuda":
+            _flushed()  # is nobody's peak
+        order, started, n_turns = random.Random(0), time.perf_counter(), 0
+        while calls and (n_turns < fewest or (n_turns < most and time.perf_counter() - started < BUDGET_S)):
             for name in order.sample(list(calls), len(calls)):
-                samples[name].append(_seconds(calls[name], repeats[name]))
-            rounds += 1
+                outcome = outcomes[name]
+                if n_turns == 0:
+                    with Peak() as peak:
+                        outcome.turns.append(_turn(calls[name]))
+                    outcome.row["peak_mib"] = peak.mib
+                else:
+                    outcome.turns.append(_turn(calls[name]))
+            n_turns += 1
+        for name in calls:
+            outcomes[name].row["clock_mhz"] = clock.mhz()
 
 
 def _gated(provider: Provider, row: dict[str, Any]) -> Call | None:
-    """The call, once its numbers are right and its memory is known; None, and a reason in the row, where there is none."""
+    """The call, once its numbers are right and it has run; None, and a reason in the row, where there is none."""
     reason = provider.skip() if provider.skip else None
     if reason:
         row.update(status="skipped", reason=reason)
@@ -143,7 +171,7 @@ def _gated(provider: Provider, row: dict[str, Any]) -> Call | None:
             row.update(status="red", reason=reason)
             return None
         call = provider.make()
-        row["peak_mib"] = peak_mib(call)
+        call()  # compiles, tunes, and makes what it keeps
     except torch.OutOfMemoryError as error:
         row.update(status="skipped", reason=f"out of memory: {str(error).splitlines()[0]}")
         return None
@@ -155,36 +183,54 @@ def _gated(provider: Provider, row: dict[str, Any]) -> Call | None:
     return call
 
 
-def _repeats(call: Call) -> int:
-    """How many calls make a block that is long against the clock and a launch."""
-    return max(1, min(200, int(BLOCK_S / max(_seconds(call, 1), 1e-7))))
+def _turn(call: Call) -> list[float]:
+    """Seconds of each call that counts."""
+    (first,) = _seconds(call, 1)
+    return [first] if first >= LONG_S else _seconds(call, max(1, min(MOST_CALLS, round(TURN_S / first))))
 
 
-def _seconds(call: Call, repeats: int) -> float:
-    """Seconds of one call, on the device's own clock where that is a GPU, whose caches are emptied first."""
+def _seconds(call: Call, count: int) -> list[float]:
+    """Seconds of each of so many calls, on the device's own clock where that is a GPU, whose caches are emptied first."""
     if DEVICE == "cpu":
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return (time.perf_counter() - start) / repeats
-    torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=DEVICE).zero_()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    events[0].record()
-    for _ in range(repeats):
-        call()
-    events[1].record()
-    events[1].synchronize()
-    return events[0].elapsed_time(events[1]) / 1e3 / repeats
+        return [_host_seconds(_ready(call)) for _ in range(count)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for start, end in events:
+        ready = _ready(call)
+        _flushed().zero_()  # the host gets ahead of the device meanwhile: launches are not timed, unless they are the bottleneck
+        start.record()
+        ready()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
 
 
-def _fill_in(outcome: Outcome, baseline: list[float], work: Work | None) -> None:
-    row, samples = outcome.row, outcome.samples
+def _ready(call: Call) -> Call:
+    return partial(call.timed, call.before()) if isinstance(call, Prepared) else call
+
+
+def _host_seconds(call: Call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@cache
+def _flushed() -> Tensor:
+    return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=DEVICE)
+
+
+def _fill_in(outcome: Outcome, baseline: list[list[float]], work: Work | None) -> None:
+    row, turns, samples = outcome.row, outcome.turns, outcome.samples
     quartiles = statistics.quantiles(samples, n=4)
-    row.update(median_s=statistics.median(samples), iqr_s=quartiles[2] - quartiles[0], rounds=len(samples))
-    if len(baseline) == len(samples):  # of one round both
-        row["speedup"] = statistics.median(b / s for b, s in zip(baseline, samples, strict=True))
-    elif baseline:
-        row["speedup"] = statistics.median(baseline) / statistics.median(samples)
+    row.update(median_s=statistics.median(samples), iqr_s=quartiles[2] - quartiles[0])
+    row.update(turns=len(turns), rounds=len(samples))
+    medians, of_baseline = ([statistics.median(turn) for turn in found] for found in (turns, baseline))
+    if len(of_baseline) == len(medians):  # of one turn both
+        ratios = [b / s for b, s in zip(of_baseline, medians, strict=True)]
+        quartiles = statistics.quantiles(ratios, n=4)
+        row.update(speedup=statistics.median(ratios), speedup_iqr=quartiles[2] - quartiles[0])
+    elif of_baseline:
+        row["speedup"] = statistics.median(of_baseline) / statistics.median(medians)
     if work is not None:
         row["floor_s"] = work.floor_s()
 
@@ -197,8 +243,8 @@ def cases_and_providers(cases: list[Case]) -> Any:
 
 def replay(benchmark: Any, outcome: Outcome) -> None:
     """Reports the samples of a provider as the benchmark's own rounds."""
-    clock = iter([t for sample in outcome.samples for t in (0.0, sample)])
-    benchmark._timer = partial(next, clock)
+    ticks = iter([t for sample in outcome.samples for t in (0.0, sample)])
+    benchmark._timer = partial(next, ticks)
     benchmark.pedantic(lambda: None, rounds=len(outcome.samples))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 OPERATIONS = (
     "whole step",
     "forward+backward",
+    "backward",
     "inference",
     "encode",
     "top-k",
@@ -28,7 +29,9 @@ PEERS = ("sae-lens", "eai-sparsify", "dictionary-learning")
 STATUSES = ("ok", "red", "skipped")
 RERUN = "run the benchmarks again, or delete the file"
 SIZES = ("n_tokens", "d_in", "d_sae", "l0")
-OPTIONAL_NUMBERS = ("median_s", "iqr_s", "speedup", "peak_mib", "floor_s", "x", "overhead")
+OPTIONAL_NUMBERS = (
+    "median_s", "iqr_s", "speedup", "speedup_iqr", "peak_mib", "least_bytes", "floor_s", "clock_mhz", "x", "overhead",
+)  # fmt: skip
 ERRORS = ("error", "error_limit")  # may be NaN or infinite: then the row is red
 
 Kind = Literal["fused", "dense", "peer", "tiles", "other"]
@@ -59,9 +62,12 @@ class Row:
     reason: str | None = None
     median_s: float | None = None
     iqr_s: float | None = None
-    speedup: float | None = None  # over the baseline: median of the rounds' ratios
+    speedup: float | None = None  # over the baseline: median of the turns' ratios
+    speedup_iqr: float | None = None
     peak_mib: float | None = None
+    least_bytes: float | None = None  # read or written by all who do it
     floor_s: float | None = None
+    clock_mhz: float | None = None  # after the group
     x: float | None = None
     overhead: float | None = None
     commit: str | None = None  # where it is not the file's: a partial run keeps the rows that it does not replace
@@ -126,6 +132,7 @@ class Result:
     finished: datetime
     seconds: float
     rows: list[Row] = field(repr=False)
+    repeated: Result | None = field(default=None, repr=False)  # the run before, where it was of the same commit
 
     @property
     def commits(self) -> str:
@@ -191,12 +198,15 @@ def newest_of_each_machine(folder: Path) -> list[Result]:
     paths = sorted(folder.glob("*.json"))
     if not paths:
         raise ReportError(f"{folder}: no result files; `pytest benchmarks/ --results {folder}` writes one")
-    newest: dict[str, Result] = {}
-    for result in map(read, paths):
-        before = newest.get(result.machine.name)
-        if before is None or (result.date, result.finished) >= (before.date, before.finished):
-            newest[result.machine.name] = result
-    return sorted(newest.values(), key=lambda result: (result.machine.gpu is None, result.machine.name))
+    runs: dict[str, list[Result]] = {}
+    for result in sorted(map(read, paths), key=lambda result: (result.date, result.finished)):
+        runs.setdefault(result.machine.name, []).append(result)
+    newest = [_with_repeat(*reversed(found)) for found in runs.values()]
+    return sorted(newest, key=lambda result: (result.machine.gpu is None, result.machine.name))
+
+
+def _with_repeat(last: Result, before: Result | None = None, *earlier: Result) -> Result:
+    return replace(last, repeated=before) if before and before.commits == last.commits else last
 
 
 def read(path: Path) -> Result:
@@ -260,7 +270,7 @@ def _row(values: Any, where: str) -> Row:
         if row.error is not None and row.error_limit is not None and not row.error <= row.error_limit:
             raise ReportError(f"'status' of {where} is ok, though its error {row.error} is over {row.error_limit}")
         return row
-    timeless = dict.fromkeys(("median_s", "iqr_s", "speedup", "overhead"))  # wrong numbers have no time
+    timeless = dict.fromkeys(("median_s", "iqr_s", "speedup", "speedup_iqr", "overhead"))  # wrong numbers have no time
     return Row(**{**row.__dict__, **timeless})
 
 

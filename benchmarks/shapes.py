@@ -13,7 +13,7 @@ BANDWIDTH = 0.05
 
 @dataclass(frozen=True)
 class Shape:
-    """Tokens of a step, widths, active features per token, and whether the model's own step would have more tokens."""
+    """Tokens of a step, widths, active features per token, and whether the model's own step would be larger."""
 
     n_tokens: int
     d_in: int
@@ -27,12 +27,12 @@ CPU_SHAPES = {
     HEADLINE: Shape(4096, 768, 16384, 78),
     "demo": Shape(1024, 256, 2048, 32),
     "pythia-70m": Shape(1024, 512, 16384, 64, is_cut=True),
-    "gpt2-small x32": Shape(512, 768, 24576, 64, is_cut=True),
-    "gemma-2-2b 16k": Shape(512, 2304, 16384, 64, is_cut=True),
+    "gpt2-small x32": Shape(256, 768, 24576, 64, is_cut=True),
+    "gemma-2-2b 16k": Shape(256, 2304, 16384, 64, is_cut=True),
     "gemma-2-2b 65k": Shape(128, 2304, 65536, 64, is_cut=True),
-    "qwen2.5-7b x8": Shape(256, 3584, 28672, 64, is_cut=True),
-    "llama-3.1-8b x8": Shape(256, 4096, 32768, 64, is_cut=True),
-    "1M features": Shape(64, 256, 1048576, 64, is_cut=True),
+    "qwen2.5-7b x8": Shape(128, 3584, 28672, 64, is_cut=True),
+    "llama-3.1-8b x8": Shape(128, 4096, 32768, 64, is_cut=True),
+    "1M features": Shape(32, 64, 1048576, 64, is_cut=True),
 }
 GPU_SHAPES = {
     "pythia-70m": Shape(8192, 512, 16384, 64),
@@ -46,7 +46,7 @@ GPU_SHAPES = {
 }
 # early training, where half of all features are active and the dense path runs
 EARLY_SHAPES = {
-    f"{HEADLINE}, half active": Shape(4096, 768, 16384, 8192),
+    f"{HEADLINE}, half active": Shape(1024, 768, 16384, 8192, is_cut=True),
     "demo, half active": Shape(1024, 256, 2048, 1024),
     "64 tokens, half active": Shape(64, 512, 4096, 2048),
 }

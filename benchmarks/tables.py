@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
@@ -39,10 +40,12 @@ On a machine with a GPU, with the torch build of its driver installed; the shape
 
 - **match**: a provider's numbers are compared with fp64 before its time is taken. `ok`: the error is within its limit. `RED`:
   it is not, and there is no time. `{NONE}`: nothing to compare, or a baseline that is only a part of the work.
-- **median ± IQR**: of rounds in which all providers of a group take turns; IQR is the distance between the quartiles.
+- **median ± IQR**: of the calls of three to nine turns that the providers of a group take one after the other, in random
+  order; IQR is the distance between the quartiles. Data are random, and a GPU's caches are emptied before each call.
 - **vs**: how many times as fast as that provider; below 1x it is slower. Ratios to the table's baseline are medians of the
-  rounds' ratios, others are ratios of medians.
-- **peak**: memory beyond what the call started with.
+  turns' ratios, others are ratios of medians.
+- **peak**: memory of the process beyond what the calls of a turn started with.
+- **GB/s**: the bytes that the operation has to read and write at least, over the median; the machine line has a copy's rate.
 - **of the floor**: the least time that the products and the bytes of the operation take at this machine's own rates (of a
   large matrix product, of a copy), as a share of the median: 100 % cannot be beaten without doing less.
 - **cut**: a shape with fewer tokens than a model's own step would have, so that a CPU gets through it.
@@ -123,11 +126,18 @@ def machine_line(result: Result) -> str:
     rates = [f"copies {digits(m.copy_gb_per_s)} GB/s"] if m.copy_gb_per_s else []
     products = [f"{digits(rate)} TFLOP/s in {dtype}" for dtype, rate in (m.gemm_tflop_per_s or {}).items() if rate]
     rates += [f"products {' and '.join(products)}"] if products else []
-    rates += [f"{m.clock_mhz:,.0f} MHz"] if m.clock_mhz else []
+    rates += clocks(result)
     versions = [f"Python {m.python}", f"torch {m.torch}"]
     versions += [f"{name} {version}" for name, version in {"Triton": m.triton, "CUDA": m.cuda}.items() if version]
     run = f"{result.commits}, {result.date}, {digits(result.seconds)} s in all"
     return "; ".join([", ".join([m.name, *rates]), ", ".join(versions), run]) + "."
+
+
+def clocks(result: Result) -> list[str]:
+    """What the clock showed after the groups of the run, or at its end."""
+    found = [row.clock_mhz for row in result.rows if row.clock_mhz] or [result.machine.clock_mhz or 0]
+    low, high = round(min(found)), round(max(found))
+    return [f"{low:,} MHz" if low == high else f"{low:,} to {high:,} MHz"] if high else []
 
 
 def benchmarks_readme(results: list[Result]) -> str:
@@ -143,7 +153,8 @@ def machine_section(result: Result) -> str:
     heading = f"## {'GPU' if result.machine.gpu else 'CPU'}: {result.machine.name}\n"
     source = f"{machine_line(result)} From [{result.path.name}](results/{result.path.name}).\n"
     operations = [operation_section(result, operation) for operation in result.operations()]
-    return "\n".join([heading, source, shapes_section(result), *operations, where_dense_wins(result)])
+    repeat = [repeat_section(result, result.repeated)] if result.repeated else []
+    return "\n".join([heading, source, shapes_section(result), *operations, where_dense_wins(result), *repeat])
 
 
 def shapes_section(result: Result) -> str:
@@ -226,6 +237,7 @@ def _columns(baseline: str | None, x_title: str | None, clashes: set[str]) -> li
             "vs dense compiled, same dtype", lambda row, group: times_as_fast(faster_by(row, compiled_of(row, group)))
         ),
         Column("peak, MiB", lambda row, group: NONE if row.peak_mib is None else digits(row.peak_mib)),
+        Column("GB/s", lambda row, group: _rate(row)),
         Column("of the floor", lambda row, group: _share_of_floor(row)),
         Column("error", lambda row, group: _error(row.error), is_optional=False),
         Column("match", lambda row, group: match(row), is_optional=False, is_number=False),
@@ -248,6 +260,10 @@ def _median(row: Row) -> str:
 
 def _error(error: float | None) -> str:
     return NONE if error is None else f"{error:.2e}" if math.isfinite(error) else str(error)
+
+
+def _rate(row: Row) -> str:
+    return NONE if not row.least_bytes or row.median_s is None else digits(row.least_bytes / row.median_s / 1e9)
 
 
 def _share_of_floor(row: Row) -> str:
@@ -273,6 +289,38 @@ def where_dense_wins(result: Result) -> str:
         f" beyond it they take the dense path in tiles by themselves (`dense in tiles` is that path, asked for).\n"
     )
     return "\n".join(parts)
+
+
+def repeat_section(result: Result, before: Result) -> str:
+    """How far two runs of one commit are apart, against the IQRs that they report."""
+    earlier = {(row.operation, row.group, row.provider): row for row in before.rows}
+    pairs = [(row, earlier.get((row.operation, row.group, row.provider))) for row in result.rows]
+    lines = [_agreement(operation, [(a, b) for a, b in pairs if b and operation in (a.operation, "all")])
+             for operation in [*result.operations(), "all"]]  # fmt: skip
+    titles = ["operation", "rows", "medians agree", "medians apart, mid", "ratios agree", "ratios apart, mid"]
+    text = (
+        f"The same commit was measured before ([{before.path.name}](results/{before.path.name}), {digits(before.seconds)} s). Two"
+        f" medians, or two ratios to a group's baseline, agree where they are no further apart than the larger of their IQRs.\n"
+    )
+    return "\n".join(["### Two runs\n", text, table(titles, [line for line in lines if line], range(1, 6))])
+
+
+def _agreement(operation: str, pairs: list[tuple[Row, Row]]) -> list[str]:
+    """How many medians and ratios of two runs agree, and half of them are how far apart at most."""
+    medians = [(a.median_s, b.median_s, max(a.iqr_s or 0, b.iqr_s or 0)) for a, b in pairs if a.iqr_s and b.iqr_s]
+    ratios = [
+        (a.speedup, b.speedup, max(a.speedup_iqr or 0, b.speedup_iqr or 0))
+        for a, b in pairs
+        if a.speedup and b.speedup and a.provider != a.baseline
+    ]
+    if not medians:
+        return []
+    cells = []
+    for found in (medians, ratios):
+        apart = [abs(a / b - 1) for a, b, _ in found if a and b]
+        cells.append(f"{sum(abs(a - b) <= iqr for a, b, iqr in found if a and b)} of {len(found)}")
+        cells.append(f"{digits(100 * statistics.median(apart), 2)} %" if apart else NONE)
+    return [operation, str(len(medians)), *cells]
 
 
 def _lost(group: list[Row]) -> list[list[str]]:

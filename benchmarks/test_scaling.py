@@ -9,7 +9,7 @@ from benchmarks.harness import Case, cases_and_providers
 from benchmarks.shapes import DEVICE, Shape
 from benchmarks.test_train_step import provider
 
-N_TOKENS = {"cpu": 512, "cuda": 8192}[DEVICE]
+N_TOKENS = {"cpu": 256, "cuda": 8192}[DEVICE]
 D_SAE = [4096, 8192, 16384, 32768, 65536, 131072]  # at L0 64
 L0 = [8, 32, 128, 512, 1024, 1536, 2048, 4096]  # of 16,384; the fused ops take the dense path from a tenth on
 SHAPES = {

@@ -1,4 +1,4 @@
-"""Forward and backward of a JumpReLU training step: the fused ops against dense PyTorch, eager and compiled.
+"""Forward and backward of a JumpReLU training step, and the backward alone: fused ops against dense PyTorch, eager, compiled.
 
 A provider is timed once every gradient's error against fp64 is at most twice that of the dense eager step in the same
 dtype (in norm, over the tokens none of whose gates hangs on rounding).
@@ -30,10 +30,11 @@ from benchmarks.dense import (
     worst,
 )
 from benchmarks.floor import step_work
-from benchmarks.harness import Call, Case, Provider, cases_and_providers
-from benchmarks.shapes import DEVICE, EARLY_SHAPES, HEADLINE, SHAPES, Shape, parameters, tokens
+from benchmarks.harness import Call, Case, Prepared, Provider, cases_and_providers
+from benchmarks.shapes import DEVICE, EARLY_SHAPES, SHAPES, Shape, parameters, tokens
 
-QUOTED = ("gemma-2-2b 65k", "llama-3.1-8b x32") if DEVICE == "cuda" else (HEADLINE, "demo")
+BACKWARD_AT = ("gemma-2-2b 65k",) if DEVICE == "cuda" else ("demo", "pythia-70m")
+ALL_AT = ("gemma-2-2b 65k", "llama-3.1-8b x32") if DEVICE == "cuda" else ("demo", "pythia-70m")
 FLOOR = 2e-6  # of a relative error: sums over 4,096 tokens in another order
 
 
@@ -61,6 +62,7 @@ if DEVICE == "cuda":
 FUSED: Losses = {"fused fp32": lambda: fused_loss, "fused bf16": lambda: in_bf16(fused_loss)}
 TILES: Losses = {"dense in tiles fp32": lambda: tiled_loss}
 LOSSES = DENSE | FUSED | TILES
+COSTLY = ("dense eager bf16", *TILES)
 
 
 @lru_cache(1)  # the next shape's would not fit beside it
@@ -97,7 +99,12 @@ def make(name: str, shape: Shape) -> Call:
     return partial(gradients, LOSSES[name](), *operands(shape))
 
 
-def provider(name: str, shape: Shape) -> Provider:
+def make_backward(name: str, shape: Shape) -> Call:
+    loss, (x, p) = LOSSES[name](), operands(shape)
+    return Prepared(lambda: loss(x, p), lambda of_step: torch.autograd.grad(of_step, list(p.values())))
+
+
+def provider(name: str, shape: Shape, make: Callable[[str, Shape], Call] = make) -> Provider:
     dtype = name.rsplit(" ", 1)[1]
     return Provider(partial(make, name, shape), lambda: check(LOSSES[name](), shape, dtype), dtype)
 
@@ -107,14 +114,20 @@ def case(shape_name: str, shape: Shape, names: Losses) -> Case:
     return Case("forward+backward", shape_name, shape, providers, work=step_work(shape, torch.float32))
 
 
+def backward_case(shape_name: str) -> Case:
+    """Without the forward; no floor: what is dense in a step is done there."""
+    shape, names = SHAPES[shape_name], [name for name in LOSSES if name not in COSTLY]
+    return Case("backward", shape_name, shape, {name: provider(name, shape, make_backward) for name in names})
+
+
 def chosen(shape_name: str) -> Losses:
-    """All providers at the shapes that are quoted; elsewhere without eager bf16, which is slower than compiled bf16."""
-    losses = DENSE | FUSED | (TILES if shape_name == HEADLINE else {})
-    return {name: loss for name, loss in losses.items() if name != "dense eager bf16" or shape_name in QUOTED}
+    """All providers at some shapes; elsewhere without eager bf16, slower than compiled bf16, and without our dense path."""
+    return {name: loss for name, loss in LOSSES.items() if name not in COSTLY or shape_name in ALL_AT}
 
 
 CASES = [case(name, shape, chosen(name)) for name, shape in SHAPES.items()]
 CASES += [case(name, shape, chosen(name)) for name, shape in EARLY_SHAPES.items()] if DEVICE == "cpu" else []
+CASES += [backward_case(name) for name in BACKWARD_AT]
 
 
 @cases_and_providers(CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ SHAPE = Shape(n_tokens=48, d_in=16, d_sae=96, l0=8)
 @pytest.fixture(autouse=True)
 def soon_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "BUDGET_S", 0.0)
-    monkeypatch.setattr(harness, "BLOCK_S", 1e-9)
+    monkeypatch.setattr(harness, "TURN_S", 0.0)
     monkeypatch.setattr(Work, "floor_s", lambda self: 1e-6)
     for cached in (test_train_step.exact_gradients, test_train_step.operands, test_train_step.eager_errors):
         cached.cache_clear()
@@ -85,7 +86,7 @@ def test_a_red_row_fails_its_benchmark_and_a_skipped_one_says_why() -> None:
 
 
 def test_a_test_reports_the_samples_of_its_group(benchmark: Any) -> None:
-    harness.replay(benchmark, harness.Outcome({}, [0.25, 0.5, 1.0]))
+    harness.replay(benchmark, harness.Outcome({}, [[0.25], [0.5, 1.0]]))
     if not benchmark.disabled:
         assert benchmark.stats.stats.data == [0.25, 0.5, 1.0]
 
@@ -113,3 +114,57 @@ def test_out_of_memory_is_a_reason() -> None:
     case = Case("encode", "tiny", SHAPE, {"dense": Provider(make)})
     row = GroupTimer(quick=True).outcome(case, "dense").row
     assert (row["status"], row["reason"]) == ("skipped", "out of memory: tried to allocate 64 GiB")
+
+
+def counted_calls(call: Any) -> list[float]:
+    outcome = GroupTimer(quick=True).outcome(Case("encode", "tiny", SHAPE, {"it": Provider(lambda: call)}), "it")
+    assert outcome.row["turns"] == 3
+    assert outcome.row["rounds"] == len(outcome.samples)
+    return outcome.samples
+
+
+def test_the_first_call_of_a_turn_counts_where_it_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    assert len(counted_calls(lambda: calls.append(0))) == 3
+    assert len(calls) == 1 + 3 * 2
+    monkeypatch.setattr(harness, "LONG_S", 0.0)
+    assert len(counted_calls(lambda: calls.append(0))) == 3
+    assert len(calls) == 7 + 1 + 3
+
+
+def test_what_comes_before_a_call_is_not_timed() -> None:
+    prepared = harness.Prepared(lambda: time.sleep(0.05) or 7, lambda seven: seven + 1)
+    assert prepared() == 8
+    assert max(counted_calls(prepared)) < 0.05
+
+
+def test_peak_is_that_of_the_calls() -> None:
+    case = Case("encode", "tiny", SHAPE, {"it": Provider(lambda: lambda: torch.ones(2**24).sum().item())})
+    peak = GroupTimer(quick=True).outcome(case, "it").row["peak_mib"]
+    if peak is None:
+        pytest.skip("this system does not tell the peak of a process")
+    assert peak == pytest.approx(64, abs=16)
+
+
+def test_seconds_on_a_gpu_are_between_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call has its own two events, and finds caches that were emptied before the first of them."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = len(log)
+            log.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            assert log[-1] == "synchronize"
+            return 1000.0 * (end.at - self.at)  # milliseconds
+
+    monkeypatch.setattr(harness, "DEVICE", "cuda")
+    monkeypatch.setattr(harness, "_flushed", lambda: SimpleNamespace(zero_=lambda: log.append("flush")))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+    assert harness._seconds(lambda: log.append("call"), 2) == [2.0, 2.0]
+    assert log == ["flush", "event", "call", "event"] * 2 + ["synchronize"]

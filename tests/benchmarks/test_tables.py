@@ -13,14 +13,14 @@ from benchmarks.tables import benchmarks_readme, digits, operation_section, plai
 WHOLE_STEP = """\
 ### Whole step
 
-| shape | dtype | provider | median ± IQR, ms | vs dense eager fp32 | vs dense compiled, same dtype | peak, MiB | of the floor | \
-error | match |
-| --- | --- | --- | --: | --: | --: | --: | --: | --: | --- |
-| gpt2-small-16k | fp32 | dense eager fp32 | 5,850 ± 585 | 1.0x | 0.61x | 1,680 | - | 1.50e-07 | ok |
-| gpt2-small-16k | fp32 | dense compiled fp32 | 3,570 ± 357 | 1.6x | 1.0x | 544 | - | 1.50e-07 | ok |
-| gpt2-small-16k | bf16 | dense compiled bf16 | - | - | - | - | - | - | skipped: torch.compile needs a C++ compiler |
-| gpt2-small-16k | fp32 | fused, FusedSAEAdam | 310 ± 31.0 | 19x | 11x | 111 | 64.5 % | 1.50e-07 | ok |
-| gpt2-small-16k | fp32 | sae-lens 6.54.12 | 6,200 ± 620 | 0.94x | 0.58x | 1,700 | - | 1.50e-07 | ok |
+| shape | dtype | provider | median ± IQR, ms | vs dense eager fp32 | vs dense compiled, same dtype | peak, MiB | GB/s | \
+of the floor | error | match |
+| --- | --- | --- | --: | --: | --: | --: | --: | --: | --: | --- |
+| gpt2-small-16k | fp32 | dense eager fp32 | 5,850 ± 585 | 1.0x | 0.61x | 1,680 | - | - | 1.50e-07 | ok |
+| gpt2-small-16k | fp32 | dense compiled fp32 | 3,570 ± 357 | 1.6x | 1.0x | 544 | - | - | 1.50e-07 | ok |
+| gpt2-small-16k | bf16 | dense compiled bf16 | - | - | - | - | - | - | - | skipped: torch.compile needs a C++ compiler |
+| gpt2-small-16k | fp32 | fused, FusedSAEAdam | 310 ± 31.0 | 19x | 11x | 111 | 4.00 | 64.5 % | 1.50e-07 | ok |
+| gpt2-small-16k | fp32 | sae-lens 6.54.12 | 6,200 ± 620 | 0.94x | 0.58x | 1,700 | - | - | 1.50e-07 | ok |
 
 ![whole step: medians by provider](plots/AMD-EPYC-AVX512-bf16-units-2-threads_whole-step.svg)
 """
@@ -224,3 +224,31 @@ def test_names_with_several_sizes_carry_them(bench: Any, content: dict[str, Any]
     table = operation_section(newest_of_each_machine(bench.folder / "results")[0], "encode")
     assert "| small (cut): 64 tokens, d_in 512, d_sae 4,096, L0 32 |" in table
     assert "| small: 128 tokens, d_in 768, d_sae 16,384, L0 78 |" in table
+
+
+def test_two_runs_of_one_commit(bench: Any, content: dict[str, Any], make_row: Any) -> None:
+    """The first median is 10 ms off at an IQR of 20, the second 35; the ratio is 1.0 off at an IQR of 0.5."""
+    eager = make_row("whole step", "dense eager fp32", 200, speedup=1.0)
+    rows = [eager, make_row("whole step", "fused fp32", 100, speedup=2.0, speedup_iqr=0.5)]
+    content["results"] = rows
+    bench.add(content, "first.json")
+    again = [{**eager, "median_s": 0.21}, {**rows[1], "median_s": 0.135, "speedup": 3.0}]
+    bench.add({**content, "results": again, "finished": "2026-11-23T18:00:00Z"}, "second.json")
+    (found,) = newest_of_each_machine(bench.folder / "results")
+    section = benchmarks_readme([found]).partition("### Two runs")[2]
+    assert "[first.json](results/first.json)" in section
+    assert "| whole step | 2 | 1 of 2 | 20 % | 0 of 1 | 50 % |" in section
+    assert "| all | 2 | 1 of 2 | 20 % | 0 of 1 | 50 % |" in section
+
+
+def test_runs_of_two_commits_are_not_compared(bench: Any, content: dict[str, Any]) -> None:
+    bench.add({**content, "commit": "other"}, "first.json")
+    bench.add({**content, "finished": "2026-11-23T18:00:00Z"}, "second.json")
+    assert "Two runs" not in benchmarks_readme(newest_of_each_machine(bench.folder / "results"))
+
+
+def test_clocks_of_the_groups(bench: Any, content: dict[str, Any]) -> None:
+    content["machine"]["clock_mhz"] = 1500
+    content["results"][0]["clock_mhz"], content["results"][1]["clock_mhz"] = 1600.2, 1980
+    bench.add(content)
+    assert "1,600 to 1,980 MHz" in benchmarks_readme(newest_of_each_machine(bench.folder / "results"))
