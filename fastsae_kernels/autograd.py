@@ -123,6 +123,7 @@ class Encode(torch.autograd.Function):
         acts = list_entries(x, W_enc, b_enc, threshold, spec, rescore)
         # detached, or values -> grad_fn -> ctx -> values would live until the garbage collector comes by
         ctx.acts, ctx.bandwidth = replace(acts, values=acts.values.detach()), spec.bandwidth
+        ctx.bias_dtype = b_enc.dtype
         ctx.save_for_backward(x, W_enc, threshold)
         return acts.values, acts
 
@@ -130,8 +131,10 @@ class Encode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor, _: Any) -> tuple[Any, ...]:
         x, W_enc, threshold = ctx.saved_tensors
-        needs_x = ctx.needs_input_grad[0]
-        return (*encode_gradients(ctx.acts, x, W_enc, threshold, ctx.bandwidth, grad_values, needs_x), None, None)
+        grad_x, grad_W_enc, grad_b_enc, grad_threshold = encode_gradients(
+            ctx.acts, x, W_enc, threshold, ctx.bandwidth, grad_values, ctx.needs_input_grad[0]
+        )
+        return grad_x, grad_W_enc, grad_b_enc.to(ctx.bias_dtype), grad_threshold, None, None
 
 
 def list_entries(
@@ -175,7 +178,7 @@ def encode_gradients(
     grad_values: Tensor,
     needs_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """Gradients of `encode` for x (on demand), `W_enc`, `b_enc` and `threshold` (with a bandwidth)."""
+    """Gradients of `encode` for x (on demand), `W_enc`, `b_enc` (in at least fp32) and `threshold` (with a bandwidth)."""
     grad_hidden_pre = grad_values * (acts.values > 0)
     grad_x, grad_W_enc, grad_b_enc = _sparse_backend(x).encode_backward(acts, x, W_enc, grad_hidden_pre, needs_x)
     grad_threshold = None
@@ -187,7 +190,7 @@ def encode_gradients(
         grad_threshold = torch.zeros_like(threshold)
         grad_threshold.index_add_(0, acts.indices.long(), -estimate.to(threshold.dtype) / bandwidth)
     grad_x = None if grad_x is None else grad_x.to(x.dtype)
-    return grad_x, grad_W_enc.to(W_enc.dtype), grad_b_enc.to(W_enc.dtype), grad_threshold
+    return grad_x, grad_W_enc.to(W_enc.dtype), grad_b_enc, grad_threshold
 
 
 class Decode(torch.autograd.Function):
@@ -196,7 +199,7 @@ class Decode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         _, W_dec, b_dec, acts = inputs
-        ctx.acts, ctx.has_bias = acts, b_dec is not None
+        ctx.acts, ctx.bias_dtype = acts, None if b_dec is None else b_dec.dtype
         ctx.save_for_backward(W_dec)
         return decode_entries(acts, W_dec, b_dec)
 
@@ -205,7 +208,7 @@ class Decode(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         (W_dec,) = ctx.saved_tensors
         grad_values, grad_W_dec = decode_gradients(ctx.acts, W_dec, grad_out)
-        return grad_values, grad_W_dec, grad_out.sum(0) if ctx.has_bias else None, None
+        return grad_values, grad_W_dec, grad_out.sum(0, dtype=ctx.bias_dtype) if ctx.bias_dtype else None, None
 
 
 def decode_entries(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:

@@ -17,9 +17,11 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], meani
         raise ValueError(f"{name}: expected {meaning}, got shape {tuple(tensor.shape)}")
 
 
-def _check_like(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name}: expected {dtype} as the input x, got {tensor.dtype}")
+def _check_like(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, wider: bool = False) -> None:
+    wide = torch.promote_types(dtype, torch.float32)
+    if tensor.dtype != dtype and not (wider and tensor.dtype == wide):
+        expected = f"{dtype} as the input x" + (f", or {wide}" if wider and wide != dtype else "")
+        raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name}: expected device {device} as the input x, got {tensor.device}")
 
@@ -37,7 +39,7 @@ def check_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: 
     _check_shape("b_enc", b_enc, (d_sae,), f"shape [d_sae] = ({d_sae},)")
     _check_shape("threshold", threshold, (d_sae,), f"shape [d_sae] = ({d_sae},)")
     _check_like("W_enc", W_enc, x.dtype, x.device)
-    _check_like("b_enc", b_enc, x.dtype, x.device)
+    _check_like("b_enc", b_enc, x.dtype, x.device, wider=True)
     wide = torch.promote_types(x.dtype, torch.float32)
     if threshold.dtype != wide:
         raise TypeError(f"threshold: expected {wide} whatever the other dtypes, got {threshold.dtype}")
@@ -81,4 +83,4 @@ def check_decode(d_sae: int, dtype: torch.dtype, device: torch.device, W_dec: Te
     _check_like("W_dec", W_dec, dtype, device)
     if b_dec is not None:
         _check_shape("b_dec", b_dec, (W_dec.shape[1],), f"shape [d_out] = ({W_dec.shape[1]},)")
-        _check_like("b_dec", b_dec, dtype, device)
+        _check_like("b_dec", b_dec, dtype, device, wider=True)

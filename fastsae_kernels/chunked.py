@@ -121,7 +121,7 @@ def autoencode_backward(
         b_enc=torch.zeros_like(b_enc, dtype=wide),
         threshold=torch.zeros_like(threshold),
         W_dec=torch.empty_like(W_dec, memory_format=torch.contiguous_format) if needs.W_dec else None,
-        b_dec=grad_out.sum(0) if row_scale is None else weighted_sum(row_scale, grad_out),
+        b_dec=weighted_sum(row_scale, grad_out),
         feature_scale=None if feature_scale is None else torch.zeros_like(feature_scale, dtype=wide),
     )
     # each part of a sum over tokens is rounded to the dtype of the products, so that only fp32 and wider ones may be cut

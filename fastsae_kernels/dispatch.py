@@ -14,11 +14,11 @@ from torch import Tensor
 
 Backend = Literal["cpu", "triton", "dense"]
 
-# Share of entries above which a gather costs more than the product that it replaces. CPU: on one Zen 5 core at d_in 512,
-# d_sae 8192 the two paths cross between 0.2 and 0.3 with bf16 units and between 0.1 and 0.2 without; on two cores of an AMD
-# CPU, whose dense products are oneDNN's, near 0.16. CUDA: bandwidth over arithmetic rate of an H200 with gathers half from
-# L2, not yet measured.
-MAX_DENSITY = {"cpu": 0.1, "cuda": 0.006}
+# Share of entries above which a gather costs more than the product that it replaces. CPU: forward and backward, forced to
+# either path on one thread of a Zen 5 with bf16 units, take as long at 0.16 in fp32 and at 0.11 in bf16 (d_in 768, d_sae
+# 16384, 512 tokens; 512, 4096 and 256 tokens alike); other CPUs 0.1 to 0.3. CUDA: bandwidth over arithmetic rate of an H200
+# with gathers half from L2, not yet measured.
+MAX_DENSITY = {"cpu": 0.125, "cuda": 0.006}
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

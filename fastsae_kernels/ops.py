@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels import graph
-from fastsae_kernels.autograd import Autoencode, Decode, Encode, list_entries
+from fastsae_kernels.autograd import Autoencode, Decode, Encode, decode_entries, list_entries
 from fastsae_kernels.checks import check_decode, check_encode, check_feature_scale, check_target
 from fastsae_kernels.dispatch import ActivityHint
 from fastsae_kernels.gradients import AutoencodeOutput
@@ -23,18 +23,22 @@ from fastsae_kernels.spec import AutoencodeSpec, Precision
 from fastsae_kernels.weight_gradients import WeightGradients
 
 
-def _autocast(name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in autocast's dtype where it is on, as a linear layer would take them; thresholds are never cast.
+def _autocast(name: str, factors: tuple[Tensor, ...], biases: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """All tensors; where autocast is on those of products in its dtype, as matrix products take them.
+
+    Biases join sums in fp32, so they and their gradients are not rounded. Thresholds are never cast.
 
     Raises:
         ValueError: The first, of the given name, has a device without autocast, such as meta.
     """
-    device_type = tensors[0].device.type
+    device_type = factors[0].device.type
     if not torch.amp.is_autocast_available(device_type):
         raise ValueError(f"{name}: expected a tensor of a CPU or a GPU, got device {device_type}")
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(device_type)) for tensor in tensors)
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        factors = tuple(tensor.to(dtype) for tensor in factors)
+        biases = tuple(bias if bias.dtype == dtype else bias.to(torch.float32) for bias in biases)
+    return *factors, *biases
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
@@ -98,7 +102,7 @@ def autoencode(
     Args:
         x: `[..., d_in]`, fp32, bf16, fp16 or fp64.
         W_enc: `[d_in, d_sae]`, any strides; fastest stored feature-major.
-        b_enc: `[d_sae]`.
+        b_enc: `[d_sae]`, in the dtype of x or, beside 16 bits, in fp32; so `b_dec` too.
         threshold: `[d_sae]` fp32 (or fp64), >= 0, in activation units.
         W_dec: `[d_sae, d_out]`.
         b_dec: `[d_out]`.
@@ -115,19 +119,19 @@ def autoencode(
         ran and on a GPU.
 
     Raises:
-        ValueError: Shapes disagree, `k` exceeds `d_sae`, NaN or Inf meets `k`, or, in a compiled graph with `k`, more than a
-            tenth of the features lie in the window.
+        ValueError: Shapes disagree, `k` exceeds `d_sae`, NaN or Inf meets `k`, or, in a compiled graph with `k`, more than an
+            eighth of the features lie in the window.
         TypeError: Mixed or unsupported dtypes.
 
     Numerics:
         Products run in the dtype of the arguments, under `torch.autocast` in its dtype, and accumulate in fp32; gates
-        compare in fp32; gradients are returned in each parameter's dtype. On a CPU the result is
-        deterministic. Gradients of `threshold` are straight-through estimates.
+        compare in fp32; gradients are returned in each parameter's dtype. Autocast rounds neither biases nor their
+        gradients. On a CPU the result is deterministic. Gradients of `threshold` are straight-through estimates.
 
     Source:
         Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
-    x, W_enc, b_enc, W_dec, b_dec = _autocast("x", x, W_enc, b_enc, W_dec, b_dec)
+    x, W_enc, W_dec, b_enc, b_dec = _autocast("x", (x, W_enc, W_dec), (b_enc, b_dec))
     check_encode(x, W_enc, b_enc, threshold, spec.k)
     check_decode(W_enc.shape[1], x.dtype, x.device, W_dec, b_dec)
     check_feature_scale(feature_scale, threshold)
@@ -174,7 +178,7 @@ def encode(
     Args:
         x: `[N, d_in]`, fp32, bf16, fp16 or fp64.
         W_enc: `[d_in, d_sae]`, any strides; fastest stored feature-major.
-        b_enc: `[d_sae]`.
+        b_enc: `[d_sae]`, in the dtype of x or, beside 16 bits, in fp32.
         threshold: `[d_sae]` fp32 (or fp64), >= 0.
         bandwidth: Width of the window, in activation units; 0 lists active entries only.
         k: Keep at most this many active features of a token, ties to the lower index; None keeps all.
@@ -197,7 +201,7 @@ def encode(
         Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
     spec = AutoencodeSpec(bandwidth, k, batch_topk, precision=precision, fp8=fp8)
-    x, W_enc, b_enc = _autocast("x", x, W_enc, b_enc)
+    x, W_enc, b_enc = _autocast("x", (x, W_enc), (b_enc,))
     check_encode(x, W_enc, b_enc, threshold, k)
     if x.dim() != 2:
         raise ValueError(f"x: expected two dimensions [n_tokens, d_in], got shape {tuple(x.shape)}")
@@ -222,7 +226,8 @@ def decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tens
     Args:
         acts: From `encode`, or built by hand.
         W_dec: `[d_sae, d_out]`.
-        b_dec: `[d_out]` or None (a partial sum over a shard of features adds it once elsewhere).
+        b_dec: `[d_out]`, in the dtype of `W_dec` or fp32, or None (a partial sum over a shard of features adds it once
+            elsewhere).
 
     Raises:
         ValueError: Shapes disagree.
@@ -231,13 +236,15 @@ def decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tens
     Numerics:
         Accumulates in fp32, returns the dtype of `W_dec`; deterministic.
     """
-    W_dec, *bias = _autocast("W_dec", W_dec, *([] if b_dec is None else [b_dec]))
+    W_dec, *bias = _autocast("W_dec", (W_dec,), () if b_dec is None else (b_dec,))
     b_dec = bias[0] if bias else None
     check_decode(acts.shape[1], W_dec.dtype, acts.device, W_dec, b_dec)
     out: Tensor
     if torch.compiler.is_compiling():
         counts = acts.row_offsets.diff() if acts.row_counts is None else acts.row_counts
         out = torch.ops.fastsae.decode(acts.values, acts.indices, acts.row_offsets, counts, W_dec, b_dec)
+    elif not torch.is_grad_enabled():
+        out = decode_entries(acts, W_dec, b_dec)
     else:
         out = Decode.apply(acts.values, W_dec, b_dec, replace(acts, values=acts.values.detach()))
     return out

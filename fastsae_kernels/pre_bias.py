@@ -17,13 +17,15 @@ class _PreBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pre_bias: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
         ctx.save_for_backward(W_enc)
+        ctx.dtype = pre_bias.dtype
         return b_enc.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor]:
         (W_enc,) = ctx.saved_tensors
-        return -weighted_sum(grad, W_enc.t()) if ctx.needs_input_grad[0] else None, None, grad
+        grad_pre_bias = -weighted_sum(grad, W_enc.t()).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return grad_pre_bias, None, grad
 
 
 def subtract_pre_bias(x: Tensor, pre_bias: Tensor, W_enc: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor]:

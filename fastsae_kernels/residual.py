@@ -10,8 +10,8 @@ WIDENED_ROWS = 1024
 BLOCK_ELEMENTS = 2**18  # of rows that are subtracted together: on a CPU they are still in cache when they are squared
 
 
-def subtract_target(sae_out: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """`sae_out - target` in the memory of `sae_out`, and its squared norms `[N]` in at least fp32.
+def subtract_target(sae_out: Tensor, target: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`sae_out + bias - target` in the memory of `sae_out`, and its squared norms `[N]` in at least fp32.
 
     The difference is formed in at least fp32, and squared before it is rounded to the dtype of `sae_out`.
     """
@@ -21,7 +21,10 @@ def subtract_target(sae_out: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     for rows, of_target, squares in zip(
         sae_out.split(size), target.split(size), squared_error.split(size), strict=True
     ):
-        difference = rows.to(wide).sub_(of_target)  # `rows` itself where that is wide
+        difference = rows.to(wide)  # `rows` itself where that is wide
+        if bias is not None:
+            difference += bias
+        difference -= of_target
         torch.linalg.vecdot(difference, difference, out=squares)
         rows.copy_(difference)
     return sae_out, squared_error
@@ -53,14 +56,17 @@ def scaled(rows: Tensor, row_scale: Tensor | None) -> Tensor:
     return rows if row_scale is None else (rows * row_scale[:, None]).to(rows.dtype)
 
 
-def weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
-    """`weights @ rows` in the dtype of `rows`, in blocks: one product would sum thousands of terms in a row and lose a digit."""
+def weighted_sum(weights: Tensor | None, rows: Tensor) -> Tensor:
+    """`weights @ rows` in at least fp32, None for ones; in blocks: one product would sum thousands of terms and lose a digit."""
+    if weights is None:
+        return rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
     if (
         rows.element_size() == 2
     ):  # widened some at a time: weights that are all the same would be rounded all the same way
         blocks = zip(weights.split(WIDENED_ROWS), rows.split(WIDENED_ROWS), strict=True)
-        return torch.stack([weighted_sum(w.float(), r.float()) for w, r in blocks]).sum(0).to(rows.dtype)
+        return torch.stack([weighted_sum(w.float(), r.float()) for w, r in blocks]).sum(0)
     weights, whole = weights.to(rows.dtype), len(rows) // SUMMED_ROWS * SUMMED_ROWS
-    products = weights[:whole].view(-1, 1, SUMMED_ROWS) @ rows[:whole].unflatten(0, (-1, SUMMED_ROWS))
-    rest = weights[whole:] @ rows[whole:]
+    with torch.autocast(rows.device.type, enabled=False):  # a backward may run under it, and a compiled one does
+        products = weights[:whole].view(-1, 1, SUMMED_ROWS) @ rows[:whole].unflatten(0, (-1, SUMMED_ROWS))
+        rest = weights[whole:] @ rows[whole:]
     return torch.cat([products.squeeze(1), rest[None]]).sum(0, dtype=torch.float64).to(rows.dtype)

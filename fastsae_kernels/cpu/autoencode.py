@@ -50,9 +50,11 @@ def autoencode_forward(
     )
     if acts is None:
         return None
-    sae_out, squared_error = decode(acts, W_dec, b_dec), None
+    # a wider bias joins the residual, which is rounded once: the reconstruction itself would be rounded with it before
+    late_bias = b_dec if target is not None and b_dec.dtype != W_dec.dtype else None
+    sae_out, squared_error = decode(acts, W_dec, b_dec if late_bias is None else None), None
     if target is not None:
-        sae_out, squared_error = subtract_target(sae_out, target)
+        sae_out, squared_error = subtract_target(sae_out, target, late_bias)
     values = acts.values
     active = values > 0
     l0 = count_segments(active, acts.row_offsets)
@@ -121,6 +123,6 @@ def autoencode_backward(
         b_enc=sum_segments(grad_hidden_pre, offsets),
         threshold=torch.zeros_like(threshold) if grad_theta is None else sum_segments(grad_theta, offsets),
         W_dec=weight_gradient(entries, decoded, grad_out) if needs.W_dec else None,
-        b_dec=grad_out.sum(0) if row_scale is None else weighted_sum(row_scale, grad_out),
+        b_dec=weighted_sum(row_scale, grad_out),
         feature_scale=grad_scale,
     )

@@ -20,6 +20,7 @@ from fastsae_kernels.cpu.topk import encode_topk
 from fastsae_kernels.sparse_acts import SparseActs
 
 MIN_BLOCK_TOKENS = 256  # of a product that has all features; fewer read the weights too often
+SAMPLE = (32, 128)  # tokens and features, whose product takes no time beside the rest
 
 
 def chunk_size(n_tokens: int, d_sae: int) -> int:
@@ -59,11 +60,12 @@ def encode(
     wide = torch.promote_types(x.dtype, torch.float32)
     threshold = threshold.to(wide)
     rescore = rescore and x.element_size() == 2
+    if max_entries is not None and _is_dense(x, W_enc, b_enc, threshold - bandwidth / 2, max_entries):
+        return None
     if n_tokens * d_sae <= MAX_ELEMENTS and (n_tokens == 0 or not rescore):
         return encode_small(
             x, W_enc, b_enc, threshold, bandwidth=bandwidth, k=k, batch_topk=batch_topk, max_entries=max_entries
         )
-    b_enc = b_enc.to(wide)
     if not torch.isfinite(b_enc).all():  # joins the comparisons, not the products: NaN would pass for inactive
         return None
     if k is not None and bandwidth == 0 and not batch_topk:
@@ -82,6 +84,16 @@ def encode(
     return _encode_threshold(x, W_enc, b_enc, threshold, bandwidth, k, rescore, max_entries)
 
 
+def _is_dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, lower: Tensor, max_entries: int) -> bool:
+    """Whether a sample lets expect more entries than that: to list most of them before giving up would be in vain."""
+    every_token, every_feature = (
+        max(1, total // size) for total, size in zip((len(x), len(lower)), SAMPLE, strict=True)
+    )
+    hidden_pre = x[::every_token] @ W_enc[:, ::every_feature] + b_enc[::every_feature]
+    is_listed = hidden_pre > lower[::every_feature]
+    return bool(is_listed.sum() * (len(x) * len(lower)) > max_entries * is_listed.numel())
+
+
 def _encode_threshold(
     x: Tensor,
     W_enc: Tensor,
@@ -98,9 +110,7 @@ def _encode_threshold(
     entries = Entries(n_tokens, d_sae) if k is None else RowTopK(n_tokens, d_sae, k)
     for start in range(0, d_sae, size):
         stop = min(start + size, d_sae)
-        # a chunk four times as dense as the limit: activity is dense, or this chunk is odd and the dense path exact too
-        limit = None if max_entries is None else int(max_entries * min(1.0, 4 * (stop - start) / d_sae))
-        candidates = chunks.candidates(start, stop, threshold[start:stop] - bandwidth / 2, limit)
+        candidates = chunks.candidates(start, stop, threshold[start:stop] - bandwidth / 2)
         if candidates is None:
             return None
         features, tokens, hidden_pre = candidates

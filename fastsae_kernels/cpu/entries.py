@@ -27,13 +27,18 @@ def largest_of_rows(rows: np.ndarray, values: np.ndarray, row_offsets: np.ndarra
     """
     counts = np.diff(row_offsets)
     longest = int(counts.max(initial=0))
+    keep: np.ndarray
     if longest <= k:
         return None
+    if counts.size == 1:
+        keep = np.zeros(values.size, dtype=np.bool_)
+        keep[np.argsort(-values, kind="stable")[:k]] = True
+        return keep
     padded = np.full((counts.size, longest), -np.inf, dtype=values.dtype)
     at = np.arange(rows.size) + (np.arange(counts.size) * longest - row_offsets[:-1]).take(rows)
     padded.reshape(-1)[at] = values
     kth = np.partition(padded, longest - k, axis=1)[:, longest - k]
-    keep: np.ndarray = values >= kth.take(rows)
+    keep = values >= kth.take(rows)
     if np.count_nonzero(keep) > np.minimum(counts, k).sum():
         above, tied = padded > kth[:, None], padded == kth[:, None]
         kept = above | (tied & (tied.cumsum(1) <= k - above.sum(1, keepdims=True)))

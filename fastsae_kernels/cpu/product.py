@@ -14,6 +14,8 @@ small: at d_in = 768 it is 0.1 standard deviations of random pre-activations, a 
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ NUMPY_THREADS = 4  # one thread of NumPy, whose loops are vectorised where PyTor
 ROUNDED_TOKENS = 512  # whose rounding errors are looked at together
 
 
+@cache
 def has_fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX)."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -66,7 +69,8 @@ def nonzero_flat(mask: Tensor) -> Tensor:
 def padded_mask(n_elements: int) -> Tensor:
     """A bool buffer for `nonzero_flat` that holds `n_elements`, False beyond them."""
     mask = torch.empty(-(-n_elements // WORD) * WORD, dtype=torch.bool)
-    mask[n_elements:] = False
+    if n_elements < mask.numel():
+        mask[n_elements:] = False
     return mask
 
 
@@ -145,13 +149,13 @@ class Product:
     Args:
         x: `[N, d_in]`.
         weights: `[d_sae, d_in]`.
-        b_enc: `[d_sae]` in at least fp32.
+        b_enc: `[d_sae]`.
         size: Features of the largest chunk.
         rescore: Score candidates of 16-bit operands again in fp32; fp32 operands are exact in any case.
     """
 
     def __init__(self, x: Tensor, weights: Tensor, b_enc: Tensor, size: int, rescore: bool = False) -> None:
-        self.x, self.weights, self.b_enc = x, weights, b_enc
+        self.x, self.weights, self.b_enc = x, weights, b_enc.to(torch.promote_types(x.dtype, torch.float32))
         self.n_tokens, self.x_t = x.shape[0], x.t()
         self.x_norms = row_norms(x)
         self.x_norm = self.x_norms.max() if self.n_tokens else self.x_norms.new_zeros(())
@@ -161,18 +165,15 @@ class Product:
         self.mask = padded_mask(size * self.n_tokens)
         self.buffer = torch.empty(size * self.n_tokens, dtype=torch.bfloat16 if rounded else x.dtype)
 
-    def candidates(
-        self, start: int, stop: int, lower: Tensor, limit: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+    def candidates(self, start: int, stop: int, lower: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """`(features, tokens, hidden_pre)`, each `[n]`, of one chunk, by feature then token; none is below `lower` by much.
 
         Args:
             start, stop: Features of the chunk.
             lower: `[C]`: elements that lie certainly below it are left out.
-            limit: How many candidates are too many.
 
         Returns:
-            None where there are more than `limit`, or where a product is NaN or Inf.
+            None where a product is NaN or Inf.
         """
         n_features = stop - start
         weights, offset = self.weights[start:stop], self.b_enc[start:stop] - lower
@@ -207,8 +208,6 @@ class Product:
                 torch.gt(buffer, floor, out=view)
             else:
                 mark_greater(buffer, floor, view)
-        if limit is not None and np.count_nonzero(mask.numpy()) > limit:
-            return None  # before their indices, 16 bytes each, are written out
         flat = nonzero_flat(mask).numpy()  # for what follows NumPy takes half the time
         rows = flat // self.n_tokens
         tokens = torch.from_numpy((flat - rows * self.n_tokens).astype(np.int32))

@@ -28,6 +28,7 @@ MIN_ROUGH_TOKENS = 8  # fewer multiplications per weight do not pay for the weig
 MIN_ROUGH_WORK = 2**24  # multiply-adds, likewise for the second score
 MAX_RESCORED = 1 / 32  # of the elements; scoring more takes longer than the other product
 MIN_GROUPS = 128  # whose maxima bound the k-th largest from below
+MIN_ELEMENTS = 2**15  # for ways that save work on each; with fewer the calls are what takes time
 
 
 class _Cut(NamedTuple):
@@ -62,16 +63,18 @@ def encode_small(
         if marks is not None and count <= MAX_RESCORED * rough.numel():
             rows, columns = _places(nonzero_flat(marks).numpy(), shape)
             return _entries(rows, columns, _scores(rows, columns, x, W_enc, b_enc), threshold, bandwidth, cut, shape)
-    product = _product(x, W_enc, b_enc.to(x.dtype))
+    product = _product(x, W_enc, b_enc)
+    if product.dtype != torch.bfloat16 or bandwidth > 0 or product.numel() < MIN_ELEMENTS:
+        product = product.to(threshold.dtype)
     marks = _candidates(product, threshold, None, bandwidth, cut)
     if marks is None or (max_entries is not None and np.count_nonzero(marks.numpy()) > max_entries):
         return None
-    listed = nonzero_flat(marks).numpy()
+    listed = nonzero_flat(marks)
     if k is not None and cut is None:
         keep = topk_keep(product * (product > threshold), k)
-        listed = listed[keep.view(-1).numpy().take(listed)]
-    values = product.view(-1).index_select(0, torch.from_numpy(listed)).to(threshold.dtype).numpy()
-    return _entries(*_places(listed, shape), values, threshold, bandwidth, cut, shape)
+        listed = listed[keep.view(-1)[listed]]
+    values = product.view(-1).index_select(0, listed).to(threshold.dtype).numpy()
+    return _entries(*_places(listed.numpy(), shape), values, threshold, bandwidth, cut, shape)
 
 
 def _suits_onednn(x: Tensor, W_enc: Tensor) -> bool:
@@ -85,8 +88,10 @@ def _is_rough_faster(x: Tensor, W_enc: Tensor) -> bool:
     return has_slow_mkl() and sums_in_fp32() and _suits_onednn(x, W_enc)
 
 
-def _product(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
-    """Pre-activations `[N, S]`, in 16 bits those of a linear layer bit for bit."""
+def _product(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
+    """Pre-activations `[N, S]`, in 16 bits those of a linear layer bit for bit, in the bias's dtype where that is wider."""
+    if b_enc is not None and b_enc.dtype != x.dtype:
+        return _product(x, W_enc, None).to(b_enc.dtype).add_(b_enc)
     if _suits_onednn(x, W_enc):
         if (
             x.dtype == torch.bfloat16 and has_fast_bf16()
@@ -116,46 +121,39 @@ def _candidates(
     # a sum beyond the largest number is looked at again
     if not math.isfinite(product.sum()) and not bool(product.isfinite().all()):
         return None
-    widest = 0.0 if margin is None else float(margin.max())
-    if cut is not None and not threshold.any():  # of a plain TopK: an inactive element is simply not positive
-        (array,), lower = _in_order(product), np.asarray(-widest)
-        acts = array
+    theta = threshold.numpy()
+    if product.dtype == torch.bfloat16:
+        array, lower = product.view(torch.int16).numpy(), _bits_of_gates(theta)
+        certain = lower
+    elif margin is None and bandwidth == 0:
+        array, lower = product.numpy(), np.maximum(theta, 0)
+        certain = lower
     else:
-        theta = threshold.numpy()
         numbers = torch.finfo(product.dtype)
         slack = (theta + bandwidth + numbers.smallest_normal) * (2 * numbers.eps)  # for the rounding of what follows
         if margin is not None:
             slack = slack + margin.numpy()
-        lower = theta - bandwidth / 2 - slack
-        if margin is None and bandwidth == 0:  # what is active is positive
-            lower = np.maximum(lower, 0)
-        array, lower, certain = _in_order(product, lower, theta + slack)
-        acts = array if cut is None else np.where(array > certain, array, 0)
+        array, lower, certain = product.numpy(), theta - bandwidth / 2 - slack, theta + slack
     mask = padded_mask(array.size)
     listed = mask.numpy()[: array.size].reshape(array.shape)
     if cut is None:
         np.greater(array, lower, out=listed)
     else:
+        # of a plain TopK an inactive element is simply not positive
+        acts = np.where(array > certain, array, 0) if theta.any() else array
         reach = _kth_largest_bound(acts.reshape(cut.n_rows, -1), cut.k)
         if margin is not None:
-            reach = reach - 2 * widest
+            reach = reach - 2 * float(margin.max())
         np.greater_equal(array, reach, out=listed)
         if not (reach > lower.max()).all():
             listed &= array > lower
     return mask
 
 
-def _in_order(product: Tensor, *bounds: np.ndarray) -> list[np.ndarray]:
-    """The product and its bounds as numbers that NumPy compares.
-
-    16-bit numbers that are not negative order as their bits do, and negative ones lie below them as integers too.
-    """
-    if product.element_size() > 2:
-        return [product.numpy(), *bounds]
-    if any(bound.min() < 0 for bound in bounds):
-        return [product.float().numpy(), *bounds]
-    rounded = [torch.from_numpy(bound + 0.0).to(product.dtype) for bound in bounds]  # -0.0 would lie below all
-    return [numbers.view(torch.int16).numpy() for numbers in (product, *rounded)]
+def _bits_of_gates(threshold: np.ndarray) -> np.ndarray:
+    """`[S]` int16: a bf16 exceeds its threshold, exactly, where its bits exceed these: the threshold's without the last 16."""
+    clean = np.abs(np.maximum(threshold, 0))  # negative zero, or NaN with a sign, would lie below all
+    return (clean.view(np.int32) >> 16).astype(np.int16)
 
 
 def _kth_largest_bound(acts: np.ndarray, k: int) -> np.ndarray:
@@ -166,7 +164,7 @@ def _kth_largest_bound(acts: np.ndarray, k: int) -> np.ndarray:
     """
     n_groups = max(MIN_GROUPS, 4 * k)
     per_group = acts.shape[1] // n_groups
-    if per_group > 1:
+    if per_group > 1 and acts.size >= MIN_ELEMENTS:
         grouped = torch.from_numpy(acts[:, : per_group * n_groups]).view(acts.shape[0], per_group, n_groups)
         acts = grouped.amax(1).numpy()  # unlike NumPy's maximum, over all threads
     at = acts.shape[1] - k

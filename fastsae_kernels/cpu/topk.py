@@ -52,7 +52,7 @@ def encode_topk(
         for rows in x.split(DENSE_ELEMENTS // d_sae):
             parts.append(encode_small(rows, W_enc, b_enc, threshold, bandwidth=0.0, k=k, batch_topk=False))
         return stack_rows(parts)
-    weights = W_enc.t()
+    weights, b_enc = W_enc.t(), b_enc.to(threshold.dtype)
     norms = product.row_norms(weights)
     largest = norms.max() * product.row_norms(x).max() + b_enc.abs().max() + threshold.abs().max()
     rounds = rounds and bool(largest < product.OVERFLOW)  # False for NaN too, which the plain product finds

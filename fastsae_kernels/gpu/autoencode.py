@@ -109,7 +109,7 @@ def autoencode_forward(
     Args:
         x: `[N, d_in]`; fp32, bf16 or fp16. Strides are free, here and below.
         W_enc: `[d_in, d_sae]`, dtype of x.
-        b_enc: `[d_sae]`.
+        b_enc: `[d_sae]`, dtype of x or fp32; so `b_dec` too.
         threshold: `[d_sae]` fp32, >= 0.
         W_dec: `[d_sae, d_out]`.
         b_dec: `[d_out]`.
@@ -201,6 +201,6 @@ def autoencode_backward(
     if leaves:
         grad_W_enc = grad_W_dec = None
     return AutoencodeGrads(
-        grad_x, None if grad_W_enc is None else grad_W_enc.t(), grad_b_enc, grad_threshold, grad_W_dec,
+        grad_x, None if grad_W_enc is None else grad_W_enc.t(), grad_b_enc.to(b_enc.dtype), grad_threshold, grad_W_dec,
         grad_b_dec.to(b_dec.dtype), grad_scale,
     )  # fmt: skip

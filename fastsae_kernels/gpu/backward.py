@@ -111,7 +111,7 @@ def _feature_sums_kernel(
     scale_entries_ptr,  # [nnz] fp32 or None
     # outputs
     sums_ptr,  # [S, D]: sum of weight * vector
-    weight_sums_ptr,  # [S] or None
+    weight_sums_ptr,  # [S] fp32 or None
     threshold_sums_ptr,  # [S] fp32 or None
     scale_sums_ptr,  # [S] fp32 or None
     # sizes and strides
@@ -157,7 +157,7 @@ def _feature_sums_kernel(
     tl.store(out_ptrs, acc.to(sums_ptr.dtype.element_ty), mask=mask_d)
     if pid_d == 0:
         if weight_sums_ptr is not None:
-            tl.store(weight_sums_ptr + feature, tl.sum(weight_sum, 0).to(weight_sums_ptr.dtype.element_ty))
+            tl.store(weight_sums_ptr + feature, tl.sum(weight_sum, 0))
         if threshold_sums_ptr is not None:
             tl.store(threshold_sums_ptr + feature, tl.sum(threshold_sum, 0))
         if scale_sums_ptr is not None:
@@ -290,7 +290,7 @@ class FeatureGradients(NamedTuple):
     grad_hidden_pre: Tensor  # [nnz] fp32, zero on padding
     W_enc: Tensor | None  # [S, d_in]
     W_dec: Tensor | None  # [S, d_out]
-    b_enc: Tensor  # [S]
+    b_enc: Tensor  # [S] fp32
     threshold: Tensor  # [S] fp32
     scale: Tensor | None  # [S] fp32
 
@@ -315,7 +315,7 @@ def gradients_in_passes(
         grad_hidden_pre,
         W_dec.new_empty(d_sae, x.shape[1]),
         torch.empty_like(W_dec, memory_format=torch.contiguous_format),
-        W_dec.new_empty(d_sae),
+        torch.empty_like(threshold),
         torch.empty_like(threshold),
         None if feature_scale is None else torch.empty_like(feature_scale),
     )
@@ -365,11 +365,11 @@ def encode_backward(
         needs_x: Whether to compute `grad_x`.
 
     Returns:
-        `grad_x [N, d_in]` or None, `grad_W_enc [d_in, d_sae]` (feature-major storage), `grad_b_enc [d_sae]`.
+        `grad_x [N, d_in]` or None, `grad_W_enc [d_in, d_sae]` (feature-major storage), `grad_b_enc [d_sae]` fp32.
     """
     d_in, d_sae = W_enc.shape
     grad_W_enc = torch.empty(d_sae, d_in, dtype=W_enc.dtype, device=W_enc.device)
-    grad_b_enc = torch.empty(d_sae, dtype=W_enc.dtype, device=W_enc.device)
+    grad_b_enc = torch.empty(d_sae, dtype=torch.float32, device=W_enc.device)
     feature_sums(feature_order(acts), grad_hidden_pre, x, grad_W_enc, weight_sums=grad_b_enc)
     grad_x = decode_into(acts, grad_hidden_pre, W_enc.t(), None, x.dtype) if needs_x else None
     return grad_x, grad_W_enc.t(), grad_b_enc

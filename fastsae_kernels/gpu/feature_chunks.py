@@ -65,7 +65,7 @@ def _join_chunks_kernel(
     # outputs
     grad_W_enc_ptr,  # [S, I] or None
     grad_W_dec_ptr,  # [S, O] or None
-    grad_b_enc_ptr,  # [S]
+    grad_b_enc_ptr,  # [S] fp32
     grad_threshold_ptr,  # [S] fp32
     grad_scale_ptr,  # [S] fp32 or None
     # sizes

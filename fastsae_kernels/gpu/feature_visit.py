@@ -67,7 +67,7 @@ def _feature_visit_kernel(
     grad_entries_ptr,  # [nnz] fp32
     grad_W_enc_ptr,  # [S, I] or None
     grad_W_dec_ptr,  # [S, O] or None
-    grad_b_enc_ptr,  # [S]
+    grad_b_enc_ptr,  # [S] fp32
     grad_threshold_ptr,  # [S] fp32
     grad_scale_ptr,  # [S] fp32 or None
     # outputs of chunks
@@ -215,7 +215,7 @@ def _feature_visit_kernel(
             store_row(grad_W_dec_ptr, feature, o_2, d_out, dec_2)
         if BLOCK_I2 > 0:
             store_row(grad_W_enc_ptr, feature, i_2, d_in, enc_2)
-    tl.store(grad_b_enc_ptr + feature, tl.sum(b_enc_sum, 0).to(grad_b_enc_ptr.dtype.element_ty))
+    tl.store(grad_b_enc_ptr + feature, tl.sum(b_enc_sum, 0))
     tl.store(grad_threshold_ptr + feature, tl.sum(threshold_sum, 0))
     if grad_scale_ptr is not None:
         tl.store(grad_scale_ptr + feature, tl.sum(scale_sum, 0))
@@ -258,7 +258,7 @@ def feature_gradients(
         with_weights: Whether to sum the weight gradients; otherwise x is not read.
 
     Returns:
-        Weight gradients and that of b_enc in the dtype of x.
+        Weight gradients in the dtype of x.
 
     Raises:
         ValueError: A row is longer than `MAX_DEPTH`, so that no program can hold it; `backward` takes such rows.
@@ -282,7 +282,7 @@ def feature_gradients(
         torch.zeros(nnz, dtype=torch.float32, device=device),
         make(d_sae, d_in, dtype=x.dtype) if with_weights else None,
         make(d_sae, d_out, dtype=x.dtype) if with_weights else None,
-        make(d_sae, dtype=x.dtype),
+        make(d_sae),
         make(d_sae),
         None if feature_scale is None else make(d_sae),
     )

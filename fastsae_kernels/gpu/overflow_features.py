@@ -29,7 +29,7 @@ def _overflow_features_kernel(
     # outputs, added to
     grad_W_enc_ptr,  # [S, D] contiguous
     grad_W_dec_ptr,  # [S, D_out] contiguous
-    grad_b_enc_ptr,  # [S]
+    grad_b_enc_ptr,  # [S] fp32
     grad_threshold_ptr,  # [S] fp32
     grad_scale_ptr,  # [S] fp32 or None
     # scalars and sizes
@@ -123,8 +123,7 @@ def _overflow_features_kernel(
     grad_W_dec += tl.load(dec_ptrs, mask=dec_mask, other=0.0).to(tl.float32)
     tl.store(dec_ptrs, grad_W_dec.to(grad_W_dec_ptr.dtype.element_ty), mask=dec_mask)
     if pid_o == 0:
-        grad_b_enc += tl.load(grad_b_enc_ptr + columns).to(tl.float32)
-        tl.store(grad_b_enc_ptr + columns, grad_b_enc.to(grad_b_enc_ptr.dtype.element_ty), mask=mask_s)
+        tl.store(grad_b_enc_ptr + columns, grad_b_enc + tl.load(grad_b_enc_ptr + columns), mask=mask_s)
         tl.store(grad_threshold_ptr + columns, grad_threshold + tl.load(grad_threshold_ptr + columns), mask=mask_s)
         if grad_scale_ptr is not None:
             tl.store(grad_scale_ptr + columns, grad_scale + tl.load(grad_scale_ptr + columns), mask=mask_s)
@@ -155,8 +154,7 @@ def overflow_features(
         x, W_enc, b_enc, threshold, W_dec, feature_scale, spec: As in `autoencode_forward`.
         grad_out, grad_penalty, row_scale: As in `autoencode_backward`.
         grad_W_enc: `[d_sae, d_in]`, contiguous.
-        grad_b_enc: `[d_sae]`.
-        grad_threshold: `[d_sae]` fp32.
+        grad_b_enc, grad_threshold: `[d_sae]` fp32.
         grad_W_dec: `[d_sae, d_out]`, contiguous.
         grad_scale: `[d_sae]` fp32, or None.
     """

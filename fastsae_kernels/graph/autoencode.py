@@ -59,7 +59,8 @@ def _places(x: Tensor, d_sae: int, spec: AutoencodeSpec, capacity: int) -> int:
         return 1
     if backend == "triton":
         return n_tokens * _row_places(spec, d_sae, capacity)
-    share = max(1, round(MAX_DENSITY["cpu"] * d_sae)) if forced_backend() is None else d_sae
+    # rounded up: what is sparse outside of a graph is sparse inside
+    share = int(MAX_DENSITY["cpu"] * d_sae) + 1 if forced_backend() is None else d_sae
     if spec.k is not None:
         share = min(spec.k if spec.bandwidth == 0 else spec.k + share, d_sae)
     return n_tokens * share + 1
@@ -250,7 +251,7 @@ def _given_or_empty(grads: AutoencodeGrads, inputs: tuple[Tensor | None, ...], n
         if like is not None and (grad is None or not want)
         else laid_out(grad.to(like.dtype), like)
         if like is not None and grad is not None
-        else grads.b_enc.new_empty(0)
+        else grads.threshold.new_empty(0)
         for grad, like, want in zip(grads, inputs, asked, strict=True)
     ]
 
@@ -263,10 +264,10 @@ def laid_out(grad: Tensor, like: Tensor) -> Tensor:
 
 @autoencode_backward.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    inputs, b_enc, wanted = arguments[:7], arguments[2], AutoencodeNeeds(*arguments[-1])
+    inputs, threshold, wanted = arguments[:7], arguments[3], AutoencodeNeeds(*arguments[-1])
     asked = (wanted.x, wanted.W_enc, True, True, wanted.W_dec, True, True)
     return [
-        b_enc.new_empty(0)
+        threshold.new_empty(0)
         if like is None
         else laid_out(like.new_empty(like.shape), like)
         if want

@@ -84,7 +84,7 @@ def encode_backward(
     bandwidth: float,
     grad_values: Tensor,
 ) -> list[Tensor]:
-    """Gradients of x, `W_enc`, `b_enc` and `threshold`."""
+    """Gradients of x, `W_enc`, `b_enc` (in the dtype of `threshold`) and `threshold`."""
     acts = _entries(values, indices, row_offsets, row_counts, W_enc.shape[1])
     grad_x, grad_W_enc, grad_b_enc, grad_threshold = encode_gradients(
         acts, x, W_enc, threshold, bandwidth, grad_values[: acts.values.numel()], needs_x=True
@@ -97,18 +97,20 @@ def encode_backward(
 @encode_backward.register_fake
 def _(*inputs: Any) -> list[Tensor]:
     x, W_enc, threshold = inputs[4:7]
-    b_enc = W_enc.new_empty(W_enc.shape[1])
-    return [x.new_empty(x.shape), laid_out(W_enc.new_empty(W_enc.shape), W_enc), b_enc, torch.empty_like(threshold)]
+    of_features = [torch.empty_like(threshold) for _ in range(2)]
+    return [x.new_empty(x.shape), laid_out(W_enc.new_empty(W_enc.shape), W_enc), *of_features]
 
 
 def _setup_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, W_enc, _, threshold, ctx.bandwidth, *_ = inputs
+    x, W_enc, b_enc, threshold, ctx.bandwidth, *_ = inputs
+    ctx.bias_dtype = b_enc.dtype
     ctx.save_for_backward(*output, x, W_enc, threshold)
 
 
 def _encode_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    given = torch.ops.fastsae.encode_backward(*ctx.saved_tensors, ctx.bandwidth, grads[0])
-    return (*given, *[None] * 6)
+    saved = (*ctx.saved_tensors, ctx.bandwidth, grads[0])
+    grad_x, grad_W_enc, grad_b_enc, grad_threshold = torch.ops.fastsae.encode_backward(*saved)
+    return (grad_x, grad_W_enc, grad_b_enc.to(ctx.bias_dtype), grad_threshold, *[None] * 6)
 
 
 encode.register_autograd(_encode_backward, setup_context=_setup_encode)
@@ -148,13 +150,14 @@ def _(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 def _setup_decode(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, b_dec = inputs
-    ctx.has_bias = b_dec is not None
+    ctx.bias_dtype = None if b_dec is None else b_dec.dtype
     ctx.save_for_backward(*tensors)
 
 
 def _decode_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     grad_values, grad_W_dec = torch.ops.fastsae.decode_backward(*ctx.saved_tensors, grad_out)
-    return grad_values, None, None, None, grad_W_dec, grad_out.sum(0) if ctx.has_bias else None
+    grad_b_dec = grad_out.sum(0, dtype=ctx.bias_dtype) if ctx.bias_dtype else None
+    return grad_values, None, None, None, grad_W_dec, grad_b_dec
 
 
 decode.register_autograd(_decode_backward, setup_context=_setup_decode)

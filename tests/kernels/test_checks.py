@@ -30,6 +30,10 @@ ERRORS: dict[str, tuple[dict[str, Tensor], dict[str, Any], type[Exception], str]
     "fp8 on a CPU": ({}, {"fp8": True}, ValueError, r"fp8: expected a CUDA tensor .* cpu"),
     "integers": ({"x": torch.ones(6, 7, dtype=torch.int64)}, {}, TypeError, r"x: expected one of .* got torch.int64"),
     "mixed dtypes": ({"W_enc": torch.ones(7, 20).half()}, {}, TypeError, r"W_enc: expected .*32 .* got torch.float16"),
+    "bias of a third dtype": (
+        {"x": torch.ones(6, 7).bfloat16(), "W_enc": torch.ones(7, 20).bfloat16(), "b_enc": torch.zeros(20).half()},
+        {}, TypeError, r"b_enc: expected torch.bfloat16 as the input x, or torch.float32, got torch.float16",
+    ),
     "narrow threshold": (
         {"threshold": torch.zeros(20).bfloat16()}, {}, TypeError, r"threshold: expected torch.float32 .* got torch.bfloat16",
     ),

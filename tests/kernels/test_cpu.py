@@ -11,7 +11,7 @@ import torch
 from small_products import force_product
 
 import fastsae_kernels as kernels
-from benchmarks.memory import MIB, peak_mib
+from benchmarks.memory import MIB, Peak
 from fastsae_kernels import AutoencodeSpec, chunked
 from fastsae_kernels.cpu.product import has_fast_bf16
 from fastsae_kernels.dispatch import Backend
@@ -32,10 +32,10 @@ def run(problem: problems.Problem, backend: Backend | None = None) -> problems.R
         return problems.collect(inputs, named, problem)
 
 
-@pytest.fixture(params=["rescored", "plain", "small", "small, rough"])
+@pytest.fixture(params=["rescored", "plain", "small", "small, few", "small, rough"])
 def scoring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if "small" in request.param:
-        force_product(monkeypatch, rough="rough" in request.param)
+        force_product(monkeypatch, rough="rough" in request.param, few="few" in request.param)
     """The ways to find candidates: bf16 with the margin and a second score, the plain product, one product in all
     (by oneDNN with a margin, or plain)."""
     if "small" not in request.param:
@@ -169,6 +169,17 @@ def test_path_follows_activity_and_the_numbers_do_not_change() -> None:
         problems.assert_matches(run(problem), problem)
 
 
+def test_dense_activity_is_known_from_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse = problems.make(200, 16, 2048, density=0.004)
+    arguments, limit = (sparse.x, sparse.W_enc, sparse.b_enc), 200 * 2048 // 8
+    acts = cpu_encode.encode(*arguments, sparse.threshold, max_entries=limit)
+    assert acts is not None
+    assert acts.values.numel() < limit
+    for name in ("encode_small", "_encode_threshold"):
+        monkeypatch.delattr(cpu_encode, name)  # nothing is listed in vain
+    assert cpu_encode.encode(*arguments, torch.zeros(2048), max_entries=limit) is None
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_input_is_reported_not_lost(bad: float) -> None:
     problem = problems.make()
@@ -268,8 +279,13 @@ def test_memory_of_the_dense_path(monkeypatch: pytest.MonkeyPatch) -> None:
         grads = torch.autograd.grad([output.sae_out, output.penalty], tensors, [problem.grad_out, problem.grad_penalty])
         return [*output[:4], *grads]
 
-    peaks = [peak for peak in (peak_mib(call) for _ in range(3)) if peak is not None]
-    if not peaks:
+    call()
+    peaks = []
+    for _ in range(3):
+        with Peak() as peak:
+            call()
+        peaks.append(peak.mib)
+    if None in peaks:
         pytest.skip("this system does not tell the peak of a process")
     returned = sum(tensor.numel() * tensor.element_size() for tensor in call()) / MIB
     # the lowest: how far the allocator's blocks are apart is not ours

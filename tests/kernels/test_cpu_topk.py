@@ -67,10 +67,10 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["searched, rounded", "searched", "dense blocks", "small", "small, rough"])
+@pytest.fixture(params=["searched, rounded", "searched", "dense blocks", "small", "small, few", "small, rough"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if "small" in request.param:
-        force_product(monkeypatch, rough="rough" in request.param)
+        force_product(monkeypatch, rough="rough" in request.param, few="few" in request.param)
     if "small" not in request.param:
         monkeypatch.setattr(cpu_encode, "MAX_ELEMENTS", 0)
         monkeypatch.setattr(cpu_product, "has_fast_bf16", lambda: "rounded" in request.param)
@@ -129,6 +129,24 @@ def test_other_dtypes(dtype: torch.dtype, batch_topk: bool, way: str) -> None:
     problem = CASES["many ties"]
     narrow = [tensor.to(dtype) for tensor in (problem.x, problem.W_enc, problem.b_enc)]
     assert_exact(cpu.encode(*narrow, problem.threshold, k=7, batch_topk=batch_topk), problem, 7, batch_topk, dtype)
+
+
+@pytest.mark.parametrize(("k", "batch_topk"), [(None, False), (5, False), (5, True)], ids=["all", "token", "batch"])
+def test_bf16_on_and_beside_thresholds(k: int | None, batch_topk: bool, way: str) -> None:
+    """Each product is its feature's bf16, exactly: all there are, against thresholds that equal one or lie between two."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).flip(0).to(torch.int16).view(torch.bfloat16)
+    values = values[values.isfinite() & (values.abs() > 2.0**-100)].view(1, -1)  # oneDNN flushes what is subnormal
+    at = values[0].float().abs()
+    below, above = (at.nextafter(torch.tensor(limit)) for limit in (0.0, torch.inf))
+    mixed = torch.where(torch.arange(len(at)) % 2 == 0, below, -torch.nan)
+    thresholds = [at, below, above, -0.0 * at, mixed]
+    one = torch.ones(1, 1, dtype=torch.bfloat16)
+    for threshold in thresholds:
+        acts = cpu.encode(one, values, torch.zeros_like(values[0]), threshold, k=k, batch_topk=batch_topk)
+        expected = values * (values > threshold)
+        if k is not None:
+            expected = expected * reference.topk_keep(expected.float(), k)
+        assert torch.equal(acts.to_dense(), expected.float())
 
 
 def test_k_of_all_features_keeps_what_is_positive(way: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import problems
 import pytest
 import torch
-from gpu_helpers import FEW_PROGRAMS, needs_kernels
+from gpu_helpers import DEVICE, few_programs_here, needs_kernels
 from problems import NAMES, SPECS, assert_within_budget, leaves
 from torch import Tensor
 
@@ -58,7 +58,13 @@ def run_reference(problem: problems.Problem, target: Tensor, use: str) -> Values
     return results(inputs, residual, squared_error)
 
 
-def run(problem: problems.Problem, target: Tensor, use: str, wrap: Callable = lambda function: function) -> Values:
+def run(
+    problem: problems.Problem,
+    target: Tensor,
+    use: str,
+    wrap: Callable = lambda function: function,
+    device: str = "cpu",
+) -> Values:
     inputs = [*leaves(problem), target.detach().clone().requires_grad_()]
 
     def forward(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *others: Tensor) -> tuple[Any, ...]:
@@ -68,7 +74,8 @@ def run(problem: problems.Problem, target: Tensor, use: str, wrap: Callable = la
         )
         return output.sae_out, output.squared_error, output.penalty
 
-    residual, squared_error, penalty = wrap(forward)(*inputs)
+    moved = (None if leaf is None else leaf.to(device) for leaf in inputs)
+    residual, squared_error, penalty = (output.cpu() for output in wrap(forward)(*moved))
     assert residual.dtype == problem.x.dtype
     assert squared_error.dtype == problem.threshold.dtype
     send_back(residual, squared_error, penalty, problem, use)
@@ -117,14 +124,11 @@ def test_in_a_whole_graph(density: float, use: str) -> None:
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("capacity", [64, 2], ids=["fits", "overflows"])
 def test_on_the_triton_backend(capacity: int, use: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastsae_kernels.gpu import config
-
     monkeypatch.setattr(ActivityHint, "capacity", lambda *_: capacity)
     problem = problems.make(9, 20, 43, spec=SPECS["tanh, ste to input"], density=0.2, with_scale=True)
     target = target_of(problem)
-    tables = {name: {"16": tiles, "32": tiles} for name, tiles in FEW_PROGRAMS.items()}
-    with kernels.use_backend("triton"), config.override(tables):
-        assert_matches(run(problem, target, use), problem, target, use)
+    with kernels.use_backend("triton"), few_programs_here():
+        assert_matches(run(problem, target, use, device=DEVICE), problem, target, use)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "dense"])

@@ -292,9 +292,10 @@ def test_sparse_activations_are_freed_without_the_garbage_collector() -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "dense"])
-def test_autocast_is_the_same_as_narrow_weights(backend: Backend) -> None:
+def test_autocast_is_the_same_as_narrow_weights_and_wide_biases(backend: Backend) -> None:
     sae, x = randomised(FusedJumpReLUSAE), torch.randn(30, 12)
     narrow = copy.deepcopy(sae).to(torch.bfloat16)
+    narrow.b_enc.data, narrow.b_dec.data = sae.b_enc.detach().clone(), sae.b_dec.detach().clone()
     with kernels.use_backend(backend):
         with torch.autocast("cpu", torch.bfloat16):
             output, reconstructed = sae.training_forward(x), sae(x)
