@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import problems
@@ -50,6 +51,23 @@ FEW_PROGRAMS = {
 }
 
 
+def few_programs_here() -> AbstractContextManager[None]:
+    """Those tiles in the interpreter; a GPU runs the shipped ones."""
+    from fastsae_kernels.gpu import config
+
+    if DEVICE == "cuda":
+        return nullcontext()
+    return config.override({name: {"16": tiles, "32": tiles} for name, tiles in FEW_PROGRAMS.items()})
+
+
+def on_device(tensor: Tensor) -> Tensor:
+    """The tensor on the device, its strides and offset kept: `.to` packs what has gaps or repeats, and aligns its start."""
+    if DEVICE == "cpu":
+        return tensor
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+    return storage.to(DEVICE).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 def first(problem: problems.Problem, n_tokens: int) -> problems.Problem:
     """The first tokens of a problem."""
     return replace(
@@ -69,11 +87,11 @@ def run(
     """
     from fastsae_kernels import gpu
 
-    tensors = [None if tensor is None else tensor.to(DEVICE) for tensor in problem.tensors()]
-    target, row_scale = (None if tensor is None else tensor.to(DEVICE) for tensor in (target, row_scale))
+    tensors = [None if tensor is None else on_device(tensor) for tensor in problem.tensors()]
+    target, row_scale = (None if tensor is None else on_device(tensor) for tensor in (target, row_scale))
     output, saved = gpu.autoencode_forward(*tensors, problem.spec, capacity, target)  # type: ignore[arg-type]
-    grad_out = problem.grad_out.to(DEVICE) if target is None else output.sae_out
-    grads = gpu.autoencode_backward(saved, grad_out, problem.grad_penalty.to(DEVICE), True, row_scale)
+    grad_out = on_device(problem.grad_out) if target is None else output.sae_out
+    grads = gpu.autoencode_backward(saved, grad_out, on_device(problem.grad_penalty), True, row_scale)
     names = ("sae_out", "penalty", "l0", "feature_counts", *(() if target is None else ("squared_error",)))
     named = {name: getattr(output, name) for name in names}
     assert (output.squared_error is None) == (target is None)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import problems
 import pytest
 import torch
-from gpu_helpers import DEVICE, needs_kernels
+from gpu_helpers import DEVICE, needs_kernels, on_device
 from torch import Tensor
 
 from fastsae_kernels import AutoencodeSpec, reference
@@ -66,7 +66,7 @@ def run(rival: str, p: problems.Problem, *, capacity: int | None = None, first: 
     entries = torch.full((n_tokens * capacity,), -1, device=DEVICE)
     l0 = torch.zeros(n_tokens, dtype=torch.int32, device=DEVICE)
     feature_counts = torch.zeros(d_sae, dtype=torch.int64, device=DEVICE)
-    operands = [tensor.to(DEVICE) for tensor in (p.x, p.W_enc, p.b_enc, p.threshold)]
+    operands = [on_device(tensor) for tensor in (p.x, p.W_enc, p.b_enc, p.threshold)]
     with use_rival(rival):
         list_entries(
             *operands, cursors, offsets[1:], entries, bandwidth=p.spec.bandwidth, first_feature=first,

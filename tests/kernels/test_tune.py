@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_helpers import needs_kernels
+from gpu_helpers import DEVICE, needs_kernels
 
 pytestmark = needs_kernels
 
@@ -80,7 +80,7 @@ def test_every_shipped_tile_that_can_serve_is_timed_and_the_fastest_kept(tmp_pat
 def test_measuring_leaves_the_outputs_alone() -> None:
     from fastsae_kernels.gpu import tune
 
-    call = make_call()._replace(l0=torch.zeros(9, dtype=torch.int32))
+    call = make_call()._replace(l0=torch.zeros(9, dtype=torch.int32, device=DEVICE))
     before = [call.cursors.clone(), call.entries.fill_(7).clone(), call.l0.clone()]
     tune.measure(call, stopwatch("pointer"))
     assert all(torch.equal(a, b) for a, b in zip(before, (call.cursors, call.entries, call.l0), strict=True))
