@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import math
 import os
 from pathlib import Path
@@ -27,7 +26,6 @@ class Peak:
     mib: float | None = None
 
     def __enter__(self) -> Peak:
-        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

@@ -29,9 +29,9 @@ CPU_SHAPES = {
     "pythia-70m": Shape(1024, 512, 16384, 64, is_cut=True),
     "gpt2-small x32": Shape(256, 768, 24576, 64, is_cut=True),
     "gemma-2-2b 16k": Shape(256, 2304, 16384, 64, is_cut=True),
-    "gemma-2-2b 65k": Shape(128, 2304, 65536, 64, is_cut=True),
-    "qwen2.5-7b x8": Shape(128, 3584, 28672, 64, is_cut=True),
-    "llama-3.1-8b x8": Shape(128, 4096, 32768, 64, is_cut=True),
+    "gemma-2-2b 65k": Shape(64, 2304, 65536, 64, is_cut=True),
+    "qwen2.5-7b x8": Shape(64, 3584, 28672, 64, is_cut=True),
+    "llama-3.1-8b x8": Shape(64, 4096, 32768, 64, is_cut=True),
     "1M features": Shape(32, 64, 1048576, 64, is_cut=True),
 }
 GPU_SHAPES = {
@@ -52,6 +52,14 @@ EARLY_SHAPES = {
 }
 SHAPES = CPU_SHAPES if DEVICE == "cpu" else GPU_SHAPES
 QUICK = ("demo", "demo, half active", "64 tokens", "64 tokens, half active", "one token")
+
+
+def too_large(provider: str, shape: Shape) -> str | None:
+    """Why a dense provider cannot run on any GPU, before it has tried for a minute; None where it may."""
+    gib = shape.n_tokens * shape.d_sae * 4 / 2**30
+    if DEVICE == "cpu" or not provider.startswith("dense") or gib < 32:
+        return None
+    return f"a dense tensor of {shape.n_tokens:,} tokens and {shape.d_sae:,} features takes {gib:.0f} GiB, and a step several"
 
 
 def threshold_for(shape: Shape) -> float:

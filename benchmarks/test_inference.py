@@ -9,9 +9,11 @@ import torch
 from benchmarks.dense import SPEC
 from benchmarks.floor import encode_work
 from benchmarks.harness import Call, Case, Provider, cases_and_providers
-from benchmarks.peer_providers import PEER_SHAPES, counterpart, peer_providers
-from benchmarks.shapes import SHAPES, Shape, parameters, tokens
+from benchmarks.peer_providers import counterpart, peer_providers
+from benchmarks.shapes import DEVICE, SHAPES, Shape, parameters, tokens
 from fastsae_kernels import reference
+
+INFERENCE_SHAPES = {"cpu": ("demo", "pythia-70m"), "cuda": ("gpt2-small x32", "gemma-2-2b 16k")}[DEVICE]
 
 
 def dense(shape: Shape) -> Call:
@@ -28,6 +30,6 @@ def case(shape_name: str) -> Case:
     return Case("inference", shape_name, shape, providers, work=encode_work(shape, torch.float32))
 
 
-@cases_and_providers([case(shape_name) for shape_name in PEER_SHAPES])
+@cases_and_providers([case(shape_name) for shape_name in INFERENCE_SHAPES])
 def test_inference(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
     timed(case, provider)

@@ -10,8 +10,8 @@ from benchmarks.shapes import DEVICE, Shape
 from benchmarks.test_train_step import provider
 
 N_TOKENS = {"cpu": 256, "cuda": 8192}[DEVICE]
-D_SAE = [4096, 8192, 16384, 32768, 65536, 131072]  # at L0 64
-L0 = [8, 32, 128, 512, 1024, 1536, 2048, 4096]  # of 16,384; the fused ops take the dense path from a tenth on
+D_SAE = [4096, 8192, 16384, 32768, 131072]  # at L0 64
+L0 = [8, 32, 128, 512, 1024, 1536, 3072]  # of 16,384; the fused ops take the dense path from an eighth on
 SHAPES = {
     "scaling with d_sae": {d_sae: Shape(N_TOKENS, 768, d_sae, 64) for d_sae in D_SAE},
     "scaling with L0": {l0: Shape(N_TOKENS, 768, 16384, l0) for l0 in L0},

@@ -79,6 +79,7 @@ class ActivityHint:
     """
 
     HEADROOM = 2.0  # capacity over the largest count seen
+    UNKNOWN = 256  # capacity before any: more than most SAEs have active, 2 KiB a token
     _known: ClassVar[WeakValueDictionary[int, ActivityHint]] = WeakValueDictionary()
     _keys: ClassVar[Iterator[int]] = itertools.count(1)
 
@@ -141,5 +142,5 @@ class ActivityHint:
     def capacity(self, d_sae: int) -> int:
         """Entries to reserve per row: a power of two above the largest count seen."""
         self.poll()
-        wanted = max(32, int((self.largest or 0) * self.HEADROOM))
+        wanted = self.UNKNOWN if self.largest is None else max(32, int(self.largest * self.HEADROOM))
         return min(1 << (wanted - 1).bit_length(), d_sae)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,19 +93,31 @@ def test_a_test_reports_the_samples_of_its_group(benchmark: Any) -> None:
 
 
 def test_what_does_not_fit_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is gone, with all that it keeps, before the next is made."""
     monkeypatch.setattr(harness, "memory_bytes", lambda: 1000)
-    alive: list[str] = []
+    made: list[weakref.ref[Any]] = []
 
-    def make(name: str) -> Any:
-        alive.append(name)
-        return lambda: assert_alone(name)
+    def make() -> Any:
+        assert all(earlier() is None for earlier in made)
+        weights = torch.zeros(1)
+        made.append(weakref.ref(weights))
+        return lambda: weights + 1
 
-    def assert_alone(name: str) -> None:
-        assert alive[-1] == name
+    case = Case("encode", "large", SHAPE, {name: Provider(make) for name in "abc"})
+    rows = [GroupTimer(quick=True).outcome(case, name).row for name in "abc"]
+    assert [row["rounds"] for row in rows] == [3, 3, 3]
 
-    case = Case("encode", "large", SHAPE, {name: Provider(lambda name=name: make(name)) for name in "ab"})
-    rows = [GroupTimer(quick=True).outcome(case, name).row for name in "ab"]
-    assert all(row["rounds"] == 3 for row in rows)
+
+def test_what_raises_is_red_and_the_others_have_their_times(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> None:
+        raise ValueError("no such thing\nat all")
+
+    case = Case("encode", "tiny", SHAPE, {"dense": Provider(lambda: fails), "fused": Provider(lambda: lambda: None)})
+    timer = GroupTimer(quick=True)
+    row = timer.outcome(case, "dense").row
+    assert (row["status"], row["reason"]) == ("red", "ValueError: no such thing")
+    assert "at all" in capsys.readouterr().err
+    assert timer.outcome(case, "fused").row["status"] == "ok"
 
 
 def test_out_of_memory_is_a_reason() -> None:

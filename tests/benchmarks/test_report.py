@@ -184,7 +184,7 @@ def test_plots_are_the_same_twice_and_valid(bench: Any, content: dict[str, Any])
             assert words in svg
         assert "background" not in svg
         assert "fill: #ffffff" not in svg
-    assert "dense path in tiles from L0 1,638 on" in draw(found[next(name for name in found if "scaling" in name)])
+    assert "dense path in tiles from L0 2,048 on" in draw(found[next(name for name in found if "scaling" in name)])
     assert "RED, no time" in draw(found[next(name for name in found if "forward" in name)])
 
 
