@@ -19,7 +19,7 @@ test:
 stale:  ## fails where tables and plots are not those of the committed results
 	python -m benchmarks.report --check
 
-bench:  ## every provider of every operation, then its result file, tables and plots; half an hour
+bench:  ## every provider of every operation, then its result file, tables and plots; a quarter of an hour
 	pytest benchmarks/ --results benchmarks/results
 	python -m benchmarks.report
 

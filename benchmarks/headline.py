@@ -1,4 +1,4 @@
-"""The README's block of numbers: one claim with its conditions, one table, the machine, a link to the plot."""
+"""The README's block of numbers: one claim with its conditions, one table, one plot, the machine."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def readme_block(results: list[Result], folder: str) -> str:
         return f"No result file has a whole step at {' or '.join(SHAPES)}: not measured.\n\n{more}\n"
     result, shape = headline
     steps, passes = (_rows(result, operation, shape) for operation in (STEP, PASSES))
-    plot = f"[plot]({folder}/plots/{plot_name(result, STEP)})"
+    plot = f"![{STEP}: medians by provider]({folder}/plots/{plot_name(result, STEP)})"
     source = f"[result]({folder}/results/{result.path.name})"
-    machine = f"Measured on {machine_line(result)} By `python -m benchmarks.report` from its {source}; {plot}. {more}"
-    return "\n".join([f"{_claim(result, steps)}\n", _table(steps, passes), f"{machine}\n"])
+    machine = f"Measured on {machine_line(result)} By `python -m benchmarks.report` from its {source}. {more}"
+    return "\n".join([f"{_claim(result, steps)}\n", _table(steps, passes), f"{plot}\n\n{machine}\n"])
 
 
 def _headline(results: list[Result]) -> tuple[Result, str] | None:

@@ -171,7 +171,8 @@ CASES = [
     for operation in OPERATIONS
     for shape_name in ENCODE_SHAPES
     for dtype in (DTYPES if DEVICE == "cpu" else ["bf16"])
-    if operation != "batch top-k" or "token" not in shape_name
+    # a large batch's flat torch.topk takes seconds
+    if operation != "batch top-k" or not ("token" in shape_name or shape_name == HEADLINE)
 ]
 
 

@@ -52,10 +52,11 @@ AMD EPYC (AVX512, bf16 units, 2 threads), **19x** as fast as eager dense PyTorch
 | sae-lens 6.54.12 | 6,200 ms | 20x | - | - | 1,700 | ok |
 | eai-sparsify 1.3.3 | - | - | - | - | - | RED: error 0.033 against fp64, over the limit \\| of 1e-06 |
 
+![whole step: medians by provider](benchmarks/plots/AMD-EPYC-AVX512-bf16-units-2-threads_whole-step.svg)
+
 Measured on AMD EPYC (AVX512, bf16 units, 2 threads), copies 31.2 GB/s, products 0.200 TFLOP/s in fp32 and 1.23 TFLOP/s in \
 bf16; Python 3.11.7, torch 2.13.0+cpu, Triton 3.9.0; commit abc1234, 2026-11-23, 412 s in all. By \
-`python -m benchmarks.report` from its [result](benchmarks/results/cpu.json); \
-[plot](benchmarks/plots/AMD-EPYC-AVX512-bf16-units-2-threads_whole-step.svg). All operations and shapes, and where dense \
+`python -m benchmarks.report` from its [result](benchmarks/results/cpu.json). All operations and shapes, and where dense \
 wins: [benchmarks/README.md](benchmarks/README.md). GPU: not measured.
 """
 
