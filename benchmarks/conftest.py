@@ -1,13 +1,15 @@
 """Collects a row for each provider, prints them after a run, and writes them where `--results DIR` says.
 
-The file is written anew after every benchmark, and with `--minutes M` no group begins after M minutes: a run that has to end
-tells all that it measured until then.
+Groups are measured in two sittings: all of them once before the first is reported, and again where each is reported. With
+`--quick` or `--minutes` there is the second alone, and with `--minutes M` no group begins after M minutes. The file is written
+anew after every benchmark: a run that has to end tells all that it has reported until then.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,19 @@ IMPORTANT = ("gemma-2-2b 65k", "llama-3.1-8b x32", "1M features")  # come first 
 class Run:
     """The groups of a run: which have begun, which cannot be measured, and when the last one may begin."""
 
-    def __init__(self, quick: bool, minutes: float | None, rows: list[dict[str, Any]]) -> None:
-        self.rows, self.timer = rows, GroupTimer(quick)
+    def __init__(
+        self, quick: bool, minutes: float | None, rows: list[dict[str, Any]], say: Callable[[str], None]
+    ) -> None:
+        self.rows, self.timer, self._say = rows, GroupTimer(quick), say
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.late: list[str] = []
+        self.to_begin: list[Case] = []  # in a sitting of their own, before the first is reported
         self._begun: set[str] = set()
         self._broken: dict[str, str] = {}
 
     def report(self, benchmark: Any, case: Case, provider: str) -> None:
         """Reports the time of a case's provider; measures its group at the first call."""
+        self._begin_all()
         if case.group not in self._begun and self.deadline is not None and time.monotonic() >= self.deadline:
             self.late += [case.group] if case.group not in self.late else []
             pytest.skip(NO_TIME)
@@ -49,6 +55,15 @@ class Run:
                 raise
         self._add_broken(case, provider)
         return pytest.fail(f"{case.group}: {self._broken[case.group]}")
+
+    def _begin_all(self) -> None:
+        while self.to_begin:
+            case = self.to_begin.pop(0)
+            self._say(f"first sitting, {len(self.to_begin)} to follow: {case.group}")
+            try:
+                self.timer.begin(case)
+            except Exception as error:
+                self._broken[case.group] = f"{type(error).__name__}: {error}".splitlines()[0]
 
     def _add_broken(self, case: Case, provider: str) -> None:
         if (case.group, provider) not in {(row["group"], row["provider"]) for row in self.rows}:
@@ -64,7 +79,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     rows = config.stash[ROWS] = []
-    config.stash[RUN] = Run(config.getoption("--quick"), config.getoption("--minutes"), rows)
+    config.stash[RUN] = Run(config.getoption("--quick"), config.getoption("--minutes"), rows, partial(_say, config))
     folder = config.getoption("--results")
     if folder is not None and not config.getoption("--benchmark-disable"):
         config.stash[FILE] = ResultFile(folder, config.getoption("--commit") or commit_of())
@@ -89,6 +104,20 @@ def _case(item: pytest.Item) -> Case | None:
 def _unimportance(item: pytest.Item) -> int:
     case = _case(item)
     return IMPORTANT.index(case.shape_name) if case and case.shape_name in IMPORTANT else len(IMPORTANT)
+
+
+def _say(config: pytest.Config, text: str) -> None:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.write_line(text)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    config = session.config
+    if any(config.getoption(name) for name in ("--quick", "--minutes", "--benchmark-disable", "--collect-only")):
+        return
+    cases = [_case(item) for item in session.items if "timed" in getattr(item, "fixturenames", ())]
+    config.stash[RUN].to_begin = list({case.group: case for case in cases if case is not None}.values())
 
 
 @pytest.fixture

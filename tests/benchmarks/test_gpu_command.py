@@ -79,7 +79,7 @@ def run(path: Path, chosen: str, *options: str) -> tuple[int, str, list[dict[str
 
 
 def test_a_group_that_raises_is_red_and_a_crash_loses_nothing_that_was_measured(tiny: Path) -> None:
-    status, _, rows = run(tiny, "good or broken or crash or last")
+    status, _, rows = run(tiny, "good or broken or crash or last", "--minutes", "5")
     assert status == 9
     assert [(row["shape"], row["provider"], row["status"]) for row in rows] == [
         ("good", "dense", "ok"),

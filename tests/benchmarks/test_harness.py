@@ -181,3 +181,20 @@ def test_seconds_on_a_gpu_are_between_its_events(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
     assert harness._seconds(lambda: log.append("call"), 2) == [2.0, 2.0]
     assert log == ["flush", "event", "call", "event"] * 2 + ["synchronize"]
+
+
+def test_two_sittings_are_one_outcome() -> None:
+    """The second neither compares nor warms again, and does not touch what was red."""
+    log: list[str] = []
+    providers = {
+        "it": Provider(lambda: lambda: log.append("call"), lambda: log.append("check") or (0.0, 1.0)),
+        "wrong": Provider(lambda: lambda: log.append("wrong call"), lambda: log.append("wrong") or (2.0, 1.0)),
+    }
+    case, timer = Case("encode", "tiny", SHAPE, providers), GroupTimer(quick=False)
+    timer.begin(case)
+    assert log == ["check", "call", "wrong", "call", "call"]  # a warm one, and a turn of an uncounted and a counted one
+    row = timer.outcome(case, "it").row
+    assert log[5:] == ["call"] * 4
+    assert (row["turns"], row["rounds"]) == (3, 3)
+    assert timer.outcome(case, "wrong").row["status"] == "red"
+    assert len(log) == 9
