@@ -34,9 +34,8 @@ SITTINGS = ((1, 4), (2, 5))  # likewise, where a group is measured twice
 QUICK_TURNS = (3, 3)
 TURN_S = 0.1  # of a provider's calls in a turn
 MOST_CALLS = 50  # of a turn
-WARM_CALLS = {"cpu": 1, "cuda": 3}[
-    DEVICE
-]  # compile, tune, make what is kept; on a GPU ours is dense until it has counted
+# compile, tune, make what is kept; on a GPU ours is dense until it has counted
+WARM_CALLS = {"cpu": 1, "cuda": 3}[DEVICE]
 LONG_S = 0.5  # beside this, what a cold cache costs is nothing
 FLUSHED_BYTES = 2**28  # more than any cache of a GPU
 

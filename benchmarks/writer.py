@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import floor
+from benchmarks import clock, floor
 
 ROOT = Path(__file__).parents[1]
 Content = dict[str, Any]
@@ -30,13 +30,12 @@ def machine() -> Content:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-    clocks = [float(line.split(":", 1)[1]) for line in lines if "cpu MHz" in line]
     return {
         "processor": models[0] if models else name,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_units": getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)(),
         "threads": torch.get_num_threads(),
-        "clock_mhz": round(max(clocks)) if clocks else None,
+        "clock_mhz": clock.mhz(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
         "torch": torch.__version__,

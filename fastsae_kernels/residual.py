@@ -60,9 +60,8 @@ def weighted_sum(weights: Tensor | None, rows: Tensor) -> Tensor:
     """`weights @ rows` in at least fp32, None for ones; in blocks: one product would sum thousands of terms and lose a digit."""
     if weights is None:
         return rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32))
-    if (
-        rows.element_size() == 2
-    ):  # widened some at a time: weights that are all the same would be rounded all the same way
+    # widened, some at a time: weights that are all the same would be rounded all the same way
+    if rows.element_size() == 2:
         blocks = zip(weights.split(WIDENED_ROWS), rows.split(WIDENED_ROWS), strict=True)
         return torch.stack([weighted_sum(w.float(), r.float()) for w, r in blocks]).sum(0)
     weights, whole = weights.to(rows.dtype), len(rows) // SUMMED_ROWS * SUMMED_ROWS

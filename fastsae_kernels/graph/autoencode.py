@@ -25,7 +25,7 @@ from fastsae_kernels.spec import AutoencodeSpec
 
 BY_ACTIVITY = -1  # as a capacity: a CPU looks at the activity itself
 DENSE = 0  # as a capacity: the chunked dense path
-GRAPH_CAPACITY = 256  # entries of a row where nothing is known; a row with more is exact and slower
+GRAPH_CAPACITY = ActivityHint.UNKNOWN  # a row with more entries is exact and slower
 Parameters = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]
 BITS = {4: torch.int32, 8: torch.int64}  # saved values travel as integers, which have no gradient
 

@@ -85,7 +85,7 @@ def test_a_group_that_raises_is_red_and_a_crash_loses_nothing_that_was_measured(
         ("good", "dense", "ok"),
         ("good", "fused", "ok"),
         ("broken", "dense", "red"),
-        ("broken", "fused", "red" if rows[-1]["status"] == "red" else "ok"),
+        ("broken", "fused", "ok"),
     ]
     assert rows[0]["median_s"] > 0
     assert "out of resources" in rows[2]["reason"]
