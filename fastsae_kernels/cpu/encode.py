@@ -23,11 +23,6 @@ MIN_BLOCK_TOKENS = 256  # of a product that has all features; fewer read the wei
 SAMPLE = (32, 128)  # tokens and features, whose product takes no time beside the rest
 
 
-def chunk_size(n_tokens: int, d_sae: int) -> int:
-    """Features per chunk: as many as keep the product in cache, at least 64 so that the product stays efficient."""
-    return max(64, min(d_sae, product.SCRATCH_ELEMENTS // max(1, n_tokens)))
-
-
 def encode(
     x: Tensor,
     W_enc: Tensor,
@@ -105,7 +100,7 @@ def _encode_threshold(
     max_entries: int | None,
 ) -> SparseActs | None:
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
-    size = chunk_size(n_tokens, d_sae)
+    size = product.chunk_size(n_tokens, d_sae, x.shape[1] if product.is_rounded(x) else 0)
     chunks = product.Product(x, W_enc.t(), b_enc, size, rescore)
     entries = Entries(n_tokens, d_sae) if k is None else RowTopK(n_tokens, d_sae, k)
     for start in range(0, d_sae, size):
@@ -132,7 +127,7 @@ def _encode_batch_topk(
 ) -> SparseActs | None:
     """The bound of the batch joins the thresholds, chunk by chunk; the first chunk is small, as half of it may be active."""
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
-    size = chunk_size(n_tokens, d_sae)
+    size = product.chunk_size(n_tokens, d_sae, x.shape[1] if product.is_rounded(x) else 0)
     chunks = product.Product(x, W_enc.t(), b_enc, size, rescore)
     entries = BatchTopK(n_tokens, d_sae, k * n_tokens)
     start = 0

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SCRATCH_ELEMENTS = 2**21  # of a chunk's product: 4 to 8 MB, which stays in a server core's share of L2 and L3
+SCRATCH_ELEMENTS = 2**21  # of a chunk's product or weights: 4 to 8 MB, which stay in a server core's share of L2 and L3
 RESCORE_MARGIN_COLUMNS = 4
-RESCORE_MIN_ELEMENTS = 2**14  # of a chunk's product; below, the second score costs more than the faster product saves
+MIN_ROUNDED_TOKENS = 64  # fewer multiplications per weight do not pay for rounding it
 UNDERFLOW = 2.0**-120  # added to the margin: bf16 units flush what is smaller to zero
 OVERFLOW = 2.0**120  # of a product; beyond, sums of intermediate terms may reach Inf
 WORD = 8  # bytes of mask looked at together
@@ -40,6 +40,16 @@ def has_fast_bf16() -> bool:
 def rounds(dtype: torch.dtype) -> bool:
     """Whether products of that dtype are rounded to bf16 for speed, and candidates scored again."""
     return dtype == torch.float32 and has_fast_bf16()
+
+
+def is_rounded(x: Tensor) -> bool:
+    """Whether products with these tokens are rounded."""
+    return len(x) >= MIN_ROUNDED_TOKENS and rounds(x.dtype)
+
+
+def chunk_size(n_tokens: int, d_sae: int, rounded_columns: int = 0) -> int:
+    """Features per chunk: as many as stay in cache, product and rounded weights; at least 64 for the product's sake."""
+    return max(64, min(d_sae, SCRATCH_ELEMENTS // max(1, n_tokens, rounded_columns)))
 
 
 def mark_greater(values: Tensor, bound: Tensor, marks: Tensor) -> None:
@@ -88,7 +98,7 @@ def round_up(values: Tensor) -> Tensor:
 
 
 def augmented_tokens(x: Tensor, norms: Tensor, columns: int = RESCORE_MARGIN_COLUMNS) -> Tensor:
-    """`[N, d_in + columns]` bf16: x^, then what multiplies the columns of `augmented_weights`; columns beyond are 0."""
+    """`[N, d_in + columns]` bf16: x^, then what multiplies the columns of `AugmentedWeights`; columns beyond are 0."""
     d_in = x.shape[1]
     rounded = torch.zeros(x.shape[0], d_in + columns, dtype=torch.bfloat16)
     rounded[:, :d_in] = x
@@ -105,20 +115,35 @@ def augmented_tokens(x: Tensor, norms: Tensor, columns: int = RESCORE_MARGIN_COL
     return rounded
 
 
-def augmented_weights(
-    weights: Tensor, norms: Tensor, offset: Tensor, slack: Tensor, columns: int = RESCORE_MARGIN_COLUMNS
-) -> Tensor:
-    """`[C, d_in + columns]` bf16: w^, `|w|`, `|w - w^|`, and `offset` with its own margin in two columns; then ones."""
-    d_in = weights.shape[1]
-    rounded = torch.ones(weights.shape[0], d_in + columns, dtype=torch.bfloat16)
-    rounded[:, :d_in] = weights
-    rounded[:, d_in] = round_up(norms * (1 + 2.0**-8))
-    rounded[:, d_in + 1] = round_up(row_norms(weights - rounded[:, :d_in]))
-    rounded[:, d_in + 2] = offset
-    rest = offset - rounded[:, d_in + 2].float()
-    summation = (offset.abs() + rest.abs()) * (d_in + 8) * 2.0**-22
-    rounded[:, d_in + 3] = round_up(rest + summation + slack + UNDERFLOW)
-    return rounded
+class AugmentedWeights:
+    """Chunks of weights as rounded products take them, in buffers: fresh memory costs several times what rounding does.
+
+    Args:
+        weights: `[d_sae, d_in]`, which chunks are taken of.
+        size: Features of the largest chunk.
+        columns: Beyond `d_in`; those that `of` leaves alone hold ones.
+    """
+
+    def __init__(self, weights: Tensor, size: int, columns: int = RESCORE_MARGIN_COLUMNS) -> None:
+        self.d_in = weights.shape[1]
+        self.rounded = torch.ones(size, self.d_in + columns, dtype=torch.bfloat16)
+        self.rest = None if weights.dtype == torch.bfloat16 else torch.empty(size, self.d_in)
+
+    def of(self, weights: Tensor, norms: Tensor, offset: Tensor, slack: Tensor) -> Tensor:
+        """`[C, d_in + columns]` bf16, until the next call: w^, `|w|`, `|w - w^|`, and `offset` with its margin in two."""
+        d_in, rounded = self.d_in, self.rounded[: len(weights)]
+        rounded[:, :d_in] = weights
+        rounded[:, d_in] = round_up(norms * (1 + 2.0**-8))
+        if self.rest is None:
+            rounded[:, d_in + 1] = 0
+        else:
+            rest = self.rest[: len(weights)].copy_(rounded[:, :d_in]).sub_(weights)
+            rounded[:, d_in + 1] = round_up(row_norms(rest))
+        rounded[:, d_in + 2] = offset
+        left = offset - rounded[:, d_in + 2].float()
+        summation = (offset.abs() + left.abs()) * (d_in + 8) * 2.0**-22
+        rounded[:, d_in + 3] = round_up(left + summation + slack + UNDERFLOW)
+        return rounded
 
 
 def sampled_dot(offsets: Tensor, tokens: Tensor, features: Tensor, rows: Tensor) -> Tensor:
@@ -159,8 +184,9 @@ class Product:
         self.n_tokens, self.x_t = x.shape[0], x.t()
         self.x_norms = row_norms(x)
         self.x_norm = self.x_norms.max() if self.n_tokens else self.x_norms.new_zeros(())
-        rounded = rounds(x.dtype) and size * x.shape[0] >= RESCORE_MIN_ELEMENTS
+        rounded = is_rounded(x)
         self.rounded_t = augmented_tokens(x, self.x_norms).t() if rounded else None
+        self.augmented = AugmentedWeights(weights, size) if rounded else None
         self.exact_x = x.float() if rescore and x.element_size() == 2 else None
         self.mask = padded_mask(size * self.n_tokens)
         self.buffer = torch.empty(size * self.n_tokens, dtype=torch.bfloat16 if rounded else x.dtype)
@@ -182,15 +208,15 @@ class Product:
         is_safe = bool(norms.max() * self.x_norm + offset.abs().max() < safe)  # False for NaN too
         if self.rounded_t is not None and not is_safe:  # from here on the plain product, whose range is wider
             self.buffer = torch.empty(self.buffer.numel(), dtype=self.x.dtype)
-            self.rounded_t = None
+            self.rounded_t = self.augmented = None
         buffer = self.buffer[: n_features * self.n_tokens].view(n_features, self.n_tokens)
         mask = self.mask[: -(-buffer.numel() // WORD) * WORD]
         mask[buffer.numel() :] = False
         view = mask[: buffer.numel()].view_as(buffer)
         # what rounding the offset, and later product + b_enc - threshold, can shift; survivors are tested exactly
         slack = (offset.abs() + lower.abs()) * 4 * torch.finfo(self.x.dtype).eps
-        if self.rounded_t is not None:
-            torch.mm(augmented_weights(weights, norms, offset, slack), self.rounded_t, out=buffer)
+        if self.rounded_t is not None and self.augmented is not None:
+            torch.mm(self.augmented.of(weights, norms, offset, slack), self.rounded_t, out=buffer)
             # the sign of a bf16 is the sign of its bits, and integers compare faster
             mark_greater(buffer.view(torch.int16), torch.zeros((), dtype=torch.int16), view)
         else:

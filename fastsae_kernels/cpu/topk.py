@@ -46,7 +46,7 @@ def encode_topk(
 ) -> SparseActs | None:
     """`encode` with `k` and no window; None where NaN or Inf makes a bound meaningless."""
     d_sae = W_enc.shape[1]
-    rounds = rescore or x.dtype == torch.bfloat16 or product.rounds(x.dtype)
+    rounds = rescore or x.dtype == torch.bfloat16 or product.is_rounded(x)
     parts: list[SparseActs | None] = []
     if not rescore and _is_dense_faster(x.dtype, d_sae, k):
         for rows in x.split(DENSE_ELEMENTS // d_sae):
@@ -90,7 +90,7 @@ class _Block:
         self.guesses, self.has_thresholds = guesses, bool(threshold.any())
         n_tokens, d_sae = x.shape[0], weights.shape[0]
         self.width = listed_width(d_sae, k)
-        self.chunk = max(64, min(d_sae, product.SCRATCH_ELEMENTS // 2 // max(1, n_tokens)))
+        self.chunk = product.chunk_size(2 * n_tokens, d_sae, x.shape[1] if rounds else 0)
         self.upper = torch.full((n_tokens, self.width), NOTHING, dtype=b_enc.dtype)
         self.features = torch.zeros(n_tokens, self.width, dtype=torch.int32)
         self.fill = torch.zeros(n_tokens, dtype=torch.int64)
@@ -99,6 +99,7 @@ class _Block:
         self.gap = torch.zeros(n_tokens, dtype=b_enc.dtype)
         self.crowded = torch.zeros(n_tokens, dtype=torch.bool)
         self.tokens = product.augmented_tokens(x, product.row_norms(x), COLUMNS) if rounds else None
+        self.augmented = product.AugmentedWeights(weights, self.chunk, COLUMNS) if rounds else None
         self.buffer = torch.empty(n_tokens * self.chunk, dtype=x.dtype if self.tokens is None else torch.bfloat16)
         self.mask = product.padded_mask(n_tokens * self.chunk)
 
@@ -128,7 +129,7 @@ class _Block:
         n_features = stop - start
         elements = self.buffer[: self.x.shape[0] * n_features].view(-1, n_features)
         weights, b_enc, threshold = self.weights[start:stop], self.b_enc[start:stop], self.threshold[start:stop]
-        if self.tokens is None:
+        if self.tokens is None or self.augmented is None:
             return torch.mm(self.x, weights.t(), out=elements), b_enc[None, :], False
         bound_column = self.tokens[:, self.x.shape[1] + product.RESCORE_MARGIN_COLUMNS]
         by_bound = bool(self.bound.min() > 0) and bool(self.bound.min() >= threshold.max())
@@ -139,7 +140,7 @@ class _Block:
             bound_column.zero_()
             base, offset = threshold[None, :], b_enc - threshold
         slack = (offset.abs() + threshold.abs()) * 4 * torch.finfo(torch.float32).eps
-        augmented = product.augmented_weights(weights, self.norms[start:stop], offset, slack, COLUMNS)
+        augmented = self.augmented.of(weights, self.norms[start:stop], offset, slack)
         torch.maximum(self.gap, self._gap(augmented, offset), out=self.gap)
         return torch.mm(self.tokens, augmented.t(), out=elements), base, by_bound
 

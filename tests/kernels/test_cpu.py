@@ -42,7 +42,7 @@ def scoring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         rescored = request.param == "rescored"
         monkeypatch.setattr(cpu_encode, "MAX_ELEMENTS", 0)
         monkeypatch.setattr(cpu_product, "has_fast_bf16", lambda: rescored)
-        monkeypatch.setattr(cpu_product, "RESCORE_MIN_ELEMENTS", 0)
+        monkeypatch.setattr(cpu_product, "MIN_ROUNDED_TOKENS", 0)
         monkeypatch.setattr(cpu_product, "SCRATCH_ELEMENTS", 1)  # several chunks even on small problems
         monkeypatch.setattr(cpu_entries, "PRUNE_SLACK", -(2**20))  # and the top k taken between them
         monkeypatch.setattr(cpu_topk, "DENSE_ELEMENTS", 0)

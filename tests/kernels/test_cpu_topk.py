@@ -74,7 +74,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if "small" not in request.param:
         monkeypatch.setattr(cpu_encode, "MAX_ELEMENTS", 0)
         monkeypatch.setattr(cpu_product, "has_fast_bf16", lambda: "rounded" in request.param)
-        monkeypatch.setattr(cpu_product, "RESCORE_MIN_ELEMENTS", 0)
+        monkeypatch.setattr(cpu_product, "MIN_ROUNDED_TOKENS", 0)
         monkeypatch.setattr(cpu_product, "SCRATCH_ELEMENTS", 2**12)
         monkeypatch.setattr(cpu_topk, "MIN_TOKENS", 16)
         monkeypatch.setattr(cpu_topk, "BLOCK_ELEMENTS", 1)
