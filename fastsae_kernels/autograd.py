@@ -16,6 +16,7 @@ from fastsae_kernels import chunked, cpu
 from fastsae_kernels.checks import check_no_fp8
 from fastsae_kernels.dispatch import MAX_DENSITY, ActivityHint, backend_of, forced_backend
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
+from fastsae_kernels.memory import narrowed
 from fastsae_kernels.residual import row_gradients, scaled
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
@@ -37,8 +38,10 @@ class Autoencode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
-        *tensors, target, spec, hint, ctx.weight_gradients = inputs
-        x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale = tensors
+        x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target, spec, hint, ctx.weight_gradients = inputs
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:7]]
+        W_enc, W_dec = narrowed(W_enc, x.dtype), narrowed(W_dec, x.dtype)  # those of autocast
+        tensors = [x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale]
         output, ctx.saved_by_gpu = _run_forward(tensors, target, spec, hint)
         ctx.spec, ctx.acts = spec, output.acts
         ctx.target_dtype = None if target is None else target.dtype
@@ -51,10 +54,11 @@ class Autoencode(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None, *others: Any) -> tuple[Any, ...]:
-        *inputs, residual = ctx.saved_tensors  # once: non-reentrant checkpointing unpacks a tensor a single time
-        x, W_enc, b_enc, threshold, W_dec, _, feature_scale = inputs
+        # once: non-reentrant checkpointing unpacks a tensor a single time
+        x, W_enc, b_enc, threshold, W_dec, _, feature_scale, residual = ctx.saved_tensors
         asked = ctx.needs_input_grad
-        needs = AutoencodeNeeds(x=asked[0], W_enc=asked[1], W_dec=asked[4])
+        weight_dtype = torch.promote_types(ctx.dtypes[1], ctx.dtypes[4])
+        needs = AutoencodeNeeds(x=asked[0], W_enc=asked[1], W_dec=asked[4], weight_dtype=weight_dtype)
         grad_squared_error = others[-1]
         if grad_out is None and grad_squared_error is None:
             grad_out = x.new_zeros(x.shape[0], W_dec.shape[1])
@@ -70,16 +74,16 @@ class Autoencode(torch.autograd.Function):
         else:
             grads = chunked.autoencode_backward(x, W_enc, b_enc, *shared)
         grad_target = -scaled(rows, row_scale).to(ctx.target_dtype) if asked[7] else None
-        return (*_in_dtype_of(grads, tuple(inputs)), grad_target, None, None, None)
+        return (*_in_dtypes(grads, ctx.dtypes), grad_target, None, None, None)
 
 
 def _given(tensor: Tensor | None) -> tuple[Tensor, ...]:
     return () if tensor is None else (tensor,)
 
 
-def _in_dtype_of(grads: AutoencodeGrads, inputs: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    pairs = zip(grads, inputs, strict=True)
-    return [None if grad is None or like is None else grad.to(like.dtype) for grad, like in pairs]
+def _in_dtypes(grads: AutoencodeGrads, dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
+    pairs = zip(grads, dtypes, strict=True)
+    return [None if grad is None or dtype is None else grad.to(dtype) for grad, dtype in pairs]
 
 
 def _run_forward(

@@ -17,17 +17,21 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], meani
         raise ValueError(f"{name}: expected {meaning}, got shape {tuple(tensor.shape)}")
 
 
-def _check_like(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, wider: bool = False) -> None:
+def _check_like(
+    name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, wider: bool = False, any_dtype: bool = False
+) -> None:
     wide = torch.promote_types(dtype, torch.float32)
-    if tensor.dtype != dtype and not (wider and tensor.dtype == wide):
+    if not any_dtype and tensor.dtype != dtype and not (wider and tensor.dtype == wide):
         expected = f"{dtype} as the input x" + (f", or {wide}" if wider and wide != dtype else "")
         raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
     if tensor.device != device:
         raise ValueError(f"{name}: expected device {device} as the input x, got {tensor.device}")
 
 
-def check_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int | None) -> None:
-    """Raises ValueError or TypeError where the encoder's arguments do not fit together."""
+def check_encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int | None, narrows: bool = False
+) -> None:
+    """Raises ValueError or TypeError where the encoder's arguments do not fit together; `narrows`: as autocast does."""
     if x.dtype not in FLOATS:
         raise TypeError(f"x: expected one of {', '.join(map(str, FLOATS))}, got {x.dtype}")
     _check_shape("W_enc", W_enc, (None, None), "two dimensions [d_in, d_sae]")
@@ -38,7 +42,7 @@ def check_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: 
         raise ValueError(f"W_enc: expected d_in >= 1 and 1 <= d_sae < 2**31, got shape {tuple(W_enc.shape)}")
     _check_shape("b_enc", b_enc, (d_sae,), f"shape [d_sae] = ({d_sae},)")
     _check_shape("threshold", threshold, (d_sae,), f"shape [d_sae] = ({d_sae},)")
-    _check_like("W_enc", W_enc, x.dtype, x.device)
+    _check_like("W_enc", W_enc, x.dtype, x.device, any_dtype=narrows)
     _check_like("b_enc", b_enc, x.dtype, x.device, wider=True)
     wide = torch.promote_types(x.dtype, torch.float32)
     if threshold.dtype != wide:
@@ -75,12 +79,14 @@ def check_target(target: Tensor, shape: tuple[int, ...], device: torch.device) -
         raise ValueError(f"target: expected device {device} as the input x, got {target.device}")
 
 
-def check_decode(d_sae: int, dtype: torch.dtype, device: torch.device, W_dec: Tensor, b_dec: Tensor | None) -> None:
-    """Raises ValueError or TypeError where the decoder's arguments do not fit together."""
+def check_decode(
+    d_sae: int, dtype: torch.dtype, device: torch.device, W_dec: Tensor, b_dec: Tensor | None, narrows: bool = False
+) -> None:
+    """Raises ValueError or TypeError where the decoder's arguments do not fit together; `narrows`: as autocast does."""
     _check_shape("W_dec", W_dec, (d_sae, None), f"shape [d_sae, d_out] = ({d_sae}, d_out)")
     if dtype not in FLOATS:
         raise TypeError(f"W_dec: expected one of {', '.join(map(str, FLOATS))}, got {dtype}")
-    _check_like("W_dec", W_dec, dtype, device)
+    _check_like("W_dec", W_dec, dtype, device, any_dtype=narrows)
     if b_dec is not None:
         _check_shape("b_dec", b_dec, (W_dec.shape[1],), f"shape [d_out] = ({W_dec.shape[1]},)")
         _check_like("b_dec", b_dec, dtype, device, wider=True)

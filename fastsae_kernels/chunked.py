@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
 from fastsae_kernels.matmul import multiply
+from fastsae_kernels.memory import empty_like
 from fastsae_kernels.penalty import penalty_slope, penalty_terms
 from fastsae_kernels.residual import scaled, subtract_target, weighted_sum
 from fastsae_kernels.spec import AutoencodeSpec
@@ -112,7 +113,8 @@ def autoencode_backward(
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     W_enc_t = W_enc.t()
-    grad_W_enc_t = torch.empty_like(W_enc_t, memory_format=torch.contiguous_format) if needs.W_enc else None
+    of_weights = needs.weight_dtype or x.dtype
+    grad_W_enc_t = empty_like(W_enc_t, of_weights) if needs.W_enc else None
     if spec.penalty == "l0":
         feature_scale = None  # which weighs no count
     grads = AutoencodeGrads(
@@ -120,7 +122,7 @@ def autoencode_backward(
         W_enc=None if grad_W_enc_t is None else grad_W_enc_t.t(),
         b_enc=torch.zeros_like(b_enc, dtype=wide),
         threshold=torch.zeros_like(threshold),
-        W_dec=torch.empty_like(W_dec, memory_format=torch.contiguous_format) if needs.W_dec else None,
+        W_dec=empty_like(W_dec, of_weights) if needs.W_dec else None,
         b_dec=weighted_sum(row_scale, grad_out),
         feature_scale=None if feature_scale is None else torch.zeros_like(feature_scale, dtype=wide),
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastsae_kernels.sparse_acts import SparseActs
@@ -22,12 +24,14 @@ class AutoencodeOutput(NamedTuple):
     squared_error: Tensor | None = None  # [N] fp32 (fp64 for fp64 inputs), of the residual; only with a target
 
 
-class AutoencodeNeeds(NamedTuple):
+@dataclass(frozen=True)
+class AutoencodeNeeds:
     """Which of the large gradients are asked for: a frozen SAE between a model's layers needs none of its own."""
 
     x: bool
     W_enc: bool
     W_dec: bool
+    weight_dtype: torch.dtype | None = None  # a wider one of the weights, which a CPU then need not round to that of x
 
 
 class AutoencodeGrads(NamedTuple):

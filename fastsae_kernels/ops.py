@@ -126,14 +126,18 @@ def autoencode(
     Numerics:
         Products run in the dtype of the arguments, under `torch.autocast` in its dtype, and accumulate in fp32; gates
         compare in fp32; gradients are returned in each parameter's dtype. Autocast rounds neither biases nor their
-        gradients. On a CPU the result is deterministic. Gradients of `threshold` are straight-through estimates.
+        gradients, nor on a CPU's sparse path those of the weights. On a CPU the result is deterministic. Gradients of `threshold` are straight-through estimates.
 
     Source:
         Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
-    x, W_enc, W_dec, b_enc, b_dec = _autocast("x", (x, W_enc, W_dec), (b_enc, b_dec))
-    check_encode(x, W_enc, b_enc, threshold, spec.k)
-    check_decode(W_enc.shape[1], x.dtype, x.device, W_dec, b_dec)
+    compiling = torch.compiler.is_compiling()
+    x, b_enc, b_dec = _autocast("x", (x,), (b_enc, b_dec))
+    if compiling:  # else inside the pass, whose gradients of the weights then are not rounded
+        W_enc, W_dec = _autocast("W_enc", (W_enc, W_dec), ())
+    autocasts = torch.is_autocast_enabled(x.device.type)
+    check_encode(x, W_enc, b_enc, threshold, spec.k, narrows=autocasts)
+    check_decode(W_enc.shape[1], x.dtype, x.device, W_dec, b_dec, narrows=autocasts)
     check_feature_scale(feature_scale, threshold)
     if target is not None:
         check_target(target, (*x.shape[:-1], W_dec.shape[1]), x.device)
@@ -141,7 +145,6 @@ def autoencode(
     flat = x.reshape(-1, x.shape[-1])
     with _without_autocast(x.device.type):
         tensors = (flat, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target)
-        compiling = torch.compiler.is_compiling()
         outputs = (
             _in_graph(tensors, spec, hint) if compiling else Autoencode.apply(*tensors, spec, hint, weight_gradients)
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -116,13 +118,14 @@ def autoencode_backward(
     decoded = values if row_scale is None else row_scale.index_select(0, tokens).mul_(values)
     if weight_gradients is not None and (needs.W_enc or needs.W_dec):
         weight_gradients.add(entries, grad_hidden_pre, x, decoded, grad_out)
-        needs = needs._replace(W_enc=False, W_dec=False)
+        needs = replace(needs, W_enc=False, W_dec=False)
+    of_weights = needs.weight_dtype or x.dtype
     return AutoencodeGrads(
         x=grad_input(acts, to_rows(acts, grad_hidden_pre), W_enc) if needs.x else None,
-        W_enc=weight_gradient(entries, grad_hidden_pre, x).t() if needs.W_enc else None,
+        W_enc=weight_gradient(entries, grad_hidden_pre, x.to(of_weights)).t() if needs.W_enc else None,
         b_enc=sum_segments(grad_hidden_pre, offsets),
         threshold=torch.zeros_like(threshold) if grad_theta is None else sum_segments(grad_theta, offsets),
-        W_dec=weight_gradient(entries, decoded, grad_out) if needs.W_dec else None,
+        W_dec=weight_gradient(entries, decoded, grad_out.to(of_weights)) if needs.W_dec else None,
         b_dec=weighted_sum(row_scale, grad_out),
         feature_scale=grad_scale,
     )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastsae_kernels.memory import is_large, zeros
 from fastsae_kernels.sparse_acts import SparseActs
+
+BLOCK_ELEMENTS = 2**19  # of the sums on their way to a large array, 2 MB that stay in cache
 
 
 def gather_sum(offsets: Tensor, indices: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
@@ -13,14 +18,30 @@ def gather_sum(offsets: Tensor, indices: Tensor, weights: Tensor, rows: Tensor) 
 
     `rows` must be contiguous for speed; accumulates in fp32 for every dtype, in the order of the entries.
     """
+    shape = (offsets.numel() - 1, rows.shape[1])
+    weights = weights.to(rows.dtype)
     if indices.numel() == 0:
-        return rows.new_zeros(offsets.numel() - 1, rows.shape[1])
+        return zeros(shape, rows.dtype)
+    if not is_large(shape, rows.dtype):
+        return _sums(offsets, indices, weights, rows)
+    out, ends = zeros(shape, rows.dtype), offsets.numpy()
+    used = np.flatnonzero(np.diff(ends))  # of the other segments not even the memory is touched
+    for i in range(0, used.size, size := max(1, BLOCK_ELEMENTS // shape[1])):
+        block = used[i : i + size]
+        first, last = ends[block[0]], ends[block[-1] + 1]
+        starts = torch.from_numpy(np.append(ends[block], last) - first)
+        sums = _sums(starts, indices[first:last], weights[first:last], rows)
+        out.index_copy_(0, torch.from_numpy(block), sums)
+    return out
+
+
+def _sums(offsets: Tensor, indices: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
     return functional.embedding_bag(
         indices,
         rows,
         offsets.to(indices.dtype),
         mode="sum",
-        per_sample_weights=weights.to(rows.dtype),
+        per_sample_weights=weights,
         include_last_offset=True,
     )
 

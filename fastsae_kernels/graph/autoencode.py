@@ -214,7 +214,7 @@ def autoencode_backward(
     That of row n of sae_out is `row_scale[n] * grad_out[n]`.
     """
     spec = AutoencodeSpec(bandwidth, k, batch_topk, penalty, tanh_scale, ste_to_input, precision, fp8)  # type: ignore[arg-type]
-    wanted = AutoencodeNeeds(*needs)
+    wanted = _wanted(needs)
     shared = (threshold, W_dec, feature_scale, spec, grad_out, grad_penalty, wanted, row_scale)
     acts = _unpack(saved, W_enc.shape[1], threshold.dtype)
     backend = _backend(x, capacity)
@@ -231,6 +231,11 @@ def autoencode_backward(
     else:
         grads = chunked.autoencode_backward(x, W_enc, b_enc, *shared)
     return _given_or_empty(grads, (x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale), wanted)
+
+
+def _wanted(needs: list[bool]) -> AutoencodeNeeds:
+    x, W_enc, W_dec = needs
+    return AutoencodeNeeds(x, W_enc, W_dec)
 
 
 def _unpack(saved: list[Tensor], d_sae: int, dtype: torch.dtype) -> SparseActs:
@@ -264,7 +269,7 @@ def laid_out(grad: Tensor, like: Tensor) -> Tensor:
 
 @autoencode_backward.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    inputs, threshold, wanted = arguments[:7], arguments[3], AutoencodeNeeds(*arguments[-1])
+    inputs, threshold, wanted = arguments[:7], arguments[3], _wanted(arguments[-1])
     asked = (wanted.x, wanted.W_enc, True, True, wanted.W_dec, True, True)
     return [
         threshold.new_empty(0)

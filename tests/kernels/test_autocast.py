@@ -99,6 +99,22 @@ def test_a_backward_inside_of_autocast_is_as_exact() -> None:
     assert_as_exact(problem, fused(problem), torch.bfloat16, inside=True)
 
 
+@DENSITIES
+def test_gradients_of_weights_are_not_rounded(density: float) -> None:
+    """Of one token, a gradient is a product of two numbers, and so mostly not a number of bf16."""
+    problem = make(density, n_tokens=1)
+    inputs = problems.leaves(problem)[:6]
+    with torch.autocast("cpu", torch.bfloat16), kernels.use_backend("cpu"):
+        kernels.autoencode(*inputs, spec=problem.spec).sae_out.backward(problem.grad_out.bfloat16())
+    for weight in (inputs[1], inputs[4]):
+        assert weight.grad is not None
+        assert weight.grad.dtype == torch.float32
+        assert weight.grad.stride() == weight.stride()
+        given = weight.grad[weight.grad != 0]
+        assert given.numel() > 0
+        assert (given != given.bfloat16()).float().mean() > 0.5
+
+
 @needs_kernels
 @pytest.mark.parametrize("capacity", [64, 2], ids=["fits", "overflows"])
 @DENSITIES

@@ -1,0 +1,44 @@
+"""Large arrays whose pages come cheap.
+
+Linux hands memory out zeroed, on the first write to each page. For pages of 4 KB that takes several times what writing the
+numbers does, and PyTorch's allocator asks for no others; NumPy asks for pages of 2 MB from 4 MB on. What nobody writes is
+never handed out: a gradient whose features were mostly not active costs what its active rows cost.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LARGE_BYTES = 2**25  # the C library keeps the memory of smaller arrays for the next
+
+
+def is_large(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether an array of this shape would get fresh memory."""
+    return math.prod(shape) * dtype.itemsize >= LARGE_BYTES
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`torch.zeros(shape, dtype=dtype)` on a CPU."""
+    if not is_large(shape, dtype):
+        return torch.zeros(shape, dtype=dtype)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+
+
+def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous array of a tensor's shape on its device, whatever it holds."""
+    if tensor.device.type == "cpu" and is_large(tuple(tensor.shape), dtype):
+        return zeros(tuple(tensor.shape), dtype)
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, its memory layout included, for tensors of any device."""
+    if tensor.device.type != "cpu" or tensor.dtype == dtype or not is_large(tuple(tensor.shape), dtype):
+        return tensor.to(dtype)
+    if tensor.dim() == 2 and tensor.t().is_contiguous():
+        return narrowed(tensor.t(), dtype).t()
+    return zeros(tuple(tensor.shape), dtype).copy_(tensor)

@@ -1,0 +1,75 @@
+"""Large arrays in cheap pages hold what PyTorch's own would, in its layout."""
+
+from __future__ import annotations
+
+import importlib
+
+import problems
+import pytest
+import torch
+
+import fastsae_kernels as kernels
+from fastsae_kernels import memory
+
+cpu_decode = importlib.import_module("fastsae_kernels.cpu.decode")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+
+
+@pytest.fixture(autouse=True)
+def _everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "LARGE_BYTES", 1)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(7, 5), (1,), (0, 5), (3, 0)])
+def test_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    array = memory.zeros(shape, dtype)
+    assert torch.equal(array, torch.zeros(shape, dtype=dtype))
+    assert torch.equal(array.add_(1), torch.ones(shape, dtype=dtype))  # that is, it can be written
+
+
+@DTYPES
+@pytest.mark.parametrize("layout", ["rows", "columns", "strided", "vector"])
+def test_narrowed(layout: str, dtype: torch.dtype) -> None:
+    tensor = torch.randn(6, 10)
+    tensor = {"rows": tensor, "columns": tensor.t(), "strided": tensor[:, ::2], "vector": tensor[0]}[layout]
+    narrow = memory.narrowed(tensor, dtype)
+    assert torch.equal(narrow, tensor.to(dtype))
+    assert narrow.stride() == tensor.to(dtype).stride()
+
+
+def test_nothing_is_copied_where_the_dtype_is_the_same() -> None:
+    tensor = torch.randn(6, 10)
+    assert memory.narrowed(tensor, tensor.dtype) is tensor
+
+
+@DTYPES
+@pytest.mark.parametrize("block", [1, 24, 2**20], ids=["row by row", "blocks", "one block"])
+def test_sums_into_a_large_array(block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_decode, "BLOCK_ELEMENTS", block)
+    counts = torch.tensor([0, 3, 0, 0, 1, 5, 2, 0])  # empty segments at both ends and between
+    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+    indices = torch.randint(9, (int(counts.sum()),), dtype=torch.int32)
+    weights, rows = torch.randn(indices.numel()), torch.randn(9, 8).to(dtype)
+    large = cpu_decode.gather_sum(offsets, indices, weights, rows)
+    monkeypatch.setattr(memory, "LARGE_BYTES", 2**40)
+    assert torch.equal(large, cpu_decode.gather_sum(offsets, indices, weights, rows))
+    nothing = cpu_decode.gather_sum(torch.zeros(9, dtype=torch.int32), indices[:0], weights[:0], rows)
+    assert torch.equal(nothing, torch.zeros(8, 8, dtype=dtype))
+
+
+@pytest.mark.parametrize("density", [0.02, 0.5], ids=["sparse", "half active"])
+@pytest.mark.parametrize("backend", ["cpu", "dense"])
+def test_gradients_in_large_arrays(density: float, backend: kernels.Backend) -> None:
+    problem = problems.make(d_sae=300, density=density)
+    inputs = problems.leaves(problem)
+    with kernels.use_backend(backend):
+        output = kernels.autoencode(*inputs[:6], spec=problem.spec)  # type: ignore[arg-type]
+    named = {name: getattr(output, name) for name in ("sae_out", "penalty", "l0", "feature_counts")}
+    problems.assert_matches(problems.collect(inputs, named, problem), problem)
+    _, W_enc, _, _, W_dec, *_ = inputs
+    for weight in (W_enc, W_dec):
+        assert weight is not None
+        assert weight.grad is not None
+        twice = 2 * weight.grad
+        assert torch.equal(weight.grad.mul_(2), twice)  # in place, as a clipping of norms does
