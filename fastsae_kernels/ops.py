@@ -18,6 +18,7 @@ from fastsae_kernels.autograd import Autoencode, Decode, Encode, decode_entries,
 from fastsae_kernels.checks import check_decode, check_encode, check_feature_scale, check_target
 from fastsae_kernels.dispatch import ActivityHint
 from fastsae_kernels.gradients import AutoencodeOutput
+from fastsae_kernels.memory import narrowed
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec, Precision
 from fastsae_kernels.weight_gradients import WeightGradients
@@ -36,7 +37,8 @@ def _autocast(name: str, factors: tuple[Tensor, ...], biases: tuple[Tensor, ...]
         raise ValueError(f"{name}: expected a tensor of a CPU or a GPU, got device {device_type}")
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        factors = tuple(tensor.to(dtype) for tensor in factors)
+        narrow = Tensor.to if torch.compiler.is_compiling() else narrowed
+        factors = tuple(narrow(tensor, dtype) for tensor in factors)
         biases = tuple(bias if bias.dtype == dtype else bias.to(torch.float32) for bias in biases)
     return *factors, *biases
 
@@ -126,7 +128,8 @@ def autoencode(
     Numerics:
         Products run in the dtype of the arguments, under `torch.autocast` in its dtype, and accumulate in fp32; gates
         compare in fp32; gradients are returned in each parameter's dtype. Autocast rounds neither biases nor their
-        gradients, nor on a CPU's sparse path those of the weights. On a CPU the result is deterministic. Gradients of `threshold` are straight-through estimates.
+        gradients, nor on a CPU's sparse path those of the weights. On a CPU the result is deterministic. Gradients of
+        `threshold` are straight-through estimates.
 
     Source:
         Rajamanoharan et al. 2024, arXiv:2407.14435.
