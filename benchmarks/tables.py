@@ -41,8 +41,8 @@ On a machine with a GPU, with the torch build of its driver installed; the shape
 - **match**: a provider's numbers are compared with fp64 before its time is taken. `ok`: the error is within its limit. `RED`:
   it is not, and there is no time. `{NONE}`: nothing to compare, or a baseline that is only a part of the work.
 - **median ± IQR**: of the calls of three to nine turns that the providers of a group take one after the other, in random
-  order; IQR is the distance between the quartiles. From the commit after f323b79 on, a whole run has two sittings for each
-  group, minutes apart, so that the IQR has the machine's drift in it. A GPU's caches are emptied before each call.
+  order; IQR is the distance between the quartiles. A whole run has two sittings for each group, minutes apart, so that the
+  IQR has the machine's drift in it. A GPU's caches are emptied before each call.
 - **vs**: how many times as fast as that provider; below 1x it is slower. Ratios to the table's baseline are medians of the
   turns' ratios, others are ratios of medians.
 - **peak**: memory of the process beyond what the calls of a turn started with.
