@@ -182,10 +182,18 @@ def expected(contestant: Contestant, x: Tensor, p: Parameters) -> Parameters:
 
 
 def computed(contestant: Contestant, x: Tensor) -> Parameters:
-    """The same of the contestant itself, gradients scaled to be those of `reference`'s loss."""
+    """The same of the contestant itself."""
+    return computed_at_inference(contestant, x) | computed_gradients(contestant, x)
+
+
+def computed_at_inference(contestant: Contestant, x: Tensor) -> Parameters:
+    return {"acts": contestant.densify(contestant.encode(x)), "sae_out": contestant.reconstruct(x)}
+
+
+def computed_gradients(contestant: Contestant, x: Tensor) -> Parameters:
+    """Scaled to be those of `reference`'s loss."""
     scale = contestant.loss_scale(x)
-    forward = {"acts": contestant.densify(contestant.encode(x)), "sae_out": contestant.reconstruct(x)}
-    return forward | {name: grad * scale for name, grad in contestant.loss_and_backward(x).items()}
+    return {name: grad * scale for name, grad in contestant.loss_and_backward(x).items()}
 
 
 def errors(got: Parameters, exact: Parameters) -> dict[str, float]:
@@ -240,10 +248,9 @@ def check(make: Callable[..., Contestant], shape: Shape, *, training: bool, bf16
     truth = _truth(contestant, part)
     eager_errors = _eager_errors(contestant, truth, bf16 or (training and contestant.always_bf16))
     contestant.bf16 = bf16
-    compared = contestant.names if training else ("acts", "sae_out")
-    limits = {name: 2 * eager_errors[name] + FLOOR for name in compared}
     if training and DEVICE == "cuda":  # or our first pass would be dense, which is not what is timed
         contestant.loss_and_backward(truth.x.float())
         torch.cuda.synchronize()
-    found = errors(computed(contestant, truth.x.float()), truth.exact)
-    return worst({name: found[name] for name in limits}, limits)
+    limits = {name: 2 * eager_errors[name] + FLOOR for name in (contestant.names if training else ("acts", "sae_out"))}
+    compute = computed_gradients if training else computed_at_inference
+    return worst(errors(compute(contestant, truth.x.float()), {name: truth.exact[name] for name in limits}), limits)

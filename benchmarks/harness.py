@@ -28,7 +28,7 @@ from benchmarks.floor import Work
 from benchmarks.memory import MIB, Peak, memory_bytes
 from benchmarks.shapes import DEVICE, Shape
 
-BUDGET_S = 2.0  # of a group's turns
+BUDGET_S = 1.5  # of a group's turns
 TURNS = (3, 9)  # at least and at most
 SITTINGS = ((1, 4), (2, 5))  # likewise, where a group is measured twice
 QUICK_TURNS = (3, 3)
@@ -36,7 +36,7 @@ TURN_S = 0.1  # of a provider's calls in a turn
 MOST_CALLS = 50  # of a turn
 # compile, tune, make what is kept; on a GPU ours is dense until it has counted
 WARM_CALLS = {"cpu": 1, "cuda": 3}[DEVICE]
-LONG_S = 0.5  # beside this, what a cold cache costs is nothing
+LONG_S = 1.0  # beside this, what a cold cache costs is nothing
 FLUSHED_BYTES = 2**28  # more than any cache of a GPU
 
 MEMORY_SHARE = 0.5  # for what all providers of a group keep; passes take more
@@ -189,8 +189,9 @@ def _made(provider: Provider, outcome: Outcome) -> Call | None:
             row.update(status="red", reason=reason)
             return None
         call = provider.make()
-        # in a second sitting on a CPU only what is compiled takes longer at first
-        for _ in range(0 if is_known and DEVICE == "cpu" and "compiled" not in row["provider"] else WARM_CALLS):
+        # on a CPU, of what has run in a check or a first sitting, only what is compiled takes longer at first
+        has_run = is_known or provider.check is not None
+        for _ in range(0 if has_run and DEVICE == "cpu" and "compiled" not in row["provider"] else WARM_CALLS):
             call()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
