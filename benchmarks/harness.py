@@ -3,13 +3,14 @@
 Machines drift by a tenth in a minute, which is more than some of the differences that count. So the providers of a group take
 turns, in another order each time, when the first test of the group runs; each test then reports its own samples through
 pytest-benchmark's timer. In a training run a step follows its like, so the first call of a turn, which finds caches and heap
-as another provider left them, counts only where it is long. In a whole run each group has two sittings, minutes apart, so that
-the spread that it reports has the machine's drift in it.
+as another provider left them, counts only where calls are long. In a whole run each group has two sittings, minutes apart, so
+that the spread that it reports has the machine's drift in it.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
 import time
@@ -33,10 +34,11 @@ TURNS = (3, 9)  # at least and at most
 SITTINGS = ((1, 4), (2, 5))  # likewise, where a group is measured twice
 QUICK_TURNS = (3, 3)
 TURN_S = 0.1  # of a provider's calls in a turn
-MOST_CALLS = 50  # of a turn
+CALLS = (2, 50)  # of a turn, at least and at most
 # compile, tune, make what is kept; on a GPU ours is dense until it has counted
 WARM_CALLS = {"cpu": 1, "cuda": 3}[DEVICE]
 LONG_S = 1.0  # beside this, what a cold cache costs is nothing
+STALL_S = 2.0  # that the first call of all can take on top, where memory has to be found for it
 FLUSHED_BYTES = 2**28  # more than any cache of a GPU
 
 MEMORY_SHARE = 0.5  # for what all providers of a group keep; passes take more
@@ -112,6 +114,7 @@ class Outcome:
 
     row: dict[str, Any]
     turns: list[list[float]]
+    fastest: float = math.inf  # seconds of a call, counted or not
 
     @property
     def samples(self) -> list[float]:
@@ -164,10 +167,10 @@ def _take_turns(providers: dict[str, Provider], outcomes: dict[str, Outcome], tu
         for name in order.sample(list(calls), len(calls)):
             outcome = outcomes[name]
             if outcome.turns:
-                outcome.turns.append(_turn(calls[name]))
+                _take_turn(calls[name], outcome)
                 continue
             with Peak() as peak:
-                outcome.turns.append(_turn(calls[name]))
+                _take_turn(calls[name], outcome)
             outcome.row["peak_mib"] = peak.mib
         n_turns += 1
     for name in calls:
@@ -209,10 +212,14 @@ def _made(provider: Provider, outcome: Outcome) -> Call | None:
     return call
 
 
-def _turn(call: Call) -> list[float]:
-    """Seconds of each call that counts."""
+def _take_turn(call: Call, outcome: Outcome) -> None:
+    """Adds the seconds of each call that counts."""
     (first,) = _seconds(call, 1)
-    return [first] if first >= LONG_S else _seconds(call, max(1, min(MOST_CALLS, round(TURN_S / first))))
+    is_long = min(first, outcome.fastest) >= (LONG_S if outcome.turns else LONG_S + STALL_S)
+    fewest, most = CALLS if first < LONG_S else (1, 1)
+    turn = [first] if is_long else _seconds(call, max(fewest, min(most, round(TURN_S / first))))
+    outcome.turns.append(turn)
+    outcome.fastest = min(outcome.fastest, first, *turn)
 
 
 def _seconds(call: Call, count: int) -> list[float]:

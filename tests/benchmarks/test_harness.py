@@ -23,6 +23,7 @@ SHAPE = Shape(n_tokens=48, d_in=16, d_sae=96, l0=8)
 def soon_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "BUDGET_S", 0.0)
     monkeypatch.setattr(harness, "TURN_S", 0.0)
+    monkeypatch.setattr(harness, "CALLS", (1, 50))
     monkeypatch.setattr(Work, "floor_s", lambda self: 1e-6)
     for cached in (test_train_step.exact_gradients, test_train_step.operands, test_train_step.eager_errors):
         cached.cache_clear()
@@ -141,8 +142,22 @@ def test_the_first_call_of_a_turn_counts_where_it_is_long(monkeypatch: pytest.Mo
     assert len(counted_calls(lambda: calls.append(0))) == 3
     assert len(calls) == 1 + 3 * 2
     monkeypatch.setattr(harness, "LONG_S", 0.0)
+    monkeypatch.setattr(harness, "STALL_S", 0.0)
     assert len(counted_calls(lambda: calls.append(0))) == 3
     assert len(calls) == 7 + 1 + 3
+
+
+def test_a_first_call_that_stalls_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the first of all nor a later one, which would look long by itself; a call that always is counts."""
+    stalls, long = [1.5, 0.2, 1.4, 0.2, 0.3, 0.2], [1.4, 1.2, 1.3, 1.5]
+    for seconds, turns in ((stalls, [[0.2], [0.2], [0.2]]), (long, [[1.2], [1.3], [1.5]])):
+        left = iter(seconds)
+        monkeypatch.setattr(harness, "_seconds", lambda call, count, left=left: [next(left) for _ in range(count)])
+        outcome = harness.Outcome({}, [])
+        for _ in range(3):
+            harness._take_turn(lambda: None, outcome)
+        assert outcome.turns == turns
+        assert next(left, None) is None
 
 
 def test_what_comes_before_a_call_is_not_timed() -> None:
