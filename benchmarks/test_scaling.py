@@ -10,7 +10,7 @@ from benchmarks.shapes import DEVICE, Shape
 from benchmarks.test_train_step import provider
 
 N_TOKENS = {"cpu": 256, "cuda": 8192}[DEVICE]
-D_SAE = [4096, 8192, 16384, 32768, 131072]  # at L0 64
+D_SAE = [4096, 8192, 16384, 32768, 65536]  # at L0 64
 L0 = [8, 32, 128, 512, 1024, 1536, 3072]  # of 16,384; the fused ops take the dense path from an eighth on
 SHAPES = {
     "scaling with d_sae": {d_sae: Shape(N_TOKENS, 768, d_sae, 64) for d_sae in D_SAE},
