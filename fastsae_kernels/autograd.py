@@ -57,7 +57,8 @@ class Autoencode(torch.autograd.Function):
         # once: non-reentrant checkpointing unpacks a tensor a single time
         x, W_enc, b_enc, threshold, W_dec, _, feature_scale, residual = ctx.saved_tensors
         asked = ctx.needs_input_grad
-        weight_dtype = torch.promote_types(ctx.dtypes[1], ctx.dtypes[4])
+        # of x too: numbers of bf16 may lie outside of what weights in fp16 can hold
+        weight_dtype = torch.promote_types(torch.promote_types(ctx.dtypes[1], ctx.dtypes[4]), x.dtype)
         needs = AutoencodeNeeds(x=asked[0], W_enc=asked[1], W_dec=asked[4], weight_dtype=weight_dtype)
         grad_squared_error = others[-1]
         if grad_out is None and grad_squared_error is None:

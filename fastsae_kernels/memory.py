@@ -1,8 +1,8 @@
 """Large arrays whose pages come cheap.
 
 Linux hands memory out zeroed, on the first write to each page. For pages of 4 KB that takes several times what writing the
-numbers does, and PyTorch's allocator asks for no others; NumPy asks for pages of 2 MB from 4 MB on. What nobody writes is
-never handed out: a gradient whose features were mostly not active costs what its active rows cost.
+numbers does, and PyTorch's allocator asks for no others; NumPy asks for pages of 2 MB from 4 MB on. A page that nobody
+writes is never handed out: of a gradient of zeros only those with a row of an active feature are.
 """
 
 from __future__ import annotations

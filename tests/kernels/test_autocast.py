@@ -115,6 +115,21 @@ def test_gradients_of_weights_are_not_rounded(density: float) -> None:
         assert (given != given.bfloat16()).float().mean() > 0.5
 
 
+def test_gradients_of_fp16_weights_keep_the_range_of_bf16() -> None:
+    """Inputs of 2^-30 are zero in fp16; times output gradients of 2^30 they are not."""
+    problem = make(0.02, n_tokens=4)
+    x, W_enc, b_enc, threshold, W_dec, b_dec = problems.leaves(replace(problem, x=problem.x * 2.0**-30))[:6]
+    assert W_enc is not None
+    assert W_dec is not None
+    W_enc, W_dec = W_enc.detach().half().requires_grad_(), W_dec.detach().half().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16), kernels.use_backend("cpu"):
+        output = kernels.autoencode(x, W_enc, b_enc, threshold, W_dec, b_dec, spec=problem.spec)  # type: ignore[arg-type]
+    output.sae_out.backward(problem.grad_out.bfloat16() * 2.0**30)
+    assert W_enc.grad is not None
+    assert W_enc.grad.isfinite().all()
+    assert W_enc.grad.count_nonzero() > 0
+
+
 @needs_kernels
 @pytest.mark.parametrize("capacity", [64, 2], ids=["fits", "overflows"])
 @DENSITIES
