@@ -1,14 +1,16 @@
 """Collects a row for each provider, prints them after a run, and writes them where `--results DIR` says.
 
-Groups are measured in two sittings: all of them once before the first is reported, and again where each is reported. With
-`--quick` or `--minutes` there is the second alone, and with `--minutes M` no group begins after M minutes. The file is written
-anew after every benchmark: a run that has to end tells all that it has reported until then.
+A whole run makes passes over all groups, with a sitting of each, before the first is reported; from the second on in another
+order each time, so that no group always comes after the same. With `--quick` or `--minutes` each group has one longer sitting,
+where it is reported, and with `--minutes M` no group begins after M minutes. The file is written anew after every sitting: a run
+that has to end tells all that it has measured until then.
 """
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,65 +26,68 @@ RUN = pytest.StashKey["Run"]()
 FILE = pytest.StashKey[ResultFile]()
 NO_TIME = "no time left"
 IMPORTANT = ("gemma-2-2b 65k", "llama-3.1-8b x32", "1M features")  # come first where time is limited
+PASSES = (3, 6)  # at least, and at most where there is time
+PASSES_S = 780.0  # in which they should end; `fastsae train` comes after them
 
 
 class Run:
-    """The groups of a run: which have begun, which cannot be measured, and when the last one may begin."""
+    """The groups of a run: its passes over them, and when the last group may begin."""
 
     def __init__(
-        self, quick: bool, minutes: float | None, rows: list[dict[str, Any]], say: Callable[[str], None]
+        self, timer: GroupTimer, minutes: float | None, say: Callable[[str], None], save: Callable[[], None]
     ) -> None:
-        self.rows, self.timer, self._say = rows, GroupTimer(quick), say
-        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.timer, self._say, self._save = timer, say, save
+        self._started = time.monotonic()
+        self.deadline = None if minutes is None else self._started + 60 * minutes
         self.late: list[str] = []
-        self.to_begin: list[Case] = []  # in a sitting of their own, before the first is reported
-        self._begun: set[str] = set()
-        self._broken: dict[str, str] = {}
+        self.to_pass: list[Case] = []  # with a sitting in each pass
 
     def report(self, benchmark: Any, case: Case, provider: str) -> None:
-        """Reports the time of a case's provider; measures its group at the first call."""
-        self._begin_all()
-        if case.group not in self._begun and self.deadline is not None and time.monotonic() >= self.deadline:
-            self.late += [case.group] if case.group not in self.late else []
-            pytest.skip(NO_TIME)
-        self._begun.add(case.group)
-        if case.group not in self._broken:
-            try:
-                return report(benchmark, self.timer, self.rows, case, provider)
-            except Exception as error:  # measuring the group again for its other providers would end the same way
-                self._broken[case.group] = f"{type(error).__name__}: {error}".splitlines()[0]
-                self._add_broken(case, provider)
-                raise
-        self._add_broken(case, provider)
-        return pytest.fail(f"{case.group}: {self._broken[case.group]}")
+        """Reports the time of a case's provider; measures its group, or all that are to be passed over, at the first call."""
+        self._pass()
+        if not self.timer.has_begun(case):
+            if self.deadline is not None and time.monotonic() >= self.deadline:
+                self.late += [case.group] if case.group not in self.late else []
+                pytest.skip(NO_TIME)
+            self.timer.outcome(case, provider)
+            self._save()
+        report(benchmark, self.timer, case, provider)
 
-    def _begin_all(self) -> None:
-        while self.to_begin:
-            case = self.to_begin.pop(0)
-            self._say(f"first sitting, {len(self.to_begin)} to follow: {case.group}")
-            try:
-                self.timer.begin(case)
-            except Exception as error:
-                self._broken[case.group] = f"{type(error).__name__}: {error}".splitlines()[0]
-
-    def _add_broken(self, case: Case, provider: str) -> None:
-        if (case.group, provider) not in {(row["group"], row["provider"]) for row in self.rows}:
-            self.rows.append(case.row(provider) | {"status": "red", "reason": self._broken[case.group]})
+    def _pass(self) -> None:
+        cases, self.to_pass = self.to_pass, []
+        (fewest, most), longest = PASSES if cases else (0, 0), 0.0
+        for n in range(most):
+            started = time.monotonic()
+            for at, case in enumerate(cases):
+                self._say(f"pass {n + 1} of {fewest} to {most}, {len(cases) - at} groups left: {case.group}")
+                self.timer.sit(case)
+                self._save()
+            now = time.monotonic()
+            longest = max(longest, now - started) if n else 0.0  # of those that neither compare nor compile
+            if n + 1 >= fewest and now + longest - self._started > PASSES_S:
+                break
+            random.Random(n).shuffle(cases)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="also write <machine>_<date>_<commit>.json to this folder")
-    parser.addoption("--quick", action="store_true", help="small shapes and three rounds alone: less than 3 minutes")
+    parser.addoption("--quick", action="store_true", help="small shapes and three turns alone: less than 3 minutes")
     parser.addoption("--minutes", type=float, help=f"skip the groups that have not begun by then: {NO_TIME!r}")
     parser.addoption("--commit", help="what is measured, for the file (default: of the git checkout, else `unknown`)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     rows = config.stash[ROWS] = []
-    config.stash[RUN] = Run(config.getoption("--quick"), config.getoption("--minutes"), rows, partial(_say, config))
     folder = config.getoption("--results")
     if folder is not None and not config.getoption("--benchmark-disable"):
         config.stash[FILE] = ResultFile(folder, config.getoption("--commit") or commit_of())
+    timer = GroupTimer(config.getoption("--quick"), rows)
+    config.stash[RUN] = Run(timer, config.getoption("--minutes"), partial(_say, config), partial(_save, config))
+
+
+def _save(config: pytest.Config) -> None:
+    if FILE in config.stash:
+        config.stash[FILE].write(config.stash[ROWS])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -117,24 +122,20 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if any(config.getoption(name) for name in ("--quick", "--minutes", "--benchmark-disable", "--collect-only")):
         return
     cases = [_case(item) for item in session.items if "timed" in getattr(item, "fixturenames", ())]
-    config.stash[RUN].to_begin = list({case.group: case for case in cases if case is not None}.values())
+    config.stash[RUN].to_pass = list({case.group: case for case in cases if case is not None}.values())
 
 
 @pytest.fixture
-def timed_rows(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+def timed_rows(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
     """The rows of this run, to be added to."""
-    return request.config.stash[ROWS]
+    yield request.config.stash[ROWS]
+    _save(request.config)
 
 
 @pytest.fixture
 def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Case, str], None]:
     """Reports the time of a case's provider; fails where its numbers are wrong."""
     return lambda case, provider: request.config.stash[RUN].report(benchmark, case, provider)
-
-
-def pytest_runtest_teardown(item: pytest.Item) -> None:
-    if FILE in item.config.stash:
-        item.config.stash[FILE].write(item.config.stash[ROWS])
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -150,5 +151,4 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(line(row))
     terminalreporter.write_line(", ".join(f"{key} {value}" for key, value in machine().items()))
     if FILE in config.stash:
-        config.stash[FILE].write(rows)
         terminalreporter.write_line(f"written to {config.stash[FILE].path}")

@@ -15,7 +15,7 @@ from fastsae_kernels import AutoencodeSpec, reference
 
 SPEC = AutoencodeSpec(bandwidth=BANDWIDTH)
 L0_COEFFICIENT = 0.01
-CHECKED_TOKENS = {"cpu": 512, "cuda": 256}[DEVICE]
+CHECKED_TOKENS = {"cpu": 128, "cuda": 256}[DEVICE]
 # the fp64 truth of more features, or of more weights, would take longer than all else, or not fit
 CHECKED_FEATURES = {"cpu": 2**16, "cuda": 2**17}[DEVICE]
 CHECKED_WEIGHTS = {"cpu": 2**24, "cuda": 2**29}[DEVICE]

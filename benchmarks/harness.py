@@ -1,10 +1,11 @@
 """Times the providers of one operation in turn, each only after its numbers were compared with fp64.
 
-Machines drift by a tenth in a minute, which is more than some of the differences that count. So the providers of a group take
-turns, in another order each time, when the first test of the group runs; each test then reports its own samples through
-pytest-benchmark's timer. In a training run a step follows its like, so the first call of a turn, which finds caches and heap
-as another provider left them, counts only where calls are long. In a whole run each group has two sittings, minutes apart, so
-that the spread that it reports has the machine's drift in it.
+Machines drift: by a tenth in a minute, by more in a quarter of an hour, and a call by a third with where its arrays happen to
+lie. That is more than some of the differences that count, so the providers of a group take turns, in another order each time,
+and a whole run sits down to each group several times, minutes apart, with everything made anew: the spread that a row reports
+is that of all its sittings, and another run of the machine lies within it. In a training run a step follows its like, so the
+first call of a sitting, and of a turn, which finds caches and heap as others left them, counts only where calls are long.
+What takes long has fewer calls and sittings.
 """
 
 from __future__ import annotations
@@ -29,17 +30,18 @@ from benchmarks.floor import Work
 from benchmarks.memory import MIB, Peak, memory_bytes
 from benchmarks.shapes import DEVICE, Shape
 
-BUDGET_S = 1.0  # of a group's turns
-TURNS = (3, 9)  # at least and at most
-SITTINGS = ((1, 4), (2, 5))  # likewise, where a group is measured twice
-QUICK_TURNS = (3, 3)
+# turns of a sitting, at least, and at most while the budget lasts
+ONE_OF_SEVERAL, ONLY, QUICK = (1, 1), (3, 9), (3, 3)
+BUDGET_S = 1.0
 TURN_S = 0.1  # of a provider's calls in a turn
-CALLS = (2, 50)  # of a turn, at least and at most
-# compile, tune, make what is kept; on a GPU ours is dense until it has counted
-WARM_CALLS = {"cpu": 1, "cuda": 3}[DEVICE]
-LONG_S = 1.0  # beside this, what a cold cache costs is nothing
+MOST_CALLS = 50  # of a turn
+WARM_CALLS = {"cpu": 0, "cuda": 3}[DEVICE]  # compile, tune; ours is dense until it has counted
+SLOW_S = 0.25  # from here on a provider has every second sitting, of a warm call and a counted one
+SLOW_EVERY = 2
+LONG_S = 1.0  # beside this, what a cold cache costs is nothing: every call counts
 STALL_S = 2.0  # that the first call of all can take on top, where memory has to be found for it
 FLUSHED_BYTES = 2**28  # more than any cache of a GPU
+MOST_GRAPHS = 256  # of a compiled function, one for each shape; those of an earlier sitting are not compiled again
 
 MEMORY_SHARE = 0.5  # for what all providers of a group keep; passes take more
 Call = Callable[[], object]
@@ -110,94 +112,131 @@ class Case:
 
 @dataclass
 class Outcome:
-    """A provider's row and the seconds of each counted call of each of its turns."""
+    """A provider's row, and the seconds of each counted call of each of its turns."""
 
     row: dict[str, Any]
-    turns: list[list[float]]
+    turns: dict[int, list[float]] = field(default_factory=dict)  # by the group's count, so that ratios are of one turn
     fastest: float = math.inf  # seconds of a call, counted or not
+    n_calls: int = 0  # of a turn; the same in all, or those of the machine's fast minutes would outweigh the others
 
     @property
     def samples(self) -> list[float]:
-        return [seconds for turn in self.turns for seconds in turn]
+        return [seconds for turn in self.turns.values() for seconds in turn]
+
+    @property
+    def is_slow(self) -> bool:
+        return SLOW_S <= self.fastest < math.inf
+
+    @property
+    def is_long(self) -> bool:
+        """Whether its calls are; the first of all may have stalled."""
+        return LONG_S + (0 if self.turns else STALL_S) <= self.fastest < math.inf
+
+
+@dataclass
+class Group:
+    """The outcomes of a group's providers so far."""
+
+    outcomes: dict[str, Outcome]
+    sittings: int = 0
+    turns: int = 0
 
 
 class GroupTimer:
-    """Measures groups and remembers them."""
+    """Measures groups, a sitting at a time, and adds the row of each of their providers to `rows` at the first."""
 
-    def __init__(self, quick: bool) -> None:
-        self.quick = quick
-        self._outcomes: dict[str, dict[str, Outcome]] = {}
-        self._finished: set[str] = set()
+    def __init__(self, quick: bool, rows: list[dict[str, Any]]) -> None:
+        self.quick, self.rows = quick, rows
+        self._groups: dict[str, Group] = {}
+        torch._dynamo.config.recompile_limit = MOST_GRAPHS
 
-    def begin(self, case: Case) -> None:
-        """The first sitting of a group; `outcome` has the second one."""
-        self._sit(case, SITTINGS[0])
+    def has_begun(self, case: Case) -> bool:
+        return case.group in self._groups
 
     def outcome(self, case: Case, provider: str) -> Outcome:
-        """The provider's outcome; measures the whole group at the first call."""
-        if case.group not in self._finished:
-            self._finished.add(case.group)
-            has_begun = case.group in self._outcomes
-            self._sit(case, SITTINGS[1] if has_begun else QUICK_TURNS if self.quick else TURNS)
-            outcomes = list(self._outcomes[case.group].values())
-            for outcome in outcomes:
-                if outcome.turns:
-                    _fill_in(outcome, outcomes[0].turns, case.work)
-        return self._outcomes[case.group][provider]
+        """The provider's outcome; measures a group that has not begun in a single sitting."""
+        if not self.has_begun(case):
+            self.sit(case, QUICK if self.quick else ONLY)
+        return self._groups[case.group].outcomes[provider]
 
-    def _sit(self, case: Case, turns: tuple[int, int]) -> None:
-        torch._dynamo.reset()  # or what was compiled for another shape would be compiled again, for shapes of all kinds
-        new = {name: Outcome(case.row(name), []) for name in case.providers}
-        outcomes = self._outcomes.setdefault(case.group, new)
-        names = [name for name in case.providers if outcomes[name].row["status"] == "ok"]
-        # what is too large to stand beside others is timed alone
-        for together in [names] if case.fits_in_memory() else [[name] for name in names]:
-            _take_turns({name: case.providers[name] for name in together}, outcomes, turns)
-            gc.collect()  # what they kept
+    def sit(self, case: Case, turns: tuple[int, int] = ONE_OF_SEVERAL) -> None:
+        """One sitting of a group; what raises then, and not when it is made, leaves all of it red."""
+        if not self.has_begun(case):
+            self._groups[case.group] = Group({name: Outcome(case.row(name)) for name in case.providers})
+            self.rows += [outcome.row for outcome in self._groups[case.group].outcomes.values()]
+        group = self._groups[case.group]
+        try:
+            _sit(case, group, turns)
+        except Exception as error:  # measuring the group again would end the same way
+            traceback.print_exc()
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            for outcome in group.outcomes.values():
+                outcome.row.update(status="red", reason=reason)
+        baseline = next(iter(group.outcomes.values()))
+        for outcome in group.outcomes.values():
+            if outcome.row["status"] != "ok":
+                outcome.row.update(dict.fromkeys(("median_s", "iqr_s", "speedup", "speedup_iqr")))
+            elif outcome.turns:
+                _fill_in(outcome, baseline, case.work)
 
 
-def _take_turns(providers: dict[str, Provider], outcomes: dict[str, Outcome], turns: tuple[int, int]) -> None:
-    made = {name: _made(provider, outcomes[name]) for name, provider in providers.items()}
+def _sit(case: Case, group: Group, turns: tuple[int, int]) -> None:
+    is_for_all = group.sittings % SLOW_EVERY == 0
+    names = [
+        name
+        for name, outcome in group.outcomes.items()
+        if outcome.row["status"] == "ok" and (is_for_all or not outcome.is_slow)
+    ]
+    # what is too large to stand beside others is timed alone
+    for together in [names] if case.fits_in_memory() else [[name] for name in names]:
+        _take_turns({name: case.providers[name] for name in together}, group, turns)
+        gc.collect()  # what they kept
+    group.sittings += 1
+    group.turns = max((n + 1 for outcome in group.outcomes.values() for n in outcome.turns), default=0)
+
+
+def _take_turns(providers: dict[str, Provider], group: Group, turns: tuple[int, int]) -> None:
+    outcomes, is_first = group.outcomes, group.sittings == 0
+    made = {name: _made(provider, outcomes[name], group.turns) for name, provider in providers.items()}
     calls = {name: call for name, call in made.items() if call is not None}
     if DEVICE == "cuda":
         _flushed()  # is nobody's peak
     gc.collect()
-    (fewest, most), order, started, n_turns = turns, random.Random(0), time.perf_counter(), 0
+    (fewest, most), order = turns, random.Random(group.turns)
+    started, n_turns = time.perf_counter(), 0
     while calls and (n_turns < fewest or (n_turns < most and time.perf_counter() - started < BUDGET_S)):
         for name in order.sample(list(calls), len(calls)):
-            outcome = outcomes[name]
-            if n_turns != 1:  # the first has what stays, such as an optimiser's moments
-                _take_turn(calls[name], outcome)
-                continue
-            with Peak() as peak:
-                _take_turn(calls[name], outcome)
-            outcome.row["peak_mib"] = peak.mib
+            if is_first and n_turns == 0:  # the first call has made what stays, such as an optimiser's moments
+                with Peak() as peak:
+                    _take_turn(calls[name], outcomes[name], group.turns)
+                outcomes[name].row["peak_mib"] = peak.mib
+            elif is_first or not outcomes[name].is_long:  # whose first call was its turn
+                _take_turn(calls[name], outcomes[name], group.turns + n_turns)
         n_turns += 1
     for name in calls:
         outcomes[name].row["clock_mhz"] = clock.mhz()
 
 
-def _made(provider: Provider, outcome: Outcome) -> Call | None:
+def _made(provider: Provider, outcome: Outcome, turn: int) -> Call | None:
     """The call, once its numbers are right and it has run; None, and a reason in the row, where there is none."""
-    row, is_known = outcome.row, bool(outcome.turns)
+    row, is_first = outcome.row, not outcome.turns
     reason = provider.skip() if provider.skip else None
     if reason:
         row.update(status="skipped", reason=reason)
         return None
     try:
-        if provider.check is not None and not is_known:
+        if provider.check is not None and is_first:
             row["error"], row["error_limit"] = provider.check()
         if row["error"] is not None and not row["error"] <= row["error_limit"]:
             reason = f"error {row['error']:.2g} against fp64, over the limit of {row['error_limit']:.2g}"
             row.update(status="red", reason=reason)
             return None
         call = provider.make()
-        # on a CPU, of what has run in a check or a first sitting, only what is compiled takes longer at first
-        has_run = is_known or provider.check is not None
-        for _ in range(0 if has_run and DEVICE == "cpu" and "compiled" not in row["provider"] else WARM_CALLS):
+        for _ in range(max(WARM_CALLS, int(is_first and "compiled" in row["provider"]))):
             call()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
+        _take_first_call(call, outcome, turn)
     except torch.OutOfMemoryError as error:
         row.update(status="skipped", reason=f"out of memory: {str(error).splitlines()[0]}")
         return None
@@ -212,14 +251,22 @@ def _made(provider: Provider, outcome: Outcome) -> Call | None:
     return call
 
 
-def _take_turn(call: Call, outcome: Outcome) -> None:
+def _take_first_call(call: Call, outcome: Outcome, turn: int) -> None:
+    """The first call of a sitting, which counts where calls are long."""
+    (first,) = _seconds(call, 1)
+    outcome.fastest = min(outcome.fastest, first)
+    if outcome.is_long:
+        outcome.turns.setdefault(turn, []).append(first)
+
+
+def _take_turn(call: Call, outcome: Outcome, turn: int) -> None:
     """Adds the seconds of each call that counts."""
     (first,) = _seconds(call, 1)
-    is_long = min(first, outcome.fastest) >= (LONG_S if outcome.turns else LONG_S + STALL_S)
-    fewest, most = CALLS if first < LONG_S else (1, 1)
-    turn = [first] if is_long else _seconds(call, max(fewest, min(most, round(TURN_S / first))))
-    outcome.turns.append(turn)
-    outcome.fastest = min(outcome.fastest, first, *turn)
+    outcome.fastest = min(outcome.fastest, first)
+    outcome.n_calls = outcome.n_calls or max(1, min(MOST_CALLS, round(TURN_S / first)))
+    counted = [first] if outcome.is_slow else _seconds(call, outcome.n_calls)
+    outcome.turns.setdefault(turn, []).extend(counted)
+    outcome.fastest = min(outcome.fastest, *counted)
 
 
 def _seconds(call: Call, count: int) -> list[float]:
@@ -252,20 +299,28 @@ def _flushed() -> Tensor:
     return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=DEVICE)
 
 
-def _fill_in(outcome: Outcome, baseline: list[list[float]], work: Work | None) -> None:
+def _fill_in(outcome: Outcome, baseline: Outcome, work: Work | None) -> None:
     row, turns, samples = outcome.row, outcome.turns, outcome.samples
-    quartiles = statistics.quantiles(samples, n=4)
-    row.update(median_s=statistics.median(samples), iqr_s=quartiles[2] - quartiles[0])
-    row.update(turns=len(turns), rounds=len(samples))
-    medians, of_baseline = ([statistics.median(turn) for turn in found] for found in (turns, baseline))
-    if len(of_baseline) == len(medians):  # of one turn both
-        ratios = [b / s for b, s in zip(of_baseline, medians, strict=True)]
-        quartiles = statistics.quantiles(ratios, n=4)
-        row.update(speedup=statistics.median(ratios), speedup_iqr=quartiles[2] - quartiles[0])
-    elif of_baseline:
-        row["speedup"] = statistics.median(of_baseline) / statistics.median(medians)
+    row.update(median_s=statistics.median(samples), iqr_s=_iqr(samples), turns=len(turns), rounds=len(samples))
+    ratios = [
+        statistics.median(baseline.turns[n]) / statistics.median(seconds)
+        for n, seconds in turns.items()
+        if n in baseline.turns
+    ]
+    if ratios:
+        row.update(speedup=statistics.median(ratios), speedup_iqr=_iqr(ratios))
+    elif baseline.turns:
+        row["speedup"] = statistics.median(baseline.samples) / row["median_s"]
     if work is not None:
         row["floor_s"] = work.floor_s()
+
+
+def _iqr(values: list[float]) -> float | None:
+    """The distance between the quartiles; None where one value has none."""
+    if len(values) < 2:
+        return None
+    quartiles = statistics.quantiles(values, n=4)
+    return quartiles[2] - quartiles[0]
 
 
 def cases_and_providers(cases: list[Case]) -> Any:
@@ -281,10 +336,9 @@ def replay(benchmark: Any, outcome: Outcome) -> None:
     benchmark.pedantic(lambda: None, rounds=len(outcome.samples))
 
 
-def report(benchmark: Any, timer: GroupTimer, rows: list[dict[str, Any]], case: Case, provider: str) -> None:
+def report(benchmark: Any, timer: GroupTimer, case: Case, provider: str) -> None:
     """The body of every benchmark: fails where the provider is wrong, skips where it cannot run, else reports its time."""
     outcome = timer.outcome(case, provider)
-    rows.append(outcome.row)
     benchmark.group = case.group
     if outcome.row["status"] == "red":
         pytest.fail(f"{case.group}: {provider}: {outcome.row['reason']}")

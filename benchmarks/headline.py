@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from benchmarks.result import Result, Row, faster_by, fastest
+from benchmarks.result import Result, Row, faster_by, fastest, max_density
 from benchmarks.shapes import HEADLINE
 from benchmarks.tables import (
     NO_GPU,
     NONE,
     digits,
+    lost_cases,
     machine_line,
     match,
     milliseconds,
@@ -17,6 +18,8 @@ from benchmarks.tables import (
     times_as_fast,
 )
 
+# the shapes with little to save: of many active features, of few tokens
+HARD = (f"{HEADLINE}, half active", "qwen2.5-7b x8")
 # the shapes that may stand in the README, the first that a machine has measured
 SHAPES = (HEADLINE, "gemma-2-2b 16k")
 STEP, PASSES = "whole step", "forward+backward"
@@ -40,7 +43,8 @@ def readme_block(results: list[Result], folder: str) -> str:
     plot = f"![{STEP}: medians by provider]({folder}/plots/{plot_name(result, STEP)})"
     source = f"[result]({folder}/results/{result.path.name})"
     machine = f"Measured on {machine_line(result)} By `python -m benchmarks.report` from its {source}. {more}"
-    return "\n".join([f"{_claim(result, steps)}\n", _table(steps, passes), f"{plot}\n\n{machine}\n"])
+    parts = [f"{_claim(result, steps)}\n", _table(steps, passes), f"{plot}\n", f"{machine}\n", _limits(result, folder)]
+    return "\n".join(parts)
 
 
 def _headline(results: list[Result]) -> tuple[Result, str] | None:
@@ -79,6 +83,32 @@ def _claim(result: Result, steps: list[Row]) -> str:
     claim = f"A training step ({conditions}) takes **{milliseconds(ours)}** on {result.machine.name}"
     checked = ", its numbers compared with fp64 before it is timed" if ours.error is not None else ""
     return f"{', '.join([claim, ' and '.join(against)]) if against else claim}{checked}."
+
+
+def _limits(result: Result, folder: str) -> str:
+    """When not to use this, with the figures of such shapes and how often dense PyTorch won."""
+    measured = "; ".join(filter(None, (_limit(_rows(result, PASSES, shape)) for shape in HARD)))
+    figures = f" Forward and backward there: {measured}." if measured else ""
+    lost = len(lost_cases(result))
+    share = f"{100 * max_density(result.machine):g} %"
+    return (
+        f"**When not to use this.** Where many features fire, products win: from {share} of `d_sae` on the ops"
+        f" take the dense path by themselves, in tiles. With few tokens in a step there is less to save.{figures}"
+        f" Dense PyTorch or a peer is the faster one in {lost or 'no'} case{'' if lost == 1 else 's'}"
+        f" ([where dense wins]({folder}/README.md#where-dense-wins)). If your code needs every activation as a dense tensor"
+        f" anyway, there is nothing to save.\n"
+    )
+
+
+def _limit(group: list[Row]) -> str:
+    """How the fused pass stands against eager fp32 and compiled bf16; empty where neither was measured."""
+    rivals, found = {"eager": "dense eager fp32", "`torch.compile` in bf16": "dense compiled bf16"}, []
+    for name, provider in rivals.items():
+        rival = _named(group, provider)
+        ours = next((row for row in group if rival and row.kind == "fused" and row.dtype == rival.dtype), None)
+        ratio = faster_by(ours, rival) if ours else None
+        found += [f"{times_as_fast(ratio)} as fast as {name}"] if ratio else []
+    return f"{sizes(group[0])}: {' and '.join(found)}" if found else ""
 
 
 def _named(rows: list[Row], provider: str) -> Row | None:

@@ -26,7 +26,7 @@ HEADLINE = "gpt2-small-16k"
 CPU_SHAPES = {
     HEADLINE: Shape(4096, 768, 16384, 78),
     "demo": Shape(1024, 256, 2048, 32),
-    "pythia-70m": Shape(1024, 512, 16384, 64, is_cut=True),
+    "pythia-70m": Shape(512, 512, 16384, 64, is_cut=True),
     "gpt2-small x32": Shape(256, 768, 24576, 64, is_cut=True),
     "gemma-2-2b 16k": Shape(128, 2304, 16384, 64, is_cut=True),
     "gemma-2-2b 65k": Shape(64, 2304, 65536, 64, is_cut=True),
@@ -46,7 +46,7 @@ GPU_SHAPES = {
 }
 # early training, where half of all features are active and the dense path runs
 EARLY_SHAPES = {
-    f"{HEADLINE}, half active": Shape(1024, 768, 16384, 8192, is_cut=True),
+    f"{HEADLINE}, half active": Shape(512, 768, 16384, 8192, is_cut=True),
     "demo, half active": Shape(1024, 256, 2048, 1024),
     "64 tokens, half active": Shape(64, 512, 4096, 2048),
 }

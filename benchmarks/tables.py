@@ -40,9 +40,11 @@ On a machine with a GPU, with the torch build of its driver installed; the shape
 
 - **match**: a provider's numbers are compared with fp64 before its time is taken. `ok`: the error is within its limit. `RED`:
   it is not, and there is no time. `{NONE}`: nothing to compare, or a baseline that is only a part of the work.
-- **median ± IQR**: of the calls of three to nine turns that the providers of a group take one after the other, in random
-  order; IQR is the distance between the quartiles. A whole run has two sittings for each group, minutes apart, so that the
-  IQR has the machine's drift in it. A GPU's caches are emptied before each call.
+- **median ± IQR**: of the calls of all sittings, and the distance between their quartiles. A whole run passes three to six
+  times over all groups, so that a group's sittings are minutes apart; in each of them its providers are made anew and take turns,
+  in random order. So the IQR has in it how the machine drifts, and another run lies within it: a machine's last table counts how
+  often, where one commit was measured twice. Calls of a quarter of a second and more have every second sitting. A GPU's caches
+  are emptied before each call.
 - **vs**: how many times as fast as that provider; below 1x it is slower. Ratios to the table's baseline are medians of the
   turns' ratios, others are ratios of medians.
 - **peak**: memory of the process beyond what the calls of a turn started with.
@@ -278,7 +280,7 @@ def where_dense_wins(result: Result) -> str:
     from fastsae_kernels.dispatch import MAX_DENSITY
 
     parts = ["### Where dense wins\n"]
-    lost = [line for group in result.groups().values() for line in _lost(group)]
+    lost = lost_cases(result)
     if lost:
         titles = ["group", "dtype", "L0 / d_sae", "faster", "ms", "best fused", "ms", "fused vs it"]
         parts += ["Against the fastest fused provider in the same dtype:\n", table(titles, lost, (2, 4, 6, 7))]
@@ -290,6 +292,11 @@ def where_dense_wins(result: Result) -> str:
         f" beyond it they take the dense path in tiles by themselves (`dense in tiles` is that path, asked for).\n"
     )
     return "\n".join(parts)
+
+
+def lost_cases(result: Result) -> list[list[str]]:
+    """Its lines."""
+    return [line for group in result.groups().values() for line in _lost(group)]
 
 
 def repeat_section(result: Result, before: Result) -> str:

@@ -30,7 +30,7 @@ def test_epoch(benchmark, request, timed_rows, case: Case, provider: str, tmp_pa
     assert row["status"] == "ok", row["reason"]
     row |= {"median_s": seconds, "rounds": 1, "peak_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024}
     benchmark.group = case.group
-    replay(benchmark, Outcome(row, [[seconds]]))
+    replay(benchmark, Outcome(row, {0: [seconds]}))
 
 
 def described(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 import warnings
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import clock, floor
+from benchmarks.clock import CPUINFO
 
 ROOT = Path(__file__).parents[1]
 Content = dict[str, Any]
@@ -26,12 +28,8 @@ Content = dict[str, Any]
 @cache
 def machine() -> Content:
     """What the numbers were measured on."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
     return {
-        "processor": models[0] if models else name,
+        "processor": processor(CPUINFO.read_text() if CPUINFO.exists() else ""),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_units": getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)(),
         "threads": torch.get_num_threads(),
@@ -48,6 +46,15 @@ def machine() -> Content:
             for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items()
         },
     }
+
+
+def processor(cpuinfo: str) -> str:
+    """Its name, with what tells two generations apart that go by the same name in a virtual machine."""
+    about = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", cpuinfo, re.MULTILINE))
+    if "model name" not in about:
+        return platform.processor() or platform.machine()
+    numbers = [f"{name.removeprefix('cpu ')} {about[name]}" for name in ("cpu family", "model") if name in about]
+    return " ".join([about["model name"].strip(), *numbers])
 
 
 def commit_of(root: Path = ROOT) -> str:
@@ -84,13 +91,10 @@ class ResultFile:
     def __init__(self, folder: Path, commit: str) -> None:
         self.folder, self.commit, self._started = folder, commit, time.time()
         self._earlier: Content | None = None
-        self._n_rows = 0
         self.path: Path | None = None
 
     def write(self, rows: list[Content]) -> None:
-        """Writes all rows of the run so far; nothing where none was added."""
-        if len(rows) == self._n_rows:
-            return
+        """Writes all rows of the run so far."""
         info, now = machine(), datetime.now(timezone.utc)
         stem = "-".join((info["gpu"] or info["processor"]).split())
         if self.path is None:
@@ -111,7 +115,6 @@ class ResultFile:
         aside = self.path.with_suffix(".tmp")
         aside.write_text(json.dumps(result, indent=1) + "\n")
         os.replace(aside, self.path)  # whoever reads it, or kills this process, finds a whole file
-        self._n_rows = len(rows)
 
     def _kept(self, measured: set[str]) -> list[Content]:
         earlier = self._earlier

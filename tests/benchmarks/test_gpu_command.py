@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -187,3 +188,10 @@ def test_a_broken_file_of_an_earlier_run_does_no_harm(
     assert second.path is not None
     rows = json.loads(second.path.read_text())["results"]
     assert [(row["operation"], row["commit"]) for row in rows] == [("decode", "three"), ("encode", "one")]
+
+
+def test_processors_of_one_name_are_told_apart() -> None:
+    cpuinfo = "cpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nstepping\t: 1\n"
+    assert writer.processor(cpuinfo * 2) == "AMD EPYC family 25 model 17"
+    assert writer.processor("model name\t: Neoverse-V2\n") == "Neoverse-V2"
+    assert writer.processor("") == (platform.processor() or platform.machine())

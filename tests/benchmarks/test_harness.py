@@ -23,10 +23,13 @@ SHAPE = Shape(n_tokens=48, d_in=16, d_sae=96, l0=8)
 def soon_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "BUDGET_S", 0.0)
     monkeypatch.setattr(harness, "TURN_S", 0.0)
-    monkeypatch.setattr(harness, "CALLS", (1, 50))
     monkeypatch.setattr(Work, "floor_s", lambda self: 1e-6)
     for cached in (test_train_step.exact_gradients, test_train_step.operands, test_train_step.eager_errors):
         cached.cache_clear()
+
+
+def quick() -> GroupTimer:
+    return GroupTimer(quick=True, rows=[])
 
 
 def step_case(*names: str) -> Case:
@@ -45,7 +48,7 @@ def break_the_op(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
 
 
 def test_a_working_op_is_timed() -> None:
-    row = GroupTimer(quick=True).outcome(step_case("dense eager fp32", "fused fp32"), "fused fp32").row
+    row = quick().outcome(step_case("dense eager fp32", "fused fp32"), "fused fp32").row
     assert row["status"] == "ok"
     assert row["error"] <= row["error_limit"] < 1e-4
     assert row["rounds"] == 3
@@ -55,7 +58,7 @@ def test_a_working_op_is_timed() -> None:
 
 def test_a_broken_op_turns_its_rows_red(monkeypatch: pytest.MonkeyPatch) -> None:
     break_the_op(monkeypatch, 1.001)
-    timer, case = GroupTimer(quick=True), step_case("dense eager fp32", "fused fp32", "fused bf16")
+    timer, case = quick(), step_case("dense eager fp32", "fused fp32", "fused bf16")
     row = timer.outcome(case, "fused fp32").row
     assert row["status"] == "red"
     assert row["median_s"] is None
@@ -77,18 +80,18 @@ def test_a_red_row_fails_its_benchmark_and_a_skipped_one_says_why() -> None:
         "absent": Provider(lambda: print, skip=lambda: "it is not installed"),
         "nan": Provider(lambda: print, check=lambda: (float("nan"), 0.1)),
     }
-    case, timer = Case("encode", "tiny", SHAPE, providers), GroupTimer(quick=True)
-    benchmark, rows = SimpleNamespace(), []  # type: ignore[var-annotated]
+    case, timer = Case("encode", "tiny", SHAPE, providers), quick()
+    benchmark = SimpleNamespace()
     for provider in ("wrong", "nan"):
         with pytest.raises(pytest.fail.Exception, match=r"over the limit of 0\.1"):
-            harness.report(benchmark, timer, rows, case, provider)
+            harness.report(benchmark, timer, case, provider)
     with pytest.raises(pytest.skip.Exception, match="absent: it is not installed"):
-        harness.report(benchmark, timer, rows, case, "absent")
-    assert [row["status"] for row in rows] == ["red", "red", "skipped"]
+        harness.report(benchmark, timer, case, "absent")
+    assert {row["provider"]: row["status"] for row in timer.rows} == {"wrong": "red", "absent": "skipped", "nan": "red"}
 
 
 def test_a_test_reports_the_samples_of_its_group(benchmark: Any) -> None:
-    harness.replay(benchmark, harness.Outcome({}, [[0.25], [0.5, 1.0]]))
+    harness.replay(benchmark, harness.Outcome({}, {0: [0.25], 3: [0.5, 1.0]}))
     if not benchmark.disabled:
         assert benchmark.stats.stats.data == [0.25, 0.5, 1.0]
 
@@ -105,7 +108,7 @@ def test_what_does_not_fit_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> No
         return lambda: weights + 1
 
     case = Case("encode", "large", SHAPE, {name: Provider(make) for name in "abc"})
-    rows = [GroupTimer(quick=True).outcome(case, name).row for name in "abc"]
+    rows = [quick().outcome(case, name).row for name in "abc"]
     assert [row["rounds"] for row in rows] == [3, 3, 3]
 
 
@@ -114,7 +117,7 @@ def test_what_raises_is_red_and_the_others_have_their_times(capsys: pytest.Captu
         raise ValueError("no such thing\nat all")
 
     case = Case("encode", "tiny", SHAPE, {"dense": Provider(lambda: fails), "fused": Provider(lambda: lambda: None)})
-    timer = GroupTimer(quick=True)
+    timer = quick()
     row = timer.outcome(case, "dense").row
     assert (row["status"], row["reason"]) == ("red", "ValueError: no such thing")
     assert "at all" in capsys.readouterr().err
@@ -126,36 +129,41 @@ def test_out_of_memory_is_a_reason() -> None:
         raise torch.OutOfMemoryError("tried to allocate 64 GiB")
 
     case = Case("encode", "tiny", SHAPE, {"dense": Provider(make)})
-    row = GroupTimer(quick=True).outcome(case, "dense").row
+    row = quick().outcome(case, "dense").row
     assert (row["status"], row["reason"]) == ("skipped", "out of memory: tried to allocate 64 GiB")
 
 
 def counted_calls(call: Any) -> list[float]:
-    outcome = GroupTimer(quick=True).outcome(Case("encode", "tiny", SHAPE, {"it": Provider(lambda: call)}), "it")
+    outcome = quick().outcome(Case("encode", "tiny", SHAPE, {"it": Provider(lambda: call)}), "it")
     assert outcome.row["turns"] == 3
     assert outcome.row["rounds"] == len(outcome.samples)
     return outcome.samples
 
 
-def test_the_first_call_of_a_turn_counts_where_it_is_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_calls_of_a_sitting_and_of_a_turn_count_where_they_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     assert len(counted_calls(lambda: calls.append(0))) == 3
     assert len(calls) == 1 + 3 * 2
+    calls.clear()
+    monkeypatch.setattr(harness, "SLOW_S", 0.0)  # the turn's first call counts, that of the sitting does not
+    assert len(counted_calls(lambda: calls.append(0))) == 3
+    assert len(calls) == 1 + 3
+    calls.clear()
     monkeypatch.setattr(harness, "LONG_S", 0.0)
     monkeypatch.setattr(harness, "STALL_S", 0.0)
-    assert len(counted_calls(lambda: calls.append(0))) == 3
-    assert len(calls) == 7 + 1 + 3
+    assert len(counted_calls(lambda: calls.append(0))) == len(calls) == 1 + 3
 
 
 def test_a_first_call_that_stalls_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the first of all nor a later one, which would look long by itself; a call that always is counts."""
-    stalls, long = [1.5, 0.2, 1.4, 0.2, 0.3, 0.2], [1.4, 1.2, 1.3, 1.5]
-    for seconds, turns in ((stalls, [[0.2], [0.2], [0.2]]), (long, [[1.2], [1.3], [1.5]])):
+    stalls, long = [2.5, 0.2, 0.2, 1.4, 0.2, 0.24, 0.2], [4.4, 3.2, 1.3, 1.5]
+    for seconds, turns in ((stalls, {0: [0.2], 1: [0.2], 2: [0.2]}), (long, {0: [4.4, 3.2], 1: [1.3], 2: [1.5]})):
         left = iter(seconds)
         monkeypatch.setattr(harness, "_seconds", lambda call, count, left=left: [next(left) for _ in range(count)])
-        outcome = harness.Outcome({}, [])
-        for _ in range(3):
-            harness._take_turn(lambda: None, outcome)
+        outcome = harness.Outcome({})
+        harness._take_first_call(lambda: None, outcome, 0)
+        for turn in range(3):
+            harness._take_turn(lambda: None, outcome, turn)
         assert outcome.turns == turns
         assert next(left, None) is None
 
@@ -168,7 +176,7 @@ def test_what_comes_before_a_call_is_not_timed() -> None:
 
 def test_peak_is_that_of_the_calls() -> None:
     case = Case("encode", "tiny", SHAPE, {"it": Provider(lambda: lambda: torch.ones(2**24).sum().item())})
-    peak = GroupTimer(quick=True).outcome(case, "it").row["peak_mib"]
+    peak = quick().outcome(case, "it").row["peak_mib"]
     if peak is None:
         pytest.skip("this system does not tell the peak of a process")
     assert peak == pytest.approx(64, abs=16)
@@ -183,7 +191,7 @@ def test_peak_is_without_what_the_first_call_keeps() -> None:
         torch.ones(2**22).sum().item()
 
     case = Case("encode", "tiny", SHAPE, {"it": Provider(lambda: call, lambda: (0.0, 1.0))})
-    peak = GroupTimer(quick=True).outcome(case, "it").row["peak_mib"]
+    peak = quick().outcome(case, "it").row["peak_mib"]
     if peak is None:
         pytest.skip("this system does not tell the peak of a process")
     assert peak == pytest.approx(16, abs=8)
@@ -213,35 +221,107 @@ def test_seconds_on_a_gpu_are_between_its_events(monkeypatch: pytest.MonkeyPatch
     assert log == ["flush", "event", "call", "event"] * 2 + ["synchronize"]
 
 
-def test_two_sittings_are_one_outcome() -> None:
-    """The second neither compares nor warms again, and does not touch what was red."""
+def test_all_sittings_are_one_outcome() -> None:
+    """A later one does not compare again, and leaves alone what was red."""
     log: list[str] = []
     providers = {
         "it": Provider(lambda: lambda: log.append("call"), lambda: log.append("check") or (0.0, 1.0)),
         "wrong": Provider(lambda: lambda: log.append("wrong call"), lambda: log.append("wrong") or (2.0, 1.0)),
     }
-    case, timer = Case("encode", "tiny", SHAPE, providers), GroupTimer(quick=False)
-    timer.begin(case)
-    assert log == ["check", "wrong", "call", "call"]  # a turn of an uncounted and a counted one
+    case, timer = Case("encode", "tiny", SHAPE, providers), quick()
+    timer.sit(case)
+    of_a_sitting = ["call"] * 3  # the first of the sitting, and a turn of one that does not count and one that does
+    assert log == ["check", "call", "wrong", "call", "call"]
+    timer.sit(case)
+    assert log[5:] == of_a_sitting
     row = timer.outcome(case, "it").row
-    assert log[4:] == ["call"] * 4
-    assert (row["turns"], row["rounds"]) == (3, 3)
-    assert timer.outcome(case, "wrong").row["status"] == "red"
-    assert len(log) == 8
+    assert len(log) == 8  # nothing was measured for the report
+    assert (row["turns"], row["rounds"]) == (2, 2)
+    assert [row["status"] for row in timer.rows] == ["ok", "red"]
+
+
+def test_the_spread_is_that_of_all_sittings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a ratio that of one turn, of a machine that was slow and has become fast."""
+    now = {"slowness": 3.0}
+    times = {"dense": 0.08, "fused": 0.02}
+    monkeypatch.setattr(harness, "_seconds", lambda call, count: [call() * now["slowness"]] * count)
+    providers = {name: Provider(lambda name=name: lambda: times[name]) for name in times}
+    case, timer = Case("encode", "tiny", SHAPE, providers), quick()
+    for now["slowness"] in (3.0, 1.0, 2.0):
+        timer.sit(case)
+    row = timer.outcome(case, "fused").row
+    assert (row["median_s"], row["iqr_s"]) == pytest.approx((0.04, 0.04))
+    assert (row["speedup"], row["speedup_iqr"]) == pytest.approx((4.0, 0.0))
+
+
+def test_slow_calls_have_every_second_sitting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long one needs no warm call beside: in the first two count, since the second tells the peak. Ratios are of such turns."""
+    monkeypatch.setattr(harness, "_seconds", lambda call, count: [call()] * count)
+    log: list[str] = []
+    providers = {
+        "dense": Provider(lambda: lambda: log.append("dense") or 4.0),
+        "slow": Provider(lambda: lambda: log.append("slow") or 0.5),
+        "fused": Provider(lambda: lambda: log.append("fused") or 0.2),
+    }
+    case, timer, counts = Case("encode", "tiny", SHAPE, providers), quick(), []
+    for _ in range(4):
+        timer.sit(case)
+        counts.append(tuple(map(log.count, providers)))
+    assert counts == [(2, 2, 3), (2, 2, 6), (3, 4, 9), (3, 4, 12)]
+    dense, slow, fused = (timer.outcome(case, name) for name in providers)
+    assert dense.turns == {0: [4.0, 4.0], 2: [4.0]}
+    assert slow.turns == {0: [0.5], 2: [0.5]}
+    assert fused.turns == {0: [0.2], 1: [0.2], 2: [0.2], 3: [0.2]}
+    assert (fused.row["speedup"], fused.row["speedup_iqr"]) == pytest.approx((20.0, 0.0))
+
+
+def test_what_raises_while_it_is_timed_leaves_its_group_red(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where it has had its times before: a killed run must not leave rows that cannot be read."""
+    fails: list[bool] = []
+
+    def call() -> None:
+        if fails:
+            raise ValueError("no more")
+
+    case, timer = Case("encode", "tiny", SHAPE, {"dense": Provider(lambda: call)}), quick()
+    timer.sit(case)
+    assert timer.rows[0]["status"] == "ok"
+    fails.append(True)
+    timer.sit(case)
+    timer.sit(case)
+    assert capsys.readouterr().err.count("ValueError: no more") == 1
+    assert (timer.rows[0]["status"], timer.rows[0]["reason"]) == ("red", "ValueError: no more")
+    assert timer.rows[0]["median_s"] is None
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is warmed for every sitting")
-@pytest.mark.parametrize(
-    ("name", "check", "warm_calls"),
-    [("dense", lambda: (0.0, 1.0), (0, 0)), ("dense", None, (1, 0)), ("dense compiled", lambda: (0.0, 1.0), (1, 1))],
-    ids=["checked", "unchecked", "compiled"],
-)
-def test_what_has_run_is_not_warmed(name: str, check: Any, warm_calls: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("name", "warm_calls"), [("dense", 0), ("dense compiled", 1)])
+def test_what_is_compiled_is_compiled_once_and_not_timed(name: str, warm_calls: int) -> None:
     log: list[str] = []
-    case = Case("encode", "tiny", SHAPE, {name: Provider(lambda: lambda: log.append("call"), check)})
-    timer = GroupTimer(quick=False)
-    timer.begin(case)
-    assert len(log) == warm_calls[0] + 2  # a turn of an uncounted and a counted one
-    log.clear()
-    timer.outcome(case, name)
-    assert len(log) == warm_calls[1] + 2 * 2
+    case = Case("encode", "tiny", SHAPE, {name: Provider(lambda: lambda: log.append("call"))})
+    timer = quick()
+    timer.sit(case)
+    assert len(log) == warm_calls + 3
+    timer.sit(case)
+    assert len(log) == warm_calls + 2 * 3
+
+
+def test_a_shape_that_was_compiled_is_not_compiled_again() -> None:
+    """Though each sitting makes its providers anew, and other shapes came between."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    timer = quick()
+    cases = [
+        Case("forward+backward", str(n), shape, {name: test_train_step.provider(name, shape)})
+        for name in ("dense compiled fp32",)
+        for n in range(12)  # more than PyTorch allows by itself
+        for shape in [Shape(n_tokens=8 + n, d_in=4, d_sae=16, l0=4)]
+    ]
+    for case in cases:
+        timer.sit(case)
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled >= len(cases)
+    for case in cases:
+        timer.sit(case)
+    assert counters["stats"]["unique_graphs"] == compiled
