@@ -8,6 +8,7 @@ that has to end tells all that it has measured until then.
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -62,11 +63,13 @@ class Run:
                 self._say(f"pass {n + 1} of {fewest} to {most}, {len(cases) - at} groups left: {case.group}")
                 self.timer.sit(case)
                 self._save()
+                gc.freeze()  # what has been imported: to look through it again takes a second of each sitting
             now = time.monotonic()
             longest = max(longest, now - started) if n else 0.0  # of those that neither compare nor compile
             if n + 1 >= fewest and now + longest - self._started > PASSES_S:
                 break
             random.Random(n).shuffle(cases)
+        gc.unfreeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from benchmarks import agreement
 from benchmarks.result import Result, Row, faster_by, fastest, max_density
 from benchmarks.shapes import HEADLINE
 from benchmarks.tables import (
@@ -42,7 +43,8 @@ def readme_block(results: list[Result], folder: str) -> str:
     steps, passes = (_rows(result, operation, shape) for operation in (STEP, PASSES))
     plot = f"![{STEP}: medians by provider]({folder}/plots/{plot_name(result, STEP)})"
     source = f"[result]({folder}/results/{result.path.name})"
-    machine = f"Measured on {machine_line(result)} By `python -m benchmarks.report` from its {source}. {more}"
+    again = f" {_repeat(result)}" if result.repeated else ""
+    machine = f"Measured on {machine_line(result)}{again} By `python -m benchmarks.report` from its {source}. {more}"
     parts = [f"{_claim(result, steps)}\n", _table(steps, passes), f"{plot}\n", f"{machine}\n", _limits(result, folder)]
     return "\n".join(parts)
 
@@ -83,6 +85,12 @@ def _claim(result: Result, steps: list[Row]) -> str:
     claim = f"A training step ({conditions}) takes **{milliseconds(ours)}** on {result.machine.name}"
     checked = ", its numbers compared with fp64 before it is timed" if ours.error is not None else ""
     return f"{', '.join([claim, ' and '.join(against)]) if against else claim}{checked}."
+
+
+def _repeat(result: Result) -> str:
+    """Whether another run said the same."""
+    medians, ratios = agreement.count(agreement.medians(result)), agreement.count(agreement.ratios(result))
+    return f"A second run of that commit agrees, within the IQRs, in {medians} medians and {ratios} ratios."
 
 
 def _limits(result: Result, folder: str) -> str:

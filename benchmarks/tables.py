@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 
+from benchmarks import agreement
 from benchmarks.result import Result, Row, baseline_of, compiled_of, faster_by, fastest
 
-NONE = "-"
+NONE, ALL = "-", "all"
 NO_GPU = "GPU: not measured."
 LONGEST_REASON = 160
 RUN = "pytest benchmarks/ --results benchmarks/results && python -m benchmarks.report"
@@ -300,35 +300,26 @@ def lost_cases(result: Result) -> list[list[str]]:
 
 
 def repeat_section(result: Result, before: Result) -> str:
-    """How far two runs of one commit are apart, against the IQRs that they report."""
-    earlier = {(row.operation, row.group, row.provider): row for row in before.rows}
-    pairs = [(row, earlier.get((row.operation, row.group, row.provider))) for row in result.rows]
-    lines = [_agreement(operation, [(a, b) for a, b in pairs if b and operation in (a.operation, "all")])
-             for operation in [*result.operations(), "all"]]  # fmt: skip
-    titles = ["operation", "rows", "medians agree", "medians apart, mid", "ratios agree", "ratios apart, mid"]
+    """How many medians and ratios of two runs of one commit agree, and those that do not."""
+    found = agreement.medians(result), agreement.ratios(result)
+    lines = [
+        [operation, *(cell for pairs in found for cell in _agreement(pairs, operation))]
+        for operation in [*result.operations(), ALL]
+    ]
+    titles = ["operation", "medians agree", "medians apart, mid", "ratios agree", "ratios apart, mid"]
     text = (
         f"The same commit was measured before ([{before.path.name}](results/{before.path.name}), {digits(before.seconds)} s). Two"
         f" medians, or two ratios to a group's baseline, agree where they are no further apart than the larger of their IQRs.\n"
     )
-    return "\n".join(["### Two runs\n", text, table(titles, [line for line in lines if line], range(1, 6))])
+    return "\n".join(
+        ["### Two runs\n", text, table(titles, [line for line in lines if set(line[1:]) != {NONE}], range(1, 5))]
+    )
 
 
-def _agreement(operation: str, pairs: list[tuple[Row, Row]]) -> list[str]:
-    """How many medians and ratios of two runs agree, and half of them are how far apart at most."""
-    medians = [(a.median_s, b.median_s, max(a.iqr_s or 0, b.iqr_s or 0)) for a, b in pairs if a.iqr_s and b.iqr_s]
-    ratios = [
-        (a.speedup, b.speedup, max(a.speedup_iqr or 0, b.speedup_iqr or 0))
-        for a, b in pairs
-        if a.speedup and b.speedup and a.provider != a.baseline
-    ]
-    if not medians:
-        return []
-    cells = []
-    for found in (medians, ratios):
-        apart = [abs(a / b - 1) for a, b, _ in found if a and b]
-        cells.append(f"{sum(abs(a - b) <= iqr for a, b, iqr in found if a and b)} of {len(found)}")
-        cells.append(f"{digits(100 * statistics.median(apart), 2)} %" if apart else NONE)
-    return [operation, str(len(medians)), *cells]
+def _agreement(pairs: list[agreement.Pair], operation: str) -> tuple[str, str]:
+    chosen = [pair for pair in pairs if operation in (pair.row.operation, ALL)]
+    apart = agreement.middle(chosen)
+    return (NONE, NONE) if apart is None else (agreement.count(chosen), f"{digits(100 * apart, 2)} %")
 
 
 def _lost(group: list[Row]) -> list[list[str]]:

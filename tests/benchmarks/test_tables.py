@@ -255,8 +255,9 @@ def test_two_runs_of_one_commit(bench: Any, content: dict[str, Any], make_row: A
     (found,) = newest_of_each_machine(bench.folder / "results")
     section = benchmarks_readme([found]).partition("### Two runs")[2]
     assert "[first.json](results/first.json)" in section
-    assert "| whole step | 2 | 1 of 2 | 20 % | 0 of 1 | 50 % |" in section
-    assert "| all | 2 | 1 of 2 | 20 % | 0 of 1 | 50 % |" in section
+    assert "| whole step | 1 of 2 | 20 % | 0 of 1 | 50 % |" in section
+    assert "| all | 1 of 2 | 20 % | 0 of 1 | 50 % |" in section
+    assert "agrees, within the IQRs, in 1 of 2 medians and 0 of 1 ratios. By" in readme_block([found], "b")
 
 
 def test_runs_of_two_commits_are_not_compared(bench: Any, content: dict[str, Any]) -> None:
