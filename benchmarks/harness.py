@@ -4,8 +4,8 @@ Machines drift: by a tenth in a minute, by more in a quarter of an hour, and a c
 lie. That is more than some of the differences that count, so the providers of a group take turns, in another order each time,
 and a whole run sits down to each group several times, minutes apart, with everything made anew: the spread that a row reports
 is that of all its sittings, and another run of the machine lies within it. In a training run a step follows its like, so the
-first call of a sitting, and of a turn, which finds caches and heap as others left them, counts only where calls are long.
-What takes long has fewer calls and sittings.
+first call of a turn, which finds caches and heap as others left them, counts only where calls are long. What takes long has
+fewer calls and sittings.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BUDGET_S = 1.0
 TURN_S = 0.1  # of a provider's calls in a turn
 MOST_CALLS = 50  # of a turn
 WARM_CALLS = {"cpu": 0, "cuda": 3}[DEVICE]  # compile, tune; ours is dense until it has counted
-SLOW_S = 0.25  # from here on a provider has every second sitting, of a warm call and a counted one
+SLOW_S = 0.25  # from here on a provider has every second sitting, of a turn alone
 SLOW_EVERY = 2
 LONG_S = 1.0  # beside this, what a cold cache costs is nothing: every call counts
 STALL_S = 2.0  # that the first call of all can take on top, where memory has to be found for it
@@ -210,7 +210,7 @@ def _take_turns(providers: dict[str, Provider], group: Group, turns: tuple[int, 
                 with Peak() as peak:
                     _take_turn(calls[name], outcomes[name], group.turns)
                 outcomes[name].row["peak_mib"] = peak.mib
-            elif is_first or not outcomes[name].is_long:  # whose first call was its turn
+            else:
                 _take_turn(calls[name], outcomes[name], group.turns + n_turns)
         n_turns += 1
     for name in calls:
@@ -236,7 +236,10 @@ def _made(provider: Provider, outcome: Outcome, turn: int) -> Call | None:
             call()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
-        _take_first_call(call, outcome, turn)
+        if (
+            is_first or not outcome.is_slow
+        ):  # the memory that a sitting starts with is found now, or by a turn's first call
+            _take_first_call(call, outcome, turn)
     except torch.OutOfMemoryError as error:
         row.update(status="skipped", reason=f"out of memory: {str(error).splitlines()[0]}")
         return None
@@ -264,7 +267,7 @@ def _take_turn(call: Call, outcome: Outcome, turn: int) -> None:
     (first,) = _seconds(call, 1)
     outcome.fastest = min(outcome.fastest, first)
     outcome.n_calls = outcome.n_calls or max(1, min(MOST_CALLS, round(TURN_S / first)))
-    counted = [first] if outcome.is_slow else _seconds(call, outcome.n_calls)
+    counted = [first] if outcome.is_long else _seconds(call, outcome.n_calls)
     outcome.turns.setdefault(turn, []).extend(counted)
     outcome.fastest = min(outcome.fastest, *counted)
 

@@ -311,9 +311,24 @@ def repeat_section(result: Result, before: Result) -> str:
         f"The same commit was measured before ([{before.path.name}](results/{before.path.name}), {digits(before.seconds)} s). Two"
         f" medians, or two ratios to a group's baseline, agree where they are no further apart than the larger of their IQRs.\n"
     )
-    return "\n".join(
-        ["### Two runs\n", text, table(titles, [line for line in lines if set(line[1:]) != {NONE}], range(1, 5))]
-    )
+    parts = ["### Two runs\n", text, table(titles, [line for line in lines if set(line[1:]) != {NONE}], range(1, 5))]
+    apart = [
+        _apart_line(pair, kind)
+        for pairs, kind in zip(found, ("median", "ratio"), strict=True)
+        for pair in pairs
+        if not pair.agrees
+    ]
+    if apart:
+        titles = ["group", "provider", "figure", "this run", "the one before", "larger IQR"]
+        parts += ["Those that do not agree:\n", table(titles, apart, range(3, 6))]
+    return "\n".join(parts)
+
+
+def _apart_line(pair: agreement.Pair, kind: str) -> list[str]:
+    row, is_median = pair.row, kind == "median"
+    figures = (pair.now, pair.before, pair.iqr)
+    cells = [f"{digits(1e3 * value)} ms" if is_median else f"{digits(value)}x" for value in figures]
+    return [group_label(row), row.provider, kind, *cells]
 
 
 def _agreement(pairs: list[agreement.Pair], operation: str) -> tuple[str, str]:
@@ -335,8 +350,13 @@ def _lost(group: list[Row]) -> list[list[str]]:
     return lines
 
 
+def group_label(row: Row) -> str:
+    """The group with its operation."""
+    return row.group if row.group.startswith(row.operation) else f"{row.operation}: {row.group}"
+
+
 def _lost_line(rows: list[Row], rival: Row, fused: Row | None) -> list[str]:
-    label = rival.group if rival.group.startswith(rival.operation) else f"{rival.operation}: {rival.group}"
+    label = group_label(rival)
     theirs = [digits(rival.density, 2), rival.provider, digits(_seconds(rival) * 1e3)]
     if fused is None:
         return [label, rival.dtype or NONE, *theirs, _why_none(rows), NONE, NONE]

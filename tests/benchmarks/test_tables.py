@@ -257,6 +257,10 @@ def test_two_runs_of_one_commit(bench: Any, content: dict[str, Any], make_row: A
     assert "[first.json](results/first.json)" in section
     assert "| whole step | 1 of 2 | 20 % | 0 of 1 | 50 % |" in section
     assert "| all | 1 of 2 | 20 % | 0 of 1 | 50 % |" in section
+    apart = section.partition("Those that do not agree:")[2]
+    assert apart.count("whole step, gpt2-small-16k") == 2
+    assert "| fused fp32 | median | 135 ms | 100 ms | 10.0 ms |" in apart
+    assert "| fused fp32 | ratio | 3.00x | 2.00x | 0.500x |" in apart
     assert "agrees, within the IQRs, in 1 of 2 medians and 0 of 1 ratios. By" in readme_block([found], "b")
 
 
