@@ -47,6 +47,11 @@ class Peak:
             self.mib = _field("VmHWM") - self._before
 
 
+def peak_mib() -> float | None:
+    """The most that this process has held at a time; None where the system does not tell."""
+    return _field("VmHWM") if STATUS.exists() else None
+
+
 def _field(name: str) -> float:
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1024

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 import weakref
 from types import SimpleNamespace
@@ -14,7 +16,9 @@ import fastsae_kernels as kernels
 from benchmarks import harness, test_encode, test_train_step
 from benchmarks.floor import Work
 from benchmarks.harness import Case, GroupTimer, Provider
+from benchmarks.memory import peak_mib
 from benchmarks.shapes import DEVICE, Shape
+from benchmarks.writer import ROOT
 
 SHAPE = Shape(n_tokens=48, d_in=16, d_sae=96, l0=8)
 
@@ -191,6 +195,18 @@ def test_peak_is_without_what_the_first_call_keeps() -> None:
     if peak is None:
         pytest.skip("this system does not tell the peak of a process")
     assert peak == pytest.approx(16, abs=8)
+
+
+def test_the_peak_of_a_process_is_its_own() -> None:
+    """That of a child begins anew, whatever its parent has."""
+    parent = peak_mib()
+    if parent is None:
+        pytest.skip("this system does not tell the peak of a process")
+    held = torch.ones(2**27)
+    assert peak_mib() >= max(parent, held.nbytes / 2**20)
+    program = "import torch\nfrom benchmarks.memory import peak_mib\nprint(peak_mib())"
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 10 < float(found.stdout) < peak_mib() - 128
 
 
 def test_seconds_on_a_gpu_are_between_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
