@@ -3,9 +3,9 @@
 Machines drift: by a tenth in a minute, by more in a quarter of an hour, and a call by a third with where its arrays happen to
 lie. That is more than some of the differences that count, so the providers of a group take turns, in another order each time,
 and a whole run sits down to each group several times, minutes apart, with everything made anew: the spread that a row reports
-is that of all its sittings, and another run of the machine lies within it. In a training run a step follows its like, so the
-first call of a turn, which finds caches and heap as others left them, counts only where calls are long. What takes long has
-fewer calls and sittings.
+is that of all its sittings, and nearly every figure of another run lies within it. In a training run a step follows its like,
+so the first call of a turn, which finds caches and heap as others left them, counts only where calls are long. What takes long
+has fewer calls and sittings.
 """
 
 from __future__ import annotations
