@@ -58,6 +58,6 @@ def count(pairs: list[Pair]) -> str:
     return f"{sum(pair.agrees for pair in pairs)} of {len(pairs)}"
 
 
-def middle(pairs: list[Pair]) -> float | None:
-    """How far half of them are apart at most; None where there are none."""
-    return statistics.median(pair.apart for pair in pairs) if pairs else None
+def middle(pairs: list[Pair]) -> tuple[float, float]:
+    """How far half of them are apart at most, and half of the IQRs that allow it, as shares of the earlier run's figures."""
+    return statistics.median(pair.apart for pair in pairs), statistics.median(pair.iqr / pair.before for pair in pairs)

@@ -148,7 +148,6 @@ class GroupTimer:
     def __init__(self, quick: bool, rows: list[dict[str, Any]]) -> None:
         self.quick, self.rows = quick, rows
         self._groups: dict[str, Group] = {}
-        torch._dynamo.config.recompile_limit = MOST_GRAPHS
 
     def has_begun(self, case: Case) -> bool:
         return case.group in self._groups
@@ -166,7 +165,8 @@ class GroupTimer:
             self.rows += [outcome.row for outcome in self._groups[case.group].outcomes.values()]
         group = self._groups[case.group]
         try:
-            _sit(case, group, turns)
+            with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+                _sit(case, group, turns)
         except Exception as error:  # measuring the group again would end the same way
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}".splitlines()[0]

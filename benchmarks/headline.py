@@ -90,7 +90,7 @@ def _claim(result: Result, steps: list[Row]) -> str:
 def _repeat(result: Result) -> str:
     """Whether another run said the same."""
     medians, ratios = agreement.count(agreement.medians(result)), agreement.count(agreement.ratios(result))
-    return f"A second run of that commit agrees, within the IQRs, in {medians} medians and {ratios} ratios."
+    return f"Another run of the same code agrees, within the IQRs, in {medians} medians and {ratios} ratios."
 
 
 def _limits(result: Result, folder: str) -> str:
@@ -110,7 +110,7 @@ def _limits(result: Result, folder: str) -> str:
 
 def _limit(group: list[Row]) -> str:
     """How the fused pass stands against eager fp32 and compiled bf16; empty where neither was measured."""
-    rivals, found = {"eager": "dense eager fp32", "`torch.compile` in bf16": "dense compiled bf16"}, []
+    rivals, found = {"eager in fp32": "dense eager fp32", "`torch.compile` in bf16": "dense compiled bf16"}, []
     for name, provider in rivals.items():
         rival = _named(group, provider)
         ours = next((row for row in group if rival and row.kind == "fused" and row.dtype == rival.dtype), None)

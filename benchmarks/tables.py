@@ -295,7 +295,7 @@ def where_dense_wins(result: Result) -> str:
 
 
 def lost_cases(result: Result) -> list[list[str]]:
-    """Its lines."""
+    """The lines of that table."""
     return [line for group in result.groups().values() for line in _lost(group)]
 
 
@@ -306,12 +306,14 @@ def repeat_section(result: Result, before: Result) -> str:
         [operation, *(cell for pairs in found for cell in _agreement(pairs, operation))]
         for operation in [*result.operations(), ALL]
     ]
-    titles = ["operation", "medians agree", "medians apart, mid", "ratios agree", "ratios apart, mid"]
+    columns = (" agree", " apart, mid", ", IQR, mid")
+    titles = ["operation", *(figure + column for figure in ("medians", "ratios") for column in columns)]
     text = (
-        f"The same commit was measured before ([{before.path.name}](results/{before.path.name}), {digits(before.seconds)} s). Two"
-        f" medians, or two ratios to a group's baseline, agree where they are no further apart than the larger of their IQRs.\n"
+        f"The same code was measured before ([{before.path.name}](results/{before.path.name}), {digits(before.seconds)} s). Two"
+        f" medians, or two ratios to a group's baseline, agree where they are no further apart than the larger of their IQRs (of"
+        f" three calls, which slow providers have, that is the whole range). `mid`: of half of them, at most.\n"
     )
-    parts = ["### Two runs\n", text, table(titles, [line for line in lines if set(line[1:]) != {NONE}], range(1, 5))]
+    parts = ["### Two runs\n", text, table(titles, [line for line in lines if set(line[1:]) != {NONE}], range(1, 7))]
     apart = [
         _apart_line(pair, kind)
         for pairs, kind in zip(found, ("median", "ratio"), strict=True)
@@ -331,10 +333,11 @@ def _apart_line(pair: agreement.Pair, kind: str) -> list[str]:
     return [group_label(row), row.provider, kind, *cells]
 
 
-def _agreement(pairs: list[agreement.Pair], operation: str) -> tuple[str, str]:
+def _agreement(pairs: list[agreement.Pair], operation: str) -> list[str]:
     chosen = [pair for pair in pairs if operation in (pair.row.operation, ALL)]
-    apart = agreement.middle(chosen)
-    return (NONE, NONE) if apart is None else (agreement.count(chosen), f"{digits(100 * apart, 2)} %")
+    if not chosen:
+        return [NONE] * 3
+    return [agreement.count(chosen), *(f"{digits(100 * share, 2)} %" for share in agreement.middle(chosen))]
 
 
 def _lost(group: list[Row]) -> list[list[str]]:

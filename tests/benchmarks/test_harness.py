@@ -340,3 +340,4 @@ def test_a_shape_that_was_compiled_is_not_compiled_again() -> None:
     for case in cases:
         timer.sit(case)
     assert counters["stats"]["unique_graphs"] == compiled
+    assert torch._dynamo.config.recompile_limit < harness.MOST_GRAPHS  # other code has its own

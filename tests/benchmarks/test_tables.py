@@ -216,7 +216,7 @@ def test_the_readme_says_how_much_is_left_where_there_is_little_to_save(
     content["results"] += [make_row("forward+backward", name, ms, **shape) for name, ms in times.items()]
     bench.add(content)
     block = readme_block(newest_of_each_machine(bench.folder / "results"), "b")
-    figures = "1.2x as fast as eager and 0.50x as fast as `torch.compile` in bf16"
+    figures = "1.2x as fast as eager in fp32 and 0.50x as fast as `torch.compile` in bf16"
     assert f"there: 512 tokens, d_in 768, d_sae 16,384, L0 8,192: {figures}. Dense PyTorch or a peer" in block
 
 
@@ -255,8 +255,8 @@ def test_two_runs_of_one_commit(bench: Any, content: dict[str, Any], make_row: A
     (found,) = newest_of_each_machine(bench.folder / "results")
     section = benchmarks_readme([found]).partition("### Two runs")[2]
     assert "[first.json](results/first.json)" in section
-    assert "| whole step | 1 of 2 | 20 % | 0 of 1 | 50 % |" in section
-    assert "| all | 1 of 2 | 20 % | 0 of 1 | 50 % |" in section
+    assert "| whole step | 1 of 2 | 20 % | 10 % | 0 of 1 | 50 % | 25 % |" in section
+    assert "| all | 1 of 2 | 20 % | 10 % | 0 of 1 | 50 % | 25 % |" in section
     apart = section.partition("Those that do not agree:")[2]
     assert apart.count("whole step, gpt2-small-16k") == 2
     assert "| fused fp32 | median | 135 ms | 100 ms | 10.0 ms |" in apart
