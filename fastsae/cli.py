@@ -174,7 +174,7 @@ def command_train(arguments: argparse.Namespace) -> None:
 
 def command_evaluate(arguments: argparse.Namespace) -> None:
     """`fastsae evaluate`."""
-    from fastsae.sae.files import write_json
+    from fastsae.disk import write_json
     from fastsae.train.run import CONFIG_FILE, evaluate_folder, read_config
 
     given = _given(arguments)

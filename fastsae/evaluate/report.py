@@ -9,11 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from fastsae.disk import write_atomically
 from fastsae.evaluate import plots
 from fastsae.evaluate.metrics import Metrics
 from fastsae.evaluate.reconstruction import Evaluation
 from fastsae.evaluate.style import CSS
-from fastsae.sae.files import write_atomically
 
 # metric, its name, unit, one line of meaning
 _HEADLINES = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastsae.disk import digest, sync, write_json, write_tensors
 from fastsae.errors import FastsaeError
-from fastsae.sae.files import sync, write_json, write_tensors
 
 FOLDER = "checkpoints"
 TENSORS, STATE, DIGEST = "tensors.safetensors", "state.json", "sha256"
@@ -87,15 +86,6 @@ def load_latest(run: Path) -> dict[str, Any] | None:
     except (OSError, SafetensorError, ValueError) as error:
         raise corrupt(newest, error) from None
     return unflatten(tensors, rest)
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file: safetensors notices a missing end, but not a flipped byte."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**24):
-            found.update(block)
-    return found.hexdigest()
 
 
 def corrupt(place: Path, reason: object) -> FastsaeError:

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from fastsae.data.buffer import MixingBuffer, activation_stream
 from fastsae.data.sequencing import FastSequencer
+from fastsae.disk import write_json
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate import Evaluation, evaluate, write_report
 from fastsae.sae import SparseAutoencoder
-from fastsae.sae.files import write_json
 from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig, field_names
 from fastsae.train.initialize import SAMPLE
