@@ -12,7 +12,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from fastsae.disk import local_path
 from fastsae.errors import FastsaeError, UsageError
+from fastsae.interrupt import exit_status, signals_end_the_command
 from fastsae.train.config import PRESETS, TrainConfig
 from fastsae.version import __version__
 
@@ -28,7 +30,8 @@ Sparse autoencoders (SAEs) for language models.
   fastsae evaluate my-sae             measure a saved SAE on held-out dialogues
 
 Activation units: while training, activations are scaled to a mean norm of sqrt(d_in); options "in activation units" mean
-that scale. Exit status: 0 done, 1 the run failed, 2 an argument is wrong, 130 interrupted.
+that scale. Exit status: 0 done, 1 the run failed, 2 an argument is wrong, 130 interrupted (Ctrl-C), 143 ended by
+SIGTERM; both write a checkpoint first, a second one ends at once.
 """
 GROUPS = {
     "data": "data and language model",
@@ -110,7 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="train an SAE on a chat model, each dialogue whole (the FAST method)",
         description="Trains, evaluates and saves an SAE. Without arguments: the embedded demo, a few minutes on a CPU.",
     )
-    train.add_argument("--output", type=Path, help="new folder for the results [sae-MODEL]")
+    train.add_argument("--output", type=local_path, help="new folder for the results [sae-MODEL]")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --output")
     train.add_argument("--preset", choices=PRESETS, help="recommended, or fast-paper: the options of arXiv:2506.07691")
     train.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -121,8 +124,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="measure a saved SAE on held-out dialogues",
         description="Measures reconstruction, sparsity and delta loss. A folder of `fastsae train` knows its model and data.",
     )
-    measure.add_argument("path", type=Path, help="folder with cfg.json and sae_weights.safetensors")
-    measure.add_argument("--json", type=Path, help="also write the metrics to this file")
+    measure.add_argument("path", type=local_path, help="folder with cfg.json and sae_weights.safetensors")
+    measure.add_argument("--json", type=local_path, help="also write the metrics to this file")
     measure.add_argument("--quiet", action="store_true", help="no progress bars")
     names = "model dataset split layer model_dtype max_length max_dialogues dedup_words eval_dialogues forward_tokens device seed"
     add_config_flags(measure, names.split())
@@ -136,10 +139,12 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def resumed_config(output: Path, given: dict[str, Any]) -> TrainConfig:
     """The config of the run in `output`; flags given beside --resume must agree with it."""
-    from fastsae.train.run import read_config
+    from fastsae.train.folder import located, read_config
 
     config = read_config(output)
     for name, value in given.items():
+        if name in ("model", "dataset"):
+            value = located(value)
         if name != "device" and getattr(config, name) != value:
             flag = "--" + name.replace("_", "-")
             raise UsageError(
@@ -151,17 +156,22 @@ def resumed_config(output: Path, given: dict[str, Any]) -> TrainConfig:
 
 def command_train(arguments: argparse.Namespace) -> None:
     """`fastsae train`."""
-    from fastsae.train.run import REPORT_FILE, train
+    from fastsae.train.folder import CONFIG_FILE, REPORT_FILE, is_new
+    from fastsae.train.run import train
     from fastsae.train.trainer import SAE_CLASSES
 
     given = _given(arguments)
-    if arguments.resume:
-        if arguments.output is None:
-            raise UsageError("--resume: expected --output with the folder of the interrupted run")
+    if arguments.resume and arguments.output is None:
+        raise UsageError("--resume: expected --output with the folder of the interrupted run")
+    if arguments.resume and not (arguments.output.is_dir() and is_new(arguments.output)):
         if arguments.preset is not None:
             raise UsageError("--preset: a resumed run keeps the options it was started with; drop the flag")
         config, output = resumed_config(arguments.output, given), arguments.output
     else:
+        if arguments.resume and not (given or arguments.preset):
+            raise UsageError(
+                f"--resume: the run in {arguments.output} ended before it wrote {CONFIG_FILE}; start it again with its options"
+            )
         config = TrainConfig(**{**PRESETS[arguments.preset or "recommended"], **given})
         layer = "" if config.layer is None else f"-layer{config.layer}"
         output = arguments.output or Path(f"sae-{Path(config.model).name}{layer}")
@@ -175,7 +185,8 @@ def command_train(arguments: argparse.Namespace) -> None:
 def command_evaluate(arguments: argparse.Namespace) -> None:
     """`fastsae evaluate`."""
     from fastsae.disk import write_json
-    from fastsae.train.run import CONFIG_FILE, evaluate_folder, read_config
+    from fastsae.train.folder import CONFIG_FILE, check_writable, read_config
+    from fastsae.train.run import evaluate_folder
 
     given = _given(arguments)
     if (arguments.path / CONFIG_FILE).is_file():
@@ -185,6 +196,10 @@ def command_evaluate(arguments: argparse.Namespace) -> None:
         if missing:
             raise UsageError(f"{arguments.path} has no {CONFIG_FILE} that names its data; give {', '.join(missing)}")
         config = TrainConfig(**given)
+    if arguments.json:
+        check_writable("--json", arguments.json.parent)
+        if arguments.json.is_dir():
+            raise UsageError(f"--json: expected a file, but {arguments.json} is a folder")
     result = evaluate_folder(arguments.path, config, progress=not arguments.quiet)
     print_summary(result.metrics)
     if arguments.json:
@@ -199,20 +214,21 @@ def print_summary(metrics: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, 1 for a failure, 2 for wrong usage, 130 when interrupted."""
+    """Runs a command; returns 0, 1 for a failure, 2 for wrong usage, 130 or 143 when interrupted."""
     arguments = build_parser().parse_args(argv)
     show_log()
     try:
-        {"train": command_train, "evaluate": command_evaluate}[arguments.command](arguments)
+        with signals_end_the_command():
+            {"train": command_train, "evaluate": command_evaluate}[arguments.command](arguments)
     except FastsaeError as error:
         print(f"fastsae: {as_flag(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except OSError as error:
         print(f"fastsae: {describe_os_error(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("fastsae: interrupted; a run with a checkpoint goes on with --resume", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interruption:
+        print(f"\nfastsae: {str(interruption) or 'interrupted'}", file=sys.stderr)
+        return exit_status(interruption)
     return 0
 
 

@@ -10,11 +10,10 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def local_path(name: str | os.PathLike[str]) -> Path:
@@ -68,6 +67,8 @@ def _umask() -> int:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Writes a safetensors file atomically; a full disk is an OSError as everywhere else."""
+    from safetensors import SafetensorError  # these import torch, which other users of this file do without
+    from safetensors.torch import save_file
 
     def write(temporary: Path) -> None:
         try:

@@ -179,11 +179,17 @@ class FastSequencer(Iterator[TokenBatch]):
 
         Raises:
             UsageError: The state belongs to another seed or another number of dialogues.
+            ValueError: It lies behind the last window or batch.
         """
         for name, own in (("seed", self.seed), ("n_dialogues", len(self.indices))):
             if state[name] != own:
                 raise UsageError(f"cannot resume: the checkpoint has {name} = {state[name]}, this run has {own}")
+        if state["window"] >= self.n_windows:
+            raise ValueError(f"window: expected one from 0 to {self.n_windows - 1}, got {state['window']}")
         self._seek(state["epoch"], state["window"], state["batch"], state["dropped"])
+        self._batches = self._prepare_window()
+        if state["batch"] > len(self._batches):
+            raise ValueError(f"batch: expected one from 0 to {len(self._batches)}, got {state['batch']}")
 
     def _seek(self, epoch: int, window: int, batch: int, dropped: int) -> None:
         self._epoch, self._window, self._batch, self._dropped_before = epoch, window, batch, dropped

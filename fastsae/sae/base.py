@@ -17,7 +17,7 @@ from fastsae.sae import files
 from fastsae.sae.compute_copies import ComputeCopies
 from fastsae.sae.config_file import SavedConfig
 from fastsae.sae.inference import TopActivations, check_feature_ids, check_integer, columns, top_activations
-from fastsae.sae.outputs import TrainOutput, total_variance, version_of
+from fastsae.sae.outputs import TrainOutput, fraction_of_variance_unexplained, version_of
 from fastsae_kernels import ActivityHint, AutoencodeOutput, AutoencodeSpec, SparseActs, WeightGradients, reference
 
 Module = TypeVar("Module", bound="SparseAutoencoder")
@@ -290,8 +290,7 @@ class SparseAutoencoder(nn.Module, ABC):
         assert per_token is not None
         losses = {"mse_loss": per_token.mean(), **losses}
         with torch.no_grad():
-            variance = total_variance(x.reshape(-1, self.d_in), self._wide())
-            fvu = per_token.sum() / variance.clamp_min(torch.finfo(torch.float32).tiny)
+            fvu = fraction_of_variance_unexplained(per_token, x.reshape(-1, self.d_in), self._wide())
         return TrainOutput(
             target=self._checked(x),
             residual=output.sae_out,

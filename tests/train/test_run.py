@@ -23,7 +23,8 @@ from fastsae import (
 )
 from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig
-from fastsae.train.run import evaluate_folder, read_config, train
+from fastsae.train.folder import read_config
+from fastsae.train.run import evaluate_folder, train
 from fastsae.train.trainer import Trainer
 
 KEYS = (
