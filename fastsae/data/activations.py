@@ -43,7 +43,9 @@ def load_model(
     try:
         import transformers
     except ImportError as error:
-        raise FastsaeError("this needs `transformers`, which is not installed: pip install fastsae[train]") from error
+        raise FastsaeError(
+            "this needs `transformers`, which is not installed: pip install 'fastsae-kernels[train]'"
+        ) from error
     transformers.utils.logging.disable_progress_bar()  # one for a second of reading a file; downloads keep theirs
     dtype_name = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
     _loaded(name, "model", lambda: transformers.AutoConfig.from_pretrained(location))  # small: a bad name fails here

@@ -92,7 +92,9 @@ def write_report(
         + "\n".join(section for section in sections if section)
         + "\n</body>\n</html>\n"
     )
-    write_atomically(Path(path), lambda temporary: temporary.write_text(page, encoding="utf-8") and None)
+    write_atomically(
+        Path(path), lambda temporary: temporary.write_text(page, encoding="utf-8", errors="backslashreplace") and None
+    )
 
 
 def number(value: Any, digits: int = 3) -> str:

@@ -16,6 +16,7 @@ from fastsae.data.dedup import dedup_ngrams
 from fastsae.data.sequencing import FastSequencer, special_token_ids
 from fastsae.errors import UsageError
 from fastsae.train.config import TrainConfig
+from fastsae.train.limits import check_memory
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +52,20 @@ class Pipeline:
 
 
 def resolve_device(name: str) -> str:
-    """`auto` is the GPU where there is one."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        UsageError: This machine has no such GPU.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    _, _, number = name.partition("cuda:")
+    count = torch.cuda.device_count()
+    if name.startswith("cuda") and int(number or 0) >= count:
+        raise UsageError(
+            f"device: expected one that PyTorch finds here, cpu or one of {count} CUDA devices, got {name!r}"
+        )
+    return name
 
 
 def model_location(name: str) -> str:
@@ -66,19 +77,21 @@ def model_location(name: str) -> str:
     return str(demo.model_path())
 
 
-def build_pipeline(config: TrainConfig) -> Pipeline:
+def build_pipeline(config: TrainConfig, *, for_training: bool = True) -> Pipeline:
     """Loads model and dialogues, drops repeated dialogues and splits the rest by `config.seed`.
 
     The model comes first: a wrong name or layer then costs seconds, not a dataset.
 
     Raises:
-        UsageError: Model, dataset, layer or split do not exist.
+        UsageError: Model, dataset, layer or split do not exist, or training would need more memory than there is.
         FastsaeError: A download failed or a file is damaged.
     """
     model, tokenizer = load_model(model_location(config.model), config.model_dtype, resolve_device(config.device))
     layer = len(decoder_layers(model)) // 2 if config.layer is None else config.layer
     check_layer(model, layer)
     residual = ResidualStream(model, layer)
+    if for_training:
+        check_memory(config, residual.d_in, model.dtype.itemsize, residual.device)
     d_sae = config.d_sae or config.expansion * residual.d_in
     if config.k is not None and config.k > d_sae:
         raise UsageError(f"k: expected at most d_sae = {d_sae}, got {config.k}")

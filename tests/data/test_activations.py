@@ -299,5 +299,5 @@ def test_hub_failures_say_what_to_do(monkeypatch, failure, error, message):
 
 def test_transformers_missing(monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(FastsaeError, match=r"pip install fastsae\[train\]"):
+    with pytest.raises(FastsaeError, match=r"pip install 'fastsae-kernels\[train\]'"):
         load_model(str(folder))
