@@ -6,7 +6,7 @@ import json
 import logging
 import platform
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,8 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
     elif (output / METRICS_FILE).exists():
         raise UsageError(f"--resume: the run in {output} is complete, its metrics are in {METRICS_FILE}; nothing to do")
     saved = checkpoint.load_latest(output) if resume else None
-    pipeline = build_pipeline(config)
-    config = replace(config, layer=pipeline.residual.layer)
+    pipeline = build_pipeline(config, progress=progress)
+    config = pipeline.config
     parts = _Parts.build(config, pipeline)
     if saved is not None:
         seconds_before = parts.restore(saved, output)
@@ -72,7 +72,7 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
     sae = parts.trainer.sae
     sae.fold_activation_scale_(parts.trainer.scale)
     save_sae(output, config, sae)  # before the evaluation, which can fail
-    result = evaluate_sae(sae, config, pipeline, progress=progress)
+    result = evaluate_sae(sae, pipeline, progress=progress)
     dropped = parts.sequencer.dropped
     if dropped:
         logger.warning("the chat template refused %d dialogues of the last pass over the data", dropped)
@@ -98,7 +98,7 @@ class _Parts:
     @classmethod
     def build(cls, config: TrainConfig, pipeline: Pipeline) -> _Parts:
         device = pipeline.residual.device
-        sequencer = pipeline.sequencer(config)
+        sequencer = pipeline.sequencer()
         stream = activation_stream(pipeline.residual, sequencer, config.drop_first_position)
         buffer = MixingBuffer(stream, config.buffer_tokens, config.batch_size, config.seed, device)
         return cls(sequencer, buffer, Trainer(build_sae(config, pipeline.residual.d_in, device), buffer, config))
@@ -216,7 +216,7 @@ def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True)
         raise UsageError(str(error)) from None
     except ValueError as error:
         raise FastsaeError(str(error)) from None
-    pipeline: Pipeline = build_pipeline(config)
+    pipeline: Pipeline = build_pipeline(config, progress=progress)
     if sae.d_in != pipeline.residual.d_in:
         raise UsageError(
             f"{folder}: expected an SAE of width d_in = {pipeline.residual.d_in} as {config.model!r} has, got {sae.d_in}"
@@ -224,16 +224,16 @@ def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True)
     trained_on = sae.metadata.get("hook_name")
     if trained_on not in (None, hook_name(pipeline.residual.layer)):
         logger.warning("this SAE was trained on %s, not on layer %d", trained_on, pipeline.residual.layer)
-    return evaluate_sae(sae.to(pipeline.residual.device), config, pipeline, progress=progress)
+    return evaluate_sae(sae.to(pipeline.residual.device), pipeline, progress=progress)
 
 
-def evaluate_sae(sae: SparseAutoencoder, config: TrainConfig, pipeline: Pipeline, *, progress: bool) -> Evaluation:
+def evaluate_sae(sae: SparseAutoencoder, pipeline: Pipeline, *, progress: bool) -> Evaluation:
     """Evaluates an SAE on the held-out dialogues of a pipeline."""
     return evaluate(
         sae,
         pipeline.residual,
         pipeline.tokenizer,
-        pipeline.held_out_batches(config),
+        pipeline.held_out_batches(),
         special_ids=pipeline.special_ids,
         progress=progress,
     )
