@@ -68,8 +68,8 @@ def _train(config: TrainConfig, output: Path, *, resume: bool, progress: bool) -
     prepare(output, resume=resume)
     saved = checkpoint.load_latest(output) if resume else None
     config = replace(config, model=located(config.model), dataset=located(config.dataset))
-    pipeline = build_pipeline(config)
-    config = replace(config, layer=pipeline.residual.layer)
+    pipeline = build_pipeline(config, progress=progress)
+    config = pipeline.config
     fingerprints = {
         "dataset": fingerprint.of_dialogues(pipeline.dialogues, config.max_dialogues),
         "model": fingerprint.of_model(pipeline.residual.model, pipeline.tokenizer),
@@ -93,7 +93,7 @@ def _train(config: TrainConfig, output: Path, *, resume: bool, progress: bool) -
     sae = parts.trainer.sae
     sae.fold_activation_scale_(parts.trainer.scale)
     save_sae(output, config, sae)  # before the evaluation, which can fail
-    result = evaluate_sae(sae, config, pipeline, progress=progress)
+    result = evaluate_sae(sae, pipeline, progress=progress)
     dropped = parts.sequencer.dropped
     if dropped:
         logger.warning("the chat template refused %d dialogues of the last pass over the data", dropped)
@@ -118,7 +118,7 @@ class _Parts:
     def __init__(self, config: TrainConfig, pipeline: Pipeline) -> None:
         self.config, self.pipeline, self.device = config, pipeline, pipeline.residual.device
         self.postponed = Postponed()
-        self.sequencer = pipeline.sequencer(config)
+        self.sequencer = pipeline.sequencer()
         stream = activation_stream(self._residual, self.sequencer, config.drop_first_position)
         self.buffer = MixingBuffer(stream, config.buffer_tokens, config.batch_size, config.seed, self.device)
         self.trainer = Trainer(build_sae(config, pipeline.residual.d_in, self.device), self._batches(), config)
@@ -253,7 +253,7 @@ def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True)
         raise UsageError(str(error)) from None
     except ValueError as error:
         raise FastsaeError(str(error)) from None
-    pipeline: Pipeline = build_pipeline(config, for_training=False)
+    pipeline: Pipeline = build_pipeline(config, progress=progress, for_training=False)
     if sae.d_in != pipeline.residual.d_in:
         raise UsageError(
             f"{folder}: expected an SAE of width d_in = {pipeline.residual.d_in} as {config.model!r} has, got {sae.d_in}"
@@ -261,16 +261,16 @@ def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True)
     trained_on = sae.metadata.get("hook_name")
     if trained_on not in (None, hook_name(pipeline.residual.layer)):
         logger.warning("this SAE was trained on %s, not on layer %d", trained_on, pipeline.residual.layer)
-    return evaluate_sae(sae.to(pipeline.residual.device), config, pipeline, progress=progress)
+    return evaluate_sae(sae.to(pipeline.residual.device), pipeline, progress=progress)
 
 
-def evaluate_sae(sae: SparseAutoencoder, config: TrainConfig, pipeline: Pipeline, *, progress: bool) -> Evaluation:
+def evaluate_sae(sae: SparseAutoencoder, pipeline: Pipeline, *, progress: bool) -> Evaluation:
     """Evaluates an SAE on the held-out dialogues of a pipeline."""
     return evaluate(
         sae,
         pipeline.residual,
         pipeline.tokenizer,
-        pipeline.held_out_batches(config),
+        pipeline.held_out_batches(),
         special_ids=pipeline.special_ids,
         progress=progress,
     )
