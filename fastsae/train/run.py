@@ -53,7 +53,7 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
     elif (output / METRICS_FILE).exists():
         raise UsageError(f"--resume: the run in {output} is complete, its metrics are in {METRICS_FILE}; nothing to do")
     saved = checkpoint.load_latest(output) if resume else None
-    pipeline = build_pipeline(config)
+    pipeline = build_pipeline(config, progress=progress)
     config = replace(config, layer=pipeline.residual.layer)
     parts = _Parts.build(config, pipeline)
     if saved is not None:
@@ -72,15 +72,11 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
     sae = parts.trainer.sae
     sae.fold_activation_scale_(parts.trainer.scale)
     save_sae(output, config, sae)  # before the evaluation, which can fail
-    result = evaluate_sae(sae, config, pipeline, progress=progress)
-    dropped = parts.sequencer.dropped
-    if dropped:
-        logger.warning("the chat template refused %d dialogues of the last pass over the data", dropped)
+    result = evaluate_sae(sae, config, pipeline, parts.sequencer, progress=progress)
     metrics = {
         **result.metrics,
         "tokens": config.steps * config.batch_size,
         "tokens_evaluated": result.metrics["tokens"],
-        "dialogues_dropped": dropped,
         "seconds": seconds(),
     }
     write_run(output, config, sae, parts.trainer, result, metrics)
@@ -216,7 +212,7 @@ def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True)
         raise UsageError(str(error)) from None
     except ValueError as error:
         raise FastsaeError(str(error)) from None
-    pipeline: Pipeline = build_pipeline(config)
+    pipeline: Pipeline = build_pipeline(config, progress=progress)
     if sae.d_in != pipeline.residual.d_in:
         raise UsageError(
             f"{folder}: expected an SAE of width d_in = {pipeline.residual.d_in} as {config.model!r} has, got {sae.d_in}"
@@ -227,13 +223,18 @@ def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True)
     return evaluate_sae(sae.to(pipeline.residual.device), config, pipeline, progress=progress)
 
 
-def evaluate_sae(sae: SparseAutoencoder, config: TrainConfig, pipeline: Pipeline, *, progress: bool) -> Evaluation:
-    """Evaluates an SAE on the held-out dialogues of a pipeline."""
-    return evaluate(
+def evaluate_sae(
+    sae: SparseAutoencoder, config: TrainConfig, pipeline: Pipeline, *trained_on: FastSequencer, progress: bool
+) -> Evaluation:
+    """Evaluates an SAE on the held-out dialogues of a pipeline; the metrics tell of dialogues dropped since loading."""
+    held_out = pipeline.held_out_batches(config)
+    result = evaluate(
         sae,
         pipeline.residual,
         pipeline.tokenizer,
-        pipeline.held_out_batches(config),
+        held_out,
         special_ids=pipeline.special_ids,
         progress=progress,
     )
+    of_the_data = pipeline.all_drops(held_out, *trained_on).metrics() | {"unknown_roles": pipeline.unknown_roles}
+    return replace(result, metrics=result.metrics | of_the_data)
