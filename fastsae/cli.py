@@ -178,6 +178,12 @@ def print_summary(metrics: dict[str, Any]) -> None:
     for name, meaning, form in SUMMARY:
         value = metrics.get(name)
         print(f"  {'undefined' if value is None else form.format(value):>10}  {meaning}")
+    if metrics.get("dialogues_dropped"):
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in metrics["dropped_by_reason"].items())
+        print(f"  {metrics['dialogues_dropped']:>10,}  dialogues could not be used: {reasons}")
+    if metrics.get("unknown_roles"):
+        words = ", ".join(f"{word!r} ({n:,})" for word, n in metrics["unknown_roles"].items())
+        print(f"  {'unknown':>10}  roles, and the dialogues that have them: {words}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,9 +18,12 @@ from fastsae.data.activations import (
     n_embeddings,
     position_limit,
 )
-from fastsae.data.chat import Dialogue, load_chats
+from fastsae.data.chat import ChatDataset, Dialogue, load_chats
+from fastsae.data.chat_template import ChatTemplate
 from fastsae.data.dedup import dedup_ngrams
+from fastsae.data.dropped import Dropped
 from fastsae.data.language_model import load_model
+from fastsae.data.progress import with_bar
 from fastsae.data.sequencing import FastSequencer, render, special_token_ids
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate.losses import SplicedModel
@@ -37,6 +40,8 @@ _CHECKED: Dialogue = [
     {"role": "user", "content": "What is the capital of France?"},
     {"role": "assistant", "content": "The capital of France is Paris."},
 ]
+
+_ROLES_REPORTED = 20
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +69,18 @@ class Pipeline:
     train: list[int]
     held_out: list[int]
     special_ids: dict[str, int]
+
+    @property
+    def unknown_roles(self) -> dict[str, int]:
+        """The most frequent role words that no chat template is known to know, with their numbers of dialogues."""
+        if not isinstance(self.dialogues, ChatDataset):
+            return {}
+        return {word[:40]: n for word, n in self.dialogues.unknown_roles.most_common(_ROLES_REPORTED)}
+
+    def all_drops(self, *sequencers: FastSequencer) -> Dropped:
+        """The dialogues that could not be used: rows of the dataset, and what the sequencers then dropped."""
+        at_load = self.dialogues.drops if isinstance(self.dialogues, ChatDataset) else Dropped(len(self.dialogues))
+        return sum((replace(sequencer.drops, seen=0) for sequencer in sequencers), at_load)
 
     def sequencer(self) -> FastSequencer:
         """Endless shuffled training batches."""
@@ -139,11 +156,12 @@ def build_pipeline(config: TrainConfig, *, progress: bool = False, for_training:
     if config.k is not None and config.k > d_sae:
         raise UsageError(f"k: expected at most d_sae = {d_sae}, got {config.k}")
     check_vocabulary(model, tokenizer)
+    ChatTemplate(tokenizer).warn_of_lost_text()
     special_ids = special_token_ids(tokenizer)
     max_length = _max_length(model, config)
     _check_model(residual, tokenizer, max_length)
-    dialogues = load_chats(config.dataset, config.split)
-    train, held_out = split_dialogues(dialogues, config)
+    dialogues = load_chats(config.dataset, config.split, progress=progress)
+    train, held_out = split_dialogues(dialogues, config, progress=progress)
     logger.info("%d dialogues to train on, %d held out", len(train), len(held_out))
     return Pipeline(config, residual, tokenizer, max_length, dialogues, train, held_out, special_ids)
 
@@ -168,12 +186,16 @@ def _check_model(residual: ResidualStream, tokenizer: Any, max_length: int) -> N
     SplicedModel(residual).check(input_ids, torch.ones_like(input_ids))
 
 
-def split_dialogues(dialogues: Sequence[Dialogue], config: TrainConfig) -> tuple[list[int], list[int]]:
+def split_dialogues(
+    dialogues: Sequence[Dialogue], config: TrainConfig, *, progress: bool = False
+) -> tuple[list[int], list[int]]:
     """Indices `(train, held_out)` of the dialogues that survive the n-gram dedup, drawn by `config.seed`."""
     n_used = min(len(dialogues), config.max_dialogues or len(dialogues))
     kept = np.arange(n_used)
     if config.dedup_words:
-        indices, report = dedup_ngrams((dialogues[i] for i in range(n_used)), config.dedup_words)
+        used = (dialogues[i] for i in range(n_used))
+        bar = with_bar(used, "removing repeated dialogues", "dialogue", total=n_used, progress=progress)
+        indices, report = dedup_ngrams(bar, config.dedup_words)
         kept = np.asarray(indices, dtype=np.int64)
         logger.info("dedup: kept %d, dropped %d (%d too short to judge)", report.kept, report.dropped, report.too_short)
     if config.eval_dialogues >= len(kept):

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastsae.data.buffer import ActivationBatch, MixingBuffer, activation_stream
+from fastsae.data.sequencing import FastSequencer
 from fastsae.disk import local_path, write_json
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate import Evaluation, evaluate, write_report
@@ -93,15 +94,11 @@ def _train(config: TrainConfig, output: Path, *, resume: bool, progress: bool) -
     sae = parts.trainer.sae
     sae.fold_activation_scale_(parts.trainer.scale)
     save_sae(output, config, sae)  # before the evaluation, which can fail
-    result = evaluate_sae(sae, pipeline, progress=progress)
-    dropped = parts.sequencer.dropped
-    if dropped:
-        logger.warning("the chat template refused %d dialogues of the last pass over the data", dropped)
+    result = evaluate_sae(sae, pipeline, parts.sequencer, progress=progress)
     metrics = {
         **result.metrics,
         "tokens": config.steps * config.batch_size,
         "tokens_evaluated": result.metrics["tokens"],
-        "dialogues_dropped": dropped,
         "seconds": seconds(),
     }
     write_run(output, config, sae, parts.trainer, result, metrics)
@@ -264,13 +261,16 @@ def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True)
     return evaluate_sae(sae.to(pipeline.residual.device), pipeline, progress=progress)
 
 
-def evaluate_sae(sae: SparseAutoencoder, pipeline: Pipeline, *, progress: bool) -> Evaluation:
-    """Evaluates an SAE on the held-out dialogues of a pipeline."""
-    return evaluate(
+def evaluate_sae(sae: SparseAutoencoder, pipeline: Pipeline, *trained_on: FastSequencer, progress: bool) -> Evaluation:
+    """Evaluates an SAE on the held-out dialogues of a pipeline; the metrics tell of dialogues dropped since loading."""
+    held_out = pipeline.held_out_batches()
+    result = evaluate(
         sae,
         pipeline.residual,
         pipeline.tokenizer,
-        pipeline.held_out_batches(),
+        held_out,
         special_ids=pipeline.special_ids,
         progress=progress,
     )
+    of_the_data = pipeline.all_drops(held_out, *trained_on).metrics() | {"unknown_roles": pipeline.unknown_roles}
+    return replace(result, metrics=result.metrics | of_the_data)
