@@ -13,7 +13,8 @@ import torch
 from fastsae.data.activations import ResidualStream, check_layer, decoder_layers, load_model
 from fastsae.data.chat import Dialogue, load_chats
 from fastsae.data.dedup import dedup_ngrams
-from fastsae.data.sequencing import FastSequencer, special_token_ids
+from fastsae.data.sequencing import FastSequencer
+from fastsae.data.special_tokens import SpecialTokens, find_special_tokens
 from fastsae.errors import UsageError
 from fastsae.train.config import TrainConfig
 
@@ -29,7 +30,7 @@ class Pipeline:
     dialogues: Sequence[Dialogue]
     train: list[int]
     held_out: list[int]
-    special_ids: dict[str, int]
+    special_tokens: SpecialTokens
 
     def sequencer(self, config: TrainConfig) -> FastSequencer:
         """Endless shuffled training batches."""
@@ -82,11 +83,11 @@ def build_pipeline(config: TrainConfig) -> Pipeline:
     d_sae = config.d_sae or config.expansion * residual.d_in
     if config.k is not None and config.k > d_sae:
         raise UsageError(f"k: expected at most d_sae = {d_sae}, got {config.k}")
-    special_ids = special_token_ids(tokenizer)
+    special_tokens = find_special_tokens(tokenizer)
     dialogues = load_chats(config.dataset, config.split)
     train, held_out = split_dialogues(dialogues, config)
     logger.info("%d dialogues to train on, %d held out", len(train), len(held_out))
-    return Pipeline(residual, tokenizer, dialogues, train, held_out, special_ids)
+    return Pipeline(residual, tokenizer, dialogues, train, held_out, special_tokens)
 
 
 def split_dialogues(dialogues: Sequence[Dialogue], config: TrainConfig) -> tuple[list[int], list[int]]:

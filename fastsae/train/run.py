@@ -234,6 +234,7 @@ def evaluate_sae(sae: SparseAutoencoder, config: TrainConfig, pipeline: Pipeline
         pipeline.residual,
         pipeline.tokenizer,
         pipeline.held_out_batches(config),
-        special_ids=pipeline.special_ids,
+        special_tokens=pipeline.special_tokens,
+        n_dialogues=len(pipeline.held_out),
         progress=progress,
     )
