@@ -110,7 +110,8 @@ def _activations(
             lengths = [len(row) for row in group]
             input_ids = torch.nn.utils.rnn.pad_sequence([row.long() for row in group], batch_first=True)
             mask = torch.arange(input_ids.shape[1]) < torch.tensor(lengths)[:, None]
-            x = residual(input_ids, mask)[mask.to(residual.device)].to(sae.device)
+            x = residual(input_ids, mask)
+            x = x[mask.to(x.device)].to(sae.device)
             sinks = is_sink(x, mask.nonzero(as_tuple=True)[1].to(sae.device))
             acts = sae.encode_sparse(x).packed()
             column, tokens = columns[acts.indices.long()], acts.row_ids()
