@@ -73,6 +73,7 @@ _MEANINGS = {
     "delta_loss_percent": "100 (ce_spliced − ce) / ce",
     "recovered": "(ce_zero − ce_spliced) / (ce_zero − ce)",
     "kl": "KL divergence of the spliced from the model's own predictions, nats per token",
+    "dialogues_dropped": "dialogues that could not be used",
     "seconds": "duration of the run",
 }
 _HISTOGRAM_BINS = 40
@@ -91,8 +92,8 @@ def write_report(
     Args:
         path: The file, usually `report.html`.
         config: The resolved configuration, shown as JSON.
-        metrics: As in `metrics.json`; None reads "n/a". Sentences under `warnings` stand at the top, and a dictionary
-            `dialogues_dropped` of reason to count is a table of its own.
+        metrics: As in `metrics.json`; None reads "n/a". Sentences under `warnings` stand at the top. What could not be
+            used of the data (`dropped_by_reason`, `dropped_first_rows`, `unknown_roles`) has a table of its own.
         history: Training log, one row per entry: `tokens`, `loss`, `mse_loss`, `l0`, `fvu`, `dead_share` are drawn, missing
             values are skipped. May be empty, as for an SAE that was only evaluated.
         evaluation: Densities, special tokens and features. None leaves these sections out.
@@ -100,7 +101,7 @@ def write_report(
     sections = [_header(config, evaluation), _warnings(metrics), _headlines(metrics), _curves(history)]
     if evaluation is not None:
         sections += [_densities(evaluation), _special_tokens(evaluation), _features(evaluation)]
-    sections += [_dropped(metrics), _all_metrics(metrics), _configuration(config)]
+    sections += [_data(metrics), _all_metrics(metrics), _configuration(config)]
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -285,19 +286,21 @@ def _percent(share: float | None) -> str:
     return "n/a" if share is None else f"{number(100 * share)} %"
 
 
-def _dropped(metrics: dict[str, Any]) -> str:
-    dropped = metrics.get("dialogues_dropped")
-    if not isinstance(dropped, dict) or not dropped:
+def _data(metrics: dict[str, Any]) -> str:
+    """What the run could not use of its data, and the roles in it that it does not know."""
+    first_rows = metrics.get("dropped_first_rows", {})
+    rows = [
+        f'<tr><td>could not be used: {escape(reason)}, such as row {first_rows[reason]}</td><td class="number">{n:,}</td></tr>'
+        for reason, n in metrics.get("dropped_by_reason", {}).items()
+    ]
+    rows += [
+        f'<tr><td>have the unknown role <code>{escape(visible(word))}</code></td><td class="number">{n:,}</td></tr>'
+        for word, n in metrics.get("unknown_roles", {}).items()
+    ]
+    if not rows:
         return ""
-    rows = "".join(
-        f'<tr><td>{escape(str(reason))}</td><td class="number">{number(count)}</td></tr>'
-        for reason, count in sorted(dropped.items(), key=lambda item: -item[1])
-    )
-    head = '<tr><th>reason</th><th class="number">dialogues</th></tr>'
-    return (
-        "<h2>Dialogues left out</h2>\n<p>These dialogues could not be used, and were skipped.</p>"
-        f'<div class="wide"><table>{head}{rows}</table></div>'
-    )
+    head = '<tr><th>dialogues that</th><th class="number">number</th></tr>'
+    return f'<h2>Unusual dialogues</h2>\n<div class="wide"><table>{head}{"".join(rows)}</table></div>'
 
 
 def _all_metrics(metrics: dict[str, Any]) -> str:

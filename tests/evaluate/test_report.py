@@ -177,13 +177,24 @@ def test_the_summary_shows_both_figures_and_the_warnings(capsys):
     assert "warning" not in capsys.readouterr().out
 
 
-def test_dropped_dialogues_are_listed_by_reason(tmp_path):
-    dropped = {"no text": 3, "refused <by> the template": 1200}
-    page, _ = write(tmp_path, metrics=METRICS | {"dialogues_dropped": dropped})
-    rows = re.findall(r'<tr><td>([^<]+)</td><td class="number">([^<]+)</td></tr>', page)
-    assert rows == [("refused &lt;by&gt; the template", "1,200"), ("no text", "3")]
-    for nothing in ({}, 0):
-        assert "left out</h2>" not in write(tmp_path, metrics=METRICS | {"dialogues_dropped": nothing})[0]
+def test_dialogues_that_could_not_be_used_are_listed(tmp_path):
+    of_the_data = {
+        "dialogues_dropped": 1203,
+        "dropped_by_reason": {"no text": 3, "refused <by> the template": 1200},
+        "dropped_first_rows": {"no text": 41, "refused <by> the template": 0},
+        "unknown_roles": {"bing": 7},
+    }
+    page, checker = write(tmp_path, metrics=METRICS | of_the_data)
+    rows = dict(re.findall(r'<tr><td>([^"]+)</td><td class="number">([^<]+)</td></tr>', page))
+    assert rows == {
+        "could not be used: no text, such as row 41": "3",
+        "could not be used: refused &lt;by&gt; the template, such as row 0": "1,200",
+        "have the unknown role <code>bing</code>": "7",
+    }
+    assert "dialogues_dropped 1,203 dialogues that could not be used" in " ".join(checker.text)
+    nothing = {"dialogues_dropped": 0, "dropped_by_reason": {}, "dropped_first_rows": {}, "unknown_roles": {}}
+    assert "Unusual dialogues" not in write(tmp_path, metrics=METRICS | nothing)[0]
+    assert "Unusual dialogues" not in write(tmp_path)[0]
 
 
 def test_values_that_are_missing_are_no_part_of_a_curve(tmp_path):
