@@ -200,7 +200,7 @@ class LossSums:
             recovered           (ce_zero - ce_spliced) / (ce_zero - ce): 1 for a perfect SAE, 0 for one that gives zeros
             kl                  mean over targets of KL(p || p spliced)
 
-        Position 0 keeps its own activation in both replacements.
+        Attention sinks keep their own activation in both replacements.
         """
         ce, spliced, zero = (ratio(total, self.count) for total in (self.clean, self.spliced, self.zero))
         return {

@@ -269,7 +269,8 @@ def evaluate_sae(sae: SparseAutoencoder, pipeline: Pipeline, *trained_on: FastSe
         pipeline.residual,
         pipeline.tokenizer,
         held_out,
-        special_ids=pipeline.special_ids,
+        special_tokens=pipeline.special_tokens,
+        n_dialogues=len(pipeline.held_out),
         progress=progress,
     )
     of_the_data = pipeline.all_drops(held_out, *trained_on).metrics() | {"unknown_roles": pipeline.unknown_roles}

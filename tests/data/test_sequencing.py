@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastsae.data import sequencing
 from fastsae.data.buffer import MixingBuffer, activation_stream
-from fastsae.data.sequencing import FastSequencer, render, special_token_ids
+from fastsae.data.sequencing import FastSequencer, render
 from fastsae.errors import FastsaeError, UsageError
 
 QWEN = """{%- if messages[0]['role'] == 'system' %}{{ '<|im_start|>system
@@ -99,31 +99,6 @@ def test_no_template_and_refused_dialogue():
     for use in (lambda: render(tokenizer, chat("x")), lambda: FastSequencer([chat("x")], [0], tokenizer)):
         with pytest.raises(UsageError, match=r"has no chat template\. Choose an instruction-tuned model"):
             use()
-
-
-@pytest.mark.parametrize(
-    ("family", "special", "expected"),
-    [
-        ("qwen", {}, ["<|im_start|>", "<|im_end|>", "user", "assistant"]),
-        ("qwen", {"bos_token": "<|im_start|>"}, ["<|im_start|>", "<|im_end|>", "user", "assistant"]),
-        ("llama", {}, ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "user", "assistant"]),
-        ("gemma", {}, ["<start_of_turn>", "<end_of_turn>", "user", "model"]),
-    ],
-)
-def test_special_tokens_of_each_family(family, special, expected):
-    tokenizer = make_tokenizer(family, **special)
-    found = special_token_ids(tokenizer)
-    assert sorted(found) == sorted(expected)
-    assert all(tokenizer.convert_tokens_to_ids(token) == index for token, index in found.items())
-
-
-def test_extra_special_words(qwen):
-    assert special_token_ids(qwen, ["system"]) == {
-        **special_token_ids(qwen),
-        "system": qwen.convert_tokens_to_ids("system"),
-    }
-    with pytest.raises(UsageError, match=r"'zqx': expected one token, but this tokenizer needs \d"):
-        special_token_ids(qwen, ["zqx"])
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
