@@ -108,7 +108,7 @@ class Peer(Contestant):
         try:
             cls.version()
         except PackageNotFoundError:
-            return f"{cls.package} is not installed (pip install 'fastsae[bench-peers]')"
+            return f"{cls.package} is not installed (pip install 'fastsae-kernels[bench-peers]')"
         return None
 
     @classmethod

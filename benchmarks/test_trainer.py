@@ -20,7 +20,7 @@ from fastsae.train.config import TrainConfig
 from fastsae.train.trainer import Trainer
 
 run_with_bar = pytest.importorskip(
-    "fastsae.train.run", reason="the trainer needs pip install 'fastsae[train]'"
+    "fastsae.train.run", reason="the trainer needs pip install 'fastsae-kernels[train]'"
 ).run_with_bar
 
 STEPS = 25  # of a call: as many as between two logged rows

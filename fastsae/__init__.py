@@ -1,18 +1,28 @@
-"""Sparse autoencoders for language models: fused, exact, trained dialogue by dialogue."""
+"""Sparse autoencoders for language models: fused, exact, trained dialogue by dialogue.
+
+Names are imported when they are first used: torch takes seconds to import, which `fastsae --help` does not need.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from fastsae.errors import FastsaeError, UsageError
-from fastsae.optimizer import FusedSAEAdam
-from fastsae.sae import (
-    FusedBatchTopKSAE,
-    FusedJumpReLUSAE,
-    FusedReLUSAE,
-    FusedTopKSAE,
-    SparseAutoencoder,
-    TopActivations,
-    TrainOutput,
-)
 from fastsae.version import __version__
-from fastsae_kernels import SparseActs
+
+if TYPE_CHECKING:
+    from fastsae import optimizer as optimizer
+    from fastsae import sae as sae
+    from fastsae.optimizer import FusedSAEAdam
+    from fastsae.sae import (
+        FusedBatchTopKSAE,
+        FusedJumpReLUSAE,
+        FusedReLUSAE,
+        FusedTopKSAE,
+        SparseAutoencoder,
+        TopActivations,
+        TrainOutput,
+    )
+    from fastsae_kernels import SparseActs
 
 __all__ = [
     "FastsaeError",
@@ -28,3 +38,20 @@ __all__ = [
     "UsageError",
     "__version__",
 ]
+
+_MODULES = {"FusedSAEAdam": "fastsae.optimizer", "SparseActs": "fastsae_kernels"}  # the other names: fastsae.sae
+_SUBMODULES = ("optimizer", "sae")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f"fastsae.{name}")
+    if name not in __all__:
+        raise AttributeError(f"module 'fastsae' has no attribute {name!r}")
+    value = getattr(import_module(_MODULES.get(name, "fastsae.sae")), name)
+    globals()[name] = value  # found at once the next time
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBMODULES})

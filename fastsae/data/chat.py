@@ -307,7 +307,7 @@ def _hub_error(source: str, split: str, error: Exception) -> FastsaeError:
     kinds = {kind.__name__ for kind in type(error).__mro__}
     reason = _first_line(error)
     if "split" in reason.lower() and "ValueError" in kinds:
-        return UsageError(f"dataset {source!r} has no split {split!r}: {reason}")
+        return UsageError(f"split: dataset {source!r} has no split {split!r}: {reason}")
     if "config" in reason.lower() and "ValueError" in kinds:
         return UsageError(f"dataset {source!r}: {error}. Name the configuration behind a colon: 'owner/name:config'")
     if kinds & {"DatasetNotFoundError", "DataFilesNotFoundError", "HFValidationError"}:
@@ -328,7 +328,9 @@ def _hub_error(source: str, split: str, error: Exception) -> FastsaeError:
 
 def _require_split(source: str, split: str, splits: Sequence[str]) -> None:
     if split not in splits:
-        raise UsageError(f"dataset {source!r} has no split {split!r}; its splits are: {', '.join(map(repr, splits))}")
+        raise UsageError(
+            f"split: dataset {source!r} has no split {split!r}; its splits are: {', '.join(map(repr, splits))}"
+        )
 
 
 def _looks_like_path(source: str) -> bool:
@@ -344,7 +346,7 @@ def _import_datasets() -> Any:
         import datasets
     except ImportError as error:
         raise FastsaeError(
-            "this dataset needs the `datasets` package, which is not installed: pip install fastsae[train] "
+            "this dataset needs the `datasets` package, which is not installed: pip install 'fastsae-kernels[train]' "
             "(.jsonl and .json files work without it)"
         ) from error
     return datasets

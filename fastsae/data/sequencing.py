@@ -51,8 +51,8 @@ class FastSequencer(Iterator[TokenBatch]):
     cut into batches of at most `batch_tokens` tokens, padding included; a dialogue longer than that is a batch by
     itself. The window's batches come in a seeded order. `state_dict()` names the next batch in a few integers.
 
-    `dropped` counts the dialogues of the current epoch, so far, that the template refused or that have fewer than two
-    tokens.
+    `dropped` counts the dialogues of the current epoch, so far, that the template refused, that have fewer than two
+    tokens, or a token that the model has no embedding for.
 
     Args:
         dialogues: The dataset; `indices` chooses from it.
@@ -63,6 +63,7 @@ class FastSequencer(Iterator[TokenBatch]):
         seed: Determines every order.
         shuffle: False serves the dialogues' windows and batches in the order of `indices`.
         endless: False stops after one epoch.
+        n_embeddings: Number of tokens that the model has an embedding for; dialogues with others are dropped.
 
     Raises:
         UsageError: No dialogues, a length that is not positive, or a tokenizer without chat template.
@@ -79,6 +80,7 @@ class FastSequencer(Iterator[TokenBatch]):
         seed: int = 0,
         shuffle: bool = True,
         endless: bool = True,
+        n_embeddings: int | None = None,
     ) -> None:
         if len(indices) == 0:
             raise UsageError("no dialogues: expected at least one, but all were filtered out or the split is empty")
@@ -92,6 +94,7 @@ class FastSequencer(Iterator[TokenBatch]):
         self.indices = np.asarray(indices, dtype=np.int64)
         self.max_length, self.batch_tokens = max_length, batch_tokens
         self.seed, self.shuffle, self.endless = seed, shuffle, endless
+        self.n_embeddings = n_embeddings
         self.n_windows = -(-len(self.indices) // _WINDOW)
         self._refusal = ""
         self._order: tuple[int, np.ndarray] = (-1, self.indices)  # the epoch, and its order of dialogues
@@ -113,8 +116,8 @@ class FastSequencer(Iterator[TokenBatch]):
             if self._window == self.n_windows:
                 if self._dropped_before == len(self.indices):
                     raise FastsaeError(
-                        f"all {len(self.indices)} dialogues were dropped: the chat template refused them or gave "
-                        f"fewer than 2 tokens. {self._refusal}"
+                        f"all {len(self.indices)} dialogues were dropped: the chat template refused them, or gave "
+                        f"fewer than 2 tokens or tokens without an embedding. {self._refusal}"
                     )
                 if not self.endless:
                     raise StopIteration
@@ -138,11 +141,17 @@ class FastSequencer(Iterator[TokenBatch]):
 
         Raises:
             UsageError: The state belongs to another seed or another number of dialogues.
+            ValueError: It lies behind the last window or batch.
         """
         for name, own in (("seed", self.seed), ("n_dialogues", len(self.indices))):
             if state[name] != own:
                 raise UsageError(f"cannot resume: the checkpoint has {name} = {state[name]}, this run has {own}")
+        if state["window"] >= self.n_windows:
+            raise ValueError(f"window: expected one from 0 to {self.n_windows - 1}, got {state['window']}")
         self._seek(state["epoch"], state["window"], state["batch"], state["dropped"])
+        self._batches = self._prepare_window()
+        if state["batch"] > len(self._batches):
+            raise ValueError(f"batch: expected one from 0 to {len(self._batches)}, got {state['batch']}")
 
     def _seek(self, epoch: int, window: int, batch: int, dropped: int) -> None:
         self._epoch, self._window, self._batch, self._dropped_before = epoch, window, batch, dropped
@@ -156,7 +165,7 @@ class FastSequencer(Iterator[TokenBatch]):
         chosen = self._order[1][self._window * _WINDOW : (self._window + 1) * _WINDOW].tolist()
         texts = [(index, text) for index in chosen if (text := self._text(index)) is not None]
         token_lists = _tokenize(self.tokenizer, [text for _, text in texts], self.max_length)
-        rows = [(index, ids) for (index, _), ids in zip(texts, token_lists, strict=True) if len(ids) >= 2]
+        rows = [(index, ids) for (index, _), ids in zip(texts, token_lists, strict=True) if self._is_usable(ids)]
         self._dropped_in_window = len(chosen) - len(rows)
         rows.sort(key=lambda row: len(row[1]))
         batches: list[list[tuple[int, list[int]]]] = []
@@ -169,6 +178,9 @@ class FastSequencer(Iterator[TokenBatch]):
             shuffled = np.random.default_rng([self.seed, self._epoch, self._window]).permutation(len(batches))
             batches = [batches[i] for i in shuffled]
         return batches
+
+    def _is_usable(self, ids: list[int]) -> bool:
+        return len(ids) >= 2 and (self.n_embeddings is None or max(ids) < self.n_embeddings)
 
     def _text(self, index: int) -> str | None:
         try:

@@ -9,11 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from fastsae.disk import write_atomically
 from fastsae.evaluate import plots
 from fastsae.evaluate.metrics import OTHER_TOKENS, SINKS
 from fastsae.evaluate.reconstruction import Evaluation
 from fastsae.evaluate.style import CSS
-from fastsae.sae.files import write_atomically
 
 # metric, its name, unit, one line of meaning
 _HEADLINES = (
@@ -109,7 +109,9 @@ def write_report(
         + "\n".join(section for section in sections if section)
         + "\n</body>\n</html>\n"
     )
-    write_atomically(Path(path), lambda temporary: temporary.write_text(page, encoding="utf-8") and None)
+    write_atomically(
+        Path(path), lambda temporary: temporary.write_text(page, encoding="utf-8", errors="backslashreplace") and None
+    )
 
 
 def number(value: Any, digits: int = 3) -> str:

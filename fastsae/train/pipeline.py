@@ -4,58 +4,103 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastsae.data.activations import ResidualStream, check_layer, decoder_layers, load_model
+from fastsae.data.activations import (
+    ResidualStream,
+    check_layer,
+    check_vocabulary,
+    decoder_layers,
+    n_embeddings,
+    position_limit,
+)
 from fastsae.data.chat import Dialogue, load_chats
 from fastsae.data.dedup import dedup_ngrams
-from fastsae.data.sequencing import FastSequencer
+from fastsae.data.language_model import load_model
+from fastsae.data.sequencing import FastSequencer, render
 from fastsae.data.special_tokens import SpecialTokens, find_special_tokens
-from fastsae.errors import UsageError
-from fastsae.train.config import TrainConfig
+from fastsae.errors import FastsaeError, UsageError
+from fastsae.evaluate.losses import SplicedModel
+from fastsae.train.config import ModelDtype, TrainConfig
+from fastsae.train.limits import check_memory
+
+# the value of `model_dtype` that loads a model in this dtype again
+_MODEL_DTYPES: dict[torch.dtype, ModelDtype] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+_CHECKED: Dialogue = [
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "The capital of France is Paris."},
+]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Model and data of a run; `train` and `held_out` are indices into `dialogues`."""
+    """Model and data of a run.
 
+    Attributes:
+        config: The options, with those resolved that only the model can tell: `layer` and `model_dtype`.
+        residual: Model and layer.
+        tokenizer: The model's.
+        max_length: Tokens after which a dialogue is cut off: `config.max_length`, or fewer where the model has fewer positions.
+        dialogues: The dataset.
+        train: Indices into `dialogues`.
+        held_out: Indices into `dialogues`.
+        special_tokens: The tokens that the chat template writes around turns.
+    """
+
+    config: TrainConfig
     residual: ResidualStream
     tokenizer: Any
+    max_length: int
     dialogues: Sequence[Dialogue]
     train: list[int]
     held_out: list[int]
     special_tokens: SpecialTokens
 
-    def sequencer(self, config: TrainConfig) -> FastSequencer:
+    def sequencer(self) -> FastSequencer:
         """Endless shuffled training batches."""
-        return FastSequencer(
-            self.dialogues, self.train, self.tokenizer, config.max_length, config.forward_tokens, seed=config.seed
-        )
+        return self._sequencer(self.train, seed=self.config.seed)
 
-    def held_out_batches(self, config: TrainConfig) -> FastSequencer:
+    def held_out_batches(self) -> FastSequencer:
         """One pass over the held-out dialogues."""
+        return self._sequencer(self.held_out, shuffle=False, endless=False)
+
+    def _sequencer(self, indices: list[int], **options: Any) -> FastSequencer:
         return FastSequencer(
             self.dialogues,
-            self.held_out,
+            indices,
             self.tokenizer,
-            config.max_length,
-            config.forward_tokens,
-            shuffle=False,
-            endless=False,
+            self.max_length,
+            self.config.forward_tokens,
+            n_embeddings=n_embeddings(self.residual.model),
+            **options,
         )
 
 
 def resolve_device(name: str) -> str:
-    """`auto` is the GPU where there is one."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        UsageError: This machine has no such GPU.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    _, _, number = name.partition("cuda:")
+    count = torch.cuda.device_count()
+    if name.startswith("cuda") and int(number or 0) >= count:
+        raise UsageError(
+            f"device: expected one that PyTorch finds here, cpu or one of {count} CUDA devices, got {name!r}"
+        )
+    return name
 
 
 def model_location(name: str) -> str:
@@ -67,27 +112,61 @@ def model_location(name: str) -> str:
     return str(demo.model_path())
 
 
-def build_pipeline(config: TrainConfig) -> Pipeline:
-    """Loads model and dialogues, drops repeated dialogues and splits the rest by `config.seed`.
+def build_pipeline(config: TrainConfig, *, progress: bool = False, for_training: bool = True) -> Pipeline:
+    """Loads and tests the model, loads the dialogues, drops repeated ones and splits the rest by `config.seed`.
 
-    The model comes first: a wrong name or layer then costs seconds, not a dataset.
+    The model comes first: a wrong name or layer, or a model that cannot be evaluated rightly, then costs seconds, not a
+    dataset.
+
+    Args:
+        config: The run.
+        progress: Show progress bars.
+        for_training: Ask whether the memory of training is there, too.
 
     Raises:
-        UsageError: Model, dataset, layer or split do not exist.
+        UsageError: Model, dataset, layer or split do not exist, the model is of a kind that is not supported, or training
+            would need more memory than there is.
         FastsaeError: A download failed or a file is damaged.
     """
-    model, tokenizer = load_model(model_location(config.model), config.model_dtype, resolve_device(config.device))
+    device = resolve_device(config.device)
+    model, tokenizer = load_model(model_location(config.model), config.model_dtype, device, progress=progress)
     layer = len(decoder_layers(model)) // 2 if config.layer is None else config.layer
+    config = replace(config, layer=layer, model_dtype=config.model_dtype or _MODEL_DTYPES.get(model.dtype))
     check_layer(model, layer)
     residual = ResidualStream(model, layer)
+    if for_training:
+        check_memory(config, residual.d_in, model.dtype.itemsize, residual.device)
     d_sae = config.d_sae or config.expansion * residual.d_in
     if config.k is not None and config.k > d_sae:
         raise UsageError(f"k: expected at most d_sae = {d_sae}, got {config.k}")
+    check_vocabulary(model, tokenizer)
     special_tokens = find_special_tokens(tokenizer)
+    max_length = _max_length(model, config)
+    _check_model(residual, tokenizer, max_length)
     dialogues = load_chats(config.dataset, config.split)
     train, held_out = split_dialogues(dialogues, config)
     logger.info("%d dialogues to train on, %d held out", len(train), len(held_out))
-    return Pipeline(residual, tokenizer, dialogues, train, held_out, special_tokens)
+    return Pipeline(config, residual, tokenizer, max_length, dialogues, train, held_out, special_tokens)
+
+
+def _max_length(model: Any, config: TrainConfig) -> int:
+    limit = position_limit(model)
+    if limit is None or limit >= config.max_length:
+        return config.max_length
+    logger.info(
+        "dialogues are cut off at %d tokens, the model's own limit, below max_length %d", limit, config.max_length
+    )
+    return limit
+
+
+def _check_model(residual: ResidualStream, tokenizer: Any, max_length: int) -> None:
+    """Raises UsageError unless one short dialogue shows that the model is read and spliced rightly."""
+    try:
+        ids = render(tokenizer, _CHECKED, max_length)
+    except FastsaeError:  # a template that wants other roles: any text does
+        ids = tokenizer(_CHECKED[0]["content"], add_special_tokens=False)["input_ids"][:max_length]
+    input_ids = torch.tensor([ids])
+    SplicedModel(residual).check(input_ids, torch.ones_like(input_ids))
 
 
 def split_dialogues(dialogues: Sequence[Dialogue], config: TrainConfig) -> tuple[list[int], list[int]]:

@@ -137,7 +137,7 @@ def test_missing_package_is_a_reason(peer_class: type[Peer], monkeypatch: pytest
         raise importlib.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(peers, "version", missing)
-    reason = f"{peer_class.package} is not installed (pip install 'fastsae[bench-peers]')"
+    reason = f"{peer_class.package} is not installed (pip install 'fastsae-kernels[bench-peers]')"
     assert peer_class.not_installed() == peer_class.why_not() == reason
 
 

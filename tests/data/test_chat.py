@@ -218,5 +218,5 @@ def test_json_works_without_datasets_and_parquet_names_the_extra(tmp_path, monke
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert list(load_chats(write_jsonl(tmp_path / "a.jsonl", MESSAGES))) == EXPECTED
     (tmp_path / "a.parquet").write_bytes(b"")
-    with pytest.raises(FastsaeError, match=r"pip install fastsae\[train\]"):
+    with pytest.raises(FastsaeError, match=r"pip install 'fastsae-kernels\[train\]'"):
         load_chats(str(tmp_path / "a.parquet"))

@@ -1,0 +1,148 @@
+"""The flags of the command line: one for each option of a run, and paths; a wrong value is named with what was expected."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fastsae.disk import local_path
+from fastsae.train.config import TrainConfig
+from fastsae.train.validate import Kind, name_problem, option_kinds, shown
+
+GROUPS = {
+    "data": "data and language model",
+    "sae": "sparse autoencoder",
+    "training": "training",
+    "running": "running",
+}
+METAVARS = {int: "N", float: "X", str: "NAME"}
+OPTIONS = {f.name: f for f in fields(TrainConfig)}
+
+
+def flag(name: str) -> str:
+    """The flag of an option: `--batch-size` of `batch_size`."""
+    return "--" + name.replace("_", "-")
+
+
+def add_config_flags(parser: argparse.ArgumentParser, names: Sequence[str] = tuple(OPTIONS)) -> None:
+    """One flag per option in `names`; absent flags stay absent, so that presets and saved configs show through."""
+    kinds = option_kinds(TrainConfig)
+    groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
+    for name, option in OPTIONS.items():
+        if name in names:
+            settings = _settings(kinds[name], option.metadata["help"], option.default)
+            groups[option.metadata["group"]].add_argument(flag(name), dest=name, default=argparse.SUPPRESS, **settings)
+
+
+def _settings(kind: Kind, text: str, default: Any) -> dict[str, Any]:
+    if default is not None:
+        text += f" [{default}]"
+    settings: dict[str, Any] = {"help": text.replace("%", "%%")}
+    if kind.of is bool:
+        return {**settings, "action": argparse.BooleanOptionalAction}
+    metavar = "{" + ",".join(kind.choices) + "}" if kind.choices else METAVARS[kind.of]
+    return {**settings, "type": _parser_of(kind), "metavar": metavar}
+
+
+def _parser_of(kind: Kind) -> Callable[[str], Any]:
+    """Turns the text of a flag into its value."""
+    readers: dict[type, Callable[[str], Any]] = {int: _whole_number, float: _number, str: str}
+    read = readers[kind.of]
+
+    def parse(text: str) -> Any:
+        if kind.is_optional and text.lower() == "none":
+            return None
+        if kind.choices and text not in kind.choices:
+            raise _wrong(" or ".join(kind.choices), text)
+        return read(text)
+
+    return parse
+
+
+def _whole_number(text: str) -> int:
+    """`1500000`, `1_500_000` or `1.5e6`."""
+    try:
+        return int(text)
+    except ValueError:
+        number = _number(text, "a whole number")
+    if not number.is_integer():
+        raise _wrong("a whole number", text)
+    return int(number)
+
+
+def _number(text: str, expected: str = "a number") -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise _wrong(expected, text) from None
+
+
+def path(text: str) -> Path:
+    """A path, `~` as the home folder."""
+    if problem := name_problem(text):
+        raise _wrong(problem, text)
+    return local_path(text)
+
+
+def new_folder(text: str) -> Path:
+    """The path of a folder that can be written to, or that can be made."""
+    folder = path(text)
+    _check_writable(folder, folder)
+    return folder
+
+
+def new_file(text: str) -> Path:
+    """The path of a file that can be written."""
+    file = path(text)
+    if file.is_dir():
+        raise argparse.ArgumentTypeError(f"expected the name of a file, but {shown(str(file))} is a folder")
+    _check_writable(file, file.absolute().parent)
+    return file
+
+
+def _check_writable(wanted: Path, folder: Path) -> None:
+    """Raises unless the nearest folder that exists takes new files."""
+    nearest = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(parent))
+    if not nearest.is_dir():
+        raise argparse.ArgumentTypeError(f"{shown(str(wanted))} cannot be made: {shown(str(nearest))} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(
+            f"{shown(str(wanted))} cannot be written: the folder {shown(str(nearest))} is not writable"
+        )
+
+
+def _wrong(expected: str, text: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"expected {expected}, got {shown(text)}")
+
+
+def check_values(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Ends the program where Python 3.10 to 3.12 have made an empty list of the value `--`, without a look at its type."""
+    for name, value in vars(arguments).items():
+        if value == []:
+            parser.error(f"argument {flag(name)}: expected a value, got '--'")
+
+
+def as_flag(message: str) -> str:
+    """A message that begins with an option's name, with the flag in its place."""
+    name, _, rest = message.partition(" ")
+    bare = name.removesuffix(":")
+    return (
+        f"{flag(bare)}{name[len(bare) :]} {rest}" if bare in OPTIONS and (name != bare or rest[:1] == "'") else message
+    )
+
+
+def without_effect(config: TrainConfig, given: typing.Iterable[str]) -> list[str]:
+    """Those of the given options that the run does not use."""
+    unused = [
+        name
+        for name in given
+        if config.architecture not in (OPTIONS[name].metadata["used_by"] or (config.architecture,))
+    ]
+    if "expansion" in given and config.d_sae is not None:
+        unused.append("expansion")
+    return unused

@@ -1,0 +1,85 @@
+"""Whether a run fits into the memory of this machine, asked before anything of its size is allocated."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from fastsae.data.sequencing import _WINDOW as WINDOW
+from fastsae.errors import UsageError
+from fastsae.train.config import TrainConfig
+
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def check_memory(config: TrainConfig, d_in: int, bytes_per_number: int, device: torch.device) -> None:
+    """Checks what a run needs at least; its real peak is higher.
+
+    Args:
+        config: The run.
+        d_in: Width of the activations.
+        bytes_per_number: Of an activation, as the language model computes it.
+        device: Where the run computes.
+
+    Raises:
+        UsageError: It needs more than is free; the message names the option that needs most.
+    """
+    needs = _needs(config, d_in, bytes_per_number)
+    free, total = free_memory(device), sum(needs.values())
+    if free is None or total <= free:
+        return
+    name = max(needs, key=lambda name: needs[name])
+    raise UsageError(
+        f"{name}: expected a run that fits into the {_gigabytes(free)} of free memory, got {getattr(config, name):,}, "
+        f"which alone takes {_gigabytes(needs[name])} of the {_gigabytes(total)} that this run needs at least; lower it"
+    )
+
+
+def _needs(config: TrainConfig, d_in: int, bytes_per_number: int) -> dict[str, int]:
+    """Bytes by the option that decides about them."""
+    size = "expansion" if config.d_sae is None else "d_sae"
+    d_sae = config.d_sae or config.expansion * d_in
+    longest_batch = min(config.forward_tokens, WINDOW * config.max_length)
+    return {
+        size: 3 * 2 * d_in * d_sae * 4,  # W_enc and W_dec, and Adam's two means of each, in fp32
+        "buffer_tokens": config.buffer_tokens
+        * (d_in * bytes_per_number + 3 * 8),  # token, position and dialogue beside
+        "batch_size": config.batch_size * d_in * 4 * 2,  # the batch scaled, and its reconstruction
+        "forward_tokens": longest_batch * d_in * bytes_per_number * 2,  # a block's input and output
+    }
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [_whole(Path(path)) for path in CONTAINER_LIMITS]
+    known = [limit for limit in (_available(), *limits) if limit is not None]
+    return min(known, default=None)
+
+
+def _available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        (line,) = (line for line in lines if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # macOS
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _whole(path: Path) -> int | None:
+    """The number in a file; None where there is no file, or where it says `max`."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _gigabytes(n: int) -> str:
+    return f"{n / 1e9:,.1f} GB"
