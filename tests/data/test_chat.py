@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastsae.data.chat import NO_SPEAKER, NO_TEXT, ChatDataset, as_dialogue, load_chats
+from fastsae.data.chat import ChatDataset, as_dialogue, load_chats
 from fastsae.errors import FastsaeError, UsageError
 
 datasets = pytest.importorskip("datasets")
