@@ -19,8 +19,9 @@ from fastsae.errors import FastsaeError, UsageError
 # Dialogues tokenised and sorted by length together. With the demo's dialogues and batches of 8,192 tokens, padding adds
 # 21 % to the tokens the model computes with a window of 256, 12 % with 512 and 6 % with 1024.
 _WINDOW = 1024
-# A text much longer than `max_length` tokens is not tokenised whole. Only the last few tokens of a piece can differ from
-# those of the whole text.
+# A text much longer than `max_length` tokens is not tokenised whole, but to the first of so many characters per token.
+# Of those, the last tokens can differ from the whole text's: where the cut goes through the longest of a vocabulary,
+# usually 128 characters, as many single ones stand in its place.
 _CHARACTERS_PER_TOKEN = 16
 _UNSURE = 256
 
