@@ -81,7 +81,7 @@ def test_run_leaves_what_it_promises(config: TrainConfig, tmp_path: Path) -> Non
     assert metrics["tokens"] == config.tokens
     assert 0 <= metrics["fvu"] < 1
     assert metrics["mse_log2"] == pytest.approx(torch.tensor(metrics["mse"]).log2().item(), abs=1e-4)
-    assert read_config(output) == replace(config, layer=1)
+    assert read_config(output) == replace(config, layer=1, model_dtype="float32")
     sae = SparseAutoencoder.load(output)
     assert isinstance(sae, FusedJumpReLUSAE)
     again = evaluate_folder(output, read_config(output), progress=False).metrics
