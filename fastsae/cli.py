@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import sys
 import types
@@ -227,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastsae: {describe_os_error(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interruption:
+        gc.freeze()  # or the interpreter looks through all objects of PyTorch and others before it ends, for seconds
         print(f"\nfastsae: {str(interruption) or 'interrupted'}", file=sys.stderr)
         return exit_status(interruption)
     return 0
