@@ -94,7 +94,9 @@ def build_pipeline(config: TrainConfig, *, for_training: bool = True) -> Pipelin
         check_memory(config, residual.d_in, model.dtype.itemsize, residual.device)
     d_sae = config.d_sae or config.expansion * residual.d_in
     if config.k is not None and config.k > d_sae:
-        raise UsageError(f"k: expected at most d_sae = {d_sae}, got {config.k}")
+        raise UsageError(
+            f"k: expected at most the {d_sae:,} features of the SAE (--d-sae, --expansion), got {config.k:,}"
+        )
     special_ids = special_token_ids(tokenizer)
     dialogues = load_chats(config.dataset, config.split)
     train, held_out = split_dialogues(dialogues, config)
@@ -113,7 +115,7 @@ def split_dialogues(dialogues: Sequence[Dialogue], config: TrainConfig) -> tuple
     if config.eval_dialogues >= len(kept):
         raise UsageError(
             f"eval_dialogues: expected fewer than the dialogues of {config.dataset!r} that are left after dedup, "
-            f"{len(kept)} of {n_used}, got {config.eval_dialogues}; lower it, or --dedup-words 0 keeps repeated ones"
+            f"{len(kept)} of {n_used}, got {config.eval_dialogues}; lower it, use more dialogues (--max-dialogues), or keep repeated ones with --dedup-words 0"
         )
     order = np.random.default_rng(config.seed).permutation(kept)
     return order[config.eval_dialogues :].tolist(), order[: config.eval_dialogues].tolist()
