@@ -18,11 +18,10 @@ from fastsae.flags import (
     as_flag,
     check_values,
     flag,
-    new_file,
-    new_folder,
     path,
     without_effect,
 )
+from fastsae.interrupt import exit_status, signals_end_the_command
 from fastsae.terminal import tolerant_output
 from fastsae.train.config import PRESETS, TrainConfig
 from fastsae.version import __version__
@@ -39,7 +38,8 @@ Sparse autoencoders (SAEs) for language models.
   fastsae evaluate my-sae             measure a saved SAE on held-out dialogues
 
 Activation units: while training, activations are scaled to a mean norm of sqrt(d_in); options "in activation units" mean
-that scale. Exit status: 0 done, 1 the run failed, 2 an argument is wrong, 130 interrupted.
+that scale. Exit status: 0 done, 1 the run failed, 2 an argument is wrong, 130 interrupted (Ctrl-C), 143 ended by
+SIGTERM; both write a checkpoint first, a second one ends at once.
 """
 SUMMARY = (
     ("fvu", "of the variance is left unexplained (FVU), position 0 excluded", "{:.4f}"),
@@ -74,9 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Trains, evaluates and saves an SAE. Without arguments: the embedded demo, a few minutes on a CPU.",
         allow_abbrev=False,
     )
-    train.add_argument(
-        "--output", type=new_folder, metavar="FOLDER", help="new folder for the results (default: sae-MODEL)"
-    )
+    train.add_argument("--output", type=path, metavar="FOLDER", help="new folder for the results (default: sae-MODEL)")
     train.add_argument("--resume", action="store_true", help="go on with the interrupted run in --output")
     train.add_argument(
         "--preset", choices=PRESETS, help="set of options: recommended, or fast-paper, those of arXiv:2506.07691"
@@ -91,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     measure.add_argument("path", type=path, metavar="FOLDER", help="folder with cfg.json and sae_weights.safetensors")
-    measure.add_argument("--json", type=new_file, metavar="FILE", help="file to which the metrics are written as well")
+    measure.add_argument("--json", type=path, metavar="FILE", help="file to which the metrics are written as well")
     measure.add_argument("--quiet", action="store_true", help="show no progress bars")
     names = "model dataset split layer model_dtype max_length max_dialogues dedup_words eval_dialogues forward_tokens device seed"
     add_config_flags(measure, names.split())
@@ -104,10 +102,12 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def resumed_config(output: Path, given: dict[str, Any]) -> TrainConfig:
     """The config of the run in `output`; flags given beside --resume must agree with it."""
-    from fastsae.train.run import read_config
+    from fastsae.train.folder import located, read_config
 
     config = read_config(output)
     for name, value in given.items():
+        if name in ("model", "dataset"):
+            value = located(value)
         if name != "device" and getattr(config, name) != value:
             raise UsageError(
                 f"{flag(name)}: the run in {output} was started with {getattr(config, name)}, got {value}; "
@@ -118,17 +118,22 @@ def resumed_config(output: Path, given: dict[str, Any]) -> TrainConfig:
 
 def command_train(arguments: argparse.Namespace) -> None:
     """`fastsae train`."""
-    from fastsae.train.run import REPORT_FILE, train
+    from fastsae.train.folder import CONFIG_FILE, REPORT_FILE, is_new
+    from fastsae.train.run import train
     from fastsae.train.trainer import SAE_CLASSES
 
     given = _given(arguments)
-    if arguments.resume:
-        if arguments.output is None:
-            raise UsageError("--resume: expected --output with the folder of the interrupted run")
+    if arguments.resume and arguments.output is None:
+        raise UsageError("--resume: expected --output with the folder of the interrupted run")
+    if arguments.resume and not (arguments.output.is_dir() and is_new(arguments.output)):
         if arguments.preset is not None:
             raise UsageError("--preset: a resumed run keeps the options it was started with; drop the flag")
         config, output = resumed_config(arguments.output, given), arguments.output
     else:
+        if arguments.resume and not (given or arguments.preset):
+            raise UsageError(
+                f"--resume: the run in {arguments.output} ended before it wrote {CONFIG_FILE}; start it again with its options"
+            )
         config = TrainConfig(**{**PRESETS[arguments.preset or "recommended"], **given})
         layer = "" if config.layer is None else f"-layer{config.layer}"
         name = Path(config.model).expanduser().resolve().name  # of `.` too
@@ -144,12 +149,17 @@ def command_train(arguments: argparse.Namespace) -> None:
 
 def command_evaluate(arguments: argparse.Namespace) -> None:
     """`fastsae evaluate`."""
-    from fastsae.sae.files import write_json
-    from fastsae.train.run import CONFIG_FILE, evaluate_folder, read_config
+    from fastsae.disk import write_json
+    from fastsae.train.folder import CONFIG_FILE, check_writable, read_config
+    from fastsae.train.run import evaluate_folder
 
     given = _given(arguments)
     if not arguments.path.is_dir():
         raise UsageError(f"{arguments.path}: expected the folder of a saved SAE, there is no such folder")
+    if arguments.json:
+        if arguments.json.is_dir():
+            raise UsageError(f"--json: expected the name of a file, got the folder {arguments.json}")
+        check_writable("--json", arguments.json.absolute().parent)
     if (arguments.path / CONFIG_FILE).is_file():
         config = replace(read_config(arguments.path), **given)
     else:
@@ -168,17 +178,24 @@ def print_summary(metrics: dict[str, Any]) -> None:
     for name, meaning, form in SUMMARY:
         value = metrics.get(name)
         print(f"  {'undefined' if value is None else form.format(value):>10}  {meaning}")
+    if metrics.get("dialogues_dropped"):
+        reasons = ", ".join(f"{n:,} {reason}" for reason, n in metrics["dropped_by_reason"].items())
+        print(f"  {metrics['dialogues_dropped']:>10,}  dialogues could not be used: {reasons}")
+    if metrics.get("unknown_roles"):
+        words = ", ".join(f"{word!r} ({n:,})" for word, n in metrics["unknown_roles"].items())
+        print(f"  {'unknown':>10}  roles, and the dialogues that have them: {words}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, 1 for a failure, 2 for wrong usage, 130 when interrupted."""
+    """Runs a command; returns 0, 1 for a failure, 2 for wrong usage, 130 or 143 when interrupted."""
     with tolerant_output():
         parser = build_parser()
         arguments = parser.parse_args(argv)
         check_values(parser, arguments)
         show_log()
         try:
-            {"train": command_train, "evaluate": command_evaluate}[arguments.command](arguments)
+            with signals_end_the_command():
+                {"train": command_train, "evaluate": command_evaluate}[arguments.command](arguments)
         except FastsaeError as error:
             return fail(as_flag(str(error)), 2 if isinstance(error, UsageError) else 1)
         except OSError as error:
@@ -187,8 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not is_out_of_memory(error):
                 raise
             return fail(OUT_OF_MEMORY)
-        except KeyboardInterrupt:
-            return fail("interrupted; a run with a checkpoint goes on with --resume", 130)
+        except KeyboardInterrupt as interruption:
+            return fail(str(interruption) or "interrupted", exit_status(interruption))
     return 0
 
 

@@ -4,75 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastsae.errors import FastsaeError, UsageError
 
-_T = TypeVar("_T")
-_NO_TOKENIZER = (
-    "model {name!r} has no tokenizer that transformers can load: {reason}. Save the tokenizer beside the model with "
-    "`tokenizer.save_pretrained(folder)`"
-)
-
-
-def load_model(
-    name: str, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> tuple[Any, Any]:
-    """Load a frozen causal language model and its tokenizer: (model, tokenizer).
-
-    Args:
-        name: A local folder or a Hugging Face hub id.
-        dtype: `"float32"`, `"bfloat16"`, `"float16"` or a torch.dtype. None keeps the dtype the weights are stored in.
-        device: Where the model goes.
-
-    Raises:
-        UsageError: No such model, it is no causal language model, it has no tokenizer, or a bad dtype or device.
-        FastsaeError: The hub cannot be reached, a download was interrupted, or a file is damaged.
-    """
-    target_dtype, target_device = _dtype(dtype), _device(device)
-    path = Path(name).expanduser()
-    is_local = path.exists() or name.startswith((".", "/", "~"))
-    if is_local and not (path / "config.json").is_file():
-        found = "a folder without config.json" if path.is_dir() else "no folder"
-        raise UsageError(f"model {name!r}: expected a folder with config.json or a hub id, found {found}")
-    location = str(path) if is_local else name
-    try:
-        import transformers
-    except ImportError as error:
-        raise FastsaeError(
-            "this needs `transformers`, which is not installed: pip install 'fastsae-kernels[train]'"
-        ) from error
-    transformers.utils.logging.disable_progress_bar()  # one for a second of reading a file; downloads keep theirs
-    dtype_name = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
-    _loaded(name, "model", lambda: transformers.AutoConfig.from_pretrained(location))  # small: a bad name fails here
-    tokenizer: Any = _loaded(name, "tokenizer", lambda: transformers.AutoTokenizer.from_pretrained(location))
-    if len(tokenizer.get_vocab()) <= max(len(tokenizer.added_tokens_decoder), len(tokenizer.all_special_ids)):
-        # transformers 5 makes a tokenizer without words for some models when the tokenizer's files are missing.
-        raise UsageError(_NO_TOKENIZER.format(name=name, reason="its vocabulary is empty"))
-    options: dict[str, Any] = {dtype_name: target_dtype}
-    options["output_loading_info"] = True
-    load: Any = transformers.AutoModelForCausalLM.from_pretrained
-    model, info = _loaded(name, "model", lambda: load(location, **options))
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise FastsaeError(
-            f"model {name!r}: its files lack {len(info['missing_keys'])} of the weights ({missing}, ...), which would be "
-            "random. Get its files again"
-        )
-    return model.to(target_device).eval().requires_grad_(False), tokenizer
-
 
 def decoder_layers(model: Any) -> nn.ModuleList:
     """Return the list of decoder blocks: the outermost ModuleList with `num_hidden_layers` entries.
 
     Raises:
-        FastsaeError: The model has none.
+        UsageError: The model has none.
     """
-    n_layers = _text_config(model).num_hidden_layers
+    n_layers = getattr(text_config(model), "num_hidden_layers", None)
     root: Any = model
     if hasattr(model, "get_decoder") and isinstance(model.get_decoder(), nn.Module):
         root = model.get_decoder()  # of a model with images or sound: the language part
@@ -84,7 +30,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
         ]
         if lists:
             return min(lists, key=lambda entry: entry[0])[1]
-    raise FastsaeError(f"{type(model).__name__}: expected a ModuleList of {n_layers} decoder blocks, found none")
+    raise unsupported(model, f"expected a ModuleList of {n_layers} decoder blocks, found none")
 
 
 def check_layer(model: Any, layer: int) -> None:
@@ -94,19 +40,62 @@ def check_layer(model: Any, layer: int) -> None:
         raise UsageError(f"layer: expected 0 to {n_layers - 1} (the model has {n_layers} layers), got {layer}")
 
 
+def position_limit(model: Any) -> int | None:
+    """Return the most tokens that the model takes, by its positions; None where its configuration names no limit."""
+    config = text_config(model)
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    found = [value for name in names if isinstance(value := getattr(config, name, None), int) and value > 1]
+    if not found:
+        return None
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    scaling = scaling if isinstance(scaling, dict) else {}
+    scaled = (scaling.get("factor") or 1) * (scaling.get("original_max_position_embeddings") or min(found))
+    return max(min(found), int(scaled))  # rotary positions may be scaled beyond those of the training
+
+
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Raise UsageError if words of the tokenizer lie outside of the model's embedding; added tokens may, if none is used."""
+    n_rows = n_embeddings(model)
+    added = tokenizer.added_tokens_decoder
+    largest = max((index for index in tokenizer.get_vocab().values() if index not in added), default=0)
+    if largest >= n_rows:
+        raise UsageError(
+            f"model: expected token ids below {n_rows}, the rows of its embedding, but its tokenizer has ids up to "
+            f"{largest}; the tokenizer belongs to another model"
+        )
+
+
+def n_embeddings(model: Any) -> int:
+    """Return the number of tokens that the model has an embedding for."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def text_config(model: Any) -> Any:
+    """Return the configuration of the model, or of its language part if it has others."""
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def unsupported(model: Any, reason: str) -> UsageError:
+    """Return the error for a model that cannot be read or evaluated rightly."""
+    return UsageError(
+        f"model: models of type {model.config.model_type!r} ({type(model).__name__}) are not supported: {reason}"
+    )
+
+
 class ResidualStream:
     """The residual stream after decoder block `layer`, counted from 0.
 
     This is `hidden_states[layer + 1]` of transformers, except after the last block, where transformers reports it
-    behind the final norm and this class before it. Rows are padded on the right, so positions count from 0 in each.
-    Nothing is differentiated.
+    behind the final norm and this class before it. Rows are padded on the right, so positions count from 0 in each;
+    the ids there may be any. Nothing is differentiated.
 
     Attributes:
         d_in: Width of the residual stream.
         device: Device of the model's embedding, where inputs are moved to.
 
     Raises:
-        UsageError: `layer` is out of range.
+        UsageError: `layer` is out of range, or the model has no list of decoder blocks.
     """
 
     def __init__(self, model: Any, layer: int) -> None:
@@ -114,7 +103,8 @@ class ResidualStream:
         self.model = model
         self.layer = layer
         self.block = decoder_layers(model)[layer]
-        self.d_in: int = _text_config(model).hidden_size
+        self.d_in: int = text_config(model).hidden_size
+        self._n_embeddings = n_embeddings(model)
 
     @property
     def device(self) -> torch.device:
@@ -130,20 +120,22 @@ class ResidualStream:
             attention_mask: [B, T], zero or False on padding. Activations there are meaningless.
 
         Raises:
-            FastsaeError: An activation of a real token is NaN or infinite.
+            UsageError: The blocks of this model return something else.
+            FastsaeError: An activation of a real token is NaN or infinite, or a token has no embedding.
         """
 
         def stop(hidden: Tensor) -> Tensor:
             raise _Stop(hidden)
 
         acts: Tensor | None = None
-        with _hooked(self.block, stop):
+        with self.changed(stop):
             try:
                 self._forward(self.model.base_model, input_ids, attention_mask)
             except _Stop as reached:
                 acts = reached.hidden
         if acts is None:
-            raise FastsaeError(f"the forward pass of {type(self.model).__name__} did not reach layer {self.layer}")
+            raise unsupported(self.model, f"its forward pass did not reach layer {self.layer}")
+        self.check_shape(acts, input_ids)
         self._check_finite(acts, attention_mask)
         return acts
 
@@ -159,17 +151,61 @@ class ResidualStream:
 
         The result of `replace` is cast to the dtype of h.
         """
-        with _hooked(self.block, lambda hidden: replace(hidden).to(hidden.dtype)):
-            logits: Tensor = self._forward(self.model, input_ids, attention_mask).logits
-        return logits
+        with self.changed(lambda hidden: replace(hidden).to(hidden.dtype)):
+            return self.logits(input_ids, attention_mask)
+
+    @contextmanager
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While this lasts, the block's hidden states are `change(hidden)`."""
+
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            hidden = change(self.hidden_states(output))
+            return (hidden, *output[1:]) if isinstance(output, (tuple, list)) else hidden
+
+        handle = self.block.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def hidden_states(self, output: Any) -> Tensor:
+        """Return the hidden states of what a block returned: alone, or first in a tuple or list."""
+        hidden = output[0] if isinstance(output, (tuple, list)) else output
+        if not isinstance(hidden, Tensor):
+            raise unsupported(self.model, f"its decoder blocks return {type(output).__name__}, expected a tensor")
+        return hidden
+
+    def check_shape(self, hidden: Tensor, input_ids: Tensor) -> None:
+        """Raise UsageError unless `hidden` is [B, T, d_in]: one residual stream."""
+        expected = [*input_ids.shape, self.d_in]
+        if list(hidden.shape) != expected:
+            raise unsupported(
+                self.model,
+                f"expected decoder blocks that return one residual stream of shape [batch, tokens, width] = {expected}, "
+                f"got {list(hidden.shape)}" + (", several streams at once" if hidden.ndim == 4 else ""),
+            )
 
     def _forward(self, module: Any, input_ids: Tensor, attention_mask: Tensor) -> Any:
-        return module(
-            input_ids=input_ids.to(self.device),
-            attention_mask=attention_mask.to(self.device, torch.int64),
-            use_cache=False,
-            return_dict=True,
-        )
+        real = attention_mask.to(input_ids.device, torch.bool)
+        outside = input_ids >= self._n_embeddings
+        if (outside & real).any():
+            raise FastsaeError(
+                f"token id {int(input_ids[outside & real][0])} is outside of the model's embedding, which has "
+                f"{self._n_embeddings} rows: tokens were added to the tokenizer alone. Enlarge the embedding with "
+                "`model.resize_token_embeddings(len(tokenizer))`, or take the model's own tokenizer"
+            )
+        try:
+            return module(
+                input_ids=input_ids.masked_fill(outside, 0).to(self.device),
+                attention_mask=attention_mask.to(self.device, torch.int64),
+                use_cache=False,
+                return_dict=True,
+            )
+        except torch.OutOfMemoryError as error:
+            raise FastsaeError(
+                f"the language model ran out of memory on {real.shape[0]} dialogues of up to {real.shape[1]} tokens. Try a "
+                "lower --forward-tokens, a lower --max-length, or --model-dtype bfloat16"
+            ) from error
 
     def _check_finite(self, acts: Tensor, attention_mask: Tensor) -> None:
         if torch.isfinite(acts).all():
@@ -189,77 +225,3 @@ class _Stop(Exception):  # noqa: N818 - a signal, not an error
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.hidden = hidden
-
-
-@contextmanager
-def _hooked(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace the block's hidden states by `change(hidden)`; blocks return them alone or first in a tuple."""
-
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (change(output[0]), *output[1:])
-        return change(output)
-
-    handle = block.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _text_config(model: Any) -> Any:
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _loaded(name: str, what: str, load: Callable[[], _T]) -> _T:
-    """Run a loader of transformers, which reports most failures as OSError or ValueError with a long text."""
-    try:
-        return load()
-    except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        lower = text.lower()
-        if "couldn't connect" in lower or "offline" in lower or "connection" in lower:
-            raise FastsaeError(
-                f"model {name!r} is no local folder, and the Hugging Face hub could not be reached for its {what}. "
-                "Give the path of a folder, or run again with a connection; what was downloaded so far is kept"
-            ) from error
-        if "not a valid model identifier" in lower or "gated repo" in lower or "repository not found" in lower:
-            raise UsageError(
-                f"model {name!r} is neither a local folder nor a model on the Hugging Face hub that you can read. "
-                "Check the spelling; a private or gated model needs `hf auth login` first"
-            ) from error
-        if what == "tokenizer":
-            raise UsageError(_NO_TOKENIZER.format(name=name, reason=text[:300])) from error
-        if isinstance(error, ValueError) and ("unrecognized" in lower or "does not recognize" in lower):
-            raise UsageError(
-                f"model {name!r} is no causal language model that this version of transformers knows: {text[:300]}"
-            ) from error
-        raise FastsaeError(
-            f"model {name!r} could not be loaded ({type(error).__name__}: {text[:300]}). If it was downloaded or "
-            "copied, that may have been interrupted: get its files again, and check the free disk space"
-        ) from error
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
-    if dtype is None:
-        return "auto"
-    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise UsageError(f"model dtype: expected float32, bfloat16 or float16, got {dtype!r}")
-    return resolved
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"device: expected 'cpu', 'cuda' or 'cuda:0', got {device!r}") from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {str(device)!r}: PyTorch finds no CUDA device on this machine; use 'cpu'")
-    return resolved
-
-
-def _version(text: str) -> tuple[int, int]:
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)

@@ -184,9 +184,13 @@ class MixingBuffer(Iterator[ActivationBatch]):
         is_free = torch.ones(self.capacity, dtype=torch.bool)
         is_free[self._order] = False
         free = is_free.nonzero().squeeze(1)
-        n_new = 0
+        n_new, pending = 0, self._pending
         while n_new < len(free):
-            piece = self._pending if self._pending is not None else next(self._source, None)
+            try:
+                piece = self._pending if self._pending is not None else next(self._source, None)
+            except BaseException:  # interrupted: new rows lie in free slots alone, so all is as it was
+                self._pending = pending
+                raise
             if piece is None:
                 break
             slots = free[n_new : n_new + len(piece)]

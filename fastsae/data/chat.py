@@ -4,37 +4,45 @@ from __future__ import annotations
 
 import json
 import logging
-import mmap
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
 import numpy as np
 
+from fastsae.data import chat_files
+from fastsae.data.chat_files import UnusableRow, each_row, read_row
+from fastsae.data.dropped import Dropped
+from fastsae.data.progress import with_bar
+from fastsae.data.roles import KNOWN_ROLES, SILENT_ROLES, canonical_role, without_lone_surrogates
 from fastsae.errors import FastsaeError, UsageError
 
 Message: TypeAlias = dict[str, str]
 Dialogue: TypeAlias = list[Message]
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-_SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
-_SPLIT_WORDS |= {"val": "validation", "dev": "validation", "test": "test", "eval": "test"}
-_DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
-_PROBED_ROWS = 100
+NO_TEXT = "no message with a role and text"
+NO_SPEAKER = "no text of a user or an assistant"
+_PROBED_ROWS = 100  # readable ones, to find the chat column
+_SEARCHED_ROWS = 10_000
+_SHOWN_ROLES = 5
 
 logger = logging.getLogger(__name__)
 
 
-def load_chats(source: str, split: str = "train") -> Sequence[Dialogue]:
+def load_chats(source: str, split: str = "train", *, progress: bool = False) -> Sequence[Dialogue]:
     """Open a chat dataset without reading it into memory.
 
     A dialogue is a list of `{"role", "content"}` messages. Recognised are columns of messages with `role` and
-    `content`, or `from` and `value` (ShareGPT; `human` becomes `user`, `gpt` becomes `assistant`), also as JSON text.
-    Content given as a list of parts becomes the text parts joined. A turn without text is left out, and so is a row
-    without any such turn; `ChatDataset.dropped` counts those rows.
+    `content`, or `from` and `value` (ShareGPT), also as JSON text. Words such as `human`, `gpt` or `ChatGPT` become
+    `user` and `assistant` (see `fastsae.data.roles.canonical_role`); other words stay, and a warning names them.
+    Content given as a list of parts becomes the text parts joined. Half a surrogate pair becomes U+FFFD. A turn
+    without text is left out.
+
+    A row that is damaged, holds no such turn, or none of a user or an assistant, is dropped. `ChatDataset.drops`
+    counts those rows by reason, and a warning tells of them where they are more than 1 %.
 
     Args:
         source: `"demo"`; a `.jsonl`, `.json` (a list, or JSON lines) or `.parquet` file; a folder written by
@@ -42,46 +50,78 @@ def load_chats(source: str, split: str = "train") -> Sequence[Dialogue]:
             behind a colon if it has several (`BAAI/Infinity-Instruct:0625`).
         split: Name of the split. Files of a folder belong to the split whose name is a word of their own name or of
             their folder's; a single file is `"train"`.
+        progress: Show progress bars where reading takes longer than a second.
 
     Raises:
-        UsageError: Nothing is found at `source`, it has no such split or no chat column, or it is empty.
-        FastsaeError: A file is damaged, a download fails, or the `datasets` package is missing.
+        UsageError: Nothing is found at `source`, it has no such split or no chat column, or no usable dialogue.
+        FastsaeError: A file is damaged as a whole or in half of its rows, a download fails, or the `datasets` package
+            is missing.
     """
     if source == "demo":
         from fastsae.data import demo  # lazy: builds its dialogues from installed documentation
 
-        _require_split(source, split, ["train"])
-        return demo.load_dialogues()
+        chat_files.require_split(source, split, ["train"])
+        return demo.load_dialogues(progress=progress)
     path = Path(source).expanduser()
     if path.is_dir():
-        rows = _open_folder(path, split)
+        rows = chat_files.open_folder(path, split, progress)
     elif path.is_file():
-        _require_split(source, split, ["train"])
-        rows = _open_files([path])
-    elif _looks_like_path(source):
+        chat_files.require_split(source, split, ["train"])
+        rows = chat_files.open_files([path], progress)
+    elif chat_files.looks_like_path(source):
         raise UsageError(f"dataset {source!r}: there is no such file or folder ({path.absolute()})")
     else:
-        rows = _open_hub(source, split)
-    dataset = ChatDataset(rows, source)
-    if dataset.dropped:
-        logger.warning("%s: left out %d of %d rows without any text", source, dataset.dropped, len(rows))
+        rows = chat_files.open_hub(source, split, progress)
+    dataset = ChatDataset(rows, source, progress=progress)
+    if dataset.drops.is_worth_a_warning:
+        logger.warning("%s: %s", source, dataset.drops)
+    if dataset.unknown_roles:
+        shown = ", ".join(f"{word[:40]!r} ({n:,})" for word, n in dataset.unknown_roles.most_common(_SHOWN_ROLES))
+        more = ", ..." if len(dataset.unknown_roles) > _SHOWN_ROLES else ""
+        logger.warning(
+            "%s: these roles are not known, and the chat template gets them as they are (in so many dialogues): %s%s",
+            source, shown, more,
+        )  # fmt: skip
     return dataset
 
 
 class ChatDataset(Sequence[Dialogue]):
     """Rows of a dataset, read and turned into dialogues when asked for.
 
-    `column` is the chat column's name (None where a row is itself the list of messages), `dropped` the number of
-    rows left out because they hold no text.
+    Attributes:
+        column: The chat column's name, None where a row is itself the list of messages.
+        kept_rows: int64, the row of each dialogue.
+        drops: The rows that cannot be used, by reason.
+        unknown_roles: The role words that stand for no known role, with the number of dialogues that have them.
+
+    Raises:
+        UsageError: There are no rows, no chat column, or no usable dialogue.
+        FastsaeError: Half of the rows or more cannot be read.
     """
 
-    def __init__(self, rows: Sequence[Any], source: str) -> None:
+    def __init__(self, rows: Sequence[Any], source: str, *, progress: bool = False) -> None:
         if len(rows) == 0:
             raise UsageError(f"dataset {source!r} is empty: expected at least one row with a dialogue")
+        self.column = _find_column(rows, source)
+        if self.column is not None and hasattr(rows, "select_columns"):
+            rows = rows.select_columns([self.column])  # others may be images, which cost time to decode
         self.rows = rows
-        self.column = _find_column(islice(iter(rows), _PROBED_ROWS), source)
-        self.kept_rows = _rows_with_text(rows, self.column)  # int64, 8 bytes a row
-        self.dropped = len(rows) - len(self.kept_rows)
+        scan = _scan(rows, self.column, progress)
+        self.kept_rows = np.concatenate(scan.kept)
+        self.drops, self.unknown_roles = scan.drops, scan.unknown_roles
+        unreadable = self.drops.counts.keys() - {NO_TEXT, NO_SPEAKER}
+        if 2 * sum(self.drops.counts[reason] for reason in unreadable) >= len(rows):
+            first: UnusableRow = read_row(rows, min(self.drops.first_rows[reason] for reason in unreadable))
+            raise FastsaeError(f"{first.detail}. {self.drops}")
+        if len(self.kept_rows) == 0:
+            raise UsageError(
+                f"dataset {source!r}: expected dialogues with text of a user or an assistant; {self.drops}"
+            )
+
+    @property
+    def dropped(self) -> int:
+        """Number of rows that cannot be used."""
+        return self.drops.total
 
     def __len__(self) -> int:
         return len(self.kept_rows)
@@ -101,7 +141,7 @@ def as_dialogue(turns: Any) -> Dialogue:
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         try:
             turns = json.loads(turns)
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
     if isinstance(turns, dict) and all(isinstance(values, list) for values in turns.values()):
         # Older versions of `datasets` turn a list of records into a record of lists.
@@ -114,15 +154,17 @@ def as_dialogue(turns: Any) -> Dialogue:
             continue
         role = turn.get("role") or turn.get("from")
         text = _text(turn["content"] if turn.get("content") is not None else turn.get("value"))
-        if isinstance(role, str) and text.strip():
-            dialogue.append({"role": _SHAREGPT_ROLES.get(role, role), "content": text})
+        if isinstance(role, str) and role.strip() and text.strip():
+            dialogue.append({"role": canonical_role(role), "content": text})
     return dialogue
 
 
 def _text(content: Any) -> str:
-    if isinstance(content, list):
-        return "".join(_text(part.get("text") if isinstance(part, dict) else part) for part in content)
-    return content if isinstance(content, str) else ""
+    if not isinstance(content, str):
+        parts = content if isinstance(content, list) else [content]
+        texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+        content = "".join(text for text in texts if isinstance(text, str))
+    return content if content.isascii() else without_lone_surrogates(content)
 
 
 def _turns(row: Any, column: str | None) -> Any:
@@ -131,40 +173,68 @@ def _turns(row: Any, column: str | None) -> Any:
     return row.get(column) if isinstance(row, dict) else None
 
 
-def _find_column(sample: Iterable[Any], source: str) -> str | None:
+def _find_column(rows: Sequence[Any], source: str) -> str | None:
     """Name the column that holds dialogues, a usual name first; None if the rows are dialogues themselves."""
-    rows = list(sample)
-    if any(as_dialogue(row) for row in rows if isinstance(row, list)):
+    sample: list[Any] = []
+    unusable: list[UnusableRow] = []
+    for row in islice(each_row(rows), _SEARCHED_ROWS):
+        (unusable if isinstance(row, UnusableRow) else sample).append(row)
+        if len(sample) == _PROBED_ROWS:
+            break
+    if any(as_dialogue(row) for row in sample if isinstance(row, list)):
         return None
-    records = [row for row in rows if isinstance(row, dict)]
+    records = [row for row in sample if isinstance(row, dict)]
     columns: list[str] = list(dict.fromkeys(name for row in records for name in row))
     for name in sorted(columns, key=lambda name: CHAT_COLUMNS.index(name) if name in CHAT_COLUMNS else 99):
         if any(as_dialogue(row.get(name)) for row in records):
             return name
+    if len(unusable) >= len(sample):
+        raise FastsaeError(f"{unusable[0].detail}. {len(unusable)} of the first {len(unusable + sample)} rows are so")
     raise UsageError(
-        f"dataset {source!r}: no chat column in the first {len(rows)} rows. Expected a column such as 'messages' or "
+        f"dataset {source!r}: no chat column in the first {len(sample)} rows. Expected a column such as 'messages' or "
         f"'conversations' with a list of {{role, content}} or {{from, value}} items; the columns found are: "
         f"{', '.join(map(repr, columns)) or 'none'}"
     )
 
 
-def _rows_with_text(rows: Sequence[Any], column: str | None) -> np.ndarray:
-    """Indices of the rows whose dialogue is not empty."""
+class _Scan:
+    """What one look at every row finds: the rows of usable dialogues, why others are not, and unknown roles."""
+
+    def __init__(self, n_rows: int) -> None:
+        self.kept = [np.empty(0, dtype=np.int64)]
+        self.drops = Dropped(n_rows)
+        self.unknown_roles: Counter[str] = Counter()
+
+
+def _scan(rows: Sequence[Any], column: str | None, progress: bool) -> _Scan:
     if column is not None and hasattr(rows, "with_format"):
-        kept = _arrow_rows_with_text(rows, column)
-        if kept is not None:
-            return kept
-    return np.array([i for i, row in enumerate(rows) if as_dialogue(_turns(row, column))], dtype=np.int64)
+        found = _arrow_scan(rows, column, progress)
+        if found is not None:
+            return found
+    scan, kept = _Scan(len(rows)), []
+    for i, row in enumerate(with_bar(each_row(rows), "reading dialogues", "row", total=len(rows), progress=progress)):
+        if isinstance(row, UnusableRow):
+            scan.drops.add(row.reason, [i])
+            continue
+        roles = {message["role"] for message in as_dialogue(_turns(row, column))}
+        if roles - SILENT_ROLES:
+            kept.append(i)
+            scan.unknown_roles.update(roles - KNOWN_ROLES)
+        else:
+            scan.drops.add(NO_SPEAKER if roles else NO_TEXT, [i])
+    scan.kept.append(np.array(kept, dtype=np.int64))
+    return scan
 
 
-def _arrow_rows_with_text(dataset: Any, column: str, block: int = 20_000) -> np.ndarray | None:
-    """The same on Arrow columns, 50 times faster; None if their type is not a list of records of strings."""
+def _arrow_scan(dataset: Any, column: str, progress: bool, block: int = 20_000) -> _Scan | None:
+    """The same on Arrow columns, 50 times faster; None if they are no lists of records of strings, or damaged."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     table = dataset.select_columns([column]).with_format("arrow")
-    kept = [np.empty(0, dtype=np.int64)]
-    for start in range(0, len(dataset), block):
+    scan = _Scan(len(dataset))
+    starts = range(0, len(dataset), block)
+    for start in with_bar(starts, "reading dialogues", "block", total=len(starts), progress=progress):
         chats = table[start : start + block].column(column).combine_chunks()
         if not (pa.types.is_list(chats.type) or pa.types.is_large_list(chats.type)):
             return None
@@ -173,180 +243,38 @@ def _arrow_rows_with_text(dataset: Any, column: str, block: int = 20_000) -> np.
         names = [pair for pair in (("role", "content"), ("from", "value")) if set(pair) <= set(fields)]
         if len(names) != 1 or not all(_is_string(fields[name]) for name in names[0]):
             return None
-        role, content = (pc.struct_field(pc.list_flatten(chats), name) for name in names[0])
-        has_text = pc.and_(pc.greater(pc.binary_length(role), 0), pc.not_equal(pc.utf8_trim_whitespace(content), ""))
-        rows = pc.filter(pc.list_parent_indices(chats), pc.fill_null(has_text, False))
-        kept.append(np.unique(rows.to_numpy(zero_copy_only=False)).astype(np.int64) + start)
-    return np.concatenate(kept)
+        try:
+            role, content = (pc.struct_field(pc.list_flatten(chats), name) for name in names[0])
+            has_text = pc.and_(*(pc.not_equal(pc.utf8_trim_whitespace(text), "") for text in (role, content)))
+            is_turn = pc.fill_null(has_text, False)
+            roles = pc.filter(role, is_turn).dictionary_encode()
+            words = [canonical_role(word) for word in roles.dictionary.to_pylist()]
+        except ValueError:  # text that is not UTF-8: the rows are then read one by one
+            return None
+        owners = pc.filter(pc.list_parent_indices(chats), is_turn).to_numpy(zero_copy_only=False).astype(np.int64)
+        _add_block(scan, start, len(chats), owners, roles.indices.to_numpy(zero_copy_only=False), words)
+    return scan
+
+
+def _add_block(
+    scan: _Scan, start: int, n_rows: int, owners: np.ndarray, role_ids: np.ndarray, roles: list[str]
+) -> None:
+    """Add rows `start` and on, given the row in the block and the role of each of their turns with text."""
+    has_turns = np.zeros(n_rows, dtype=bool)
+    has_turns[owners] = True
+    is_usable = np.zeros(n_rows, dtype=bool)
+    is_usable[owners[np.array([role not in SILENT_ROLES for role in roles], dtype=bool)[role_ids]]] = True
+    scan.kept.append(np.flatnonzero(is_usable) + start)
+    scan.drops.add(NO_TEXT, np.flatnonzero(~has_turns) + start)
+    scan.drops.add(NO_SPEAKER, np.flatnonzero(has_turns & ~is_usable) + start)
+    is_unknown = np.array([role not in KNOWN_ROLES for role in roles], dtype=bool)[role_ids] & is_usable[owners]
+    pairs = {
+        (owner, roles[i]) for owner, i in zip(owners[is_unknown].tolist(), role_ids[is_unknown].tolist(), strict=True)
+    }
+    scan.unknown_roles.update(role for _, role in pairs)
 
 
 def _is_string(arrow_type: Any) -> bool:
     import pyarrow as pa
 
     return bool(pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type))
-
-
-class _JsonLines(Sequence[Any]):
-    """The records of a JSON-lines file, found by their offsets and parsed on demand."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        starts, ends, offset = [], [], 0
-        with path.open("rb") as file:
-            for line in file:
-                if line.strip():
-                    starts.append(offset)
-                    ends.append(offset + len(line))
-                offset += len(line)
-            # A mapping and not a file handle: threads and forked workers can read it at the same time.
-            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if offset else b""
-        self.starts = np.array(starts, dtype=np.int64)
-        self.ends = np.array(ends, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: Any) -> Any:
-        start, end = int(self.starts[index]), int(self.ends[index])
-        try:
-            return json.loads(self.data[start:end])
-        except ValueError as error:
-            line = self.data[:start].count(b"\n") + 1
-            raise FastsaeError(
-                f"{self.path}, line {line}: expected one JSON object per line, but {error}. Correct or remove the "
-                "line; if it is the last one, the file may have been cut off"
-            ) from error
-
-
-class _Concatenation(Sequence[Any]):
-    def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
-        self.parts = parts
-        self.ends = np.cumsum([len(part) for part in parts])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __iter__(self) -> Iterator[Any]:
-        for part in self.parts:
-            yield from part
-
-    def __getitem__(self, index: Any) -> Any:
-        part = int(np.searchsorted(self.ends, index, side="right"))
-        if part == len(self.parts):
-            raise IndexError(index)
-        return self.parts[part][int(index) - int(self.ends[part]) + len(self.parts[part])]
-
-
-def _open_files(paths: Sequence[Path]) -> Sequence[Any]:
-    """Rows of local files, in the order given, parquet files last."""
-    parquet = [str(path) for path in paths if path.suffix == ".parquet"]
-    unknown = [path for path in paths if path.suffix not in _DATA_SUFFIXES]
-    if unknown:
-        raise UsageError(f"{unknown[0]}: expected a file that ends in {', '.join(_DATA_SUFFIXES)}")
-    parts = [_open_json(path) for path in paths if path.suffix != ".parquet"]
-    if parquet:
-        datasets = _import_datasets()
-        try:
-            parts.append(datasets.load_dataset("parquet", data_files=parquet, split="train"))
-        except Exception as error:
-            raise FastsaeError(f"{', '.join(parquet)}: not readable as parquet: {_first_line(error)}") from error
-    return parts[0] if len(parts) == 1 else _Concatenation(parts)
-
-
-def _open_json(path: Path) -> Sequence[Any]:
-    with path.open("rb") as file:
-        if path.suffix == ".jsonl" or file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"[":
-            return _JsonLines(path)
-        file.seek(0)
-        try:
-            rows: Sequence[Any] = json.load(file)
-            return rows
-        except ValueError as error:
-            raise FastsaeError(f"{path}: expected a JSON list of rows, but {error}") from error
-
-
-def _open_folder(path: Path, split: str) -> Sequence[Any]:
-    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        datasets = _import_datasets()
-        try:
-            saved: Any = datasets.load_from_disk(str(path))
-        except Exception as error:
-            raise FastsaeError(f"{path}: not readable as a saved dataset: {_first_line(error)}") from error
-        if isinstance(saved, datasets.DatasetDict):
-            _require_split(str(path), split, list(saved))
-            saved = saved[split]
-        else:
-            _require_split(str(path), split, [str(saved.split or "train")])
-        rows: Sequence[Any] = saved
-        return rows
-    splits: dict[str, list[Path]] = {}
-    for file in sorted(path.rglob("*")):
-        relative = file.relative_to(path)
-        if file.suffix in _DATA_SUFFIXES and not any(part.startswith(".") for part in relative.parts):
-            words = re.split(r"[^a-z]+", str(relative.with_suffix("")).lower())
-            name = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "train")
-            splits.setdefault(name, []).append(file)
-    if not splits:
-        raise UsageError(f"{path}: expected a saved dataset, or files that end in {', '.join(_DATA_SUFFIXES)}")
-    _require_split(str(path), split, list(splits))
-    return _open_files(splits[split])
-
-
-def _open_hub(source: str, split: str) -> Sequence[Any]:
-    datasets = _import_datasets()
-    name, _, config = source.partition(":")
-    try:
-        rows: Sequence[Any] = datasets.load_dataset(name, config or None, split=split)
-        return rows
-    except Exception as error:
-        raise _hub_error(source, split, error) from error
-
-
-def _hub_error(source: str, split: str, error: Exception) -> FastsaeError:
-    """Say what went wrong with a hub dataset: `datasets` mixes its own, the hub's and the network's exceptions."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    reason = _first_line(error)
-    if "split" in reason.lower() and "ValueError" in kinds:
-        return UsageError(f"split: dataset {source!r} has no split {split!r}: {reason}")
-    if "config" in reason.lower() and "ValueError" in kinds:
-        return UsageError(f"dataset {source!r}: {error}. Name the configuration behind a colon: 'owner/name:config'")
-    if kinds & {"DatasetNotFoundError", "DataFilesNotFoundError", "HFValidationError"}:
-        return UsageError(
-            f"dataset {source!r} is neither a file or folder here nor a dataset on the Hugging Face hub: {reason}. "
-            "Check the spelling; a private or gated dataset needs `hf auth login` first"
-        )
-    if kinds & {"ConnectionError", "OfflineModeIsEnabled", "HTTPError", "TransportError", "LocalEntryNotFoundError"}:
-        return FastsaeError(
-            f"dataset {source!r} is no file or folder here, and the Hugging Face hub could not be reached: {reason}. "
-            "Give a path, or 'demo', or run again with a connection; what was downloaded so far is kept"
-        )
-    return FastsaeError(
-        f"dataset {source!r} could not be downloaded whole ({type(error).__name__}: {reason}). Run again to go on "
-        "where it stopped; if it fails in the same place, check the free disk space and delete its cache"
-    )
-
-
-def _require_split(source: str, split: str, splits: Sequence[str]) -> None:
-    if split not in splits:
-        raise UsageError(
-            f"split: dataset {source!r} has no split {split!r}; its splits are: {', '.join(map(repr, splits))}"
-        )
-
-
-def _looks_like_path(source: str) -> bool:
-    return bool(re.search(r"^[./~]|\\|/.*/|\s|\.(jsonl?|parquet)$", source)) or not source
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _import_datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise FastsaeError(
-            "this dataset needs the `datasets` package, which is not installed: pip install 'fastsae-kernels[train]' "
-            "(.jsonl and .json files work without it)"
-        ) from error
-    return datasets

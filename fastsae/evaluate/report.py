@@ -9,11 +9,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from fastsae.disk import write_atomically
 from fastsae.evaluate import plots
 from fastsae.evaluate.metrics import Metrics
 from fastsae.evaluate.reconstruction import Evaluation
 from fastsae.evaluate.style import CSS
-from fastsae.sae.files import write_atomically
 
 # metric, its name, unit, one line of meaning
 _HEADLINES = (
@@ -58,6 +58,7 @@ _MEANINGS = {
     "delta_loss_percent": "100 (ce_spliced − ce) / ce",
     "recovered": "(ce_zero − ce_spliced) / (ce_zero − ce)",
     "kl": "KL divergence of the spliced from the model's own predictions, nats per token",
+    "dialogues_dropped": "dialogues that could not be used",
     "seconds": "duration of the run",
 }
 _HISTOGRAM_BINS = 40
@@ -84,7 +85,7 @@ def write_report(
     sections = [_header(config, evaluation), _headlines(metrics), _curves(history)]
     if evaluation is not None:
         sections += [_densities(evaluation), _special_tokens(evaluation), _features(evaluation)]
-    sections += [_all_metrics(metrics), _configuration(config)]
+    sections += [_data(metrics), _all_metrics(metrics), _configuration(config)]
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -249,6 +250,24 @@ def _percent(share: float | None) -> str:
     return "n/a" if share is None else f"{number(100 * share)} %"
 
 
+def _data(metrics: Metrics) -> str:
+    """What the run could not use of its data, and the roles in it that it does not know."""
+    tables: dict[str, Any] = dict(metrics)
+    first_rows = tables.get("dropped_first_rows", {})
+    rows = [
+        f'<tr><td>could not be used: {escape(reason)}, such as row {first_rows[reason]}</td><td class="number">{n:,}</td></tr>'
+        for reason, n in tables.get("dropped_by_reason", {}).items()
+    ]
+    rows += [
+        f'<tr><td>have the unknown role <code>{escape(visible(word))}</code></td><td class="number">{n:,}</td></tr>'
+        for word, n in tables.get("unknown_roles", {}).items()
+    ]
+    if not rows:
+        return ""
+    head = '<tr><th>dialogues that</th><th class="number">number</th></tr>'
+    return f'<h2>Unusual dialogues</h2>\n<div class="wide"><table>{head}{"".join(rows)}</table></div>'
+
+
 def _all_metrics(metrics: Metrics) -> str:
     # a run reports the tokens it was trained on under `tokens`, an evaluation by itself those it measured
     meanings = _MEANINGS | {"tokens": "tokens trained on" if "tokens_evaluated" in metrics else "tokens evaluated"}
@@ -256,6 +275,7 @@ def _all_metrics(metrics: Metrics) -> str:
         f'<tr><td><code>{escape(name)}</code></td><td class="number">{number(value, 4)}</td>'
         f"<td>{escape(meanings.get(name, ''))}</td></tr>"
         for name, value in metrics.items()
+        if not isinstance(value, dict)
     )
     head = '<tr><th>metric</th><th class="number">value</th><th>meaning</th></tr>'
     return f'<h2>All metrics</h2>\n<div class="wide"><table>{head}{rows}</table></div>'

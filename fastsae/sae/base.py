@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import fastsae_kernels as kernels
+from fastsae.disk import local_path
 from fastsae.sae import files
 from fastsae.sae.compute_copies import ComputeCopies
+from fastsae.sae.config_file import SavedConfig
 from fastsae.sae.inference import TopActivations, check_feature_ids, check_integer, columns, top_activations
-from fastsae.sae.outputs import TrainOutput, total_variance, version_of
+from fastsae.sae.outputs import TrainOutput, fraction_of_variance_unexplained, version_of
 from fastsae_kernels import ActivityHint, AutoencodeOutput, AutoencodeSpec, SparseActs, WeightGradients, reference
 
 Module = TypeVar("Module", bound="SparseAutoencoder")
@@ -27,7 +29,13 @@ class SparseAutoencoder(nn.Module, ABC):
     `W_enc` is stored feature-major (`[d_sae, d_in]` in memory, viewed `[d_in, d_sae]`), which every kernel wants.
     """
 
-    architecture: ClassVar[str]  # SAELens' word, written to cfg.json
+    architecture: ClassVar[str]  # SAELens' word
+    file_architectures: ClassVar[tuple[str, ...]]  # what cfg.json may call it
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "file_architectures" in cls.__dict__:
+            files.classes.append(cls)
 
     def __init__(
         self,
@@ -282,8 +290,7 @@ class SparseAutoencoder(nn.Module, ABC):
         assert per_token is not None
         losses = {"mse_loss": per_token.mean(), **losses}
         with torch.no_grad():
-            variance = total_variance(x.reshape(-1, self.d_in), self._wide())
-            fvu = per_token.sum() / variance.clamp_min(torch.finfo(torch.float32).tiny)
+            fvu = fraction_of_variance_unexplained(per_token, x.reshape(-1, self.d_in), self._wide())
         return TrainOutput(
             target=self._checked(x),
             residual=output.sae_out,
@@ -341,31 +348,59 @@ class SparseAutoencoder(nn.Module, ABC):
         return {"architecture": self.architecture}, self.state_dict()
 
     @classmethod
-    def from_files(cls, config: dict[str, Any], own: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Constructor arguments from `cfg.json` and from `own`, a saved `config()` or empty.
+    def arguments_from(cls, config: SavedConfig) -> dict[str, Any]:
+        """Constructor arguments of this class from a `cfg.json`, beyond those that every architecture has.
 
-        Where the tensors are not the state dict, they are made so in place.
+        Raises:
+            ValueError: A key is missing, or its value is not what it can be.
         """
-        return own
+        config.own.check_names(["architecture", "k"])
+        return {"k": config.own.integer("k", 1, config.d_sae, default=None)}
+
+    @classmethod
+    def file_shapes(cls, config: SavedConfig) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors in the weights' file."""
+        d_in, d_sae = config.d_in, config.d_sae
+        return {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+
+    @classmethod
+    def state_from(cls, config: SavedConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict, from the tensors of the weights' file.
+
+        Raises:
+            ValueError: A tensor does not hold what it can.
+        """
+        return tensors
 
     def save(self, path: str | Path, **metadata: Any) -> None:
         """Writes SAELens' `cfg.json` and `sae_weights.safetensors` to the folder `path`, each file atomically.
 
         Args:
-            path: Folder; made where it does not exist.
+            path: Folder, `~` the home; made where it does not exist.
             metadata: Merged into the metadata of `cfg.json` (`model_name`, `hook_name`, ...).
+
+        Raises:
+            ValueError: A weight is NaN or infinite, or the metadata is no JSON; nothing was written.
+            OSError: The disk is full, or the folder cannot be written.
         """
-        files.save(self, Path(path), {**self.metadata, **metadata})
+        files.save(self, local_path(path), {**self.metadata, **metadata})
 
     @classmethod
     def load(cls: type[Module], path: str | Path, device: torch.device | str | None = None) -> Module:
         """Reads an SAE from SAELens' two files; on the base class any known architecture, else the class's own.
 
+        Sizes are compared with the weights' header before anything is allocated, and no random numbers are drawn.
+
+        Args:
+            path: Folder, `~` the home.
+            device: Where the parameters are made.
+
         Raises:
             FileNotFoundError: A file is missing.
-            ValueError: A file is corrupt, or holds another architecture, shape or option than this class runs.
+            ValueError: A file is corrupt, or holds another architecture, shape, kind of number or option than this class
+                runs; it names the key or the tensor.
         """
-        sae = files.load(Path(path), device, cls)
+        sae = files.load(local_path(path), device, cls)
         if not isinstance(sae, cls):
             raise ValueError(f"{path}: expected an SAE that {cls.__name__} runs, got architecture {sae.architecture!r}")
         return sae

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastsae.fields import Fields
+from fastsae.sae.config_file import SavedConfig
 from fastsae.sae.outputs import TrainOutput
 from fastsae.sae.topk import TopKFamily, family_arguments
 from fastsae_kernels import AutoencodeSpec, SparseActs
@@ -52,6 +54,7 @@ class FusedBatchTopKSAE(TopKFamily):
     """
 
     architecture: ClassVar[str] = "batchtopk"
+    file_architectures: ClassVar[tuple[str, ...]] = ("batchtopk", "jumprelu")
     topk_threshold: Tensor
 
     def __init__(
@@ -141,22 +144,36 @@ class FusedBatchTopKSAE(TopKFamily):
         return {"architecture": "jumprelu"}, state
 
     @classmethod
-    def from_files(cls, config: dict[str, Any], own: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Also reads what SAELens' training class writes: its checkpoints, and its `jumprelu` folders for inference.
+    def arguments_from(cls, config: SavedConfig) -> dict[str, Any]:
+        """Also reads what SAELens' training class writes: its checkpoints, and its `jumprelu` folders for inference."""
+        if config.architecture == cls.architecture:
+            saved = config.keys
+        elif config.own.values:
+            saved = config.own
+            saved.number("topk_threshold", default=0.0)
+            saved.check_names(["architecture", "k", "rescale_acts_by_decoder_norm", "topk_threshold"])
+        else:
+            saved = Fields(config.metadata, "metadata.").fields("training_architecture_details", default={})
+            if not saved.values:
+                raise ValueError(
+                    "metadata: expected what a batchtopk SAE was trained with, such as k, got nothing of it"
+                )
+        return family_arguments(saved, config.d_sae, rescale=True)
 
-        Raises:
-            KeyError: A `jumprelu` folder does not say the `k` of its training.
-            ValueError: Its threshold is not one for all features.
-        """
-        if config["architecture"] == cls.architecture:
-            return family_arguments(config, rescale=True)
-        metadata = config.get("metadata") or {}
-        arguments = family_arguments(own or metadata["training_architecture_details"], rescale=True)
-        threshold = tensors.pop("threshold")
+    @classmethod
+    def file_shapes(cls, config: SavedConfig) -> dict[str, tuple[int, ...]]:
+        own = {"topk_threshold": ()} if config.architecture == cls.architecture else {"threshold": (config.d_sae,)}
+        return {**super().file_shapes(config), **own}
+
+    @classmethod
+    def state_from(cls, config: SavedConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if "topk_threshold" in tensors:
+            return tensors
+        state = dict(tensors)
+        threshold = state.pop("threshold")
         if not torch.equal(threshold, threshold[:1].expand_as(threshold)):
             raise ValueError("threshold: expected one for all features of a BatchTopK SAE; load it as FusedJumpReLUSAE")
-        exact = torch.tensor(own.get("topk_threshold", 0.0), dtype=torch.float64)
+        exact = torch.tensor(config.own.number("topk_threshold", default=0.0), dtype=torch.float64)
         # the tensor holds it rounded, unless somebody has set another one since
         is_same = torch.equal(exact.to(threshold.dtype), threshold[0])
-        tensors["topk_threshold"] = exact if is_same else threshold[0].double()
-        return arguments
+        return {**state, "topk_threshold": exact if is_same else threshold[0].double()}

@@ -4,78 +4,32 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
-import tempfile
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from fastsae.disk import digest, write_json, write_tensors
+from fastsae.fields import Fields, is_finite, read_json
+from fastsae.sae.config_file import DTYPES, SavedConfig
+from fastsae.version import __version__
 
 if TYPE_CHECKING:
     from fastsae.sae.base import SparseAutoencoder
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 SAE_LENS_VERSION = "6.54.12"  # whose format this is; below 6.0.0 SAELens would convert the file as a legacy one
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+# SAELens drops top-level keys that it does not know when it saves a folder, but keeps the metadata: where this key is
+# left, the file is as this library wrote it, and the checksum in its metadata is that of the weights beside it
+WRITER = "fastsae_version"
+CHECKSUM = "weights_sha256"
+KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+classes: list[type[SparseAutoencoder]] = []  # each class of SAE enters itself when it is defined
 logger = logging.getLogger(__name__)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write` on a temporary file beside `path`, then moves it into place; nothing half-written stays behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's entries, are on the disk, so that a power cut cannot undo a rename."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file atomically; a full disk is an OSError as everywhere else."""
-
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary)
-        except SafetensorError as error:
-            found = re.search(r"os error (\d+)", str(error))  # safetensors hides the system's error in its text
-            if found is None:
-                raise
-            number = int(found.group(1))
-            raise OSError(number, os.strerror(number), str(path)) from error
-
-    write_atomically(path, write)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON atomically, with a line per entry; NaN is not JSON and is refused."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def save(sae: SparseAutoencoder, path: Path, metadata: dict[str, Any]) -> None:
@@ -83,6 +37,10 @@ def save(sae: SparseAutoencoder, path: Path, metadata: dict[str, Any]) -> None:
     keys, state = sae.to_files()
     if sae.k_per_token is not None and "k" not in keys:
         logger.warning("k = %d is kept in the metadata only: SAELens reads this SAE as one without top-k", sae.k)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise ValueError(f"{name}: expected finite numbers to save, got NaN or infinity; nothing was written")
     own = {"architecture": sae.architecture, **sae.config()}
     config = {
         **keys,
@@ -93,11 +51,12 @@ def save(sae: SparseAutoencoder, path: Path, metadata: dict[str, Any]) -> None:
         "apply_b_dec_to_input": sae.apply_b_dec_to_input,
         "normalize_activations": "none",
         "reshape_activations": "none",
+        WRITER: __version__,
         "metadata": {"sae_lens_version": SAE_LENS_VERSION, **metadata, "fastsae": own},
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     json.dumps(config, allow_nan=False)  # metadata that is no JSON fails before a file is written
     write_tensors(path / WEIGHTS_FILE, tensors)
+    config["metadata"][CHECKSUM] = digest(path / WEIGHTS_FILE)
     write_json(path / CONFIG_FILE, config)
 
 
@@ -109,76 +68,85 @@ def load(path: Path, device: torch.device | str | None, wanted: type[SparseAutoe
                 f"{path}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, {name} is missing"
             )
     try:
-        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(path / WEIGHTS_FILE, device="cpu")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = read_json(path / CONFIG_FILE)
+    except ValueError as error:
         raise ValueError(f"{path / CONFIG_FILE}: expected JSON, got a corrupt file ({error})") from None
+    try:
+        config = SavedConfig.read(content, sorted({word for cls in classes for word in cls.file_architectures}))
+        cls = _class_of(config, wanted)
+        if config.own.get("architecture", None) != cls.architecture:
+            config = replace(config, own=Fields({}))  # options of another class, which trained it
+        arguments = cls.arguments_from(config)
+    except ValueError as error:
+        raise ValueError(f"{path / CONFIG_FILE}: {error}") from None
+    try:
+        tensors = _read_weights(path / WEIGHTS_FILE, config, cls.file_shapes(config))
+        return _built(cls, config, arguments, tensors, device)
     except SafetensorError as error:
         raise ValueError(
             f"{path / WEIGHTS_FILE}: expected safetensors, got a corrupt or truncated file ({error})"
         ) from None
-    if not isinstance(config, dict):
-        raise ValueError(
-            f"{path / CONFIG_FILE}: expected a JSON object with SAELens' keys, got {type(config).__name__}"
-        )
-    sae = _build(path, config, tensors, device, wanted)
-    expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if expected != found:
-        raise ValueError(f"{path / WEIGHTS_FILE}: expected the tensors {expected}, got {found}")
-    sae.load_state_dict(tensors)
-    return sae
+    except ValueError as error:
+        raise ValueError(f"{path / WEIGHTS_FILE}: {error}") from None
 
 
-def _class_of(path: Path, config: dict[str, Any], trained_as: Any, wanted: type[SparseAutoencoder]) -> Any:
+def _class_of(config: SavedConfig, wanted: type[SparseAutoencoder]) -> type[SparseAutoencoder]:
     """The class for a folder; a BatchTopK SAE is saved as the `jumprelu` that it is at inference, so either may run it."""
-    from fastsae.sae.batch_topk import FusedBatchTopKSAE
-    from fastsae.sae.jumprelu import FusedJumpReLUSAE
-    from fastsae.sae.relu import FusedReLUSAE
-    from fastsae.sae.topk import FusedTopKSAE
-
-    known = (FusedJumpReLUSAE, FusedReLUSAE, FusedTopKSAE, FusedBatchTopKSAE)
-    classes: dict[Any, type[SparseAutoencoder]] = {cls.architecture: cls for cls in known}
-    architecture = config.get("architecture")
-    if architecture not in classes:
-        raise ValueError(f"{path}: expected architecture {' or '.join(classes)}, got {architecture!r}")
-    if architecture != FusedJumpReLUSAE.architecture:
-        return classes[architecture]
-    for cls in (FusedJumpReLUSAE, FusedBatchTopKSAE):
+    able = [cls for cls in classes if config.architecture in cls.file_architectures]
+    for cls in able:
         if issubclass(wanted, cls):
-            return cls
-    return FusedBatchTopKSAE if trained_as == FusedBatchTopKSAE.architecture else FusedJumpReLUSAE
+            return wanted
+    names = [cls.architecture for cls in able]
+    trained_as = config.own.get("architecture", None)
+    return able[names.index(trained_as if trained_as in names else config.architecture)]
 
 
-def _build(
-    path: Path,
-    config: dict[str, Any],
+def _read_weights(path: Path, config: SavedConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of the file, once its header and its checksum have shown that they are the expected ones."""
+    with safe_open(path, framework="pt", device="cpu") as file:
+        # a slice reads the header alone: a file is refused before anything of its size is allocated
+        headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        for name, header in headers.items():
+            if header.get_dtype() not in KINDS:
+                raise ValueError(f"{name}: expected a tensor of {', '.join(DTYPES)}, got {header.get_dtype()}")
+        found = {name: tuple(header.get_shape()) for name, header in headers.items()}
+        if found != shapes:
+            got = dict(list(found.items())[:8])
+            raise ValueError(f"expected the tensors {shapes}, as {CONFIG_FILE} says, got {len(found)}: {got}")
+        _check_digest(path, config)
+        return {name: file.get_tensor(name) for name in found}
+
+
+def _check_digest(path: Path, config: SavedConfig) -> None:
+    expected = config.metadata.get(CHECKSUM)
+    if WRITER in config.keys and expected is not None and digest(path) != expected:
+        raise ValueError(
+            f"expected the file that {CONFIG_FILE} was written with (its {CHECKSUM}), got another or a damaged one. "
+            f"Copy both files again; after a change on purpose, remove {CHECKSUM} from the metadata in {CONFIG_FILE}"
+        )
+
+
+def _built(
+    cls: type[SparseAutoencoder],
+    config: SavedConfig,
+    arguments: dict[str, Any],
     tensors: dict[str, Tensor],
     device: torch.device | str | None,
-    wanted: type[SparseAutoencoder],
 ) -> SparseAutoencoder:
-    metadata = dict(config.get("metadata") or {})
-    own = dict(metadata.pop("fastsae", None) or {})
-    cls = _class_of(path, config, own.get("architecture"), wanted)
-    for option in ("normalize_activations", "reshape_activations"):
-        if config.get(option, "none") != "none":
-            raise ValueError(
-                f"{path}: expected {option} 'none', got {config[option]!r}; fold it into the weights first"
-            )
-    if own.pop("architecture", cls.architecture) != cls.architecture:
-        own = {}  # options of the class that trained it, which is not the class asked for
-    try:
-        sae: SparseAutoencoder = cls(
-            config["d_in"],
-            config["d_sae"],
-            apply_b_dec_to_input=config.get("apply_b_dec_to_input", True),
-            dtype=DTYPES[config.get("dtype", "float32")],
-            device=device,
-            **cls.from_files(config, own, tensors),
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path / CONFIG_FILE}: expected SAELens' keys for {cls.architecture}, got a problem with {error}"
-        ) from None
-    sae.metadata = metadata
+    wide = torch.promote_types(config.dtype, torch.float32)
+    for name, tensor in tensors.items():
+        dtype = config.dtype if name in ("W_enc", "b_enc", "W_dec", "b_dec") else wide
+        if not is_finite(tensor.to(dtype)):
+            raise ValueError(f"{name}: expected finite numbers that {dtype} can hold, got NaN, infinity or larger ones")
+    # without memory first: initial weights would be drawn for nothing, and move the global random state
+    sae = cls(
+        config.d_in,
+        config.d_sae,
+        apply_b_dec_to_input=config.apply_b_dec_to_input,
+        dtype=config.dtype,
+        device="meta",
+        **arguments,
+    ).to_empty(device=torch.empty(0).device if device is None else device)
+    sae.load_state_dict(cls.state_from(config, tensors))
+    sae.metadata = {name: value for name, value in config.metadata.items() if name != CHECKSUM}
     return sae

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae.sae.base import SparseAutoencoder
+from fastsae.sae.config_file import SavedConfig
 from fastsae.sae.outputs import TrainOutput
 from fastsae_kernels import AutoencodeSpec
 from fastsae_kernels.pre_act import pre_act_loss
@@ -47,7 +48,7 @@ class FusedJumpReLUSAE(SparseAutoencoder):
         Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
 
-    architecture = "jumprelu"
+    architecture, file_architectures = "jumprelu", ("jumprelu",)
 
     def __init__(
         self,
@@ -178,7 +179,29 @@ class FusedJumpReLUSAE(SparseAutoencoder):
         return keys, state
 
     @classmethod
-    def from_files(cls, config: dict[str, Any], own: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-        if own.get("log_threshold") and "threshold" in tensors:
-            tensors["log_threshold"] = tensors.pop("threshold").log()
-        return own
+    def arguments_from(cls, config: SavedConfig) -> dict[str, Any]:
+        own = config.own
+        names = "architecture k bandwidth init_threshold ste_to_input log_threshold"
+        own.check_names(names.split())
+        arguments = {
+            "k": own.integer("k", 1, config.d_sae, default=None),
+            "bandwidth": own.number("bandwidth", 0, above=True, default=0.05),
+            "log_threshold": own.boolean("log_threshold", default=False),
+            "ste_to_input": own.boolean("ste_to_input", default=False),
+        }
+        lowest: dict[str, Any] = {"low": 0, "above": arguments["log_threshold"]}
+        return {**arguments, "init_threshold": own.number("init_threshold", default=0.01, **lowest)}
+
+    @classmethod
+    def file_shapes(cls, config: SavedConfig) -> dict[str, tuple[int, ...]]:
+        return {**super().file_shapes(config), "threshold": (config.d_sae,)}
+
+    @classmethod
+    def state_from(cls, config: SavedConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not config.own.boolean("log_threshold", default=False):
+            return tensors
+        state = dict(tensors)
+        threshold = state.pop("threshold")
+        if (threshold < 0).any():
+            raise ValueError("threshold: expected numbers >= 0, whose logarithm is trained, got a negative one")
+        return {**state, "log_threshold": threshold.log()}

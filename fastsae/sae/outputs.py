@@ -21,12 +21,17 @@ def version_of(tensor: Tensor) -> int | None:
         return None
 
 
-def total_variance(x: Tensor, wide: torch.dtype) -> Tensor:
-    """`sum |x_n - mean x|^2` over the rows of `x` `[N, d]`, in the dtype `wide`."""
+def fraction_of_variance_unexplained(squared_error: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:
+    """`sum |x_n - sae_out_n|^2 / sum |x_n - mean x|^2` over the rows of `x` `[N, d]`, in the dtype `wide`.
+
+    NaN where the rows are all the same but for rounding: they have no variance to explain.
+    """
     # a graph and a GPU are better served by one expression
     size = max(1, len(x) if x.is_cuda or torch.compiler.is_compiling() else VARIANCE_ELEMENTS // x.shape[1])
     mean = x.mean(0, dtype=wide)
-    return torch.stack([(rows - mean).square().sum() for rows in x.split(size)]).sum()
+    variance = torch.stack([(rows - mean).square().sum() for rows in x.split(size)]).sum()
+    rounding = (16 * torch.finfo(wide).eps) ** 2 * len(x) * mean.square().sum()
+    return torch.where(variance > rounding, squared_error.sum() / variance, torch.nan)
 
 
 @dataclass
@@ -40,7 +45,8 @@ class TrainOutput:
         losses: Each term by name: `mse_loss` (squared error summed over d_in, mean over tokens), then `l0_loss` or `l1_loss`,
             and where dead features were given `pre_act_loss` or, of the TopK family, `auxiliary_reconstruction_loss`.
         l0: Scalar, mean number of active features per token.
-        fvu: Scalar, fraction of the batch's variance left unexplained: `sum |x - sae_out|^2 / sum |x - mean x|^2`.
+        fvu: Scalar, fraction of the batch's variance left unexplained, `sum |x - sae_out|^2 / sum |x - mean x|^2`; NaN where the
+            batch has none.
         feature_counts: `[d_sae]` int64, tokens of the batch on which each feature is active.
         encode_again: Recomputes the activations; set where the dense path ran and kept none.
     """

@@ -28,7 +28,7 @@ class FusedReLUSAE(SparseAutoencoder):
         Bricken et al. 2023, "Towards Monosemanticity".
     """
 
-    architecture = "standard"
+    architecture, file_architectures = "standard", ("standard",)
 
     def gate_threshold(self) -> Tensor:
         return torch.zeros(self.d_sae, dtype=self._wide(), device=self.device)

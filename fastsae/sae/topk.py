@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae.fields import Fields
 from fastsae.sae.aux_k import DeadFeatures, aux_k_loss
 from fastsae.sae.base import SparseAutoencoder
+from fastsae.sae.config_file import SavedConfig
 from fastsae.sae.outputs import TrainOutput
 from fastsae_kernels import AutoencodeOutput
 
@@ -64,16 +66,18 @@ class TopKFamily(SparseAutoencoder, ABC):
         return {**super().config(), "rescale_acts_by_decoder_norm": self.rescale_acts_by_decoder_norm}
 
 
-def family_arguments(saved: dict[str, Any], *, rescale: bool) -> dict[str, Any]:
+def family_arguments(saved: Fields, d_sae: int, *, rescale: bool) -> dict[str, Any]:
     """Constructor arguments from SAELens' keys, `rescale` where they do not say.
 
     Raises:
-        KeyError: There is no `k`.
+        ValueError: `k` is missing or out of its range, or a value is of the wrong type.
     """
-    k = saved["k"]
+    k = saved.get("k", None)
+    if isinstance(k, float) and k.is_integer():
+        saved = Fields({**saved.values, "k": int(k)}, saved.place)  # SAELens' BatchTopK writes 32.0
     return {
-        "k": int(k) if isinstance(k, float) and k.is_integer() else k,  # SAELens' BatchTopK writes 32.0
-        "rescale_acts_by_decoder_norm": saved.get("rescale_acts_by_decoder_norm", rescale),
+        "k": saved.integer("k", 1, d_sae),
+        "rescale_acts_by_decoder_norm": saved.boolean("rescale_acts_by_decoder_norm", default=rescale),
     }
 
 
@@ -105,7 +109,7 @@ class FusedTopKSAE(TopKFamily):
         Gao et al. 2024, arXiv:2406.04093.
     """
 
-    architecture = "topk"
+    architecture, file_architectures = "topk", ("topk",)
 
     def encode(self, x: Tensor) -> Tensor:
         # a dense top-k would have to sort [N, d_sae]
@@ -115,8 +119,8 @@ class FusedTopKSAE(TopKFamily):
         return {"architecture": self.architecture, **self.config()}, self.state_dict()
 
     @classmethod
-    def from_files(cls, config: dict[str, Any], own: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-        return family_arguments(config, rescale=False)
+    def arguments_from(cls, config: SavedConfig) -> dict[str, Any]:
+        return family_arguments(config.keys, config.d_sae, rescale=False)
 
     def training_forward(
         self, x: Tensor, *, dead_mask: Tensor | None = None, aux_loss_coefficient: float | Tensor = 1.0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastsae.disk import digest, sync, write_json, write_tensors
 from fastsae.errors import FastsaeError
-from fastsae.sae.files import sync, write_json, write_tensors
+from fastsae.fields import is_finite, read_json
 
 FOLDER = "checkpoints"
-TENSORS, STATE, DIGEST = "tensors.safetensors", "state.json", "sha256"
+TENSORS, STATE = "tensors.safetensors", "state.json"
+DIGEST, STATE_DIGEST = "sha256", "sha256_of_state"
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -36,37 +40,53 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor]
 
 
 def unflatten(tensors: dict[str, Tensor], rest: dict[str, Any]) -> dict[str, Any]:
-    """Undoes `flatten`."""
-    nested = json.loads(json.dumps(rest))
+    """Undoes `flatten`; the tensors are put into `rest`.
+
+    Raises:
+        ValueError: A name leads into something that is no object.
+    """
     for name, tensor in tensors.items():
         *path, leaf = name.split(".")
-        place = nested
+        place: Any = rest
         for part in path:
             place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"the tensor {name!r} has no place")
         place[leaf] = tensor
-    return nested
+    return rest
 
 
 def save(run: Path, step: int, state: dict[str, Any]) -> None:
-    """Writes a checkpoint of `step` under `run`, then removes older ones."""
+    """Writes a checkpoint of `step` under `run`, then removes older ones; does nothing where it is there already.
+
+    Raises:
+        FastsaeError: A number of the state is not finite; the older checkpoint stays.
+        OSError: The disk is full, or the folder cannot be written; the older checkpoint stays.
+    """
     folder = run / FOLDER
+    final = folder / f"step-{step:09d}"
+    if final.exists():
+        return
+    tensors, rest = flatten(state)
+    for name, value in (*tensors.items(), *rest.items()):
+        if not _all_finite(value):
+            raise not_finite(step, f"{name} holds NaN or infinity")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary, final = folder / f".step-{step:09d}", folder / f"step-{step:09d}"
+    temporary = folder / f".{final.name}"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        tensors, rest = flatten(state)
         write_tensors(temporary / TENSORS, tensors)
-        write_json(temporary / STATE, {**rest, DIGEST: digest(temporary / TENSORS)})
-        if final.exists():
-            shutil.rmtree(final)
+        rest[DIGEST] = digest(temporary / TENSORS)
+        write_json(temporary / STATE, {**rest, STATE_DIGEST: _digest_of(rest)})
+        sync(temporary)
         temporary.rename(final)
         sync(folder)  # the new one is safely there before an older one goes
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in folder.glob("step-*"):
+    for old in _whole(run):
         if old != final:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
 
 
 def load_latest(run: Path) -> dict[str, Any] | None:
@@ -75,27 +95,80 @@ def load_latest(run: Path) -> dict[str, Any] | None:
     Raises:
         FastsaeError: It is corrupt or truncated.
     """
-    found = sorted((run / FOLDER).glob("step-*"))
-    if not found:
+    newest = latest(run)
+    if newest is None:
         return None
-    newest = found[-1]
     try:
-        rest = json.loads((newest / STATE).read_text(encoding="utf-8"))
-        if not isinstance(rest, dict) or rest.pop(DIGEST, None) != digest(newest / TENSORS):
+        rest = read_json(newest / STATE)
+        if not isinstance(rest, dict) or rest.pop(STATE_DIGEST, None) != _digest_of(rest):
+            raise corrupt(newest, f"{STATE} is not as it was written")
+        if rest.pop(DIGEST, None) != digest(newest / TENSORS):
             raise corrupt(newest, f"{TENSORS} is not the file that {STATE} describes")
-        tensors = load_file(newest / TENSORS)
-    except (OSError, SafetensorError, ValueError) as error:
+        return unflatten(load_file(newest / TENSORS), rest)
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise corrupt(newest, error) from None
-    return unflatten(tensors, rest)
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file: safetensors notices a missing end, but not a flipped byte."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**24):
-            found.update(block)
-    return found.hexdigest()
+def latest(run: Path) -> Path | None:
+    """The folder of the newest checkpoint under `run`."""
+    return max(_whole(run), key=step_of, default=None)
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def _whole(run: Path) -> list[Path]:
+    return [path for path in (run / FOLDER).glob("step-*") if re.fullmatch(r"step-[0-9]{9,18}", path.name)]
+
+
+def sweep(run: Path) -> None:
+    """Removes what a killed run left of unfinished checkpoints, and the folder where nothing else is in it."""
+    for path in (run / FOLDER).glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    if (run / FOLDER).is_dir() and not any((run / FOLDER).iterdir()):
+        (run / FOLDER).rmdir()
+
+
+def discard(run: Path) -> None:
+    """Removes the checkpoints of a finished run."""
+    for path in _whole(run):
+        _remove(path)
+    shutil.rmtree(run / FOLDER, ignore_errors=True)
+
+
+def _remove(whole: Path) -> None:
+    """Takes a checkpoint's name first: a kill must not leave half of it under that."""
+    doomed = whole.with_name(f".{whole.name}.old")
+    try:
+        shutil.rmtree(doomed, ignore_errors=True)
+        whole.rename(doomed)
+    except OSError:
+        return  # it is in nobody's way
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _all_finite(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return is_finite(value)
+    if isinstance(value, dict):
+        return all(map(_all_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_all_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _digest_of(rest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def not_finite(step: int, what: str) -> FastsaeError:
+    """The error for a run whose numbers have left the finite ones."""
+    return FastsaeError(
+        f"step {step}: {what}. Start a new run with a lower --lr or with "
+        "--normalize-activations, or check the activations of this layer"
+    )
 
 
 def corrupt(place: Path, reason: object) -> FastsaeError:
@@ -104,11 +177,6 @@ def corrupt(place: Path, reason: object) -> FastsaeError:
         f"{place}: expected a whole checkpoint of this run, found a corrupt or truncated one ({reason}). "
         f"Delete the folder {FOLDER} and --resume to start again from the first step"
     )
-
-
-def discard(run: Path) -> None:
-    """Removes the checkpoints of a finished run."""
-    shutil.rmtree(run / FOLDER, ignore_errors=True)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fastsae.train.validate import validate
 
+ModelDtype = Literal["float32", "bfloat16", "float16"]
 Architecture = Literal["jumprelu", "relu", "topk", "batchtopk"]
 TOPK_FAMILY = ("topk", "batchtopk")
 Sparsity = Literal["step", "quadratic", "tanh"]
@@ -64,8 +65,11 @@ class TrainConfig:
     layer: int | None = option(
         None, "data", "decoder block whose output the SAE learns, counted from 0 (default: the middle one)", (0, 9999)
     )
-    model_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
-        None, "data", "number format of the language model (default: the format of its files)"
+    model_dtype: ModelDtype | None = option(
+        None,
+        "data",
+        "number format of the language model (default: the one in which this machine computes it fastest, of the format "
+        "of its files and float32)",
     )
     max_length: int = option(8192, "data", "longest dialogue in tokens; what comes after is cut off", (2, 10**9))
     max_dialogues: int | None = option(

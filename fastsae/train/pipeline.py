@@ -4,50 +4,101 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastsae.data.activations import ResidualStream, check_layer, decoder_layers, load_model
-from fastsae.data.chat import Dialogue, load_chats
+from fastsae.data.activations import (
+    ResidualStream,
+    check_layer,
+    check_vocabulary,
+    decoder_layers,
+    n_embeddings,
+    position_limit,
+)
+from fastsae.data.chat import ChatDataset, Dialogue, load_chats
+from fastsae.data.chat_template import ChatTemplate
 from fastsae.data.dedup import dedup_ngrams
-from fastsae.data.sequencing import FastSequencer, special_token_ids
-from fastsae.errors import UsageError
-from fastsae.train.config import TrainConfig
+from fastsae.data.dropped import Dropped
+from fastsae.data.language_model import load_model
+from fastsae.data.progress import with_bar
+from fastsae.data.sequencing import FastSequencer, render, special_token_ids
+from fastsae.errors import FastsaeError, UsageError
+from fastsae.evaluate.losses import SplicedModel
+from fastsae.train.config import ModelDtype, TrainConfig
 from fastsae.train.limits import check_memory
+
+# the value of `model_dtype` that loads a model in this dtype again
+_MODEL_DTYPES: dict[torch.dtype, ModelDtype] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+_CHECKED: Dialogue = [
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "The capital of France is Paris."},
+]
+
+_ROLES_REPORTED = 20
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Model and data of a run; `train` and `held_out` are indices into `dialogues`."""
+    """Model and data of a run.
 
+    Attributes:
+        config: The options, with those resolved that only the model can tell: `layer` and `model_dtype`.
+        residual: Model and layer.
+        tokenizer: The model's.
+        max_length: Tokens after which a dialogue is cut off: `config.max_length`, or fewer where the model has fewer positions.
+        dialogues: The dataset.
+        train: Indices into `dialogues`.
+        held_out: Indices into `dialogues`.
+        special_ids: Token to id of the special tokens.
+    """
+
+    config: TrainConfig
     residual: ResidualStream
     tokenizer: Any
+    max_length: int
     dialogues: Sequence[Dialogue]
     train: list[int]
     held_out: list[int]
     special_ids: dict[str, int]
 
-    def sequencer(self, config: TrainConfig) -> FastSequencer:
-        """Endless shuffled training batches."""
-        return FastSequencer(
-            self.dialogues, self.train, self.tokenizer, config.max_length, config.forward_tokens, seed=config.seed
-        )
+    @property
+    def unknown_roles(self) -> dict[str, int]:
+        """The most frequent role words that no chat template is known to know, with their numbers of dialogues."""
+        if not isinstance(self.dialogues, ChatDataset):
+            return {}
+        return {word[:40]: n for word, n in self.dialogues.unknown_roles.most_common(_ROLES_REPORTED)}
 
-    def held_out_batches(self, config: TrainConfig) -> FastSequencer:
+    def all_drops(self, *sequencers: FastSequencer) -> Dropped:
+        """The dialogues that could not be used: rows of the dataset, and what the sequencers then dropped."""
+        at_load = self.dialogues.drops if isinstance(self.dialogues, ChatDataset) else Dropped(len(self.dialogues))
+        return sum((replace(sequencer.drops, seen=0) for sequencer in sequencers), at_load)
+
+    def sequencer(self) -> FastSequencer:
+        """Endless shuffled training batches."""
+        return self._sequencer(self.train, seed=self.config.seed)
+
+    def held_out_batches(self) -> FastSequencer:
         """One pass over the held-out dialogues."""
+        return self._sequencer(self.held_out, shuffle=False, endless=False)
+
+    def _sequencer(self, indices: list[int], **options: Any) -> FastSequencer:
         return FastSequencer(
             self.dialogues,
-            self.held_out,
+            indices,
             self.tokenizer,
-            config.max_length,
-            config.forward_tokens,
-            shuffle=False,
-            endless=False,
+            self.max_length,
+            self.config.forward_tokens,
+            n_embeddings=n_embeddings(self.residual.model),
+            **options,
         )
 
 
@@ -77,17 +128,26 @@ def model_location(name: str) -> str:
     return str(demo.model_path())
 
 
-def build_pipeline(config: TrainConfig, *, for_training: bool = True) -> Pipeline:
-    """Loads model and dialogues, drops repeated dialogues and splits the rest by `config.seed`.
+def build_pipeline(config: TrainConfig, *, progress: bool = False, for_training: bool = True) -> Pipeline:
+    """Loads and tests the model, loads the dialogues, drops repeated ones and splits the rest by `config.seed`.
 
-    The model comes first: a wrong name or layer then costs seconds, not a dataset.
+    The model comes first: a wrong name or layer, or a model that cannot be evaluated rightly, then costs seconds, not a
+    dataset.
+
+    Args:
+        config: The run.
+        progress: Show progress bars.
+        for_training: Ask whether the memory of training is there, too.
 
     Raises:
-        UsageError: Model, dataset, layer or split do not exist, or training would need more memory than there is.
+        UsageError: Model, dataset, layer or split do not exist, the model is of a kind that is not supported, or training
+            would need more memory than there is.
         FastsaeError: A download failed or a file is damaged.
     """
-    model, tokenizer = load_model(model_location(config.model), config.model_dtype, resolve_device(config.device))
+    device = resolve_device(config.device)
+    model, tokenizer = load_model(model_location(config.model), config.model_dtype, device, progress=progress)
     layer = len(decoder_layers(model)) // 2 if config.layer is None else config.layer
+    config = replace(config, layer=layer, model_dtype=config.model_dtype or _MODEL_DTYPES.get(model.dtype))
     check_layer(model, layer)
     residual = ResidualStream(model, layer)
     if for_training:
@@ -97,19 +157,47 @@ def build_pipeline(config: TrainConfig, *, for_training: bool = True) -> Pipelin
         raise UsageError(
             f"k: expected at most the {d_sae:,} features of the SAE (--d-sae, --expansion), got {config.k:,}"
         )
+    check_vocabulary(model, tokenizer)
+    ChatTemplate(tokenizer).warn_of_lost_text()
     special_ids = special_token_ids(tokenizer)
-    dialogues = load_chats(config.dataset, config.split)
-    train, held_out = split_dialogues(dialogues, config)
+    max_length = _max_length(model, config)
+    _check_model(residual, tokenizer, max_length)
+    dialogues = load_chats(config.dataset, config.split, progress=progress)
+    train, held_out = split_dialogues(dialogues, config, progress=progress)
     logger.info("%d dialogues to train on, %d held out", len(train), len(held_out))
-    return Pipeline(residual, tokenizer, dialogues, train, held_out, special_ids)
+    return Pipeline(config, residual, tokenizer, max_length, dialogues, train, held_out, special_ids)
 
 
-def split_dialogues(dialogues: Sequence[Dialogue], config: TrainConfig) -> tuple[list[int], list[int]]:
+def _max_length(model: Any, config: TrainConfig) -> int:
+    limit = position_limit(model)
+    if limit is None or limit >= config.max_length:
+        return config.max_length
+    logger.info(
+        "dialogues are cut off at %d tokens, the model's own limit, below max_length %d", limit, config.max_length
+    )
+    return limit
+
+
+def _check_model(residual: ResidualStream, tokenizer: Any, max_length: int) -> None:
+    """Raises UsageError unless one short dialogue shows that the model is read and spliced rightly."""
+    try:
+        ids = render(tokenizer, _CHECKED, max_length)
+    except FastsaeError:  # a template that wants other roles: any text does
+        ids = tokenizer(_CHECKED[0]["content"], add_special_tokens=False)["input_ids"][:max_length]
+    input_ids = torch.tensor([ids])
+    SplicedModel(residual).check(input_ids, torch.ones_like(input_ids))
+
+
+def split_dialogues(
+    dialogues: Sequence[Dialogue], config: TrainConfig, *, progress: bool = False
+) -> tuple[list[int], list[int]]:
     """Indices `(train, held_out)` of the dialogues that survive the n-gram dedup, drawn by `config.seed`."""
     n_used = min(len(dialogues), config.max_dialogues or len(dialogues))
     kept = np.arange(n_used)
     if config.dedup_words:
-        indices, report = dedup_ngrams((dialogues[i] for i in range(n_used)), config.dedup_words)
+        used = (dialogues[i] for i in range(n_used))
+        bar = with_bar(used, "removing repeated dialogues", "dialogue", total=n_used, progress=progress)
+        indices, report = dedup_ngrams(bar, config.dedup_words)
         kept = np.asarray(indices, dtype=np.int64)
         logger.info("dedup: kept %d, dropped %d (%d too short to judge)", report.kept, report.dropped, report.too_short)
     if config.eval_dialogues >= len(kept):

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import platform
+import signal
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from fastsae.data.buffer import MixingBuffer, activation_stream
+from fastsae.data.buffer import ActivationBatch, MixingBuffer, activation_stream
 from fastsae.data.sequencing import FastSequencer
+from fastsae.disk import local_path, write_json
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate import Evaluation, evaluate, write_report
+from fastsae.fields import Fields, is_finite
+from fastsae.interrupt import Interrupted, Postponed
 from fastsae.sae import SparseAutoencoder
-from fastsae.sae.files import write_json
-from fastsae.train import checkpoint
-from fastsae.train.config import TrainConfig, field_names
+from fastsae.train import checkpoint, fingerprint
+from fastsae.train.config import TrainConfig
+from fastsae.train.folder import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    check_fingerprints,
+    described,
+    how_to_go_on,
+    located,
+    prepare,
+)
 from fastsae.train.initialize import SAMPLE
 from fastsae.train.pipeline import Pipeline, build_pipeline
+from fastsae.train.saved_state import check_alike, check_buffer, check_trainer
 from fastsae.train.trainer import Trainer, build_sae
-from fastsae.version import __version__
-
-CONFIG_FILE, METRICS_FILE, REPORT_FILE = "config.json", "metrics.json", "report.html"
 
 logger = logging.getLogger(__name__)
 
@@ -47,15 +57,27 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
         UsageError: An option, or `output`, does not fit.
         FastsaeError: The run failed for a reason the message names.
     """
+    output = local_path(output)
+    try:
+        return _train(config, output, resume=resume, progress=progress)
+    except KeyboardInterrupt as interruption:
+        raise Interrupted(how_to_go_on(output, config), getattr(interruption, "number", signal.SIGINT)) from None
+
+
+def _train(config: TrainConfig, output: Path, *, resume: bool, progress: bool) -> dict[str, Any]:
     started = time.perf_counter()
-    if not resume:
-        check_output(output)
-    elif (output / METRICS_FILE).exists():
-        raise UsageError(f"--resume: the run in {output} is complete, its metrics are in {METRICS_FILE}; nothing to do")
+    prepare(output, resume=resume)
     saved = checkpoint.load_latest(output) if resume else None
-    pipeline = build_pipeline(config)
-    config = replace(config, layer=pipeline.residual.layer)
-    parts = _Parts.build(config, pipeline)
+    config = replace(config, model=located(config.model), dataset=located(config.dataset))
+    pipeline = build_pipeline(config, progress=progress)
+    config = pipeline.config
+    fingerprints = {
+        "dataset": fingerprint.of_dialogues(pipeline.dialogues, config.max_dialogues),
+        "model": fingerprint.of_model(pipeline.residual.model, pipeline.tokenizer),
+    }
+    if resume:
+        check_fingerprints(output, config, fingerprints)
+    parts = _Parts(config, pipeline)
     if saved is not None:
         seconds_before = parts.restore(saved, output)
     else:
@@ -63,58 +85,103 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
         logger.info("filling the buffer with the activations of %d tokens", config.buffer_tokens)
         parts.trainer.initialize(parts.buffer.sample(SAMPLE))
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / CONFIG_FILE, described(config))
+        write_json(output / CONFIG_FILE, {**described(config), "fingerprints": fingerprints})
 
     def seconds() -> float:
         return seconds_before + time.perf_counter() - started
 
-    run_with_bar(parts.trainer, lambda: parts.save(output, seconds()), progress)
+    parts.train(lambda: parts.save(output, seconds()), progress)
     sae = parts.trainer.sae
     sae.fold_activation_scale_(parts.trainer.scale)
     save_sae(output, config, sae)  # before the evaluation, which can fail
-    result = evaluate_sae(sae, config, pipeline, progress=progress)
-    dropped = parts.sequencer.dropped
-    if dropped:
-        logger.warning("the chat template refused %d dialogues of the last pass over the data", dropped)
+    result = evaluate_sae(sae, pipeline, parts.sequencer, progress=progress)
     metrics = {
         **result.metrics,
         "tokens": config.steps * config.batch_size,
         "tokens_evaluated": result.metrics["tokens"],
-        "dialogues_dropped": dropped,
         "seconds": seconds(),
     }
     write_run(output, config, sae, parts.trainer, result, metrics)
     return metrics
 
 
-@dataclass(frozen=True)
 class _Parts:
-    """The parts of a run that move from step to step, saved and restored together."""
+    """The parts of a run that move from step to step, saved and restored together.
 
-    sequencer: FastSequencer
-    buffer: MixingBuffer
-    trainer: Trainer
+    They are the source of the trainer's batches too: a signal that comes while the buffer fills up ends that at once, and
+    what is saved then is the state before.
+    """
 
-    @classmethod
-    def build(cls, config: TrainConfig, pipeline: Pipeline) -> _Parts:
-        device = pipeline.residual.device
-        sequencer = pipeline.sequencer(config)
-        stream = activation_stream(pipeline.residual, sequencer, config.drop_first_position)
-        buffer = MixingBuffer(stream, config.buffer_tokens, config.batch_size, config.seed, device)
-        return cls(sequencer, buffer, Trainer(build_sae(config, pipeline.residual.d_in, device), buffer, config))
+    def __init__(self, config: TrainConfig, pipeline: Pipeline) -> None:
+        self.config, self.pipeline, self.device = config, pipeline, pipeline.residual.device
+        self.postponed = Postponed()
+        self.sequencer = pipeline.sequencer()
+        stream = activation_stream(self._residual, self.sequencer, config.drop_first_position)
+        self.buffer = MixingBuffer(stream, config.buffer_tokens, config.batch_size, config.seed, self.device)
+        self.trainer = Trainer(build_sae(config, pipeline.residual.d_in, self.device), self._batches(), config)
+        self._sequencer_state = self.sequencer.state_dict()
+
+    def _residual(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        with self.postponed.at_once():
+            return self.pipeline.residual(input_ids, attention_mask)
+
+    def _batches(self) -> Iterator[ActivationBatch]:
+        self._sequencer_state = self.sequencer.state_dict()
+        for batch in self.buffer:
+            self._sequencer_state = self.sequencer.state_dict()
+            yield batch
+            self.postponed.check()  # between two steps
+
+    def train(self, save: Callable[[], None], progress: bool) -> None:
+        """Trains to the last step; calls `save` where a checkpoint is due, and before a signal ends the run.
+
+        Raises:
+            Interrupted: By a signal.
+            FastsaeError: A number has left the finite ones.
+        """
+        with self.postponed:
+            try:
+                run_with_bar(self.trainer, save, progress)
+                self.postponed.check()
+            except Interrupted:
+                if self.config.checkpoint_every:
+                    save()
+                raise
+            except ValueError as error:  # the ops refuse some of what a step with NaN left
+                self._check_finite()
+                raise error
+        self._check_finite()
+
+    def _check_finite(self) -> None:
+        """Raises FastsaeError where a weight is NaN or infinite, which no file shall hold."""
+        for name, tensor in self.trainer.sae.state_dict().items():
+            if not is_finite(tensor):
+                raise checkpoint.not_finite(self.trainer.step, f"{name} holds NaN or infinity")
 
     def save(self, output: Path, seconds: float) -> None:
-        state = {name: getattr(self, name).state_dict() for name in ("sequencer", "buffer", "trainer")}
-        checkpoint.save(output, self.trainer.step, {**state, "seconds": seconds})
+        state = {
+            "sequencer": self._sequencer_state,
+            "buffer": self.buffer.state_dict(),
+            "trainer": self.trainer.state_dict(),
+            "seconds": seconds,
+        }
+        checkpoint.save(output, self.trainer.step, state)
 
     def restore(self, saved: dict[str, Any], output: Path) -> float:
         """Goes on where `saved` was taken; returns the seconds that the run had taken until then."""
         try:
+            found = Fields(saved)
+            found.check_names(("sequencer", "buffer", "trainer", "seconds"))
+            seconds: float = found.number("seconds", 0)
+            check_trainer(found.fields("trainer"), self.trainer)
+            d_in, n_dialogues = self.pipeline.residual.d_in, len(self.pipeline.dialogues)
+            check_buffer(found.fields("buffer"), self.buffer, d_in, n_dialogues)
+            check_alike(found.fields("sequencer"), self.sequencer.state_dict())
             for name in ("sequencer", "buffer", "trainer"):
                 getattr(self, name).load_state_dict(saved[name])
-            return float(saved["seconds"])
+            return seconds
         except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-            raise checkpoint.corrupt(output / checkpoint.FOLDER, repr(error)) from None
+            raise checkpoint.corrupt(output / checkpoint.FOLDER, error) from None
 
 
 def run_with_bar(trainer: Trainer, save_checkpoint: Any, progress: bool) -> None:
@@ -129,45 +196,12 @@ def run_with_bar(trainer: Trainer, save_checkpoint: Any, progress: bool) -> None
         disable=not progress,
     ) as bar:
 
-        def on_log(row: dict[str, float]) -> None:
-            bar.update(row["tokens"] - bar.n)
-            bar.set_postfix(loss=f"{row['loss']:.4g}", l0=f"{row['l0']:.1f}", fvu=f"{row['fvu']:.3f}")
+        def on_log(row: dict[str, float | None]) -> None:
+            bar.update((row["tokens"] or 0) - bar.n)
+            fvu = "undefined" if row["fvu"] is None else f"{row['fvu']:.3f}"
+            bar.set_postfix(loss=f"{row['loss']:.4g}", l0=f"{row['l0']:.1f}", fvu=fvu)
 
         trainer.run(on_log, save_checkpoint)
-
-
-def check_output(output: Path) -> None:
-    """Raises UsageError unless `output` is new or an empty folder."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(
-            f"--output: expected a new or empty folder, but {output} exists; "
-            "choose another with --output, or go on with an interrupted run with --resume"
-        )
-
-
-def described(config: TrainConfig) -> dict[str, Any]:
-    """The resolved config and what it ran on."""
-    versions = {"fastsae": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    return {**asdict(config), "versions": versions}
-
-
-def read_config(folder: Path) -> TrainConfig:
-    """The config that a run saved.
-
-    Raises:
-        UsageError: `folder` holds none.
-        FastsaeError: It is corrupt.
-    """
-    path = folder / CONFIG_FILE
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return TrainConfig(**{name: saved[name] for name in field_names()})
-    except FileNotFoundError:
-        raise UsageError(
-            f"{folder}: expected the folder of a run of `fastsae train`, {CONFIG_FILE} is missing"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise FastsaeError(f"{path}: expected the options of a run, got a corrupt file ({error!r})") from None
 
 
 def hook_name(layer: int | None) -> str:
@@ -216,7 +250,7 @@ def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True)
         raise UsageError(str(error)) from None
     except ValueError as error:
         raise FastsaeError(str(error)) from None
-    pipeline: Pipeline = build_pipeline(config, for_training=False)
+    pipeline: Pipeline = build_pipeline(config, progress=progress, for_training=False)
     if sae.d_in != pipeline.residual.d_in:
         raise UsageError(
             f"{folder}: expected an SAE of width d_in = {pipeline.residual.d_in} as {config.model!r} has, got {sae.d_in}"
@@ -224,16 +258,19 @@ def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True)
     trained_on = sae.metadata.get("hook_name")
     if trained_on not in (None, hook_name(pipeline.residual.layer)):
         logger.warning("this SAE was trained on %s, not on layer %d", trained_on, pipeline.residual.layer)
-    return evaluate_sae(sae.to(pipeline.residual.device), config, pipeline, progress=progress)
+    return evaluate_sae(sae.to(pipeline.residual.device), pipeline, progress=progress)
 
 
-def evaluate_sae(sae: SparseAutoencoder, config: TrainConfig, pipeline: Pipeline, *, progress: bool) -> Evaluation:
-    """Evaluates an SAE on the held-out dialogues of a pipeline."""
-    return evaluate(
+def evaluate_sae(sae: SparseAutoencoder, pipeline: Pipeline, *trained_on: FastSequencer, progress: bool) -> Evaluation:
+    """Evaluates an SAE on the held-out dialogues of a pipeline; the metrics tell of dialogues dropped since loading."""
+    held_out = pipeline.held_out_batches()
+    result = evaluate(
         sae,
         pipeline.residual,
         pipeline.tokenizer,
-        pipeline.held_out_batches(config),
+        held_out,
         special_ids=pipeline.special_ids,
         progress=progress,
     )
+    of_the_data = pipeline.all_drops(held_out, *trained_on).metrics() | {"unknown_roles": pipeline.unknown_roles}
+    return replace(result, metrics=result.metrics | of_the_data)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastsae.data.buffer import ActivationBatch
-from fastsae.errors import FastsaeError
 from fastsae.optimizer import FusedSAEAdam
 from fastsae.sae import (
     FusedBatchTopKSAE,
@@ -72,7 +71,7 @@ class Trainer:
         )
         self.silent_tokens = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
         self.dead_mask: Tensor | None = None
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, float | None]] = []
         self.log_every = min(config.log_every, max(1, config.steps // 40))  # a short run has curves too
         self._sums: dict[str, Tensor] = {}
         self._clock = time.perf_counter()
@@ -87,7 +86,7 @@ class Trainer:
 
     def run(
         self,
-        on_log: Callable[[dict[str, float]], None] = lambda row: None,
+        on_log: Callable[[dict[str, float | None]], None] = lambda row: None,
         on_checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
         """Trains to the last step; calls back after each row of the curves and where a checkpoint is due."""
@@ -139,22 +138,24 @@ class Trainer:
 
     def _accumulate(self, output: TrainOutput) -> None:
         """Sums on the device; the host reads them when a row is logged, not per step."""
-        values = {"loss": output.loss, "l0": output.l0, "fvu": output.fvu, **output.losses}
+        has_fvu = ~output.fvu.isnan()  # of a batch without variance there is none
+        fvu = torch.where(has_fvu, output.fvu, 0)
+        values = {"loss": output.loss, "l0": output.l0, "fvu": fvu, "fvu_steps": has_fvu, **output.losses}
         for name, value in values.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def _log(self) -> dict[str, float]:
+    def _log(self) -> dict[str, float | None]:
         config = self.config
-        n_steps = self.step - (int(self.history[-1]["step"]) if self.history else 0)
-        means = {name: total.item() / n_steps for name, total in self._sums.items()}
-        if not math.isfinite(means["loss"]):
-            raise FastsaeError(
-                f"step {self.step}: the loss is not finite ({means['loss']}). Start a new run with a lower --lr or with "
-                "--normalize-activations, or check the activations of this layer"
-            )
+        n_steps = self.step - (int(self.history[-1]["step"] or 0) if self.history else 0)
+        sums = {name: total.item() for name, total in self._sums.items()}
+        n_fvu = sums.pop("fvu_steps")
+        means: dict[str, float | None] = {name: total / n_steps for name, total in sums.items()}
+        means["fvu"] = sums["fvu"] / n_fvu if n_fvu else None
+        if not math.isfinite(sums["loss"]):
+            raise checkpoint.not_finite(self.step, f"the loss is not finite ({sums['loss']})")
         now = time.perf_counter()
-        row = {
+        row: dict[str, float | None] = {
             "step": self.step,
             "tokens": self.step * config.batch_size,
             **means,

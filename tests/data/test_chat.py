@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastsae.data.chat import ChatDataset, _rows_with_text, as_dialogue, load_chats
+from fastsae.data.chat import ChatDataset, as_dialogue, load_chats
 from fastsae.errors import FastsaeError, UsageError
 
 datasets = pytest.importorskip("datasets")
@@ -80,7 +80,7 @@ def test_folder_files_are_joined_in_order_and_grouped_by_split(tmp_path, monkeyp
 
 
 def test_demo(monkeypatch):
-    monkeypatch.setattr("fastsae.data.demo.load_dialogues", lambda limit=None: EXPECTED)
+    monkeypatch.setattr("fastsae.data.demo.load_dialogues", lambda progress: EXPECTED)
     assert load_chats("demo") is EXPECTED
     with pytest.raises(UsageError, match="'demo' has no split 'test'; its splits are: 'train'"):
         load_chats("demo", split="test")
@@ -120,7 +120,7 @@ def test_rows_without_text_are_dropped_and_counted_alike_in_json_and_arrow(tmp_p
     assert plain.dropped == arrow.dropped == 3 * len(empty)
     # The scan of Arrow columns gives up on content in parts; the rows are then read one by one.
     parts = [{"messages": [{"role": "user", "content": [{"text": text}]}]} for text in ("a", "", "b")]
-    assert _rows_with_text(datasets.Dataset.from_list(parts), "messages").tolist() == [0, 2]
+    assert ChatDataset(datasets.Dataset.from_list(parts), "parts").kept_rows.tolist() == [0, 2]
 
 
 def test_preferred_column_wins_even_where_its_first_rows_are_empty():

@@ -141,8 +141,9 @@ def aligned(n_tokens: int, d_sae: int, d_in: int) -> Problem:
 def demo_model(n_tokens: int, d_sae: int, d_in: int) -> Problem:
     """Residual stream of the embedded model's third block, first tokens left out; features are tokens as above."""
     from fastsae.data import demo
-    from fastsae.data.activations import ResidualStream, load_model
+    from fastsae.data.activations import ResidualStream
     from fastsae.data.buffer import activation_stream
+    from fastsae.data.language_model import load_model
     from fastsae.data.sequencing import FastSequencer
 
     model, tokenizer = load_model(str(demo.model_path()))

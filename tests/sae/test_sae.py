@@ -178,7 +178,7 @@ def test_bad_files(tmp_path: Path) -> None:
         ({"architecture": "gated"}, "gated"),
         ({"normalize_activations": "layer_norm"}, "layer_norm"),
         ({"d_sae": 41}, "expected the tensors"),
-        ({"d_in": "x"}, "SAELens' keys"),
+        ({"d_in": "x"}, "d_in: expected an integer from 1 to .*, got 'x'"),
     ):
         (tmp_path / "cfg.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ValueError, match=word):

@@ -102,6 +102,9 @@ def test_a_threshold_edited_in_the_file_is_obeyed(tmp_path: Path) -> None:
 
     randomised(FusedBatchTopKSAE).save(tmp_path)
     weights = tmp_path / "sae_weights.safetensors"
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    del config["metadata"]["weights_sha256"]  # as the message about another file says
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
     tensors = load_file(weights)
     save_file({**tensors, "threshold": torch.full((D_SAE,), 0.75)}, weights)
     assert SparseAutoencoder.load(tmp_path).topk_threshold == 0.75
@@ -122,7 +125,7 @@ def test_bad_files(tmp_path: Path) -> None:
             SparseAutoencoder.load(tmp_path)
     del config["k"]
     (tmp_path / "cfg.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="SAELens' keys for topk, got a problem with 'k'"):
+    with pytest.raises(ValueError, match="k: expected a value, but the key is missing"):
         SparseAutoencoder.load(tmp_path)
     FusedJumpReLUSAE(D_IN, D_SAE).save(tmp_path / "jumprelu")
     with pytest.raises(ValueError, match="batchtopk"):

@@ -23,7 +23,8 @@ from fastsae import (
 )
 from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig
-from fastsae.train.run import evaluate_folder, read_config, train
+from fastsae.train.folder import read_config
+from fastsae.train.run import evaluate_folder, train
 from fastsae.train.trainer import Trainer
 
 KEYS = (
@@ -81,7 +82,7 @@ def test_run_leaves_what_it_promises(config: TrainConfig, tmp_path: Path) -> Non
     assert metrics["tokens"] == config.tokens
     assert 0 <= metrics["fvu"] < 1
     assert metrics["mse_log2"] == pytest.approx(torch.tensor(metrics["mse"]).log2().item(), abs=1e-4)
-    assert read_config(output) == replace(config, layer=1)
+    assert read_config(output) == replace(config, layer=1, model_dtype="float32")
     sae = SparseAutoencoder.load(output)
     assert isinstance(sae, FusedJumpReLUSAE)
     again = evaluate_folder(output, read_config(output), progress=False).metrics
@@ -243,9 +244,10 @@ def test_wrong_arguments_leave_no_folder(config: TrainConfig, tmp_path: Path) ->
     assert not (tmp_path / "run").exists()
 
 
-def test_diverging_run_names_the_step(config: TrainConfig, tmp_path: Path) -> None:
+def test_diverging_run_names_the_step(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastsae.train.trainer.learning_rate", lambda step, config: 1e30)
     with pytest.raises(FastsaeError, match="not finite"):
-        train(replace(config, lr=1e30, clip_norm=0, normalize_decoder=False), tmp_path / "run", progress=False)
+        train(replace(config, clip_norm=0, normalize_decoder=False), tmp_path / "run", progress=False)
 
 
 def test_evaluating_on_another_layer_is_said(

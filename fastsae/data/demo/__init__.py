@@ -12,11 +12,11 @@ same in every process and on every machine.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 from fastsae.data.demo.corpus import load_entries
 from fastsae.data.demo.dialogues import Dialogue, Message, entry_text, make_dialogues
+from fastsae.data.progress import with_bar
 from fastsae.errors import FastsaeError
 
 __all__ = ["HELD_OUT", "Dialogue", "Message", "load_dialogues", "model_path", "plain_text"]
@@ -28,13 +28,16 @@ That holds for the versions of Python, torch and numpy named in the model's READ
 """
 
 
-def load_dialogues(limit: int | None = None) -> list[Dialogue]:
+_MADE: list[Dialogue] = []  # once in a process
+
+
+def load_dialogues(limit: int | None = None, *, progress: bool = False) -> list[Dialogue]:
     """The demo dialogues (the first `limit` of them) in a fixed shuffled order, as fresh lists of messages.
 
     The first call reads the installed sources (seconds, then cached on disk) and writes the dialogues (a few seconds).
-    The last `HELD_OUT` of all of them are the held-out split of the shipped model.
+    The last `HELD_OUT` of all of them are the held-out split of the shipped model. `progress` shows bars meanwhile.
     """
-    return [[dict(message) for message in dialogue] for dialogue in _all_dialogues()[:limit]]
+    return [[dict(message) for message in dialogue] for dialogue in _all_dialogues(progress)[:limit]]
 
 
 def plain_text() -> Iterator[str]:
@@ -57,6 +60,8 @@ def model_path() -> Path:
     return path
 
 
-@cache
-def _all_dialogues() -> tuple[Dialogue, ...]:
-    return tuple(make_dialogues(load_entries()))
+def _all_dialogues(progress: bool) -> list[Dialogue]:
+    if not _MADE:
+        entries = load_entries(progress=progress)
+        _MADE.extend(make_dialogues(with_bar(entries, "writing", "entry", total=len(entries), progress=progress)))
+    return _MADE

@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fastsae.data.demo.sources import Entry, read_sources
+from fastsae.data.progress import with_bar
 
 FORMAT = 1  # raise it when the content of an entry changes
 PACKAGES = ("torch", "numpy")
@@ -59,14 +60,15 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path(os.path.expanduser("~/.cache"))) / "fastsae"
 
 
-def load_entries() -> list[Entry]:
+def load_entries(*, progress: bool = False) -> list[Entry]:
     """All documented entries, duplicates of whole docstrings dropped, in a fixed order; cached on disk."""
     key = "-".join(f"{name}{re.sub(r'[^0-9A-Za-z.]', '_', version)}" for name, version in versions().items())
     path = cache_dir() / f"demo-corpus-{key}-format{FORMAT}.jsonl.gz"
     entries = _read_cache(path)
     if entries is None:
         logger.info("reading the installed documentation (once; cached as %s)", path)
-        entries = [entry for prefix, root in source_roots().items() for entry in read_sources(root, prefix)]
+        found = (entry for prefix, root in source_roots().items() for entry in read_sources(root, prefix))
+        entries = list(with_bar(found, "reading", "entry", total=None, progress=progress))
         entries = drop_duplicates(entries)
         _write_cache(path, entries)
     return entries

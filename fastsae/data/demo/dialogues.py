@@ -73,7 +73,7 @@ class SeenWindows:
         return True
 
 
-def make_dialogues(entries: Sequence[Entry], seed: int = SEED) -> list[Dialogue]:
+def make_dialogues(entries: Iterable[Entry], seed: int = SEED) -> list[Dialogue]:
     """All dialogues of the entries in a shuffled order that depends on the entries and the seed alone."""
     rng = random.Random(seed)
     seen = SeenWindows()

@@ -1,0 +1,134 @@
+"""A tokenizer's chat template: chosen among several, tried on a plain dialogue, and applied to any."""
+
+from __future__ import annotations
+
+import logging
+from itertools import product
+from typing import Any
+
+from fastsae.data.chat import Dialogue
+from fastsae.data.roles import without_lone_surrogates
+from fastsae.errors import FastsaeError, UsageError
+
+_TURNS: Dialogue = [
+    {"role": "user", "content": "firstquestion"},
+    {"role": "assistant", "content": "firstanswer"},
+    {"role": "user", "content": "secondquestion"},
+    {"role": "assistant", "content": "secondanswer"},
+]
+_PROBES: tuple[Dialogue, ...] = ([{"role": "system", "content": "instruction"}, *_TURNS], _TURNS)
+
+logger = logging.getLogger(__name__)
+
+
+class RefusedDialogueError(FastsaeError):
+    """The chat template cannot write a dialogue; `reason` says why in a few words that hold nothing of its text."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Some templates read the content of a turn as a list of parts and write nothing of a plain string. A short dialogue,
+    written both ways, shows which one this template takes.
+
+    Attributes:
+        takes_parts: Whether content is handed over as `[{"type": "text", "text": ...}]`.
+        lost_roles: The roles whose text the template leaves out of an ordinary dialogue.
+
+    Raises:
+        UsageError: There is no template, or several and none of them is the default, or it is not valid, or it writes
+            nothing of what a dialogue says.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.name = repr(getattr(tokenizer, "name_or_path", ""))
+        self._options = _chosen(tokenizer, self.name)
+        self.takes_parts, self.lost_roles = self._probe()
+
+    def text(self, dialogue: Dialogue) -> str:
+        """Returns the whole dialogue as text, without a generation prompt.
+
+        Raises:
+            RefusedDialogueError: The template refuses it, or fails on it with whatever error.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return self._write(dialogue, self.takes_parts)
+        except Exception as error:  # a template is a program by somebody else, which can fail with anything
+            roles = ", ".join(message["role"][:40] for message in dialogue[:20])
+            if type(error) is TemplateError:  # by the template's own `raise_exception`
+                reason, found = "refused by the chat template", str(error)
+            else:
+                kind = type(error).__name__
+                reason, found = f"on which the chat template fails ({kind})", f"{kind}: {error}"
+            message = f"the chat template refuses a dialogue with the roles {roles}: {found[:300]}"
+            raise RefusedDialogueError(message, reason) from error
+
+    def warn_of_lost_text(self) -> None:
+        """Logs a warning where the template leaves out what some role says."""
+        if self.lost_roles:
+            logger.warning(
+                "the chat template of %s leaves out text of these roles: %s; the model never sees it",
+                self.name,
+                ", ".join(self.lost_roles),
+            )
+
+    def _write(self, dialogue: Dialogue, in_parts: bool) -> str:
+        turns: list[dict[str, Any]] = [dict(message) for message in dialogue]
+        if in_parts:
+            turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+        text: str = self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=False, **self._options
+        )
+        return without_lone_surrogates(text)
+
+    def _probe(self) -> tuple[bool, tuple[str, ...]]:
+        """Returns `takes_parts` and `lost_roles`."""
+        from jinja2 import TemplateSyntaxError
+
+        best: tuple[int, bool, tuple[str, ...]] = (-1, False, ())
+        for in_parts, probe in product((False, True), _PROBES):
+            try:
+                text = self._write(probe, in_parts).lower()
+            except TemplateSyntaxError as error:
+                raise UsageError(
+                    f"the chat template of {self.name} is not valid: {error.message} in line {error.lineno}"
+                ) from error
+            except Exception:  # it refuses system turns, say, or this form of content
+                continue
+            lost = [message["role"] for message in probe if message["content"] not in text]
+            found = sum(message["content"] in text for message in _TURNS)
+            if found > best[0]:
+                best = found, in_parts, tuple(dict.fromkeys(lost))
+        if best[0] == 0:
+            raise UsageError(
+                f"the chat template of {self.name} writes nothing of what a dialogue says, neither where its content is "
+                "a string nor where it is a list of text parts. Save another template with the tokenizer"
+            )
+        return best[1:]  # where it refuses even these, every dialogue of the dataset is still tried
+
+
+def _chosen(tokenizer: Any, name: str) -> dict[str, str]:
+    """What `apply_chat_template` needs to be told: the template, where there are several."""
+    found = getattr(tokenizer, "chat_template", None)
+    if isinstance(found, (list, tuple)):
+        found = {entry["name"]: entry["template"] for entry in found}
+    if not found:
+        raise UsageError(
+            f"the tokenizer {name} has no chat template. Choose an instruction-tuned model, or set "
+            "`tokenizer.chat_template` and save the tokenizer beside the model"
+        )
+    if not isinstance(found, dict):
+        return {}
+    if "default" not in found and len(found) > 1:
+        raise UsageError(
+            f"the tokenizer {name} has several chat templates and none of them is named 'default': "
+            f"{', '.join(map(repr, sorted(found)))}. Set `tokenizer.chat_template` to one of them and save the tokenizer"
+        )
+    return {"chat_template": found.get("default") or next(iter(found.values()))}

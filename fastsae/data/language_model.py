@@ -1,0 +1,195 @@
+"""Loading the language model and its tokenizer: a folder, a GGUF file or a hub id, and one clear message for what fails."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from fastsae.data.model_dtype import choose_dtype, count_weights, stored_dtype
+from fastsae.errors import FastsaeError, UsageError
+
+_T = TypeVar("_T")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LARGE = 2**31  # bytes of weights from which loading takes seconds, so that it gets a line and a progress bar
+_NO_TOKENIZER = (
+    "model {name!r} has no tokenizer that transformers can load: {reason}. Save the tokenizer beside the model with "
+    "`tokenizer.save_pretrained(folder)`"
+)
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    name: str, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", *, progress: bool = False
+) -> tuple[Any, Any]:
+    """Load a frozen causal language model and its tokenizer: (model, tokenizer).
+
+    Code that comes with a model is never run; transformers must know the model's type.
+
+    Args:
+        name: A local folder, a `.gguf` file or a Hugging Face hub id.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"` or a torch.dtype. None keeps the dtype the weights are stored in, or
+            takes float32 on a CPU that is faster in it, see `fastsae.data.model_dtype.choose_dtype`.
+        device: Where the model goes.
+        progress: Show transformers' progress bar for a model that takes seconds to load.
+
+    Raises:
+        UsageError: No such model, it is no causal language model, it has no tokenizer, or a bad dtype or device.
+        FastsaeError: The hub cannot be reached, a download was interrupted, or a file or a package is missing or damaged.
+    """
+    target_dtype, target_device = _dtype(dtype), _device(device)
+    source = _find(name)
+    try:
+        import transformers
+    except ImportError as error:
+        raise FastsaeError(
+            "this needs `transformers`, which is not installed: pip install fastsae-kernels[train]"
+        ) from error
+    transformers.utils.logging.disable_progress_bar()
+    auto: Any = transformers
+    config = source.load("model", auto.AutoConfig.from_pretrained)  # small: a bad name fails here
+    tokenizer: Any = source.load("tokenizer", auto.AutoTokenizer.from_pretrained, config=config)
+    if len(tokenizer.get_vocab()) <= max(len(tokenizer.added_tokens_decoder), len(tokenizer.all_special_ids)):
+        # transformers 5 makes a tokenizer without words for some models when the tokenizer's files are missing.
+        raise UsageError(_NO_TOKENIZER.format(name=name, reason="its vocabulary is empty"))
+    n_weights = count_weights(config)
+    if target_dtype is None and not source.is_gguf:
+        target_dtype = choose_dtype(config, stored_dtype(config), n_weights, target_device)
+    elif target_dtype is None:
+        target_dtype = torch.float32  # the numbers of a GGUF file are unpacked, which other dtypes would round
+    if source.is_gguf or n_weights * 4 > _LARGE:
+        logger.info("loading the language model")
+        if progress:
+            transformers.utils.logging.enable_progress_bar()
+    model = _load_weights(source, config, target_dtype)
+    if target_dtype is None:  # only the weights themselves told their dtype
+        target_dtype = choose_dtype(config, model.dtype, n_weights, target_device)
+        if target_dtype not in (None, model.dtype):
+            model = _load_weights(source, config, target_dtype)
+    return model.to(target_device).eval().requires_grad_(False), tokenizer
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model is, in the terms of transformers' `from_pretrained`."""
+
+    name: str
+    location: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_gguf(self) -> bool:
+        return "gguf_file" in self.options
+
+    def load(self, what: str, from_pretrained: Callable[..., _T], **options: Any) -> _T:
+        # trust_remote_code: without an answer, transformers asks on the terminal.
+        options = {**options, **self.options, "trust_remote_code": False}
+        return _loaded(self.name, what, lambda: from_pretrained(self.location, **options))
+
+
+def _find(name: str) -> _Source:
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf" or path.is_file():
+        return _find_gguf(name, path)
+    is_local = path.exists() or name.startswith((".", "/", "~"))
+    if is_local and not (path / "config.json").is_file():
+        found = "a folder without config.json" if path.is_dir() else "no folder"
+        raise UsageError(f"model {name!r}: expected a folder with config.json, a .gguf file or a hub id, found {found}")
+    return _Source(name, str(path) if is_local else name)
+
+
+def _find_gguf(name: str, path: Path) -> _Source:
+    if not path.is_file():
+        raise UsageError(f"model {name!r}: there is no such file ({path.absolute()})")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UsageError(
+                f"model {name!r}: expected a GGUF file or a folder with config.json, found a file that is not GGUF"
+            )
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise FastsaeError(
+            f"model {name!r}: reading a GGUF file needs {' and '.join(missing)}: pip install fastsae-kernels[gguf]"
+        )
+    return _Source(name, str(path.parent), {"gguf_file": path.name})
+
+
+def _load_weights(source: _Source, config: Any, dtype: torch.dtype | None) -> Any:
+    import transformers
+
+    auto: Any = transformers
+    dtype_option = "dtype" if _version(auto.__version__) >= (4, 56) else "torch_dtype"
+    options = {dtype_option: "auto" if dtype is None else dtype, "output_loading_info": True}
+    if source.is_gguf:
+        options["config"] = config  # reading it again would take seconds
+    model, info = source.load("model", auto.AutoModelForCausalLM.from_pretrained, **options)
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise FastsaeError(
+            f"model {source.name!r}: its files lack {len(info['missing_keys'])} of the weights ({missing}, ...), which "
+            "would be random. Get its files again"
+        )
+    return model
+
+
+def _loaded(name: str, what: str, load: Callable[[], _T]) -> _T:
+    """Run a loader of transformers, which reports most failures as OSError or ValueError with a long text."""
+    try:
+        return load()
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        lower = text.lower()
+        if "couldn't connect" in lower or "offline" in lower or "connection" in lower:
+            raise FastsaeError(
+                f"model {name!r} is no local folder, and the Hugging Face hub could not be reached for its {what}. "
+                "Give the path of a folder, or run again with a connection; what was downloaded so far is kept"
+            ) from error
+        if "not a valid model identifier" in lower or "gated repo" in lower or "repository not found" in lower:
+            raise UsageError(
+                f"model {name!r} is neither a local folder nor a model on the Hugging Face hub that you can read. "
+                "Check the spelling; a private or gated model needs `hf auth login` first"
+            ) from error
+        if "trust_remote_code" in lower:
+            raise UsageError(
+                f"model {name!r} needs Python code that comes with its {what}, which fastsae does not run. Upgrade "
+                "transformers, which may know this type of model by now, or choose a model that transformers knows"
+            ) from error
+        if what == "tokenizer":
+            raise UsageError(_NO_TOKENIZER.format(name=name, reason=text[:300])) from error
+        unknown = ("unrecognized", "does not recognize", "is not supported yet")
+        if isinstance(error, ValueError) and any(words in lower for words in unknown):
+            raise UsageError(
+                f"model {name!r} is no causal language model that this version of transformers knows: {text[:300]}"
+            ) from error
+        raise FastsaeError(
+            f"model {name!r} could not be loaded ({type(error).__name__}: {text[:300]}). If it was downloaded or "
+            "copied, that may have been interrupted: get its files again, and check the free disk space"
+        ) from error
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    resolved = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if resolved is None or resolved in _DTYPES:
+        return resolved
+    raise UsageError(f"model dtype: expected float32, bfloat16 or float16, got {dtype!r}")
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device: expected 'cpu', 'cuda' or 'cuda:0', got {device!r}") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {str(device)!r}: PyTorch finds no CUDA device on this machine; use 'cpu'")
+    return resolved
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)

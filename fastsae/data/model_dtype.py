@@ -1,0 +1,142 @@
+"""The dtype in which this machine runs a language model fastest, of those that hold every stored weight."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HALF = (torch.bfloat16, torch.float16)  # float32 holds every number of both
+_CLEARLY_FASTER = 1.2  # below this factor the noise of the measurement could decide, so float32 stays
+_PRODUCT = 2.5e8  # multiplications and additions of the measured product, each counted
+_SECONDS = 0.25  # in which the measurement goes on
+
+logger = logging.getLogger(__name__)
+
+
+def choose_dtype(config: Any, stored: torch.dtype | None, n_weights: int, device: torch.device) -> torch.dtype | None:
+    """Returns the dtype to load a model in, and says in one log line why where it is not the only choice.
+
+    Weights stored in bfloat16 or float16 keep that dtype on a CPU only if a product of the model's shapes is clearly faster
+    in it than in float32, which holds all their numbers, or if float32 would not fit in memory. All others keep theirs.
+
+    Args:
+        config: Configuration of the model.
+        stored: Dtype of its weights, None where that is not known.
+        n_weights: Number of its weights; 0 where that is not known.
+        device: Where the model will run.
+    """
+    if stored not in _HALF or device.type != "cpu" or getattr(config, "quantization_config", None) is not None:
+        return stored
+    free = free_memory()
+    if free is not None and n_weights * 4 > free / 2:
+        logger.info(
+            "language model in %s, as stored: in float32 its weights would take %.1f GB of the %.1f GB of free memory",
+            dtype_name(stored),
+            n_weights * 4 / 1e9,
+            free / 1e9,
+        )
+        return stored
+    wide, narrow = measure_products(config, stored)
+    chosen = stored if narrow >= _CLEARLY_FASTER * wide else torch.float32
+    logger.info(
+        "language model in %s: stored in %s, products measured %.0f GFLOP/s in float32 against %.0f in %s",
+        dtype_name(chosen),
+        dtype_name(stored),
+        wide,
+        narrow,
+        dtype_name(stored),
+    )
+    return chosen
+
+
+def measure_products(config: Any, dtype: torch.dtype) -> tuple[float, float]:
+    """Returns the rates of a product of the model's shapes in GFLOP/s: in float32, and in `dtype`.
+
+    Both are measured in turn, so that other work on the machine meets both, and the fastest repetition counts.
+    """
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    d_in = min(1024, _size(text_config, "hidden_size", 768))
+    d_out = min(2048, _size(text_config, "intermediate_size", 4 * d_in))
+    n_tokens = int(min(4096, max(64, _PRODUCT / (2 * d_in * d_out))))
+    best = {torch.float32: float("inf"), dtype: float("inf")}
+    tensors = {kind: (torch.ones(n_tokens, d_in, dtype=kind), torch.ones(d_out, d_in, dtype=kind)) for kind in best}
+    for x, weight in tensors.values():
+        _seconds(x[:64], weight)  # the first product of a dtype sets things up
+    start = time.perf_counter()
+    while True:
+        for kind, (x, weight) in tensors.items():
+            best[kind] = min(best[kind], _seconds(x, weight))
+        if time.perf_counter() - start > _SECONDS:
+            break
+    operations = 2 * n_tokens * d_in * d_out
+    return operations / best[torch.float32] / 1e9, operations / best[dtype] / 1e9
+
+
+@torch.inference_mode()
+def _seconds(x: Tensor, weight: Tensor) -> float:
+    start = time.perf_counter()
+    torch.nn.functional.linear(x, weight)
+    return time.perf_counter() - start
+
+
+def _size(config: Any, name: str, default: int) -> int:
+    value = getattr(config, name, None)
+    if isinstance(value, (list, tuple)) and value:
+        value = value[0]  # one for each layer
+    return value if isinstance(value, int) and value > 0 else default
+
+
+def stored_dtype(config: Any) -> torch.dtype | None:
+    """Returns the dtype that a model's configuration names for its weights, if it names one."""
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for part in (config, text_config):
+        values = vars(part)
+        found = values.get("dtype", values.get("torch_dtype"))
+        if isinstance(found, str):
+            found = getattr(torch, found.removeprefix("torch."), None)
+        if isinstance(found, torch.dtype):
+            return found
+    return None
+
+
+def count_weights(config: Any) -> int:
+    """Returns the number of weights of a model, without making them; 0 where transformers cannot tell."""
+    import transformers
+
+    auto: Any = transformers
+    try:
+        with torch.device("meta"):
+            model = auto.AutoModelForCausalLM.from_config(config)
+        return sum(parameter.numel() for parameter in model.parameters())
+    except Exception:
+        return 0  # loading it will say what is wrong
+
+
+def free_memory() -> int | None:
+    """Returns the bytes of memory that this process may still take; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        try:
+            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, OSError, ValueError):
+            return None
+    group = Path("/sys/fs/cgroup")
+    try:  # a container may have less than the machine
+        limit = int((group / "memory.max").read_text())
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return min(free, limit - int(used["anon"]))
+    except (OSError, ValueError, KeyError):
+        return free
+
+
+def dtype_name(dtype: Any) -> str:
+    """Returns `float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")

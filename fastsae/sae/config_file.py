@@ -1,0 +1,99 @@
+"""What a `cfg.json` says: SAELens' keys of version 6 and of the versions before it, each checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastsae.fields import Fields, shown
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_LARGEST = 2**31 - 1  # of a size; the weights' header says which it really is
+# what SAELens wrote at the top before version 6, and keeps in the metadata since
+_OLD_METADATA = (
+    "model_name hook_name model_class_name hook_head_index model_from_pretrained_kwargs prepend_bos "
+    "exclude_special_tokens neuronpedia_id context_size seqpos_slice dataset_path sae_lens_training_version"
+).split()
+_RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
+
+
+@dataclass(frozen=True)
+class SavedConfig:
+    """A checked `cfg.json`.
+
+    Args:
+        keys: All of its keys, the names of older versions replaced by today's.
+        architecture: SAELens' word.
+        metadata: Its metadata, without what this library keeps there for itself.
+        own: What this library keeps there; empty where another program wrote the file.
+    """
+
+    keys: Fields
+    architecture: str
+    d_in: int
+    d_sae: int
+    dtype: torch.dtype
+    apply_b_dec_to_input: bool
+    metadata: dict[str, Any]
+    own: Fields
+
+    @classmethod
+    def read(cls, content: Any, architectures: list[str]) -> SavedConfig:
+        """Checks the keys that every architecture has.
+
+        Raises:
+            ValueError: A key is missing, or its value is not what it can be.
+        """
+        found = Fields(content)
+        metadata = dict(found.fields("metadata", default={}).values)
+        if _is_old(found, metadata):
+            found = _modern(found)
+            metadata |= {name: found.values[name] for name in _OLD_METADATA if name in found}
+        own = Fields(metadata.pop("fastsae", None) or {}, "metadata.fastsae.")
+        if own.values:
+            own.choice("architecture", architectures)
+        for option in ("normalize_activations", "reshape_activations"):
+            if found.get(option, "none") not in ("none", False):
+                got = shown(found.get(option))
+                raise ValueError(f"{option}: expected 'none', got {got}; fold it into the weights first")
+        dtype = found.get("dtype", "float32")
+        if isinstance(dtype, str) and dtype.startswith("torch."):
+            dtype = dtype.removeprefix("torch.")  # as SAELens once wrote it, and still reads it
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise found.wrong("dtype", " or ".join(DTYPES))
+        return cls(
+            keys=found,
+            architecture=found.choice("architecture", architectures),
+            d_in=found.integer("d_in", 1, _LARGEST),
+            d_sae=found.integer("d_sae", 1, _LARGEST),
+            dtype=DTYPES[dtype],
+            apply_b_dec_to_input=found.boolean("apply_b_dec_to_input", default=True),
+            metadata=metadata,
+            own=own,
+        )
+
+
+def _is_old(found: Fields, metadata: dict[str, Any]) -> bool:
+    """Whether SAELens before version 6 wrote the file, which named no version or another one."""
+    version = found.values.get("sae_lens_version") or metadata.get("sae_lens_version")
+    if version is None:
+        return True
+    major = str(version).split(".")[0]
+    return major.isdigit() and len(major) < 4 and int(major) < 6
+
+
+def _modern(found: Fields) -> Fields:
+    """The keys as version 6 names them."""
+    keys = {_RENAMED.get(name, name): value for name, value in found.values.items()}
+    activation = keys.get("activation_fn") or "relu"
+    if activation == "topk":
+        keys["architecture"] = "topk"
+        keys.setdefault("k", Fields(keys).fields("activation_fn_kwargs", default={}).values.get("k"))
+    elif activation != "relu":
+        raise ValueError(f"activation_fn: expected relu or topk, got {shown(activation)}")
+    keys.setdefault("architecture", "standard")
+    if keys.get("finetuning_scaling_factor"):
+        raise ValueError("finetuning_scaling_factor: expected false, got true; fold it into the weights first")
+    return Fields(keys)

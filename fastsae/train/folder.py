@@ -1,0 +1,136 @@
+"""The folder of a run: what a new one may be, what a killed run leaves in it, and what it says of itself."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastsae.disk import is_temporary, local_path
+from fastsae.errors import FastsaeError, UsageError
+from fastsae.fields import Fields, read_json
+from fastsae.sae import files
+from fastsae.train import checkpoint
+from fastsae.train.config import TrainConfig, field_names
+from fastsae.version import __version__
+
+CONFIG_FILE, METRICS_FILE, REPORT_FILE = "config.json", "metrics.json", "report.html"
+FILES = (CONFIG_FILE, METRICS_FILE, REPORT_FILE, files.CONFIG_FILE, files.WEIGHTS_FILE)
+
+
+def prepare(output: Path, *, resume: bool) -> None:
+    """Sweeps what a killed run left unfinished in `output`.
+
+    Raises:
+        UsageError: `output` cannot be the folder of the run: it holds something else, it cannot be written, or, with
+            `resume`, its run is complete.
+    """
+    check_writable("--output", output)
+    if resume and (output / METRICS_FILE).exists():
+        checkpoint.discard(output)  # a kill may have come before
+        raise UsageError(f"--resume: the run in {output} is complete, its metrics are in {METRICS_FILE}; nothing to do")
+    if not output.exists():
+        return
+    leftovers = [path for path in output.iterdir() if is_temporary(path.name, FILES)]
+    if not resume and not is_new(output):
+        raise UsageError(
+            f"--output: expected a new or empty folder, but {output} exists; "
+            "choose another with --output, or go on with an interrupted run with --resume"
+        )
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    checkpoint.sweep(output)
+
+
+def is_new(output: Path) -> bool:
+    """Whether a folder holds nothing, or nothing but what a run leaves that was killed before its first file."""
+    if not output.is_dir():
+        return not output.exists()
+    return all(
+        is_temporary(path.name, FILES) or (path.name == checkpoint.FOLDER and checkpoint.latest(output) is None)
+        for path in output.iterdir()
+    )
+
+
+def check_writable(option: str, place: Path) -> None:
+    """Raises UsageError where the folder `place` is no folder, or neither it nor the one to make it in can be written."""
+    existing = place
+    while not os.path.lexists(existing) and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise UsageError(f"{option}: expected a folder, but {existing} exists and is none")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"{option}: expected a folder that can be written, but {existing} cannot be")
+
+
+def located(name: str) -> str:
+    """The absolute path where `name` is a file or folder of this machine, so that it is found from any other folder.
+
+    Other names, such as `demo` and those of the hub, stay as they are.
+    """
+    path = local_path(name)
+    return str(path.absolute()) if name != "demo" and os.path.exists(path) else name
+
+
+def described(config: TrainConfig) -> dict[str, Any]:
+    """The resolved config and what it ran on."""
+    versions = {"fastsae": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {**asdict(config), "versions": versions}
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The config that a run saved.
+
+    Raises:
+        UsageError: `folder` holds none.
+        FastsaeError: It is corrupt.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        saved = Fields(read_json(path))
+        return TrainConfig(**{name: saved.values[name] for name in field_names()})
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(
+            f"{folder}: expected the folder of a run of `fastsae train`, {CONFIG_FILE} is missing"
+        ) from None
+    except (ValueError, KeyError, TypeError, UsageError) as error:
+        raise FastsaeError(f"{path}: expected the options of a run, got a corrupt file ({error!r})") from None
+
+
+def check_fingerprints(output: Path, config: TrainConfig, found: dict[str, str]) -> None:
+    """Raises UsageError where the run in `output` was started with other data or another model than it `found` now."""
+    if not (output / CONFIG_FILE).exists():
+        return
+    try:
+        saved = Fields(read_json(output / CONFIG_FILE)).fields("fingerprints", default={})
+    except ValueError as error:
+        raise FastsaeError(
+            f"{output / CONFIG_FILE}: expected the options of a run, got a corrupt file ({error})"
+        ) from None
+    for what, fingerprint in found.items():
+        if what in saved and saved.values[what] != fingerprint:
+            raise UsageError(
+                f"--resume: the {what} {getattr(config, what)!r} has changed since this run was started: its content or "
+                "its order is not the same. Put it back as it was, or start a new run with another --output"
+            )
+
+
+def how_to_go_on(output: Path, config: TrainConfig) -> str:
+    """What an interrupted run leaves in its folder, and the command that takes it up."""
+    again = f"fastsae train --output {shlex.quote(str(output))} --resume"
+    newest = checkpoint.latest(output)
+    if newest is not None:
+        step = checkpoint.step_of(newest)
+        rest = (
+            "training is done, the evaluation is left" if step == config.steps else f"step {step:,} of {config.steps:,}"
+        )
+        return f"interrupted; a checkpoint holds what was computed ({rest}). Go on with: {again}"
+    if (output / CONFIG_FILE).exists():
+        reason = " (checkpoint_every is 0)" if config.checkpoint_every == 0 else ""
+        return f"interrupted; there is no checkpoint{reason}. Start again from the first step with: {again}"
+    return "interrupted before training began; nothing was written. The same command starts it again"
