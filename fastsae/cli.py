@@ -19,8 +19,6 @@ from fastsae.flags import (
     as_flag,
     check_values,
     flag,
-    new_file,
-    new_folder,
     path,
     without_effect,
 )
@@ -80,9 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Trains, evaluates and saves an SAE. Without arguments: the embedded demo, a few minutes on a CPU.",
         allow_abbrev=False,
     )
-    train.add_argument(
-        "--output", type=new_folder, metavar="FOLDER", help="new folder for the results (default: sae-MODEL)"
-    )
+    train.add_argument("--output", type=path, metavar="FOLDER", help="new folder for the results (default: sae-MODEL)")
     train.add_argument("--resume", action="store_true", help="go on with the interrupted run in --output")
     train.add_argument(
         "--preset", choices=PRESETS, help="set of options: recommended, or fast-paper, those of arXiv:2506.07691"
@@ -97,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     measure.add_argument("path", type=path, metavar="FOLDER", help="folder with cfg.json and sae_weights.safetensors")
-    measure.add_argument("--json", type=new_file, metavar="FILE", help="file to which the metrics are written as well")
+    measure.add_argument("--json", type=path, metavar="FILE", help="file to which the metrics are written as well")
     measure.add_argument("--quiet", action="store_true", help="show no progress bars")
     names = "model dataset split layer model_dtype max_length max_dialogues dedup_words eval_dialogues forward_tokens device seed"
     add_config_flags(measure, names.split())
@@ -158,12 +154,16 @@ def command_train(arguments: argparse.Namespace) -> None:
 def command_evaluate(arguments: argparse.Namespace) -> None:
     """`fastsae evaluate`."""
     from fastsae.disk import write_json
-    from fastsae.train.folder import CONFIG_FILE, read_config
+    from fastsae.train.folder import CONFIG_FILE, check_writable, read_config
     from fastsae.train.run import evaluate_folder
 
     given = _given(arguments)
     if not arguments.path.is_dir():
         raise UsageError(f"{arguments.path}: expected the folder of a saved SAE, there is no such folder")
+    if arguments.json:
+        if arguments.json.is_dir():
+            raise UsageError(f"--json: expected the name of a file, got the folder {arguments.json}")
+        check_writable("--json", arguments.json.absolute().parent)
     if (arguments.path / CONFIG_FILE).is_file():
         config = replace(read_config(arguments.path), **given)
     else:

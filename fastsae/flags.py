@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -87,33 +86,6 @@ def path(text: str) -> Path:
     if problem := name_problem(text):
         raise _wrong(problem, text)
     return local_path(text)
-
-
-def new_folder(text: str) -> Path:
-    """The path of a folder that can be written to, or that can be made."""
-    folder = path(text)
-    _check_writable(folder, folder)
-    return folder
-
-
-def new_file(text: str) -> Path:
-    """The path of a file that can be written."""
-    file = path(text)
-    if file.is_dir():
-        raise argparse.ArgumentTypeError(f"expected the name of a file, but {shown(str(file))} is a folder")
-    _check_writable(file, file.absolute().parent)
-    return file
-
-
-def _check_writable(wanted: Path, folder: Path) -> None:
-    """Raises unless the nearest folder that exists takes new files."""
-    nearest = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(parent))
-    if not nearest.is_dir():
-        raise argparse.ArgumentTypeError(f"{shown(str(wanted))} cannot be made: {shown(str(nearest))} is not a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(
-            f"{shown(str(wanted))} cannot be written: the folder {shown(str(nearest))} is not writable"
-        )
 
 
 def _wrong(expected: str, text: str) -> argparse.ArgumentTypeError:

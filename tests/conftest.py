@@ -1,4 +1,4 @@
-"""Triton's interpreter where there is no GPU; a tiny chat model and dataset on disk, for whole runs in seconds."""
+"""All cores, a worker on each; Triton's interpreter where there is no GPU; a tiny chat model and dataset on disk."""
 
 from __future__ import annotations
 
@@ -12,6 +12,27 @@ import torch
 # before anything imports Triton: it decides at decoration whether a function is interpreted
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+MOST_WORKERS = 16  # each takes a second of imports and half a gigabyte
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Without `-n`, as many workers as there are cores, each with one thread; one process with the GPU where there is one.
+
+    Here and not in pyproject.toml, so that `pytest benchmarks/` has the machine to itself, and so that a machine without
+    pytest-xdist runs the tests too.
+    """
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"):
+        return
+    options = config.option
+    alone = torch.cuda.is_available() or options.collectonly or options.usepdb
+    if options.numprocesses is None and options.dist == "no" and not options.tx and not alone:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        options.numprocesses, options.dist = min(cores, MOST_WORKERS), "worksteal"
+    if options.numprocesses:
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before the workers import torch
 
 
 @pytest.fixture(autouse=True)

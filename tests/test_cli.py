@@ -76,7 +76,7 @@ def bad_inputs(model: Path, chats: Path, tmp: Path) -> dict[str, tuple[list[obje
         "no chat column": ([*base, "--dataset", columns], 2, "question"),
         "empty dataset": ([*base, "--dataset", empty], 2, "empty"),
         "topk without k": ([*base, "--architecture", "topk"], 2, "--k: expected"),
-        "k above d_sae": ([*base, "--k", 33], 2, "d_sae"),
+        "k above d_sae": ([*base, "--k", 33], 2, "--d-sae = 32"),
         "output exists": ([*base, "--output", full], 2, "--output"),
         "nothing to resume": (["train", "--resume", "--output", full], 2, "config.json"),
         "resume without output": (["train", "--resume"], 2, "--output"),

@@ -155,7 +155,9 @@ def build_pipeline(config: TrainConfig, *, progress: bool = False, for_training:
         check_memory(config, residual.d_in, model.dtype.itemsize, residual.device)
     d_sae = config.d_sae or config.expansion * residual.d_in
     if config.k is not None and config.k > d_sae:
-        raise UsageError(f"k: expected at most d_sae = {d_sae}, got {config.k}")
+        raise UsageError(
+            f"k: expected at most the {d_sae:,} features of the SAE (--d-sae, --expansion), got {config.k:,}"
+        )
     check_vocabulary(model, tokenizer)
     ChatTemplate(tokenizer).warn_of_lost_text()
     special_tokens = find_special_tokens(tokenizer)
@@ -202,7 +204,7 @@ def split_dialogues(
     if config.eval_dialogues >= len(kept):
         raise UsageError(
             f"eval_dialogues: expected fewer than the dialogues of {config.dataset!r} that are left after dedup, "
-            f"{len(kept)} of {n_used}, got {config.eval_dialogues}; lower it, or --dedup-words 0 keeps repeated ones"
+            f"{len(kept)} of {n_used}, got {config.eval_dialogues}; lower it, use more dialogues (--max-dialogues), or keep repeated ones with --dedup-words 0"
         )
     order = np.random.default_rng(config.seed).permutation(kept)
     return order[config.eval_dialogues :].tolist(), order[: config.eval_dialogues].tolist()

@@ -97,22 +97,22 @@ def name_problem(text: str) -> str:
 def _validate_together(config: TrainConfig) -> None:
     if config.warm_up + config.decay > 1:
         raise UsageError(
-            f"warm_up: expected at most 1 together with decay, got {config.warm_up:g} + {config.decay:g} of the steps"
+            f"warm_up: expected at most 1 together with --decay, got {config.warm_up:g} + {config.decay:g}"
         )
     if config.log_threshold and config.init_threshold == 0:
-        raise UsageError("init_threshold: expected a number above 0 with log_threshold, got 0")
+        raise UsageError("init_threshold: expected a number above 0 with --log-threshold, got 0")
     if config.is_topk and config.k is None:
         raise UsageError(
-            f"k: expected the number of active features per token, which {config.architecture} needs, got none"
+            f"k: expected the number of active features per token, which --architecture {config.architecture} needs, got none"
         )
     if config.d_sae is not None and config.k is not None and config.k > config.d_sae:
-        raise UsageError(f"k: expected at most d_sae = {config.d_sae}, got {config.k}")
+        raise UsageError(f"k: expected at most --d-sae = {config.d_sae:,}, got {config.k:,}")
     if config.buffer_tokens < 2 * config.batch_size:
         raise UsageError(
-            f"buffer_tokens: expected at least twice batch_size = {config.batch_size}, got {config.buffer_tokens}"
+            f"buffer_tokens: expected at least twice --batch-size = {config.batch_size:,}, got {config.buffer_tokens:,}"
         )
     if config.tokens < config.batch_size:
-        raise UsageError(f"tokens: expected at least one batch of {config.batch_size}, got {config.tokens}")
+        raise UsageError(f"tokens: expected at least one --batch-size = {config.batch_size:,}, got {config.tokens:,}")
 
 
 def shown(value: Any) -> str:

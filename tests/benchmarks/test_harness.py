@@ -171,30 +171,37 @@ def test_a_first_call_that_stalls_does_not_count(monkeypatch: pytest.MonkeyPatch
 def test_what_comes_before_a_call_is_not_timed() -> None:
     prepared = harness.Prepared(lambda: time.sleep(0.05) or 7, lambda seven: seven + 1)
     assert prepared() == 8
-    assert max(counted_calls(prepared)) < 0.05
+    assert min(counted_calls(prepared)) < 0.05  # of the fastest: another process may take the core from any one of them
 
 
-def test_peak_is_that_of_the_calls() -> None:
-    case = Case("encode", "tiny", SHAPE, {"it": Provider(lambda: lambda: torch.ones(2**24).sum().item())})
-    peak = quick().outcome(case, "it").row["peak_mib"]
-    if peak is None:
-        pytest.skip("this system does not tell the peak of a process")
-    assert peak == pytest.approx(64, abs=16)
-
-
-def test_peak_is_without_what_the_first_call_keeps() -> None:
-    kept: list[torch.Tensor] = []
-
-    def call() -> None:
-        if not kept:
-            kept.append(torch.ones(2**25))
-        torch.ones(2**22).sum().item()
-
+def peak_of(call: Any) -> float:
     case = Case("encode", "tiny", SHAPE, {"it": Provider(lambda: call, lambda: (0.0, 1.0))})
     peak = quick().outcome(case, "it").row["peak_mib"]
     if peak is None:
         pytest.skip("this system does not tell the peak of a process")
-    assert peak == pytest.approx(16, abs=8)
+    return peak
+
+
+def test_peak_is_that_of_the_calls() -> None:
+    """Of two calls, for what the allocator and the kernel add is the same for both."""
+    small, large = (peak_of(lambda n=n: torch.ones(n * 2**18).sum().item()) for n in (64, 192))
+    assert large - small == pytest.approx(192 - 64, abs=32)
+
+
+def test_peak_is_without_what_the_first_call_keeps() -> None:
+    """As against a call that keeps nothing: an allocator may hold more than it was asked for."""
+    kept: list[torch.Tensor] = []
+
+    def call() -> None:
+        torch.ones(2**22).sum().item()
+
+    def keeping_call() -> None:
+        if not kept:
+            kept.append(torch.ones(2**25))
+        call()
+
+    kept_mib = 2**25 * 4 / 2**20
+    assert peak_of(keeping_call) - peak_of(call) == pytest.approx(0, abs=kept_mib / 2)
 
 
 def test_the_peak_of_a_process_is_its_own() -> None:

@@ -47,7 +47,9 @@ def test_bad_option_is_named(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
 def test_topk_needs_k(architecture: str) -> None:
-    with pytest.raises(UsageError, match=rf"^k: expected the number of .* {architecture} needs, got none$"):
+    with pytest.raises(
+        UsageError, match=rf"^k: expected the number of .* --architecture {architecture} needs, got none$"
+    ):
         TrainConfig(architecture=architecture)
     config = TrainConfig(architecture=architecture, k=32)
     assert config.subtracts_b_dec
