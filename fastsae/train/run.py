@@ -115,7 +115,7 @@ class _Parts:
     what is saved then is the state before.
     """
 
-    def __init__(self, config: TrainConfig, pipeline: Pipeline, progress: bool) -> None:
+    def __init__(self, config: TrainConfig, pipeline: Pipeline, progress: bool = False) -> None:
         self.config, self.pipeline, self.device = config, pipeline, pipeline.residual.device
         self.postponed = Postponed()
         self.sequencer = pipeline.sequencer()

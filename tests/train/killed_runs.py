@@ -85,7 +85,7 @@ def main(model: str, chats: str, folder: Path, moments: str) -> None:
         forward_tokens=256, init_l0=8, target_l0=4, log_every=2, checkpoint_every=2, device="cpu",
     )  # fmt: skip
     pipeline = run.build_pipeline(config)
-    run.build_pipeline = lambda config: pipeline  # the model is loaded once
+    run.build_pipeline = lambda config, progress: pipeline  # the model is loaded once
     trainers: list[Trainer] = []
     trained = Trainer.run
 

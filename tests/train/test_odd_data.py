@@ -14,8 +14,9 @@ import transformers
 from fastsae import cli
 from fastsae.data.chat import load_chats
 from fastsae.train.config import TrainConfig
+from fastsae.train.folder import read_config
 from fastsae.train.pipeline import split_dialogues
-from fastsae.train.run import read_config, train
+from fastsae.train.run import train
 from fastsae.train.trainer import Trainer
 
 FAILS_ON_TOOLS = (

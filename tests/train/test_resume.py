@@ -327,7 +327,7 @@ def test_another_model_is_refused_on_resume(tiny_model: Path, chats: Path, tmp_p
 
 
 def test_a_models_fingerprint_is_that_of_its_weights_in_any_dtype(tiny_model: Path) -> None:
-    from fastsae.data.activations import load_model
+    from fastsae.data.language_model import load_model
 
     wide, tokenizer = load_model(str(tiny_model), "float32")
     narrow, _ = load_model(str(tiny_model), "bfloat16")
