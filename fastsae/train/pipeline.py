@@ -204,8 +204,8 @@ def split_dialogues(
     if config.eval_dialogues >= len(kept):
         raise UsageError(
             f"eval_dialogues: expected fewer than the dialogues of {config.dataset!r} that are left after dedup, "
-            f"{len(kept)} of {n_used}, got {config.eval_dialogues}; lower it, use more dialogues (--max-dialogues), or keep "
-            "repeated ones with --dedup-words 0"
+            f"{len(kept)} of {n_used}, got {config.eval_dialogues}; lower it, use more dialogues "
+            "(--max-dialogues), or keep repeated ones with --dedup-words 0"
         )
     order = np.random.default_rng(config.seed).permutation(kept)
     return order[config.eval_dialogues :].tolist(), order[: config.eval_dialogues].tolist()
