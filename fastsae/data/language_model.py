@@ -53,7 +53,7 @@ def load_model(
         raise FastsaeError(
             "this needs `transformers`, which is not installed: pip install fastsae-kernels[train]"
         ) from error
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # of reading files, which is quick; downloads keep theirs
     auto: Any = transformers
     config = source.load("model", auto.AutoConfig.from_pretrained)  # small: a bad name fails here
     tokenizer: Any = source.load("tokenizer", auto.AutoTokenizer.from_pretrained, config=config)
@@ -159,6 +159,8 @@ def _loaded(name: str, what: str, load: Callable[[], _T]) -> _T:
                 f"model {name!r} is neither a local folder nor a model on the Hugging Face hub that you can read. "
                 "Check the spelling; a private or gated model needs `hf auth login` first"
             ) from error
+        if isinstance(error, ImportError):
+            raise FastsaeError(f"model {name!r} needs a package that is not installed: {text[:300]}") from error
         if "trust_remote_code" in lower:
             raise UsageError(
                 f"model {name!r} needs Python code that comes with its {what}, which fastsae does not run. Upgrade "

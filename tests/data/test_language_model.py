@@ -107,6 +107,11 @@ def test_folder_without_tokenizer(tmp_path, family):
             "neither a local",
         ),
         (OSError("You are trying to access a gated repo."), UsageError, "gated model needs `hf auth login`"),
+        (
+            ImportError("TimmModel requires timm. `pip install timm`"),
+            FastsaeError,
+            "needs a package.*`pip install timm`",
+        ),
         (OSError(28, "No space left on device"), FastsaeError, r"No space left on device.*free disk space"),
     ],
 )

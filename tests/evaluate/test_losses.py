@@ -80,7 +80,7 @@ def test_blocks_that_hand_on_more_than_the_residual_stream(family, skips, dtype)
     for layer, expected in enumerate(skips):
         model = SplicedModel(ResidualStream(language_model, layer))
         hidden, logits = model.clean(IDS, MASK)
-        assert model.skips is expected
+        assert model.residual.blocks_can_be_skipped is expected
         assert torch.equal(model.spliced(IDS, MASK, hidden), logits)
         new = hidden + torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         assert torch.equal(model.spliced(IDS, MASK, new), model.residual.splice(IDS, MASK, lambda _, new=new: new))
