@@ -150,9 +150,9 @@ class _Parts:
                 if self.config.checkpoint_every:
                     save()
                 raise
-            except ValueError as error:  # the ops refuse some of what a step with NaN left
+            except ValueError:  # the ops refuse some of what a step with NaN left
                 self._check_finite()
-                raise error
+                raise
         self._check_finite()
 
     def _check_finite(self) -> None:
