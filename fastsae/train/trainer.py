@@ -131,19 +131,19 @@ class Trainer:
         return output
 
     def _forward(self, x: Tensor, share: float) -> TrainOutput:
-        config, sae = self.config, self.sae
-        if isinstance(sae, FusedReLUSAE):
-            l1 = config.l1_coefficient if self.l0_control is None else self.l0_control.l1_coefficient
-            assert l1 is not None  # without a weight of its own, the control has one
-            return sae.training_forward(x, l1 * share)
+        config, sae, control = self.config, self.sae, self.l0_control
         if isinstance(sae, FusedTopKSAE | FusedBatchTopKSAE):
             return sae.training_forward(x, dead_mask=self.dead_mask, aux_loss_coefficient=config.aux_loss_coefficient)
+        coefficient = config.sparsity_coefficient if control is None else control.coefficient
+        assert coefficient is not None  # where the options give none, the control has one
+        if isinstance(sae, FusedReLUSAE):
+            return sae.training_forward(x, coefficient * share)
         assert isinstance(sae, FusedJumpReLUSAE)
         return sae.training_forward(
             x,
-            config.l0_coefficient * share,
+            coefficient * share,
             config.sparsity,
-            target_l0=self.l0_control.target(self.step) if self.l0_control else None,
+            target_l0=config.target_l0 if control is None else control.target(self.step),
             dead_mask=self.dead_mask,
             pre_act_loss_coefficient=config.pre_act_loss_coefficient,
         )
