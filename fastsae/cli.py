@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import logging
 import sys
 from collections.abc import Sequence
@@ -42,11 +43,14 @@ that scale. Exit status: 0 done, 1 the run failed, 2 an argument is wrong, 130 i
 SIGTERM; both write a checkpoint first, a second one ends at once.
 """
 SUMMARY = (
-    ("fvu", "of the variance is left unexplained (FVU), position 0 excluded", "{:.4f}"),
+    ("fvu", "of the variance is left unexplained (FVU), attention sinks left out", "{:.4f}"),
+    ("special_fvu", "the same on special tokens", "{:.4f}"),
     ("l0", "features fire on a token (L0)", "{:.1f}"),
     ("dead_share", "of the features never fire", "{:.1%}"),
     ("mse", "squared error per element, averaged per dialogue (MSE)", "{:.4g}"),
-    ("special_mse", "the same on special tokens", "{:.4g}"),
+    ("mse_with_sinks", "the same with attention sinks", "{:.4g}"),
+    ("special_mse", "squared error per element on special tokens", "{:.4g}"),
+    ("special_mse_with_sinks", "the same with attention sinks", "{:.4g}"),
     ("ce", "nats per token: the model's own cross-entropy", "{:.4f}"),
     ("ce_spliced", "with the reconstruction in place of the activations", "{:.4f}"),
     ("delta_loss_percent", "% change of the cross-entropy (delta loss)", "{:+.2f}"),
@@ -184,6 +188,8 @@ def print_summary(metrics: dict[str, Any]) -> None:
     if metrics.get("unknown_roles"):
         words = ", ".join(f"{word!r} ({n:,})" for word, n in metrics["unknown_roles"].items())
         print(f"  {'unknown':>10}  roles, and the dialogues that have them: {words}")
+    for warning in metrics.get("warnings") or ():
+        print(f"  warning: {warning}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -205,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             return fail(OUT_OF_MEMORY)
         except KeyboardInterrupt as interruption:
+            gc.freeze()  # or the interpreter looks through all objects of PyTorch and others before it ends, for seconds
             return fail(str(interruption) or "interrupted", exit_status(interruption))
     return 0
 

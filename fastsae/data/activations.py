@@ -93,6 +93,8 @@ class ResidualStream:
     Attributes:
         d_in: Width of the residual stream.
         device: Device of the model's embedding, where inputs are moved to.
+        blocks_can_be_skipped: Whether the blocks before this layer have no influence on a pass in which its output is
+            replaced; None until `fastsae.evaluate.losses.SplicedModel.check` has found out.
 
     Raises:
         UsageError: `layer` is out of range, or the model has no list of decoder blocks.
@@ -104,6 +106,7 @@ class ResidualStream:
         self.layer = layer
         self.block = decoder_layers(model)[layer]
         self.d_in: int = text_config(model).hidden_size
+        self.blocks_can_be_skipped: bool | None = None
         self._n_embeddings = n_embeddings(model)
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae.data.progress import bar
 from fastsae.data.sequencing import TokenBatch
 from fastsae.errors import FastsaeError, UsageError
 
@@ -82,6 +83,7 @@ class MixingBuffer(Iterator[ActivationBatch]):
         batch_size: Rows of a batch.
         seed: Seed of the shuffles, which are drawn on the CPU and so the same on every device.
         device: Where the rows are held and served.
+        progress: Show a progress bar while the buffer fills.
 
     Raises:
         UsageError: `batch_size` is not positive or `capacity` is less than twice as much.
@@ -95,6 +97,7 @@ class MixingBuffer(Iterator[ActivationBatch]):
         batch_size: int,
         seed: int,
         device: str | torch.device = "cpu",
+        progress: bool = False,
     ) -> None:
         if batch_size < 1 or capacity < 2 * batch_size:
             raise UsageError(
@@ -102,7 +105,7 @@ class MixingBuffer(Iterator[ActivationBatch]):
                 f"got a batch size of {batch_size} and a capacity of {capacity}"
             )
         self.capacity, self.batch_size, self.device = capacity, batch_size, torch.device(device)
-        self._source = iter(source)
+        self._source, self._progress = iter(source), progress
         self._generator = torch.Generator().manual_seed(seed)
         self._storage: ActivationBatch | None = None
         self._order = torch.empty(0, dtype=torch.int64)  # slots of the rows held, in the order they will be served
@@ -184,6 +187,15 @@ class MixingBuffer(Iterator[ActivationBatch]):
         is_free = torch.ones(self.capacity, dtype=torch.bool)
         is_free[self._order] = False
         free = is_free.nonzero().squeeze(1)
+        with bar("filling the buffer", "tok", total=len(free), progress=self._progress) as advance:
+            n_new = self._fill(free, advance)
+        held = torch.cat([self._order, free[:n_new]])
+        self._order = held[torch.randperm(len(held), generator=self._generator)]
+        self._slots = self._order.to(self.device)
+        self._to_serve = self.capacity // 2 if n_new == len(free) else len(held)
+
+    def _fill(self, free: Tensor, advance: Callable[[int], object]) -> int:
+        """Write new rows to the slots `free`; return how many there were, fewer than slots where the source has ended."""
         n_new, pending = 0, self._pending
         while n_new < len(free):
             try:
@@ -197,10 +209,8 @@ class MixingBuffer(Iterator[ActivationBatch]):
             self._write(piece[: len(slots)], slots)
             self._pending = piece[len(slots) :] if len(slots) < len(piece) else None
             n_new += len(slots)
-        held = torch.cat([self._order, free[:n_new]])
-        self._order = held[torch.randperm(len(held), generator=self._generator)]
-        self._slots = self._order.to(self.device)
-        self._to_serve = self.capacity // 2 if n_new == len(free) else len(held)
+            advance(len(slots))
+        return n_new
 
     def _write(self, rows: ActivationBatch, slots: Tensor) -> None:
         if self._storage is None:

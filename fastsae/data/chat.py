@@ -181,6 +181,8 @@ def _find_column(rows: Sequence[Any], source: str) -> str | None:
         (unusable if isinstance(row, UnusableRow) else sample).append(row)
         if len(sample) == _PROBED_ROWS:
             break
+    if not sample and hasattr(rows, "with_format"):  # images that cannot be decoded, say; in Arrow they are bytes
+        sample = rows.with_format("arrow")[:_PROBED_ROWS].to_pylist()
     if any(as_dialogue(row) for row in sample if isinstance(row, list)):
         return None
     records = [row for row in sample if isinstance(row, dict)]

@@ -54,15 +54,20 @@ def read_row(rows: Sequence[Any], index: int) -> Any:
 class _JsonLines(Sequence[Any]):
     """The records of a JSON-lines file, found by their offsets and parsed on demand."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, progress: bool) -> None:
         self.path = path
         with path.open("rb") as file:
-            is_empty = not file.read(1)
+            n_pieces = -(-path.stat().st_size // _SCANNED)
+            read = iter(lambda: file.read(_SCANNED), b"")
+            pieces = with_bar(read, f"finding lines of {path.name}", "piece", total=n_pieces, progress=progress)
+            newlines = [np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")) for piece in pieces]
             # A mapping and not a file handle: threads and forked workers can read it at the same time.
-            self.data = b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file.tell() else b""
         if self.data[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise FastsaeError(f"{path}: expected text in UTF-8, but this file is in UTF-16. Save it as UTF-8")
-        self.starts, self.ends, self.lines = _filled_lines(self.data)
+        found = [places + i * _SCANNED for i, places in enumerate(newlines)]
+        ends = np.concatenate([*found, [len(self.data)]]).astype(np.int64)
+        self.starts, self.ends, self.lines = _filled_lines(self.data, ends)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -86,18 +91,10 @@ class _JsonLines(Sequence[Any]):
         )
 
 
-def _filled_lines(data: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Starts, ends and numbers of the lines that are not blank.
-
-    No line is read whole for that, as one can be as long as the file.
-    """
-    if not data:
-        return (np.empty(0, dtype=np.int64),) * 3
-    codes = np.frombuffer(data, np.uint8)
-    pieces = range(0, len(data), _SCANNED)
-    newlines = [np.flatnonzero(codes[piece : piece + _SCANNED] == ord("\n")) + piece for piece in pieces]
-    ends = np.concatenate([*newlines, [len(data)]]).astype(np.int64)
+def _filled_lines(data: Any, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Starts, ends and numbers of the lines that are not blank; none is read whole, as it can be as long as the file."""
     starts = np.concatenate([[0], ends[:-1] + 1])
+    codes = np.frombuffer(data, np.uint8)
     is_filled = starts < ends
     is_filled[is_filled] = ~np.isin(codes[starts[is_filled]], np.frombuffer(b" \t\r\v\f", np.uint8))
     for line in np.flatnonzero(~is_filled & (starts < ends)).tolist():  # they begin with a space, and few do
@@ -145,7 +142,7 @@ def open_files(paths: Sequence[Path], progress: bool) -> Sequence[Any]:
 def _open_json(path: Path, progress: bool) -> Sequence[Any]:
     with path.open("rb") as file:
         if path.suffix == ".jsonl" or file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"[":
-            return _JsonLines(path)
+            return _JsonLines(path, progress)
     rows: list[Any] = []
     try:
         text = path.read_bytes().decode("utf-8-sig", "surrogatepass")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -51,7 +53,7 @@ def load_model(
         raise FastsaeError(
             "this needs `transformers`, which is not installed: pip install fastsae-kernels[train]"
         ) from error
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # of reading files, which is quick; downloads keep theirs
     auto: Any = transformers
     config = source.load("model", auto.AutoConfig.from_pretrained)  # small: a bad name fails here
     tokenizer: Any = source.load("tokenizer", auto.AutoTokenizer.from_pretrained, config=config)
@@ -67,11 +69,11 @@ def load_model(
         logger.info("loading the language model")
         if progress:
             transformers.utils.logging.enable_progress_bar()
-    model = _load_weights(source, config, target_dtype)
+    model = _load_weights(source, config, target_dtype, progress)
     if target_dtype is None:  # only the weights themselves told their dtype
         target_dtype = choose_dtype(config, model.dtype, n_weights, target_device)
         if target_dtype not in (None, model.dtype):
-            model = _load_weights(source, config, target_dtype)
+            model = _load_weights(source, config, target_dtype, progress)
     return model.to(target_device).eval().requires_grad_(False), tokenizer
 
 
@@ -120,7 +122,7 @@ def _find_gguf(name: str, path: Path) -> _Source:
     return _Source(name, str(path.parent), {"gguf_file": path.name})
 
 
-def _load_weights(source: _Source, config: Any, dtype: torch.dtype | None) -> Any:
+def _load_weights(source: _Source, config: Any, dtype: torch.dtype | None, progress: bool) -> Any:
     import transformers
 
     auto: Any = transformers
@@ -128,7 +130,9 @@ def _load_weights(source: _Source, config: Any, dtype: torch.dtype | None) -> An
     options = {dtype_option: "auto" if dtype is None else dtype, "output_loading_info": True}
     if source.is_gguf:
         options["config"] = config  # reading it again would take seconds
-    model, info = source.load("model", auto.AutoModelForCausalLM.from_pretrained, **options)
+    # transformers shows a bar while it unpacks a GGUF file, whatever it is told
+    with contextlib.redirect_stderr(io.StringIO()) if source.is_gguf and not progress else contextlib.nullcontext():
+        model, info = source.load("model", auto.AutoModelForCausalLM.from_pretrained, **options)
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise FastsaeError(
@@ -155,6 +159,8 @@ def _loaded(name: str, what: str, load: Callable[[], _T]) -> _T:
                 f"model {name!r} is neither a local folder nor a model on the Hugging Face hub that you can read. "
                 "Check the spelling; a private or gated model needs `hf auth login` first"
             ) from error
+        if isinstance(error, ImportError):
+            raise FastsaeError(f"model {name!r} needs a package that is not installed: {text[:300]}") from error
         if "trust_remote_code" in lower:
             raise UsageError(
                 f"model {name!r} needs Python code that comes with its {what}, which fastsae does not run. Upgrade "

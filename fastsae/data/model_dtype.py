@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 _HALF = (torch.bfloat16, torch.float16)  # float32 holds every number of both
 _CLEARLY_FASTER = 1.2  # below this factor the noise of the measurement could decide, so float32 stays
@@ -45,7 +44,7 @@ def choose_dtype(config: Any, stored: torch.dtype | None, n_weights: int, device
     wide, narrow = measure_products(config, stored)
     chosen = stored if narrow >= _CLEARLY_FASTER * wide else torch.float32
     logger.info(
-        "language model in %s: stored in %s, products measured %.0f GFLOP/s in float32 against %.0f in %s",
+        "language model in %s: stored in %s, products measured %.0f GFLOP/s per core in float32 against %.0f in %s",
         dtype_name(chosen),
         dtype_name(stored),
         wide,
@@ -56,33 +55,38 @@ def choose_dtype(config: Any, stored: torch.dtype | None, n_weights: int, device
 
 
 def measure_products(config: Any, dtype: torch.dtype) -> tuple[float, float]:
-    """Returns the rates of a product of the model's shapes in GFLOP/s: in float32, and in `dtype`.
+    """Returns the rates at which one core forms a product of the model's shapes, in GFLOP/s: in float32, and in `dtype`.
 
-    Both are measured in turn, so that other work on the machine meets both, and the fastest repetition counts.
+    Both are measured in turn and the fastest repetition counts, on one core, which other work on the machine disturbs least.
     """
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     d_in = min(1024, _size(text_config, "hidden_size", 768))
     d_out = min(2048, _size(text_config, "intermediate_size", 4 * d_in))
     n_tokens = int(min(4096, max(64, _PRODUCT / (2 * d_in * d_out))))
-    best = {torch.float32: float("inf"), dtype: float("inf")}
-    tensors = {kind: (torch.ones(n_tokens, d_in, dtype=kind), torch.ones(d_out, d_in, dtype=kind)) for kind in best}
-    for x, weight in tensors.values():
-        _seconds(x[:64], weight)  # the first product of a dtype sets things up
-    start = time.perf_counter()
-    while True:
-        for kind, (x, weight) in tensors.items():
-            best[kind] = min(best[kind], _seconds(x, weight))
-        if time.perf_counter() - start > _SECONDS:
-            break
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = _fastest((torch.float32, dtype), n_tokens, d_in, d_out)
+    finally:
+        torch.set_num_threads(n_threads)
     operations = 2 * n_tokens * d_in * d_out
-    return operations / best[torch.float32] / 1e9, operations / best[dtype] / 1e9
+    return operations / seconds[torch.float32] / 1e9, operations / seconds[dtype] / 1e9
 
 
 @torch.inference_mode()
-def _seconds(x: Tensor, weight: Tensor) -> float:
-    start = time.perf_counter()
-    torch.nn.functional.linear(x, weight)
-    return time.perf_counter() - start
+def _fastest(kinds: tuple[torch.dtype, ...], n: int, d_in: int, d_out: int) -> dict[torch.dtype, float]:
+    """The seconds of each dtype's fastest product of `[n, d_in]` and `[d_in, d_out]`, of all that fit in `_SECONDS`."""
+    factors = {kind: (torch.ones(n, d_in, dtype=kind), torch.ones(d_out, d_in, dtype=kind)) for kind in kinds}
+    for x, weight in factors.values():
+        torch.nn.functional.linear(x[:64], weight)  # the first product of a dtype sets things up
+    seconds = dict.fromkeys(kinds, float("inf"))
+    end = time.perf_counter() + _SECONDS
+    while time.perf_counter() < end or float("inf") in seconds.values():
+        for kind, (x, weight) in factors.items():
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, weight)
+            seconds[kind] = min(seconds[kind], time.perf_counter() - start)
+    return seconds
 
 
 def _size(config: Any, name: str, default: int) -> int:

@@ -19,18 +19,11 @@ from fastsae.errors import FastsaeError, UsageError
 # Dialogues tokenised and sorted by length together. With the demo's dialogues and batches of 8,192 tokens, padding adds
 # 21 % to the tokens the model computes with a window of 256, 12 % with 512 and 6 % with 1024.
 _WINDOW = 1024
-# A text much longer than `max_length` tokens is not tokenised whole. Only the last few tokens of a piece can differ from
-# those of the whole text.
+# A text much longer than `max_length` tokens is not tokenised whole, but to the first of so many characters per token.
+# Of those, the last tokens can differ from the whole text's: where the cut goes through the longest of a vocabulary,
+# usually 128 characters, as many single ones stand in its place.
 _CHARACTERS_PER_TOKEN = 16
 _UNSURE = 256
-_ROLE_WORDS = ("user", "assistant", "model")
-_PROBE: Dialogue = [
-    {"role": "user", "content": "1"},
-    {"role": "assistant", "content": "2"},
-    {"role": "user", "content": "3"},
-    {"role": "assistant", "content": "4"},
-]
-
 
 logger = logging.getLogger(__name__)
 
@@ -59,40 +52,6 @@ def render(tokenizer: Any, dialogue: Dialogue, max_length: int = 8192) -> list[i
         FastsaeError: The template refuses the dialogue, for instance a system turn that the model does not know.
     """
     return _tokenize(tokenizer, [_template_text(tokenizer, dialogue)], max_length)[0]
-
-
-def special_token_ids(tokenizer: Any, extra_words: Sequence[str] = ()) -> dict[str, int]:
-    """Return the tokens whose reconstruction the special-token MSE measures, as {token: id}.
-
-    These are the special tokens that the chat template writes around turns, and the role words (`user`,
-    `assistant`, or `model`) where one token spells them. The BOS token before the first turn is not one of them. That
-    gives the paper's lists: `<|im_start|>`, `<|im_end|>`, user, assistant for Qwen, and `<|start_header_id|>`,
-    `<|end_header_id|>`, `<|eot_id|>`, user, assistant for Llama 3. A template of plain text may give none.
-
-    Args:
-        tokenizer: A tokenizer with a chat template.
-        extra_words: Further words to include, each of them one token.
-
-    Raises:
-        UsageError: No chat template, or a word of `extra_words` is not one token.
-
-    Source: arXiv:2506.07691, table 11.
-    """
-    ids = render(tokenizer, _PROBE)
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
-    if ids and ids[0] == tokenizer.bos_token_id and ids[0] not in ids[1:]:
-        special.discard(ids[0])
-    names = {index: tokenizer.decode([index]) for index in dict.fromkeys(ids)}
-    chosen = [index for index in names if index in special]
-    chosen += [index for index in names if names[index] in _ROLE_WORDS and index not in special]
-    for word in extra_words:
-        word_ids = tokenizer.encode(word, add_special_tokens=False)
-        if len(word_ids) != 1:
-            raise UsageError(f"special token {word!r}: expected one token, but this tokenizer needs {len(word_ids)}")
-        names[word_ids[0]] = word
-        chosen += word_ids
-    return {names[index]: index for index in chosen}
 
 
 class FastSequencer(Iterator[TokenBatch]):

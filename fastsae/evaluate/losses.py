@@ -24,27 +24,26 @@ class SplicedModel:
     """Logits of a model, clean and with the residual stream after one block replaced, without repeated work.
 
     The blocks up to the replaced one are skipped in a spliced pass where that changes nothing. It would in models whose
-    blocks hand on more than the residual stream (keys and values, a router's state), where they all run. Which kind of
-    model it is, the first dialogue shows: `check` is called on it.
+    blocks hand on more than the residual stream (keys and values, a router's state), where they all run. `check` finds out
+    which kind of model it is, once for each `ResidualStream`; the first clean pass calls it where nobody did.
     """
 
     def __init__(self, residual: ResidualStream) -> None:
         self.residual = residual
-        self.skips: bool | None = None  # not known before `check`
         self._blocks: list[nn.Module] = list(decoder_layers(residual.model)[: residual.layer + 1])
         self._other_outputs: tuple[Any, ...] | None = None
         self._tolerance = _TOLERANCE.get(residual.model.get_input_embeddings().weight.dtype, 1e-1)
 
     def clean(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the residual stream `[B, T, d_in]` and the logits `[B, T, vocabulary]` of one ordinary pass."""
-        if self.skips is None:
+        if self.residual.blocks_can_be_skipped is None:
             self.check(input_ids[:1], attention_mask[:1])
         hidden, logits = self._pass(input_ids, attention_mask)
         return hidden[-1], logits
 
     def spliced(self, input_ids: Tensor, attention_mask: Tensor, hidden: Tensor) -> Tensor:
         """Returns the logits `[B, T, vocabulary]` with `hidden` `[B, T, d_in]` as the block's output; `clean` comes first."""
-        if not self.skips:
+        if not self.residual.blocks_can_be_skipped:
             return self.residual.splice(input_ids, attention_mask, lambda _: hidden)
         output = hidden if self._other_outputs is None else (hidden, *self._other_outputs)
         with _returning(self._blocks, output):
@@ -115,18 +114,19 @@ class SplicedModel:
             )
 
     def _check_splicing(self, input_ids: Tensor, mask: Tensor, hidden: Tensor, logits: Tensor) -> None:
-        self.skips = False
+        self.residual.blocks_can_be_skipped = False
         whole = _difference(self.spliced(input_ids, mask, hidden.clone()), logits)
         if not whole <= self._tolerance:
             raise self._unsupported(
                 f"splicing its own output in changes the logits by {whole:.1%} of the largest, expected no change"
             )
-        self.skips = True
+        self.residual.blocks_can_be_skipped = True
         try:
             skipping = _difference(self.spliced(input_ids, mask, hidden.clone()), logits)
         except Exception:  # a later block misses what a skipped one should have left, in whatever form
             skipping = float("inf")
-        self.skips = skipping <= whole  # both are 0 where sums have one order; a GPU may add in any
+        # both are 0 where sums have one order; a GPU may add in any
+        self.residual.blocks_can_be_skipped = skipping <= whole
 
     def _unsupported(self, reason: str) -> UsageError:
         return unsupported(self.residual.model, f"decoder block {self.residual.layer}: {reason}")
@@ -200,7 +200,7 @@ class LossSums:
             recovered           (ce_zero - ce_spliced) / (ce_zero - ce): 1 for a perfect SAE, 0 for one that gives zeros
             kl                  mean over targets of KL(p || p spliced)
 
-        Position 0 keeps its own activation in both replacements.
+        Attention sinks keep their own activation in both replacements.
         """
         ce, spliced, zero = (ratio(total, self.count) for total in (self.clean, self.spliced, self.zero))
         return {

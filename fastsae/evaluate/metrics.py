@@ -1,7 +1,8 @@
 """Reconstruction metrics as running sums: tokens go in batch by batch, only fp64 sums are kept.
 
 Legend: n counts tokens, i dialogues, d the d_in elements of an activation x, x^ is its reconstruction.
-Position 0 is the first token of a dialogue, whose activation is often an outlier many times longer than all others.
+Attention sinks (`fastsae.data.sinks`) are left out wherever a name does not say otherwise: one of them can be a hundred times
+as long as all other activations, and a mean that holds it describes nothing else.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from fastsae_kernels import SparseActs
 
-_MACRO = ("mse", "special_mse", "mse_without_position_0", "special_mse_without_position_0")
+_MACRO = ("mse", "special_mse", "mse_with_sinks", "special_mse_with_sinks")
+OTHER_TOKENS, SINKS = "all other tokens", "attention sinks"  # rows of the token table that are no special token
 _NO_VARIANCE = 1e-12  # of the squared norm: what rounding leaves of a variance that is 0
 
 Metrics = dict[str, float | int | None]
@@ -36,34 +38,42 @@ def log2(value: float | None) -> float | None:
 class ReconstructionSums:
     """Everything about reconstruction and sparsity that a pass over the evaluation set accumulates.
 
-    Tokens are sorted into kinds: one for each special token, one for all other tokens, and the same again for
-    position 0. Sums of a kind make the token table; added up they make the metrics.
+    Tokens are sorted into kinds: one for each class of special tokens, one for all other tokens, and the same again for
+    attention sinks. Sums of a kind make the token table; added up they make the metrics.
 
     Attributes:
         count, squared_error, squared_norm, norm, l0: `[2, n_special + 1]` fp64 sums over the tokens of a kind, of 1,
-            ||x^ - x||^2, ||x||^2, ||x|| and the number of active features. Row 1 is position 0, the last column holds
+            ||x^ - x||^2, ||x||^2, ||x|| and the number of active features. Row 1 holds the sinks, the last column
             the tokens that are not special.
         vector: `[2, n_special + 1, d_in]` fp64 sum of x.
-        feature_counts: `[d_sae]` int64, tokens beyond position 0 on which a feature fires.
-        special_acts: `[n_special, d_sae]` fp64 sum of activations at each special token beyond position 0.
-        special_counts: `[d_sae]` int64, special tokens beyond position 0 on which a feature fires.
+        feature_counts: `[d_sae]` int64, tokens on which a feature fires.
+        special_acts: `[n_special, d_sae]` fp64 sum of activations at each class of special tokens.
+        special_counts: `[d_sae]` int64, special tokens on which a feature fires.
+        dialogues, late_sinks: Number of dialogues, and of sinks beyond position 0.
     """
 
-    def __init__(self, d_in: int, d_sae: int, special_ids: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self.d_in, self.d_sae = d_in, d_sae
-        self.special_ids = torch.tensor(list(special_ids), dtype=torch.int64, device=device)
-        self.n_special = len(special_ids)
-        kinds = (2, self.n_special + 1)
+    def __init__(self, d_in: int, d_sae: int, n_special: int, device: torch.device | str = "cpu") -> None:
+        self.d_in, self.d_sae, self.n_special = d_in, d_sae, n_special
+        kinds = (2, n_special + 1)
         fp64: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.count, self.squared_error, self.squared_norm, self.norm, self.l0 = torch.zeros(5, *kinds, **fp64)
         self.vector = torch.zeros(*kinds, d_in, **fp64)
         self.feature_counts = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self.special_counts = torch.zeros(d_sae, dtype=torch.int64, device=device)
-        self.special_acts = torch.zeros(self.n_special, d_sae, **fp64)
+        self.special_acts = torch.zeros(n_special, d_sae, **fp64)
         self._macro_sum, self._macro_count = torch.zeros(2, len(_MACRO), **fp64)
+        self.dialogues = self.late_sinks = 0
 
     def add(
-        self, x: Tensor, sae_out: Tensor, acts: SparseActs, token_ids: Tensor, positions: Tensor, rows: Tensor
+        self,
+        x: Tensor,
+        sae_out: Tensor,
+        acts: SparseActs,
+        *,
+        special: Tensor,
+        sinks: Tensor,
+        positions: Tensor,
+        rows: Tensor,
     ) -> None:
         """Adds the real tokens (no padding) of whole dialogues.
 
@@ -71,16 +81,15 @@ class ReconstructionSums:
             x: `[N, d_in]` activations.
             sae_out: `[N, d_in]` their reconstruction.
             acts: `[N, d_sae]` their features, packed.
-            token_ids: `[N]`.
+            special: `[N]` class of each special token, `n_special` for all other tokens.
+            sinks: `[N]` True for attention sinks.
             positions: `[N]`, 0 for the first token of a dialogue.
             rows: `[N]` dialogue of each token, counted from 0 inside this call; no dialogue spans two calls.
         """
         x = x.double()
         squared_error = (sae_out.double() - x).square().sum(-1)
         squared_norm = x.square().sum(-1)
-        special = self._special_index(token_ids)
-        late = positions > 0
-        kind = special + torch.where(late, 0, self.n_special + 1)
+        kind = special + torch.where(sinks, self.n_special + 1, 0)
         for total, values in (
             (self.count, torch.ones_like(squared_error)),
             (self.squared_error, squared_error),
@@ -90,28 +99,23 @@ class ReconstructionSums:
         ):
             total.view(-1).index_add_(0, kind, values)
         self.vector.view(-1, self.d_in).index_add_(0, kind, x)
-        self._add_macro(squared_error / self.d_in, special < self.n_special, late, rows)
-        self._add_features(acts, special, late)
+        self.dialogues += int((positions == 0).sum())
+        self.late_sinks += int((sinks & (positions > 0)).sum())
+        self._add_macro(squared_error / self.d_in, special < self.n_special, sinks, rows)
+        self._add_features(acts, special, sinks)
 
-    def _special_index(self, token_ids: Tensor) -> Tensor:
-        """`[N]` index into `special_ids`; `n_special` for all other tokens."""
-        matches = token_ids[:, None] == self.special_ids
-        matches = torch.cat([matches, torch.ones_like(token_ids, dtype=torch.bool)[:, None]], dim=1)
-        return matches.to(torch.int8).argmax(1)  # the first match
-
-    def _add_macro(self, mse: Tensor, is_special: Tensor, late: Tensor, rows: Tensor) -> None:
+    def _add_macro(self, mse: Tensor, is_special: Tensor, sinks: Tensor, rows: Tensor) -> None:
         n_rows = int(rows.max()) + 1 if rows.numel() else 0
-        everything = torch.ones_like(late)
-        for i, chosen in enumerate((everything, is_special, late, is_special & late)):
+        for i, chosen in enumerate((~sinks, is_special & ~sinks, torch.ones_like(sinks), is_special)):
             counts, sums = torch.zeros(2, n_rows, dtype=torch.float64, device=mse.device)
             counts.index_add_(0, rows, chosen.double())
             sums.index_add_(0, rows, mse * chosen)
             self._macro_sum[i] += (sums / counts.clamp_min(1)).sum()
             self._macro_count[i] += (counts > 0).sum()
 
-    def _add_features(self, acts: SparseActs, special: Tensor, late: Tensor) -> None:
+    def _add_features(self, acts: SparseActs, special: Tensor, sinks: Tensor) -> None:
         tokens = acts.row_ids()
-        fires = (acts.values > 0) & late[tokens]
+        fires = (acts.values > 0) & ~sinks[tokens]
         features, kinds, values = acts.indices[fires].long(), special[tokens[fires]], acts.values[fires].double()
         self.feature_counts += torch.bincount(features, minlength=self.d_sae)
         on_special = kinds < self.n_special
@@ -120,7 +124,7 @@ class ReconstructionSums:
         self.special_acts.view(-1).index_add_(0, kinds * self.d_sae + features, values)
 
     def variance(self) -> Tensor:
-        """`[2, n_special + 1]` sum of ||x - mean x||^2 of each kind; the mean is that of all tokens beyond position 0.
+        """`[2, n_special + 1]` sum of ||x - mean x||^2 of each kind; the mean is that of all tokens but the sinks.
 
         Computed as sum ||x||^2 - 2 mean . sum x + n ||mean||^2 in fp64.
         """
@@ -133,66 +137,71 @@ class ReconstructionSums:
 
         With e_n = ||x_n - x^_n||^2 and L_i tokens in dialogue i:
 
-            mse                   mean over i of (1/L_i) sum_{n in i} e_n / d_in      all positions (arXiv:2506.07691, eq. 7)
-            special_mse           the same over special tokens; dialogues without any are left out
-            *_log2                log2 of it
-            mse_micro             sum_n e_n / (n d_in): every token counts the same
-            *_without_position_0  over the other positions only
-            fvu                   sum e_n / sum ||x_n - mean x||^2, without position 0, which is also not in the mean
-            explained_variance    1 - fvu
-            l0                    mean number of active features of a token, without position 0
-            dead_share            share of features that fire on no token beyond position 0
-            *_position_0          fvu, mse (micro) and mean ||x|| at position 0; its fvu is about the mean of the others
-            l0_special            l0 over special tokens, without position 0
+            mse                      mean over i of (1/L_i) sum_{n in i} e_n / d_in, over the tokens that are no sinks;
+                                     dialogues without any are left out
+            special_mse              the same over special tokens
+            *_with_sinks             the same over all tokens, as the paper counts them (arXiv:2506.07691, eq. 7)
+            *_log2                   log2 of it
+            mse_micro                sum_n e_n / (n d_in): every token counts the same
+            special_mse_micro        the same over special tokens
+            fvu                      sum e_n / sum ||x_n - mean x||^2
+            special_fvu              the same over special tokens, about the mean of all tokens
+            explained_variance       1 - fvu
+            l0                       mean number of active features of a token
+            l0_special               the same over special tokens
+            dead_share               share of features that fire on no token
+            norm                     mean ||x||
+            fvu_sinks, mse_sinks,    fvu, mse_micro and mean ||x|| of the sinks; their fvu is about the mean of the other tokens
+            norm_sinks
+            sinks                    number of attention sinks
+            sinks_beyond_position_0  those of them that are not the first token of a dialogue
+            tokens, dialogues        number of them, sinks included
         """
         macro = [ratio(s, n) for s, n in zip(self._macro_sum.tolist(), self._macro_count.tolist(), strict=True)]
-        count, error, variance = self.count.sum(1).tolist(), self.squared_error.sum(1).tolist(), self.variance().sum(1)
-        norm, special_count = self.norm.sum(1).tolist(), self.count[0, :-1].sum().item()
-        fvu = ratio(error[0], variance[0].item())
+        count, error, variance = (sums.sum(1).tolist() for sums in (self.count, self.squared_error, self.variance()))
+        norm, special = self.norm.sum(1).tolist(), slice(0, self.n_special)
+        special_count, special_error = self.count[0, special].sum().item(), self.squared_error[0, special].sum().item()
+        fvu = ratio(error[0], variance[0])
         values: Metrics = {}
         for name, value in zip(_MACRO, macro, strict=True):
-            values[name] = value
-            if "position" not in name:
-                values[f"{name}_log2"] = log2(value)
-        values |= {
-            "mse_micro": ratio(sum(error), sum(count) * self.d_in),
-            "special_mse_micro": ratio(
-                self.squared_error[:, :-1].sum().item(), self.count[:, :-1].sum().item() * self.d_in
-            ),
+            values |= {name: value, f"{name}_log2": log2(value)}
+        return values | {
+            "mse_micro": ratio(error[0], count[0] * self.d_in),
+            "special_mse_micro": ratio(special_error, special_count * self.d_in),
             "fvu": fvu,
+            "special_fvu": ratio(special_error, self.variance()[0, special].sum().item()),
             "explained_variance": None if fvu is None else 1 - fvu,
             "l0": ratio(self.l0[0].sum().item(), count[0]),
-            "l0_special": ratio(self.l0[0, :-1].sum().item(), special_count),
+            "l0_special": ratio(self.l0[0, special].sum().item(), special_count),
             "dead_share": ratio((self.feature_counts == 0).sum().item(), self.d_sae) if count[0] else None,
-            "fvu_position_0": ratio(error[1], variance[1].item()),
-            "mse_position_0": ratio(error[1], count[1] * self.d_in),
-            "norm_position_0": ratio(norm[1], count[1]),
-            "norm_without_position_0": ratio(norm[0], count[0]),
+            "norm": ratio(norm[0], count[0]),
+            "fvu_sinks": ratio(error[1], variance[1]),
+            "mse_sinks": ratio(error[1], count[1] * self.d_in),
+            "norm_sinks": ratio(norm[1], count[1]),
+            "sinks": int(count[1]),
+            "sinks_beyond_position_0": self.late_sinks,
             "tokens": int(sum(count)),
-            "dialogues": int(count[1]),
+            "dialogues": self.dialogues,
         }
-        return values
 
     def token_table(self, names: Sequence[str]) -> list[dict[str, str | int | float | None]]:
-        """A row for each special token (named `names`), one for all other tokens, one for position 0.
+        """A row for each class of special tokens (named `names`), one for all other tokens, one for attention sinks.
 
-        Columns: token, id, count, `mse` = mean squared error per element, `fvu` = squared error over squared distance
-        to the mean of all tokens, `l0`, `norm` = mean ||x||. All but the last row leave out position 0.
+        Columns: token, count, `mse` = mean squared error per element, `fvu` = squared error over squared distance
+        to the mean of all tokens, `l0`, `norm` = mean ||x||. All but the last row leave out sinks.
         """
-        flat = [sums[0] for sums in (self.count, self.squared_error, self.variance(), self.l0, self.norm)]
-        ends = [sums[1].sum()[None] for sums in (self.count, self.squared_error, self.variance(), self.l0, self.norm)]
-        columns = [torch.cat(pair).tolist() for pair in zip(flat, ends, strict=True)]
-        tokens = [*names, "all other tokens", "position 0"]
-        ids: list[int | None] = [*self.special_ids.tolist(), None, None]
+        columns = [
+            [*sums[0].tolist(), sums[1].sum().item()]
+            for sums in (self.count, self.squared_error, self.variance(), self.l0, self.norm)
+        ]
         return [
             {
                 "token": token,
-                "id": index,
                 "count": int(count),
                 "mse": ratio(error, count * self.d_in),
                 "fvu": ratio(error, variance),
                 "l0": ratio(l0, count),
                 "norm": ratio(norm, count),
             }
-            for token, index, count, error, variance, l0, norm in zip(tokens, ids, *columns, strict=True)
+            for token, count, error, variance, l0, norm in zip([*names, OTHER_TOKENS, SINKS], *columns, strict=True)
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from fastsae.data.activations import ResidualStream
 from fastsae.data.sequencing import TokenBatch
+from fastsae.data.sinks import SinkRule
+from fastsae.data.special_tokens import SpecialTokens
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate.contexts import TopDialogues, top_contexts
 from fastsae.evaluate.losses import LossSums, SplicedModel
@@ -21,6 +24,7 @@ from fastsae_kernels import SparseActs
 N_TOP_FEATURES = 10
 _GROUP_TOKENS = 4096  # run through model and SAE together
 _GROUP_LOGITS = 2**28  # elements; two such tensors are held at a time
+_HEAD_FLOP = 5e10  # of the product that gives the logits: on a CPU an interrupt is heard only once it is done
 
 
 @dataclass(frozen=True)
@@ -30,9 +34,10 @@ class Evaluation:
     Attributes:
         metrics: Name to number, None where a metric is undefined on this data. Reconstruction and sparsity are defined at
             `fastsae.evaluate.metrics.ReconstructionSums.metrics`, losses at `fastsae.evaluate.losses.LossSums.metrics`.
-        feature_counts: `[d_sae]` int64, tokens on which each feature fires, position 0 left out.
+            `norm_median` is the one by which sinks were told apart, see `fastsae.data.sinks`.
+        feature_counts: `[d_sae]` int64, tokens on which each feature fires, attention sinks left out.
         special_tokens: Rows of the token table, see `ReconstructionSums.token_table`.
-        top_special_features: The ten features with the largest mean activation over all special tokens beyond position 0
+        top_special_features: The ten features with the largest mean activation over all special tokens that are no sinks
             (those on which they do not fire count as 0), largest first. Each row: `feature`, `mean_activation` (that
             mean), `mean_activation_by_token` (the same for each special token), `share_special` and `share_other` (of
             special and other tokens, on which it fires), `contexts` (top 5, see `fastsae.evaluate.contexts`).
@@ -51,7 +56,8 @@ def evaluate(
     tokenizer: Any,
     batches: Iterable[TokenBatch],
     *,
-    special_ids: dict[str, int],
+    special_tokens: SpecialTokens,
+    n_dialogues: int | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Measures reconstruction, sparsity, special tokens and the model's loss with the SAE spliced in.
@@ -64,8 +70,9 @@ def evaluate(
         residual: Model and layer that the SAE belongs to.
         tokenizer: Writes the tokens of the contexts.
         batches: Dialogues, one per row, each of them once (an endless sequencer never ends here).
-        special_ids: Token to id, from `fastsae.data.sequencing.special_token_ids`; may be empty.
-        progress: Show a progress bar.
+        special_tokens: From `fastsae.data.special_tokens.find_special_tokens`; may be empty.
+        n_dialogues: Number of dialogues in `batches`, for the progress bar. None where it is not known.
+        progress: Show progress bars.
 
     Raises:
         UsageError: The SAE's width is not that of the residual stream, or there are no dialogues.
@@ -81,26 +88,37 @@ def evaluate(
         )
     from tqdm import tqdm
 
-    sums = ReconstructionSums(sae.d_in, sae.d_sae, list(special_ids.values()), sae.device)
+    names = special_tokens.names
+    sums = ReconstructionSums(sae.d_in, sae.d_sae, len(names), sae.device)
     top = TopDialogues(sae.d_sae, device=sae.device)
     losses, model = LossSums(), SplicedModel(residual)
-    for batch in tqdm(batches, desc="evaluating", unit="batch", disable=not progress):
-        for group in _row_groups(batch, residual.model.config):
-            _add_group(sae, model, group, sums, top, losses)
+    with tqdm(total=n_dialogues, desc="evaluating", unit="dialogue", disable=not progress) as bar:
+        first, served = itertools.tee(batches)
+        is_sink = SinkRule.of(residual, first)
+        del first  # so that `tee` does not keep the batches that follow
+        for batch in served:
+            for group in _row_groups(batch, residual):
+                _add_group(sae, model, group, special_tokens, is_sink, sums, top, losses)
+                bar.update(len(group.input_ids))
+        bar.total = bar.n  # the template may have refused some
+        bar.refresh()
     if not top.tokens:
         raise UsageError("no dialogues to evaluate: expected at least one batch, got none")
     return Evaluation(
-        metrics={**sums.metrics(), **losses.metrics()},
+        metrics={**sums.metrics(), "norm_median": is_sink.median_norm, **losses.metrics()},
         feature_counts=sums.feature_counts.cpu(),
-        special_tokens=sums.token_table(list(special_ids)),
-        top_special_features=_top_special_features(sae, residual, tokenizer, sums, top, list(special_ids)),
+        special_tokens=sums.token_table(names),
+        top_special_features=_top_special_features(sae, residual, is_sink, tokenizer, sums, top, names, progress),
     )
 
 
-def _row_groups(batch: TokenBatch, config: Any) -> Iterator[TokenBatch]:
+def _row_groups(batch: TokenBatch, residual: ResidualStream) -> Iterator[TokenBatch]:
     """Cuts a batch into groups of rows that fit in memory with their logits; a row is never cut."""
+    config = residual.model.config
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = min(_GROUP_TOKENS, _GROUP_LOGITS // text_config.vocab_size)
+    if residual.device.type == "cpu":
+        limit = min(limit, int(_HEAD_FLOP / (2 * residual.d_in * text_config.vocab_size)))
     size = max(1, limit // max(1, batch.input_ids.shape[1]))
     for start in range(0, len(batch.input_ids), size):
         rows = slice(start, start + size)
@@ -113,6 +131,8 @@ def _add_group(
     sae: SparseAutoencoder,
     model: SplicedModel,
     batch: TokenBatch,
+    special_tokens: SpecialTokens,
+    is_sink: SinkRule,
     sums: ReconstructionSums,
     top: TopDialogues,
     losses: LossSums,
@@ -130,11 +150,11 @@ def _add_group(
         )
     sae_out, acts = _reconstruct(sae, x.to(sae.device))
 
-    late = positions > 0
-    for replacement in (sae_out, None):
+    sinks = is_sink(x, positions.to(x.device)).cpu()
+    for replacement in (sae_out, None):  # sinks keep their own activation: no SAE is asked to reconstruct them
         spliced = hidden.clone()
-        where = rows[late].to(hidden.device), positions[late].to(hidden.device)
-        spliced[where] = 0 if replacement is None else replacement[late.to(sae.device)].to(hidden)
+        where = rows[~sinks].to(hidden.device), positions[~sinks].to(hidden.device)
+        spliced[where] = 0 if replacement is None else replacement[~sinks.to(sae.device)].to(hidden)
         new_logits = model.spliced(input_ids, attention_mask, spliced)
         if replacement is None:
             losses.add_zero(new_logits, input_ids, attention_mask)
@@ -143,9 +163,10 @@ def _add_group(
             del logits
 
     token_rows = [ids[mask] for ids, mask in zip(input_ids, attention_mask, strict=True)]
-    token_ids, rows, positions = (t.to(sae.device) for t in (input_ids[attention_mask], rows, positions))
-    sums.add(x.to(sae.device), sae_out, acts, token_ids, positions, rows)
-    top.add(acts, positions, rows, token_rows, batch.dialogue_ids.tolist())
+    special = special_tokens.classes(input_ids)[attention_mask]
+    special, sinks, rows, positions = (t.to(sae.device) for t in (special, sinks, rows, positions))
+    sums.add(x.to(sae.device), sae_out, acts, special=special, sinks=sinks, positions=positions, rows=rows)
+    top.add(acts, sinks, rows, token_rows, batch.dialogue_ids.tolist())
 
 
 def _reconstruct(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, SparseActs]:
@@ -167,17 +188,19 @@ def _reconstruct(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, SparseActs]
 def _top_special_features(
     sae: SparseAutoencoder,
     residual: ResidualStream,
+    is_sink: SinkRule,
     tokenizer: Any,
     sums: ReconstructionSums,
     top: TopDialogues,
     names: list[str],
+    progress: bool,
 ) -> list[dict[str, Any]]:
     counts = sums.count[0]
     n_special, n_other = counts[:-1].sum().item(), counts[-1].item()
     strength = sums.special_acts.sum(0)
     order = strength.argsort(descending=True, stable=True)[:N_TOP_FEATURES]
     features = order[strength[order] > 0].tolist()
-    contexts = top_contexts(sae, residual, tokenizer, top, features) if features else []
+    contexts = top_contexts(sae, residual, is_sink, tokenizer, top, features, progress) if features else []
     rows = []
     for feature, examples in zip(features, contexts, strict=True):
         by_token = zip(names, sums.special_acts[:, feature].tolist(), counts.tolist(), strict=False)

@@ -11,14 +11,17 @@ from typing import Any
 
 from fastsae.disk import write_atomically
 from fastsae.evaluate import plots
-from fastsae.evaluate.metrics import Metrics
+from fastsae.evaluate.metrics import OTHER_TOKENS, SINKS
 from fastsae.evaluate.reconstruction import Evaluation
 from fastsae.evaluate.style import CSS
 
 # metric, its name, unit, one line of meaning
 _HEADLINES = (
     ("fvu", "FVU", "", "Fraction of variance unexplained: 0 is perfect, 1 no better than the mean activation."),
+    ("special_fvu", "Special-token FVU", "", "The same on the tokens of the chat template alone."),
     ("l0", "L0", "features per token", "How many features are active on a token, on average."),
+    ("mse_log2", "MSE, log2", "", "log2 of the squared error per element, mean over dialogues."),
+    ("special_mse_log2", "Special-token MSE, log2", "", "The same on the tokens of the chat template alone."),
     ("dead_share", "Dead features", "%", "Features that fired on no token of the evaluation set."),
     (
         "delta_loss_percent",
@@ -28,28 +31,40 @@ _HEADLINES = (
     ),
     ("recovered", "Loss recovered", "%", "100 is the unchanged model, 0 the one with zeros in this place."),
     ("kl", "KL divergence", "nats per token", "From the model's predictions to those with the reconstruction."),
-    ("mse_log2", "MSE, log2", "", "log2 of the squared error per element, mean over dialogues."),
-    ("special_mse_log2", "Special-token MSE, log2", "", "The same on the tokens of the chat template alone."),
 )
+# metric, another one that its card shows beside it, and the words for it
+_BESIDE = {
+    "mse_log2": ("mse_with_sinks_log2", "{} with attention sinks"),
+    "special_mse_log2": ("special_mse_with_sinks_log2", "{} with attention sinks"),
+    "l0": ("target_l0", "target: {}"),
+}
 _PERCENT = {"dead_share": 100.0, "recovered": 100.0}
 _MEANINGS = {
     "mse": "squared error per element, mean over the tokens of a dialogue, then over dialogues",
     "mse_log2": "log2 of mse",
     "special_mse": "mse over special tokens only",
     "special_mse_log2": "log2 of special_mse",
-    "mse_without_position_0": "mse without the first token of each dialogue",
-    "special_mse_without_position_0": "special_mse without the first token of each dialogue",
+    "mse_with_sinks": "mse over all tokens, as the FAST paper counts it",
+    "mse_with_sinks_log2": "log2 of mse_with_sinks",
+    "special_mse_with_sinks": "special_mse over all special tokens, as the FAST paper counts it",
+    "special_mse_with_sinks_log2": "log2 of special_mse_with_sinks",
     "mse_micro": "squared error per element, every token counted the same",
     "special_mse_micro": "mse_micro over special tokens only",
-    "fvu": "squared error over squared distance to the mean, without position 0",
+    "fvu": "squared error over squared distance to the mean",
+    "special_fvu": "fvu over special tokens only, about the mean of all tokens",
     "explained_variance": "1 − fvu",
-    "l0": "active features per token, without position 0",
-    "l0_special": "l0 over special tokens",
-    "dead_share": "share of features that fired on no token, without position 0",
-    "fvu_position_0": "fvu of the first tokens, about the mean of all others",
-    "mse_position_0": "mse_micro of the first tokens",
-    "norm_position_0": "mean length of the first tokens' activations",
-    "norm_without_position_0": "mean length of all other activations",
+    "l0": "active features per token",
+    "l0_special": "l0 over special tokens only",
+    "target_l0": "the l0 that the run was to reach",
+    "l0_missed_percent": "100 (l0 − target_l0) / target_l0",
+    "dead_share": "share of features that fired on no token",
+    "norm": "mean length of the activations",
+    "norm_median": "median length of the first activations; a sink is more than ten times as long",
+    "fvu_sinks": "fvu of the attention sinks, about the mean of all other tokens",
+    "mse_sinks": "mse_micro of the attention sinks",
+    "norm_sinks": "mean length of the attention sinks' activations",
+    "sinks": "attention sinks among the tokens evaluated",
+    "sinks_beyond_position_0": "attention sinks that are not the first token of a dialogue",
     "tokens_evaluated": "tokens evaluated",
     "dialogues": "dialogues evaluated",
     "ce": "the model's own next-token loss, nats per token",
@@ -68,7 +83,7 @@ def write_report(
     path: str | Path,
     *,
     config: dict[str, Any],
-    metrics: Metrics,
+    metrics: dict[str, Any],
     history: Sequence[dict[str, Any]],
     evaluation: Evaluation | None,
 ) -> None:
@@ -77,12 +92,13 @@ def write_report(
     Args:
         path: The file, usually `report.html`.
         config: The resolved configuration, shown as JSON.
-        metrics: As in `metrics.json`; None reads "n/a".
+        metrics: As in `metrics.json`; None reads "n/a". Sentences under `warnings` stand at the top. What could not be
+            used of the data (`dropped_by_reason`, `dropped_first_rows`, `unknown_roles`) has a table of its own.
         history: Training log, one row per entry: `tokens`, `loss`, `mse_loss`, `l0`, `fvu`, `dead_share` are drawn, missing
             values are skipped. May be empty, as for an SAE that was only evaluated.
         evaluation: Densities, special tokens and features. None leaves these sections out.
     """
-    sections = [_header(config, evaluation), _headlines(metrics), _curves(history)]
+    sections = [_header(config, evaluation), _warnings(metrics), _headlines(metrics), _curves(history)]
     if evaluation is not None:
         sections += [_densities(evaluation), _special_tokens(evaluation), _features(evaluation)]
     sections += [_data(metrics), _all_metrics(metrics), _configuration(config)]
@@ -119,17 +135,38 @@ def _header(config: dict[str, Any], evaluation: Evaluation | None) -> str:
     return f'<h1>Sparse autoencoder report</h1>\n<p class="lead">{" · ".join(facts)}</p>'
 
 
-def _headlines(metrics: Metrics) -> str:
+def _warnings(metrics: dict[str, Any]) -> str:
+    sentences = "".join(f"<p>{escape(str(sentence))}</p>" for sentence in metrics.get("warnings") or ())
+    return f'<div class="warnings" role="note">{sentences}</div>' if sentences else ""
+
+
+def _headlines(metrics: dict[str, Any]) -> str:
     cards = []
     for key, name, unit, meaning in _HEADLINES:
         value = metrics.get(key)
         shown = value * _PERCENT[key] if value is not None and key in _PERCENT else value
         small = f" <small>{unit}</small>" if unit and value is not None else ""
+        other, words = _BESIDE.get(key, ("", ""))
+        beside = ""
+        if metrics.get(other) is not None:
+            beside = f'<div class="beside">{words.format(number(metrics[other]))}</div>'
         cards.append(
-            f'<div class="card"><div class="name">{name}</div><div class="value">{number(shown)}{small}</div>'
+            f'<div class="card"><div class="name">{name}</div><div class="value">{number(shown)}{small}</div>{beside}'
             f'<div class="meaning">{meaning}</div></div>'
         )
-    return f'<div class="cards">{"".join(cards)}</div>'
+    note = ""
+    if metrics.get("sinks"):
+        note = f'<p class="note">{_sinks(metrics)}</p>'
+    return f'<div class="cards">{"".join(cards)}</div>{note}'
+
+
+def _sinks(metrics: dict[str, Any]) -> str:
+    beyond = metrics.get("sinks_beyond_position_0") or 0
+    found = f"{number(metrics['sinks'])} tokens are attention sinks and left out unless a figure says otherwise: "
+    found += "the first token of each dialogue"
+    if beyond:
+        found += f", and {number(beyond)} that are more than ten times as long as the median token"
+    return found + "."
 
 
 def _curves(history: Sequence[dict[str, Any]]) -> str:
@@ -164,7 +201,7 @@ def _from_zero(points: list[plots.Point], x_label: str, y_label: str, caption: s
 
 
 def _densities(evaluation: Evaluation) -> str:
-    tokens = (evaluation.metrics.get("tokens") or 0) - (evaluation.metrics.get("dialogues") or 0)
+    tokens = (evaluation.metrics.get("tokens") or 0) - (evaluation.metrics.get("sinks") or 0)
     counts = evaluation.feature_counts
     n_dead = int((counts == 0).sum())
     if tokens <= 0:
@@ -189,16 +226,17 @@ def _special_tokens(evaluation: Evaluation) -> str:
     head = "<th>token</th>" + "".join(f'<th class="number">{name}</th>' for _, name in columns)
     body = []
     for row in evaluation.special_tokens:
-        name = (
-            f"<code>{escape(visible(str(row['token'])))}</code>" if row["id"] is not None else escape(str(row["token"]))
-        )
+        name = escape(visible(str(row["token"])))
+        if row["token"] not in (OTHER_TOKENS, SINKS):
+            name = f"<code>{name}</code>"
         cells = "".join(f'<td class="number">{number(row[key])}</td>' for key, _ in columns)
         body.append(f"<tr><td>{name}</td>{cells}</tr>")
     return (
         "<h2>Special tokens</h2>\n"
-        "<p>Tokens that the chat template writes around every turn. FVU is the squared error over the squared distance to "
-        "the mean of all tokens. Position 0, the first token of each dialogue and often an outlier, has its own row and "
-        f'is left out of the others.</p>\n<div class="wide"><table><tr>{head}</tr>{"".join(body)}</table></div>'
+        "<p>Tokens that the chat template writes around every turn; a role's name counts there, not inside a message. FVU is "
+        "the squared error over the squared distance to the mean of all tokens. Attention sinks, the first token of each "
+        "dialogue among them, have their own row and are left out of the others.</p>"
+        f'\n\n<div class="wide"><table><tr>{head}</tr>{"".join(body)}</table></div>'
     )
 
 
@@ -208,8 +246,8 @@ def _features(evaluation: Evaluation) -> str:
         return title + "<p>No feature fires on a special token, or the chat template has none.</p>"
     intro = (
         "<p>The features with the largest mean activation over all special tokens, each with the five dialogues where it "
-        "is strongest. The background shows the activation relative to the feature's largest; the number on the left is "
-        "the activation at the outlined token.</p>"
+        "is strongest, attention sinks left out. The background shows the activation relative to the feature's largest; "
+        "the number on the left is the activation at the outlined token.</p>"
     )
     return title + intro + "".join(_feature(row) for row in evaluation.top_special_features)
 
@@ -250,17 +288,16 @@ def _percent(share: float | None) -> str:
     return "n/a" if share is None else f"{number(100 * share)} %"
 
 
-def _data(metrics: Metrics) -> str:
+def _data(metrics: dict[str, Any]) -> str:
     """What the run could not use of its data, and the roles in it that it does not know."""
-    tables: dict[str, Any] = dict(metrics)
-    first_rows = tables.get("dropped_first_rows", {})
+    first_rows = metrics.get("dropped_first_rows", {})
     rows = [
         f'<tr><td>could not be used: {escape(reason)}, such as row {first_rows[reason]}</td><td class="number">{n:,}</td></tr>'
-        for reason, n in tables.get("dropped_by_reason", {}).items()
+        for reason, n in metrics.get("dropped_by_reason", {}).items()
     ]
     rows += [
         f'<tr><td>have the unknown role <code>{escape(visible(word))}</code></td><td class="number">{n:,}</td></tr>'
-        for word, n in tables.get("unknown_roles", {}).items()
+        for word, n in metrics.get("unknown_roles", {}).items()
     ]
     if not rows:
         return ""
@@ -268,17 +305,18 @@ def _data(metrics: Metrics) -> str:
     return f'<h2>Unusual dialogues</h2>\n<div class="wide"><table>{head}{"".join(rows)}</table></div>'
 
 
-def _all_metrics(metrics: Metrics) -> str:
+def _all_metrics(metrics: dict[str, Any]) -> str:
     # a run reports the tokens it was trained on under `tokens`, an evaluation by itself those it measured
     meanings = _MEANINGS | {"tokens": "tokens trained on" if "tokens_evaluated" in metrics else "tokens evaluated"}
     rows = "".join(
         f'<tr><td><code>{escape(name)}</code></td><td class="number">{number(value, 4)}</td>'
         f"<td>{escape(meanings.get(name, ''))}</td></tr>"
         for name, value in metrics.items()
-        if not isinstance(value, dict)
+        if value is None or isinstance(value, (int, float))
     )
     head = '<tr><th>metric</th><th class="number">value</th><th>meaning</th></tr>'
-    return f'<h2>All metrics</h2>\n<div class="wide"><table>{head}{rows}</table></div>'
+    note = "<p>Attention sinks are left out of every metric of activations whose name does not say otherwise.</p>"
+    return f'<h2>All metrics</h2>\n{note}<div class="wide"><table>{head}{rows}</table></div>'
 
 
 def _configuration(config: dict[str, Any]) -> str:

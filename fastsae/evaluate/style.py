@@ -14,12 +14,18 @@ h3 { font-size: 1rem; font-weight: 650; margin: 0; }
 p { margin: 0.3rem 0 0.8rem; max-width: 46rem; }
 .note, .lead, figcaption { color: var(--soft); }
 .note, figcaption { font-size: 0.88rem; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)); gap: 0.8rem; margin: 1.4rem 0 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: 0.8rem;
+  margin: 1.4rem 0 0; }
 .card { background: var(--card); border-radius: 8px; padding: 0.85rem 1rem 0.9rem; }
 .card .name { font-size: 0.82rem; font-weight: 600; color: var(--soft); }
 .card .value { font-size: 1.65rem; font-weight: 600; line-height: 1.35; font-variant-numeric: tabular-nums; }
 .card .value small { display: inline-block; font-size: 0.85rem; font-weight: 400; line-height: 1.2; color: var(--soft); }
+.card .beside { font-size: 0.85rem; line-height: 1.4; color: var(--s1); margin: -0.1rem 0 0.2rem; }
 .card .meaning { font-size: 0.82rem; line-height: 1.4; color: var(--soft); }
+.warnings { border-left: 4px solid var(--s1); background: var(--card); border-radius: 0 8px 8px 0;
+  padding: 0.6rem 1rem 0.5rem; margin: 1.2rem 0 0; }
+.warnings p { margin: 0.15rem 0 0.25rem; max-width: none; }
+.cards + .note { margin-top: 0.7rem; max-width: none; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem 1.6rem; }
 figure { margin: 0.6rem 0 0; max-width: 36rem; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }

@@ -34,8 +34,7 @@ class SparseAutoencoder(nn.Module, ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "file_architectures" in cls.__dict__:
-            files.classes.append(cls)
+        files.classes += [cls] if "file_architectures" in cls.__dict__ else []
 
     def __init__(
         self,
@@ -360,8 +359,8 @@ class SparseAutoencoder(nn.Module, ABC):
     @classmethod
     def file_shapes(cls, config: SavedConfig) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors in the weights' file."""
-        d_in, d_sae = config.d_in, config.d_sae
-        return {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+        shape = (config.d_in, config.d_sae)
+        return {"W_enc": shape, "b_enc": shape[1:], "W_dec": shape[::-1], "b_dec": shape[:1]}
 
     @classmethod
     def state_from(cls, config: SavedConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -376,7 +375,7 @@ class SparseAutoencoder(nn.Module, ABC):
         """Writes SAELens' `cfg.json` and `sae_weights.safetensors` to the folder `path`, each file atomically.
 
         Args:
-            path: Folder, `~` the home; made where it does not exist.
+            path: Folder; made where it does not exist.
             metadata: Merged into the metadata of `cfg.json` (`model_name`, `hook_name`, ...).
 
         Raises:
@@ -389,16 +388,11 @@ class SparseAutoencoder(nn.Module, ABC):
     def load(cls: type[Module], path: str | Path, device: torch.device | str | None = None) -> Module:
         """Reads an SAE from SAELens' two files; on the base class any known architecture, else the class's own.
 
-        Sizes are compared with the weights' header before anything is allocated, and no random numbers are drawn.
-
-        Args:
-            path: Folder, `~` the home.
-            device: Where the parameters are made.
+        Nothing is allocated beyond what the files hold, and no random numbers are drawn.
 
         Raises:
             FileNotFoundError: A file is missing.
-            ValueError: A file is corrupt, or holds another architecture, shape, kind of number or option than this class
-                runs; it names the key or the tensor.
+            ValueError: A file is corrupt, or holds what this class does not run; it names the key or the tensor.
         """
         sae = files.load(local_path(path), device, cls)
         if not isinstance(sae, cls):

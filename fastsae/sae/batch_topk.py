@@ -127,6 +127,21 @@ class FusedBatchTopKSAE(TopKFamily):
         old.copy_(torch.where(torch.isfinite(new), moved, old))
 
     @torch.no_grad()
+    def calibrate_threshold_(self, x: Tensor) -> None:
+        """Sets `topk_threshold` so that `k` features per token of `x` are active, in place of what the steps have averaged.
+
+        The average starts at 0 and takes some hundred steps; this takes one pass. Where fewer than `k` features per token
+        are positive, all of them are active.
+
+        Args:
+            x: `[..., d_in]`, activations like those to come; a few thousand tokens are enough.
+        """
+        values = self._encode_training(x).active().values
+        if len(values):
+            # the gate is strict, so the smallest value itself must lie above the threshold
+            self.topk_threshold.fill_(values.min()).mul_(1 - 1e-6)
+
+    @torch.no_grad()
     def fold_activation_scale_(self, scale: float) -> None:
         super().fold_activation_scale_(scale)
         self.topk_threshold.div_(scale)

@@ -155,6 +155,23 @@ class FusedJumpReLUSAE(SparseAutoencoder):
         return self._train_output(x, output, losses)
 
     @torch.no_grad()
+    def shift_gates_(self, shift: Tensor) -> None:
+        """Lets every feature fire only where `hidden_pre` is larger by `shift`, a scalar, than it had to be; in place.
+
+        The thresholds move, and what would take one below 0 moves its feature's bias instead.
+        """
+        shifted = self.threshold.detach() + shift
+        self.b_enc.data.sub_(
+            shifted.clamp(max=0).to(self.dtype)
+        )  # .data: an earlier pass may still wait for its backward
+        shifted.clamp_(min=0)
+        if "log_threshold" in self._parameters:
+            smallest = torch.finfo(shifted.dtype).tiny  # the logarithm of 0 could never rise again
+            self.log_threshold.data.copy_(shifted.clamp(min=smallest).log())
+        else:
+            self.threshold.data.copy_(shifted)
+
+    @torch.no_grad()
     def fold_activation_scale_(self, scale: float) -> None:
         super().fold_activation_scale_(scale)
         if "log_threshold" in self._parameters:

@@ -33,6 +33,11 @@ class FusedReLUSAE(SparseAutoencoder):
     def gate_threshold(self) -> Tensor:
         return torch.zeros(self.d_sae, dtype=self._wide(), device=self.device)
 
+    @torch.no_grad()
+    def shift_gates_(self, shift: Tensor) -> None:
+        """Lets every feature fire only where `hidden_pre` is larger by `shift`, a scalar, than it had to be; in place."""
+        self.b_enc.data.sub_(shift.to(self.dtype))  # .data: an earlier pass may still wait for its backward
+
     def training_forward(
         self, x: Tensor, l1_coefficient: float | Tensor = 1.0, *, scale_by_decoder_norm: bool = True
     ) -> TrainOutput:

@@ -156,22 +156,29 @@ class TrainConfig:
     sparsity: Sparsity = option(
         "quadratic",
         "training",
-        "form of the L0 penalty: quadratic steers L0 to --target-l0; step and tanh have --l0-coefficient alone",
+        "form of the L0 penalty: quadratic keeps L0 at --target-l0; step and tanh have --l0-coefficient alone",
         used_by=("jumprelu",),
     )
     l0_coefficient: float = option(1.0, "training", "weight of the L0 penalty", WEIGHT, used_by=("jumprelu",))
-    l1_coefficient: float = option(5.0, "training", "weight of the L1 penalty", WEIGHT, used_by=("relu",))
+    l1_coefficient: float | None = option(
+        None,
+        "training",
+        "weight of the L1 penalty (default: adapted in every step so that L0 reaches --target-l0)",
+        WEIGHT,
+        used_by=("relu",),
+    )
     target_l0: float = option(
         32.0,
         "training",
-        "number of active features per token that the quadratic penalty steers to",
+        "number of active features per token at which training keeps L0; not with --sparsity step or tanh, nor with "
+        "--l1-coefficient",
         (1e-3, 1e9),
-        used_by=("jumprelu",),
+        used_by=("jumprelu", "relu"),
     )
     sparsity_warm_up: float = option(
         0.1,
         "training",
-        "share of the steps in which the weight of the penalty rises from 0",
+        "share of the steps in which the weight of the penalty rises from 0, and L0 goes from its start to --target-l0",
         SHARE,
         used_by=("jumprelu", "relu"),
     )
@@ -226,6 +233,20 @@ class TrainConfig:
         """`apply_b_dec_to_input`, its default resolved."""
         chosen = self.apply_b_dec_to_input
         return self.is_topk if chosen is None else chosen
+
+    @property
+    def controls_l0(self) -> bool:
+        """Whether training keeps L0 at `target_l0`."""
+        if self.architecture == "relu":
+            return self.l1_coefficient is None
+        return self.architecture == "jumprelu" and self.sparsity == "quadratic"
+
+    @property
+    def l0_target(self) -> float | None:
+        """Active features per token that the run is asked for; None where it has only a penalty's weight."""
+        if self.is_topk:
+            return self.k
+        return self.target_l0 if self.controls_l0 else None
 
     @property
     def dead_features_learn(self) -> bool:

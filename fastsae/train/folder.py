@@ -74,7 +74,7 @@ def located(name: str) -> str:
     Other names, such as `demo` and those of the hub, stay as they are.
     """
     path = local_path(name)
-    return str(path.absolute()) if name != "demo" and os.path.exists(path) else name
+    return os.path.abspath(path) if name != "demo" and os.path.exists(path) else name
 
 
 def described(config: TrainConfig) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from fastsae.data.dedup import dedup_ngrams
 from fastsae.data.dropped import Dropped
 from fastsae.data.language_model import load_model
 from fastsae.data.progress import with_bar
-from fastsae.data.sequencing import FastSequencer, render, special_token_ids
+from fastsae.data.sequencing import FastSequencer, render
+from fastsae.data.special_tokens import SpecialTokens, find_special_tokens
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate.losses import SplicedModel
 from fastsae.train.config import ModelDtype, TrainConfig
@@ -58,7 +59,7 @@ class Pipeline:
         dialogues: The dataset.
         train: Indices into `dialogues`.
         held_out: Indices into `dialogues`.
-        special_ids: Token to id of the special tokens.
+        special_tokens: What the chat template writes around turns.
     """
 
     config: TrainConfig
@@ -68,7 +69,7 @@ class Pipeline:
     dialogues: Sequence[Dialogue]
     train: list[int]
     held_out: list[int]
-    special_ids: dict[str, int]
+    special_tokens: SpecialTokens
 
     @property
     def unknown_roles(self) -> dict[str, int]:
@@ -159,13 +160,13 @@ def build_pipeline(config: TrainConfig, *, progress: bool = False, for_training:
         )
     check_vocabulary(model, tokenizer)
     ChatTemplate(tokenizer).warn_of_lost_text()
-    special_ids = special_token_ids(tokenizer)
+    special_tokens = find_special_tokens(tokenizer)
     max_length = _max_length(model, config)
     _check_model(residual, tokenizer, max_length)
     dialogues = load_chats(config.dataset, config.split, progress=progress)
     train, held_out = split_dialogues(dialogues, config, progress=progress)
     logger.info("%d dialogues to train on, %d held out", len(train), len(held_out))
-    return Pipeline(config, residual, tokenizer, max_length, dialogues, train, held_out, special_ids)
+    return Pipeline(config, residual, tokenizer, max_length, dialogues, train, held_out, special_tokens)
 
 
 def _max_length(model: Any, config: TrainConfig) -> int:

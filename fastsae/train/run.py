@@ -34,6 +34,7 @@ from fastsae.train.folder import (
     prepare,
 )
 from fastsae.train.initialize import SAMPLE
+from fastsae.train.l0_control import l0_metrics
 from fastsae.train.pipeline import Pipeline, build_pipeline
 from fastsae.train.saved_state import check_alike, check_buffer, check_trainer
 from fastsae.train.trainer import Trainer, build_sae
@@ -77,7 +78,7 @@ def _train(config: TrainConfig, output: Path, *, resume: bool, progress: bool) -
     }
     if resume:
         check_fingerprints(output, config, fingerprints)
-    parts = _Parts(config, pipeline)
+    parts = _Parts(config, pipeline, progress)
     if saved is not None:
         seconds_before = parts.restore(saved, output)
     else:
@@ -91,12 +92,14 @@ def _train(config: TrainConfig, output: Path, *, resume: bool, progress: bool) -
         return seconds_before + time.perf_counter() - started
 
     parts.train(lambda: parts.save(output, seconds()), progress)
+    parts.trainer.calibrate(parts.buffer.sample(SAMPLE))
     sae = parts.trainer.sae
     sae.fold_activation_scale_(parts.trainer.scale)
     save_sae(output, config, sae)  # before the evaluation, which can fail
     result = evaluate_sae(sae, pipeline, parts.sequencer, progress=progress)
     metrics = {
         **result.metrics,
+        **l0_metrics(config, result.metrics["l0"], parts.trainer.history[-1]["l0"]),
         "tokens": config.steps * config.batch_size,
         "tokens_evaluated": result.metrics["tokens"],
         "seconds": seconds(),
@@ -112,12 +115,12 @@ class _Parts:
     what is saved then is the state before.
     """
 
-    def __init__(self, config: TrainConfig, pipeline: Pipeline) -> None:
+    def __init__(self, config: TrainConfig, pipeline: Pipeline, progress: bool = False) -> None:
         self.config, self.pipeline, self.device = config, pipeline, pipeline.residual.device
         self.postponed = Postponed()
         self.sequencer = pipeline.sequencer()
         stream = activation_stream(self._residual, self.sequencer, config.drop_first_position)
-        self.buffer = MixingBuffer(stream, config.buffer_tokens, config.batch_size, config.seed, self.device)
+        self.buffer = MixingBuffer(stream, config.buffer_tokens, config.batch_size, config.seed, self.device, progress)
         self.trainer = Trainer(build_sae(config, pipeline.residual.d_in, self.device), self._batches(), config)
         self._sequencer_state = self.sequencer.state_dict()
 
@@ -147,9 +150,9 @@ class _Parts:
                 if self.config.checkpoint_every:
                     save()
                 raise
-            except ValueError as error:  # the ops refuse some of what a step with NaN left
+            except ValueError:  # the ops refuse some of what a step with NaN left
                 self._check_finite()
-                raise error
+                raise
         self._check_finite()
 
     def _check_finite(self) -> None:
@@ -269,7 +272,8 @@ def evaluate_sae(sae: SparseAutoencoder, pipeline: Pipeline, *trained_on: FastSe
         pipeline.residual,
         pipeline.tokenizer,
         held_out,
-        special_ids=pipeline.special_ids,
+        special_tokens=pipeline.special_tokens,
+        n_dialogues=len(pipeline.held_out),
         progress=progress,
     )
     of_the_data = pipeline.all_drops(held_out, *trained_on).metrics() | {"unknown_roles": pipeline.unknown_roles}

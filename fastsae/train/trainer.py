@@ -23,6 +23,7 @@ from fastsae.sae import (
 from fastsae.train import checkpoint
 from fastsae.train.config import TOPK_FAMILY, TrainConfig
 from fastsae.train.initialize import activation_scale, initialize_from_data
+from fastsae.train.l0_control import L0Control
 from fastsae.train.schedules import learning_rate, sparsity_share
 
 SAE_CLASSES: dict[str, type[SparseAutoencoder]] = {
@@ -69,6 +70,10 @@ class Trainer:
             normalize_decoder=config.normalize_decoder,
             compute_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
         )
+        self.l0_control: L0Control | None = None
+        if config.controls_l0:
+            assert isinstance(sae, FusedJumpReLUSAE | FusedReLUSAE)
+            self.l0_control = L0Control(sae, config)
         self.silent_tokens = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
         self.dead_mask: Tensor | None = None
         self.history: list[dict[str, float | None]] = []
@@ -78,8 +83,11 @@ class Trainer:
 
     def initialize(self, sample: Tensor) -> None:
         """Sets scale, `b_dec` and `b_enc` from activations `[N, d_in]`."""
+        scale = activation_scale(sample)
         if self.config.normalize_activations:
-            self.scale = activation_scale(sample)
+            self.scale = scale
+        if self.l0_control is not None:
+            self.l0_control.unit = self.scale / scale
         # a count needs no help to be sparse: its b_enc starts at 0, as in the literature
         init_l0 = None if self.config.architecture in TOPK_FAMILY else self.config.init_l0
         initialize_from_data(self.sae, sample * self.scale, self.config.b_dec_init, init_l0)
@@ -114,6 +122,8 @@ class Trainer:
         output.loss.backward()
         self.optimizer.step()
         self.silent_tokens = torch.where(output.feature_counts > 0, 0, self.silent_tokens + x.shape[0])
+        if self.l0_control is not None:
+            self.l0_control.update(self.step, output.l0)
         self.step += 1
         if config.dead_features_learn and self.step % DEAD_MASK_EVERY == 0:
             dead = self.silent_tokens >= config.dead_tokens
@@ -123,7 +133,9 @@ class Trainer:
     def _forward(self, x: Tensor, share: float) -> TrainOutput:
         config, sae = self.config, self.sae
         if isinstance(sae, FusedReLUSAE):
-            return sae.training_forward(x, config.l1_coefficient * share)
+            l1 = config.l1_coefficient if self.l0_control is None else self.l0_control.l1_coefficient
+            assert l1 is not None  # without a weight of its own, the control has one
+            return sae.training_forward(x, l1 * share)
         if isinstance(sae, FusedTopKSAE | FusedBatchTopKSAE):
             return sae.training_forward(x, dead_mask=self.dead_mask, aux_loss_coefficient=config.aux_loss_coefficient)
         assert isinstance(sae, FusedJumpReLUSAE)
@@ -131,7 +143,7 @@ class Trainer:
             x,
             config.l0_coefficient * share,
             config.sparsity,
-            target_l0=config.target_l0,
+            target_l0=self.l0_control.target(self.step) if self.l0_control else None,
             dead_mask=self.dead_mask,
             pre_act_loss_coefficient=config.pre_act_loss_coefficient,
         )
@@ -167,6 +179,11 @@ class Trainer:
         self.history.append(row)
         return row
 
+    def calibrate(self, sample: Tensor) -> None:
+        """Sets the threshold of a BatchTopK SAE from activations `[N, d_in]` after the last step; others stay as they are."""
+        if isinstance(self.sae, FusedBatchTopKSAE):
+            self.sae.calibrate_threshold_(sample.to(self.sae.device, self.sae.dtype) * self.scale)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but the data; see `load_state_dict`."""
         return {
@@ -174,6 +191,7 @@ class Trainer:
             "scale": self.scale,
             "sae": dict(self.sae.state_dict()),
             "optimizer": checkpoint.optimizer_state(self.optimizer),
+            "l0_control": self.l0_control.state_dict() if self.l0_control else {},
             "silent_tokens": self.silent_tokens,
             "dead_mask": torch.empty(0, dtype=torch.bool) if self.dead_mask is None else self.dead_mask,
             "sums": dict(self._sums),
@@ -185,6 +203,8 @@ class Trainer:
         self.step, self.scale, self.history = state["step"], state["scale"], state["history"]
         self.sae.load_state_dict(state["sae"])
         checkpoint.load_optimizer_state(self.optimizer, state["optimizer"])
+        if self.l0_control is not None:
+            self.l0_control.load_state_dict(state["l0_control"])
         device = self.sae.device
         self.silent_tokens = state["silent_tokens"].to(device)
         self.dead_mask = state["dead_mask"].to(device) if state["dead_mask"].numel() else None

@@ -1,12 +1,20 @@
 """Reading and replacing the residual stream, on small models of four architectures made from configs."""
 
+import copy
+
 import pytest
 import torch
 import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fastsae.data.activations import ResidualStream, check_layer, decoder_layers
+from fastsae.data.activations import (
+    ResidualStream,
+    check_layer,
+    check_vocabulary,
+    decoder_layers,
+    position_limit,
+)
 from fastsae.errors import FastsaeError, UsageError
 
 N_LAYERS = 3
@@ -200,3 +208,102 @@ def test_images_in_front_of_the_language_model_are_passed_over():
     both.language_model.layers = both.layers = None
     with pytest.raises(FastsaeError, match="expected a ModuleList of 3 decoder blocks"):
         decoder_layers(both)
+
+
+def test_blocks_that_return_lists(qwen):
+    class Listed(Wrapped):
+        def forward(self, *args, **kwargs):
+            return [super().forward(*args, **kwargs)[0], None]
+
+    ids, mask = batch()
+    acts = ResidualStream(qwen, 1)(ids, mask)
+    layers = decoder_layers(qwen)
+    layers[1], layers[2] = Listed(layers[1], pack=True), Wrapped(layers[2], pack=False)
+    layers[2].forward = lambda hidden, *_args, **_kwargs: hidden[0]
+    assert torch.equal(ResidualStream(qwen, 1)(ids, mask), acts)
+    zeroed = ResidualStream(qwen, 1).splice(ids, mask, torch.zeros_like)
+    assert torch.equal(zeroed, qwen.lm_head(qwen.model.norm(torch.zeros_like(acts))))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda hidden: torch.stack([hidden, hidden]),
+            r"= \[3, 11, 32\], got \[2, 3, 11, 32\], several streams at once",
+        ),
+        (lambda hidden: torch.stack([hidden, hidden], 2), r"got \[3, 11, 2, 32\], several streams at once"),
+        (lambda hidden: hidden.transpose(0, 1), r"got \[11, 3, 32\]"),
+        (lambda hidden: hidden[..., :16], r"got \[3, 11, 16\]"),
+        (lambda hidden: {"hidden_states": hidden}, "its decoder blocks return dict, expected a tensor"),
+    ],
+)
+def test_blocks_without_one_residual_stream(qwen, change, message):
+    decoder_layers(qwen)[1].register_forward_hook(lambda _module, _args, output: change(output))
+    stream = ResidualStream(qwen, 1)
+    with pytest.raises(UsageError, match=r"model: models of type 'qwen2' \(Qwen2ForCausalLM\) are not.*" + message):
+        stream(*batch())
+    assert len(stream.block._forward_hooks) == 1
+
+
+def test_model_without_a_list_of_blocks(qwen):
+    qwen.config = copy.deepcopy(qwen.config)
+    qwen.config.num_hidden_layers = 4
+    with pytest.raises(UsageError, match=r"model: .* expected a ModuleList of 4 decoder blocks, found none"):
+        ResidualStream(qwen, 1)
+
+
+def test_ids_outside_of_the_embedding(model):
+    ids, mask = batch()
+    stream = ResidualStream(model, 1)
+    padded = torch.where(mask, ids, 97)  # a pad token for which the embedding has no row
+    assert torch.equal(stream(padded, mask)[mask], stream(ids, mask)[mask])
+    assert torch.equal(stream.logits(padded, mask)[mask], stream.logits(ids, mask)[mask])
+    padded[1, 2] = 98
+    with pytest.raises(FastsaeError, match=r"token id 98 is outside of the model's embedding, which has 97 rows"):
+        stream(padded, mask)
+
+
+def test_out_of_memory_says_what_to_do(qwen, monkeypatch):
+    def fail(*_args, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(decoder_layers(qwen)[0], "forward", fail)
+    with pytest.raises(FastsaeError, match=r"ran out of memory on 3 dialogues of up to 11 tokens.*--forward-tokens"):
+        ResidualStream(qwen, 1)(*batch())
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (CONFIGS["gpt2"], 64),
+        (CONFIGS["llama"], 64),
+        (transformers.LlamaConfig(**{**COMMON, "max_position_embeddings": 4096}, rope_parameters=YARN), 16384),
+        (transformers.BloomConfig(vocab_size=97, hidden_size=32, n_layer=3, n_head=4), None),
+        (transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3), None),
+        (transformers.MptConfig(vocab_size=97, d_model=32, n_layers=3, n_heads=4, max_seq_len=48), 48),
+    ],
+)
+def test_position_limit(config, limit):
+    with torch.device("meta"):
+        assert position_limit(AutoModelForCausalLM.from_config(config)) == limit
+
+
+def test_tokenizer_of_another_model_is_refused(qwen):
+    class Tokenizer:
+        def __init__(self, n_words, added):
+            self.vocabulary = {f"t{i}": i for i in range(n_words)} | {f"<a{i}>": i for i in added}
+            self.added_tokens_decoder = dict.fromkeys(added)
+
+        def get_vocab(self):
+            return self.vocabulary
+
+    check_vocabulary(qwen, Tokenizer(97, []))
+    check_vocabulary(qwen, Tokenizer(97, [97, 98]))  # such tokens need not be used
+    with pytest.raises(
+        UsageError, match=r"model: expected token ids below 97.* has ids up to 98; the tokenizer belongs"
+    ):
+        check_vocabulary(qwen, Tokenizer(99, [200]))

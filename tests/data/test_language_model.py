@@ -107,6 +107,11 @@ def test_folder_without_tokenizer(tmp_path, family):
             "neither a local",
         ),
         (OSError("You are trying to access a gated repo."), UsageError, "gated model needs `hf auth login`"),
+        (
+            ImportError("TimmModel requires timm. `pip install timm`"),
+            FastsaeError,
+            "needs a package.*`pip install timm`",
+        ),
         (OSError(28, "No space left on device"), FastsaeError, r"No space left on device.*free disk space"),
     ],
 )
@@ -124,3 +129,89 @@ def test_transformers_missing(monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(FastsaeError, match=r"pip install fastsae-kernels\[train\]"):
         load_model(str(folder))
+
+
+def test_code_of_a_model_is_not_run(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    classes = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own-model", "auto_map": classes}))
+    with pytest.raises(UsageError, match=r"needs Python code that comes with its model, which fastsae does not run"):
+        load_model(str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    """A random Llama with the tokenizer of the embedded model as a GGUF file, and the same model in memory."""
+    gguf = pytest.importorskip("gguf", reason="needs the package gguf, which reads and writes GGUF files")
+    pytest.importorskip("accelerate", reason="transformers needs the package accelerate to read GGUF files")
+    from fastsae.data import demo
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo.model_path())
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**SIZES, "vocab_size": len(tokenizer)}, tie_word_embeddings=True)
+    model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    path = tmp_path_factory.mktemp("gguf") / "tiny.GGUF"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    write_tokenizer(writer, tokenizer, json.loads((demo.model_path() / "tokenizer.json").read_text()))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2], 0)
+        if heads:  # llama.cpp stores the two halves of a rotated pair side by side
+            tensor = tensor.reshape(heads, 2, -1, config.hidden_size).swapaxes(1, 2).reshape(tensor.shape)
+        if name != "lm_head.weight":
+            writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, model, tokenizer
+
+
+def write_tokenizer(writer, tokenizer, file):
+    vocabulary = tokenizer.get_vocab()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(vocabulary, key=vocabulary.get))
+    writer.add_token_types([3 if index in tokenizer.added_tokens_decoder else 1 for index in range(len(tokenizer))])
+    merges = file["model"]["merges"]
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+
+
+def test_gguf_file(gguf_file, capfd):
+    path, expected, its_tokenizer = gguf_file
+    model, tokenizer = load_model(str(path))
+    assert "%" not in capfd.readouterr().err  # no progress bar that was not asked for
+    assert model.dtype == torch.float32
+    dialogue = [{"role": "user", "content": "What is  x=1?"}, {"role": "assistant", "content": "A name."}]
+    ids = tokenizer.apply_chat_template(dialogue, return_dict=True, return_tensors="pt")["input_ids"]
+    assert torch.equal(
+        ids, its_tokenizer.apply_chat_template(dialogue, return_dict=True, return_tensors="pt").input_ids
+    )
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+
+
+def test_bad_gguf_files(gguf_file, tmp_path, monkeypatch):
+    path = tmp_path / "other.gguf"
+    with pytest.raises(UsageError, match="there is no such file"):
+        load_model(str(path))
+    path.write_bytes(b"PK\x03\x04 something else")
+    with pytest.raises(UsageError, match="found a file that is not GGUF"):
+        load_model(str(path))
+    path.write_bytes(gguf_file[0].read_bytes()[:3000])
+    with pytest.raises(FastsaeError, match="could not be loaded"):
+        load_model(str(path))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FastsaeError, match=r"needs gguf and accelerate: pip install fastsae-kernels\[gguf\]"):
+        load_model(str(path))

@@ -9,7 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from fastsae.data import sequencing
 from fastsae.data.buffer import MixingBuffer, activation_stream
-from fastsae.data.sequencing import FastSequencer, render, special_token_ids
+from fastsae.data.chat import ChatDataset
+from fastsae.data.dropped import Dropped
+from fastsae.data.sequencing import FastSequencer, render
 from fastsae.errors import FastsaeError, UsageError
 
 QWEN = """{%- if messages[0]['role'] == 'system' %}{{ '<|im_start|>system
@@ -99,31 +101,6 @@ def test_no_template_and_refused_dialogue():
     for use in (lambda: render(tokenizer, chat("x")), lambda: FastSequencer([chat("x")], [0], tokenizer)):
         with pytest.raises(UsageError, match=r"has no chat template\. Choose an instruction-tuned model"):
             use()
-
-
-@pytest.mark.parametrize(
-    ("family", "special", "expected"),
-    [
-        ("qwen", {}, ["<|im_start|>", "<|im_end|>", "user", "assistant"]),
-        ("qwen", {"bos_token": "<|im_start|>"}, ["<|im_start|>", "<|im_end|>", "user", "assistant"]),
-        ("llama", {}, ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "user", "assistant"]),
-        ("gemma", {}, ["<start_of_turn>", "<end_of_turn>", "user", "model"]),
-    ],
-)
-def test_special_tokens_of_each_family(family, special, expected):
-    tokenizer = make_tokenizer(family, **special)
-    found = special_token_ids(tokenizer)
-    assert sorted(found) == sorted(expected)
-    assert all(tokenizer.convert_tokens_to_ids(token) == index for token, index in found.items())
-
-
-def test_extra_special_words(qwen):
-    assert special_token_ids(qwen, ["system"]) == {
-        **special_token_ids(qwen),
-        "system": qwen.convert_tokens_to_ids("system"),
-    }
-    with pytest.raises(UsageError, match=r"'zqx': expected one token, but this tokenizer needs \d"):
-        special_token_ids(qwen, ["zqx"])
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -234,12 +211,137 @@ def test_nothing_left_to_serve(qwen):
         FastSequencer(corpus(3), [], qwen)
     refused = [[{"role": "assistant", "content": "x"}]] * 4
     sequencer = FastSequencer(refused, range(4), make_tokenizer("gemma"))
-    with pytest.raises(FastsaeError, match=r"all 4 dialogues were dropped.*must alternate"):
+    with pytest.raises(FastsaeError, match=r"all 4 dialogues were dropped: .* 4 refused by the chat.*must alternate"):
         next(sequencer)
     short = make_tokenizer("qwen", template="{{ messages[0]['content'] }}")
     sequencer = FastSequencer([chat("a"), chat("a b c")], range(2), short, endless=False)
     assert [batch.dialogue_ids.tolist() for batch in sequencer] == [[1]]
     assert sequencer.dropped == 1
+
+
+FAILS_ON_TOOLS = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ m.id | tojson }}{% endif %}{{ m.content }}{% endfor %}"
+)
+
+
+def test_dropped_dialogues_count_once_in_a_run_whatever_the_reason(caplog):
+    tokenizer = make_tokenizer("qwen", template=FAILS_ON_TOOLS)
+    dialogues = corpus(600)
+    for i in (5, 300, 301):
+        dialogues[i] = [{"role": "tool", "content": "42"}]
+    dialogues[7] = chat("a")
+    sequencer = FastSequencer(dialogues, range(600), tokenizer, batch_tokens=4000, shuffle=False)
+    seen = set()
+    with caplog.at_level("WARNING", "fastsae"):
+        while sequencer.epoch < 2:
+            next(sequencer)
+            seen.add(sequencer.dropped)
+    tools = "on which the chat template fails (TypeError)"
+    assert sequencer.drops == Dropped(
+        600, {tools: 3, "of fewer than 2 tokens": 1}, {tools: 5, "of fewer than 2 tokens": 7}
+    )
+    assert seen == {2, 4}  # after the first window of 256, and after the second
+    assert caplog.text == ""  # 4 of 600
+
+
+def test_more_than_one_percent_dropped_is_one_warning_with_the_row_in_the_dataset(caplog):
+    rows = [{"messages": dialogue} for dialogue in [[], *corpus(600)]]
+    for i in range(0, 601, 30):
+        rows[i] = {"messages": [{"role": "user", "content": "secret"}, {"role": "tool", "content": "secret"}]}
+    rows[0] = {"messages": []}  # so that a dialogue's index is not its row
+    dialogues = ChatDataset(rows, "rows")
+    tokenizer = make_tokenizer("qwen", template=FAILS_ON_TOOLS)
+    with caplog.at_level("WARNING", "fastsae"):
+        for _ in FastSequencer(dialogues, range(600), tokenizer, shuffle=False, endless=False):
+            pass
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "8 of 256 dialogues cannot be used: 8 on which the chat template fails (TypeError) (such as row 30)"
+    )
+
+
+def test_counts_survive_a_checkpoint_in_a_later_epoch():
+    tokenizer = make_tokenizer("qwen", template=FAILS_ON_TOOLS)
+    dialogues = [*corpus(300), [{"role": "tool", "content": "42"}]]
+
+    def make():
+        return FastSequencer(dialogues, range(301), tokenizer, seed=4)
+
+    sequencer = make()
+    while sequencer.epoch < 1:
+        next(sequencer)
+    resumed = make()
+    resumed.load_state_dict(json.loads(json.dumps(sequencer.state_dict())))
+    for both in (sequencer, resumed):
+        for _ in range(12):
+            next(both)
+    assert resumed.drops == sequencer.drops
+    assert (sequencer.dropped, sequencer.drops.seen) == (1, 301)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epoch": -1}, {"window": 9}, {"batch": 10**9}, {"batch": "0"}, {"window": 0.0}, {"dropped": 3}, {"epoch": True}],
+)
+def test_a_state_that_no_sequencer_writes_is_refused(qwen, change):
+    sequencer = FastSequencer(corpus(300), range(300), qwen)
+    next(sequencer)
+    with pytest.raises(ValueError, match=r"expected|there is no batch"):
+        sequencer.load_state_dict({**sequencer.state_dict(), **change})
+
+
+def test_the_end_of_a_pass_can_be_resumed(qwen):
+    sequencer = FastSequencer(corpus(3), range(3), qwen, endless=False)
+    list(sequencer)
+    resumed = FastSequencer(corpus(3), range(3), qwen, endless=False)
+    resumed.load_state_dict(sequencer.state_dict())
+    assert list(resumed) == []
+
+
+def test_a_text_on_which_the_tokenizer_fails_is_dropped_alone(qwen, monkeypatch):
+    def refuse(tokenizer, texts, max_length):
+        if any("secret" in text for text in texts):
+            raise TypeError("no such text: secret")
+        return tokenize(tokenizer, texts, max_length)
+
+    tokenize = sequencing._tokenize
+    monkeypatch.setattr(sequencing, "_tokenize", refuse)
+    dialogues = [*corpus(5), chat("secret"), *corpus(5)]
+    sequencer = FastSequencer(dialogues, range(11), qwen, endless=False)
+    served = [index for batch in sequencer for index in batch.dialogue_ids.tolist()]
+    assert sorted(served) == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
+    reason = "on which the tokenizer fails (TypeError)"
+    assert sequencer.drops == Dropped(11, {reason: 1}, {reason: 5})
+
+
+def test_lone_surrogates_reach_no_tokenizer(qwen):
+    assert render(qwen, chat("a \ud83d")) == render(qwen, chat("a \ufffd"))
+
+
+@pytest.mark.parametrize("max_length", [2, 50, 700])
+def test_a_very_long_text_is_read_no_further_than_needed(qwen, max_length, monkeypatch):
+    monkeypatch.setattr(sequencing, "_UNSURE", 16)
+    read = []
+    call = type(qwen).__call__
+    monkeypatch.setattr(
+        type(qwen),
+        "__call__",
+        lambda self, texts, **options: read.append(len(texts[0])) or call(self, texts, **options),
+    )
+    dialogue = chat("nine ten one " * 20_000)
+    expected = reference(qwen, dialogue)
+    read.clear()
+    assert render(qwen, dialogue, max_length) == expected[:max_length]
+    assert sum(read) == 16 * (max_length + 16)
+
+
+def test_a_long_text_of_few_tokens_is_read_as_far_as_needed(monkeypatch):
+    monkeypatch.setattr(sequencing, "_UNSURE", 120)
+    tokenizer = make_tokenizer("qwen", template="{{ messages[0].content }}")
+    tokenizer.add_tokens(["x" * 100])
+    text = "x" * 100 * 50 + "one two"
+    assert render(tokenizer, chat(text), 20) == reference(tokenizer, chat(text))[:20]
+    assert render(tokenizer, chat(text), 500) == reference(tokenizer, chat(text))
 
 
 @pytest.mark.parametrize("sizes", [{"max_length": 1}, {"batch_tokens": 0}])

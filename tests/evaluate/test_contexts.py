@@ -17,15 +17,18 @@ def test_streaming_keeps_the_largest_activation_of_each_dialogue():
     acts = torch.rand(9, 5, 6, generator=generator)  # 9 dialogues of 5 tokens, 6 features
     acts = acts * (torch.rand(9, 5, 6, generator=generator) < 0.2)
     acts[:, 0] = 100  # position 0 never counts
-    acts[:, 1:, 5] = 0  # this feature fires nowhere else
+    acts[3, 2] = 100  # nor does another attention sink
+    sinks = torch.zeros(9, 5, dtype=torch.bool)
+    sinks[:, 0] = sinks[3, 2] = True
+    acts[:, 1:, 5] = torch.where(sinks[:, 1:], 100, 0.0)  # this feature fires nowhere else
     top = TopDialogues(6, n=3)
     for start, end in ((0, 4), (4, 5), (5, 9)):
         part = acts[start:end]
         n = end - start
-        positions, rows = torch.arange(5).repeat(n), torch.arange(n).repeat_interleave(5)
+        rows = torch.arange(n).repeat_interleave(5)
         ids = list(range(100 + start, 100 + end))
-        top.add(sparse(part.flatten(0, 1)), positions, rows, [torch.arange(5)] * n, ids)
-    largest = acts[:, 1:].amax(1)  # [9, 6]
+        top.add(sparse(part.flatten(0, 1)), sinks[start:end].flatten(), rows, [torch.arange(5)] * n, ids)
+    largest = acts.masked_fill(sinks[..., None], 0).amax(1)  # [9, 6]
     expected, dialogues = largest.t().topk(3, dim=1)
     assert torch.equal(top.values, expected)
     fires = expected > 0
@@ -35,9 +38,9 @@ def test_streaming_keeps_the_largest_activation_of_each_dialogue():
     assert len(top.tokens) == 9
 
 
-def test_the_window_surrounds_the_peak_and_skips_position_0(tokenizer):
+def test_the_window_surrounds_the_peak(tokenizer):
     tokens, activations = torch.arange(60), torch.zeros(60)
-    activations[0], activations[30], activations[33] = 99.0, 2.0, 1.0
+    activations[30], activations[33] = 2.0, 1.0
     context = _context(tokenizer, 8, tokens, activations)
     assert (context["dialogue"], context["position"], context["peak"]) == (8, 30, WINDOW)
     assert context["max_activation"] == 2

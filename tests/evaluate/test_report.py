@@ -7,11 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastsae.cli import print_summary
 from fastsae.evaluate import Evaluation, plots, write_report
 from fastsae.evaluate.report import number, visible
 
 VOID = {"meta"}
 METRICS = {"fvu": 0.1234, "l0": 33.3, "dead_share": 0.25, "delta_loss_percent": -0.5, "recovered": None, "tokens": 1010}
+METRICS |= {
+    "sinks": 10,
+    "sinks_beyond_position_0": 0,
+    "mse_log2": 1.5,
+    "mse_with_sinks_log2": 16.8,
+    "special_fvu": 0.25,
+}
 CONFIG = {"model": "demo", "layer": 3, "note": "<script>alert(1)</script>"}
 
 
@@ -69,11 +77,11 @@ def evaluation() -> Evaluation:
         "share_other": 0.001,
         "contexts": [context],
     }
-    row = {"token": "<|im_start|>", "id": 3, "count": 12, "mse": 0.5, "fvu": None, "l0": 20.0, "norm": 8.0}
+    row = {"token": "<|im_start|>", "count": 12, "mse": 0.5, "fvu": None, "l0": 20.0, "norm": 8.0}
     return Evaluation(
         metrics=METRICS | {"dialogues": 10},
         feature_counts=torch.tensor([0, 1, 10, 500, 1000]),
-        special_tokens=[row, row | {"token": "position 0", "id": None}],
+        special_tokens=[row, row | {"token": "attention sinks"}],
         top_special_features=[feature],
     )
 
@@ -130,6 +138,74 @@ def test_trained_and_evaluated_tokens_are_told_apart(tmp_path):
     assert "4,096 tokens trained on" in text
     _, checker = write(tmp_path, metrics={"tokens": 1010})
     assert "1,010 tokens evaluated" in " ".join(checker.text)
+
+
+def test_figures_with_sinks_stand_beside_the_headline(tmp_path):
+    page, checker = write(tmp_path)
+    cards = re.findall(r'<div class="card"><div class="name">([^<]+)</div>(.*?)<div class="meaning">', page)
+    shown = {name: re.findall(r">([^<>]+)<", rest) for name, rest in cards}
+    assert shown["MSE, log2"] == ["1.50", "16.8 with attention sinks"]
+    assert shown["Special-token FVU"] == ["0.250"]
+    assert "10 tokens are attention sinks and left out unless a figure says otherwise" in "".join(checker.text)
+    assert "more than ten times" not in "".join(checker.text).partition("All metrics")[0]
+    _, checker = write(tmp_path, metrics=METRICS | {"sinks": 12, "sinks_beyond_position_0": 2})
+    assert "the first token of each dialogue, and 2 that are more than ten times as long" in "".join(checker.text)
+
+
+def test_warnings_stand_before_the_headline(tmp_path):
+    warnings = ["L0 is 38.1, 19 % above the target of 32; <b>", "3 % of the dialogues were dropped"]
+    metrics = METRICS | {"warnings": warnings, "target_l0": 32, "l0_missed_percent": 19.1}
+    _, checker = write(tmp_path, metrics=metrics)
+    text = "\n".join(checker.text)
+    for warning in warnings:
+        assert text.count(warning) == 1
+        assert text.index(warning) < text.index("FVU")
+    assert "target: 32" in text
+    assert 'class="warnings"' not in write(tmp_path, metrics=METRICS | {"warnings": []})[0]
+
+
+def test_the_summary_shows_both_figures_and_the_warnings(capsys):
+    metrics = METRICS | {"mse": 3.93, "mse_with_sinks": 1.16e5, "special_mse": None, "special_mse_with_sinks": 4.17e6}
+    print_summary(metrics | {"warnings": ["L0 is 38.1, 19 % above the target of 32"]})
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    shown = {meaning: value for value, meaning in lines}
+    assert shown["squared error per element, averaged per dialogue (MSE)"] == "3.93"
+    assert shown["squared error per element on special tokens"] == "undefined"
+    assert [value for value, meaning in lines if meaning == "the same with attention sinks"] == ["1.16e+05", "4.17e+06"]
+    assert lines[-1] == ["warning:", "L0 is 38.1, 19 % above the target of 32"]
+    print_summary(METRICS)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_dialogues_that_could_not_be_used_are_listed(tmp_path):
+    of_the_data = {
+        "dialogues_dropped": 1203,
+        "dropped_by_reason": {"no text": 3, "refused <by> the template": 1200},
+        "dropped_first_rows": {"no text": 41, "refused <by> the template": 0},
+        "unknown_roles": {"bing": 7},
+    }
+    page, checker = write(tmp_path, metrics=METRICS | of_the_data)
+    rows = dict(re.findall(r'<tr><td>([^"]+)</td><td class="number">([^<]+)</td></tr>', page))
+    assert rows == {
+        "could not be used: no text, such as row 41": "3",
+        "could not be used: refused &lt;by&gt; the template, such as row 0": "1,200",
+        "have the unknown role <code>bing</code>": "7",
+    }
+    assert "dialogues_dropped 1,203 dialogues that could not be used" in " ".join(checker.text)
+    nothing = {"dialogues_dropped": 0, "dropped_by_reason": {}, "dropped_first_rows": {}, "unknown_roles": {}}
+    assert "Unusual dialogues" not in write(tmp_path, metrics=METRICS | nothing)[0]
+    assert "Unusual dialogues" not in write(tmp_path)[0]
+
+
+def test_values_that_are_missing_are_no_part_of_a_curve(tmp_path):
+    rows = history(4)
+    for row in rows[1:]:
+        row["fvu"] = None
+    rows[2]["loss"] = rows[2]["l0"] = None
+    page, _ = write(tmp_path, history=rows)
+    assert page.count("<circle") == 1  # the only FVU
+    _, checker = write(tmp_path, history=[row | {"fvu": None} for row in rows])
+    assert "No values to draw." in "".join(checker.text)
 
 
 def test_activation_decides_the_background(tmp_path):

@@ -1,0 +1,232 @@
+"""Each value of a checkpoint is checked before any of it is used."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stopped_runs import make_config, stopped_run
+
+from fastsae import FastsaeError
+from fastsae.train import checkpoint, run
+from fastsae.train.folder import read_config
+
+hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed (pip install hypothesis)")
+st = hypothesis.strategies
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_model: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[run._Parts, dict[str, Any]]:
+    """The parts of a run, and the state of a checkpoint between two points of its curves."""
+    config = replace(make_config(tiny_model, chats, checkpoint_every=1), tokens=64 * 160)
+    output = stopped_run(config, tmp_path_factory.mktemp("run") / "run", at=7)
+    state = checkpoint.load_latest(output)
+    assert state is not None
+    return run._Parts(read_config(output), run.build_pipeline(config)), state
+
+
+def changed(state: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy with one value, found by its dotted path, replaced or made by a function of the old one."""
+    state = copy.deepcopy(state)
+    *above, last = path.split(".")
+    place: Any = state
+    for name in above:
+        place = place[int(name)] if isinstance(place, list) else place[name]
+    place[last] = value(place[last]) if callable(value) else value
+    return state
+
+
+def filled(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: torch.full_like(tensor, value)
+
+
+WRONG: list[tuple[str, Any]] = [
+    *(("trainer.step", value) for value in (-5, True, 7.0, 161, 10**30, "7", None, [7])),
+    *(("trainer.scale", value) for value in (0, -1.0, math.nan, math.inf, True, "1", None)),
+    *(("seconds", value) for value in (-1, math.nan, "1", None)),
+    ("trainer.silent_tokens", filled(-1)),
+    ("trainer.silent_tokens", filled(10**9)),
+    ("trainer.silent_tokens", lambda tensor: tensor[:-1]),
+    ("trainer.silent_tokens", lambda tensor: tensor.float()),
+    ("trainer.dead_mask", torch.ones(5, dtype=torch.bool)),
+    ("trainer.dead_mask", torch.ones(32)),
+    ("trainer.sae.W_enc", lambda tensor: tensor.t()),
+    ("trainer.sae.W_enc", lambda tensor: tensor.double()),
+    ("trainer.sae.b_enc", filled(math.nan)),
+    ("trainer.sae.b_enc", 3),
+    ("trainer.sae.other", torch.zeros(3)),
+    ("trainer.sae", {}),
+    ("trainer.other", 1),
+    ("trainer.optimizer", {}),
+    ("trainer.optimizer.9", {}),
+    ("trainer.optimizer.0", 1),
+    ("trainer.optimizer.0.step", filled(3)),
+    ("trainer.optimizer.0.step", filled(math.inf)),
+    ("trainer.optimizer.1.exp_avg", lambda tensor: tensor[:1]),
+    ("trainer.optimizer.1.exp_avg_sq", filled(-1)),
+    ("trainer.optimizer.1.exp_avg_sq", filled(math.inf)),
+    ("trainer.sums", {}),
+    ("trainer.sums.loss", torch.zeros(2)),
+    ("trainer.sums.loss", filled(math.inf)),
+    ("trainer.sums.loss", 1.0),
+    ("trainer.history", {}),
+    ("trainer.history", [1]),
+    ("trainer.history", lambda rows: rows + rows),
+    ("trainer.history", lambda rows: [{**rows[0], "tokens": 1}]),
+    ("trainer.history", lambda rows: [{**rows[0], "loss": None}]),
+    ("trainer.history", lambda rows: [{"step": 4, "tokens": 256}]),
+    ("buffer.rows", None),
+    ("buffer.rows.acts", lambda tensor: tensor[:, :-1]),
+    ("buffer.rows.token_ids", lambda tensor: tensor[:-1]),
+    ("buffer.rows.acts", filled(math.nan)),
+    ("buffer.rows.acts", lambda tensor: tensor.long()),
+    ("buffer.rows.dialogue_ids", filled(40)),
+    ("buffer.rows.token_ids", filled(-1)),
+    ("buffer.rows.positions", lambda tensor: tensor.int()),
+    ("buffer.pending", 3),
+    ("buffer.to_serve", 10**6),
+    ("buffer.to_serve", -1),
+    ("buffer.served_any", 1),
+    ("buffer.generator", filled(255)),
+    ("buffer.generator", lambda tensor: tensor[:-1]),
+    ("sequencer.epoch", -1),
+    ("sequencer.window", 1),
+    ("sequencer.batch", 10**6),
+    ("sequencer.batch", 1.0),
+    ("sequencer.dropped", -1),
+    ("sequencer.other", 0),
+    ("sequencer", None),
+    ("other", 1),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), WRONG, ids=[f"{i}-{path}" for i, (path, _) in enumerate(WRONG)])
+def test_a_wrong_value_is_refused_before_anything_is_used(
+    saved: tuple[run._Parts, dict[str, Any]], path: str, value: Any
+) -> None:
+    parts, state = saved
+    before = {name: tensor.clone() for name, tensor in parts.trainer.sae.state_dict().items()}
+    with pytest.raises(FastsaeError, match=f"corrupt or truncated one .*{path.split('.')[-1]}"):
+        parts.restore(changed(state, path, value), Path("run"))
+    if not path.startswith("sequencer"):  # whose batches are known only when they are made
+        assert parts.trainer.step == 0
+    for name, tensor in parts.trainer.sae.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize(
+    "path", ["seconds", "trainer", "trainer.step", "trainer.sums", "trainer.optimizer.0.exp_avg", "buffer.generator",
+             "buffer.rows.acts", "sequencer.batch", "trainer.sae.b_dec"]
+)  # fmt: skip
+def test_a_missing_value_is_refused(saved: tuple[run._Parts, dict[str, Any]], path: str) -> None:
+    parts, state = saved
+    state = copy.deepcopy(state)
+    *above, last = path.split(".")
+    place = state
+    for name in above:
+        place = place[name]
+    del place[last]
+    with pytest.raises(FastsaeError, match=f"{last}: expected"):
+        parts.restore(state, Path("run"))
+
+
+JSON_VALUES = (
+    st.none() | st.booleans() | st.integers(-3, 100) | st.integers() | st.floats() | st.text(max_size=5)
+    | st.lists(st.integers(), max_size=2) | st.dictionaries(st.text(max_size=3), st.integers(), max_size=2)
+)  # fmt: skip
+DTYPES = [
+    torch.float32,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+]
+TENSORS = st.builds(
+    lambda shape, dtype, value: torch.full(shape, value).to(dtype),
+    st.lists(st.integers(0, 4), max_size=3), st.sampled_from(DTYPES), st.floats(width=32),
+)  # fmt: skip
+
+
+def paths_of(state: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name, value in state.items():
+        found.append(prefix + name)
+        if isinstance(value, dict):
+            found += paths_of(value, f"{prefix}{name}.")
+    return found
+
+
+@pytest.mark.parametrize("n_examples", [60, pytest.param(3_000, marks=pytest.mark.slow)])
+def test_any_state_is_refused_or_trains_on(saved: tuple[run._Parts, dict[str, Any]], n_examples: int) -> None:
+    parts, state = saved
+    paths = paths_of(state)
+
+    @hypothesis.settings(max_examples=n_examples, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(
+        path=st.sampled_from(paths), value=JSON_VALUES | TENSORS, element=st.integers(0, 10**6), one=st.booleans()
+    )
+    def fuzz(path: str, value: Any, element: int, one: bool) -> None:
+        def put(old: Any) -> Any:
+            """The new value; or one number of a tensor, where it is a number."""
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 10**9
+            if not (one and is_number and isinstance(old, torch.Tensor) and old.numel()):
+                return value
+            old = old.clone()
+            is_small = old.dtype in (torch.uint8, torch.bool)
+            old.view(-1)[element % old.numel()] = int(abs(value)) % 2 if is_small else value
+            return old
+
+        try:
+            parts.restore(changed(state, path, put), Path("run"))
+        except FastsaeError:
+            return
+        except (ValueError, RuntimeError, OverflowError) as error:
+            if "convert" in str(error) or "infinity" in str(error):  # the test itself could not make the tensor
+                return
+            raise
+        with contextlib.suppress(FastsaeError):  # such as a loss that is not finite
+            for _ in range(3):  # what it took it can use
+                parts.trainer._accumulate(parts.trainer.train_step(next(parts.trainer.batches)))
+            parts.trainer._log()
+
+    fuzz()
+
+
+@pytest.mark.parametrize("n_examples", [60, pytest.param(3_000, marks=pytest.mark.slow)])
+def test_any_change_of_a_file_is_noticed(
+    saved: tuple[run._Parts, dict[str, Any]], tmp_path: Path, n_examples: int
+) -> None:
+    _, state = saved
+    checkpoint.save(tmp_path, 7, state)
+    path = tmp_path / checkpoint.FOLDER / "step-000000007" / checkpoint.STATE
+    good = path.read_bytes()
+
+    @hypothesis.settings(max_examples=n_examples, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(
+        start=st.integers(0, len(good)), length=st.integers(0, 9), put=st.binary(max_size=9) | st.just(b"[" * 9999)
+    )
+    def fuzz(start: int, length: int, put: bytes) -> None:
+        text = good[:start] + put + good[start + length :]
+        path.write_bytes(text)
+        try:
+            is_same = json.loads(text) == json.loads(good)
+        except (ValueError, RecursionError):
+            is_same = False
+        if is_same:
+            checkpoint.load_latest(tmp_path)
+        else:
+            with pytest.raises(FastsaeError, match="corrupt"):
+                checkpoint.load_latest(tmp_path)
+
+    fuzz()
