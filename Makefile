@@ -1,6 +1,6 @@
-.PHONY: check lint format types test stale bench bench-quick bench-gpu bench-compare report
+.PHONY: check lint format types test test-slow test-package stale bench bench-quick bench-gpu bench-compare report
 
-check: lint types stale test  ## what CI runs
+check: lint types stale test-package test  ## what CI runs
 
 lint:
 	ruff check .
@@ -13,8 +13,14 @@ format:
 types:
 	mypy
 
-test:
+test:  ## on all cores
 	pytest
+
+test-slow:  ## many more inputs for the fuzzers, every moment for kill -9; half an hour
+	pytest -m slow
+
+test-package:  ## builds the package, installs it on Python 3.10 and 3.13, and trains with it
+	pytest -n 0 -m package
 
 stale:  ## fails where tables and plots are not those of the committed results
 	python -m benchmarks.report --check

@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastsae import FusedJumpReLUSAE, cli
 from fastsae.train.config import TrainConfig
@@ -69,6 +70,17 @@ def bad_inputs(model: Path, chats: Path, tmp: Path) -> dict[str, tuple[list[obje
     return {
         "unknown flag": (["train", "--learning-rate", 1], 2, "learning-rate"),
         "not a number": (["train", "--lr", "fast"], 2, "--lr"),
+        "abbreviated flag": (["train", "--tok", 5], 2, "--tok"),
+        "text for a whole number": (["train", "--tokens", "many"], 2, "--tokens: expected a whole number, got 'many'"),
+        "half a token": (["train", "--tokens", 1.5], 2, "--tokens: expected a whole number, got '1.5'"),
+        "many zeros": (["train", "--buffer-tokens", "1e15"], 2, "--buffer-tokens: expected a whole number from 1 to 1,000,"),
+        "two dashes": (["train", "--dataset=--"], 2, "--dataset"),
+        "no such choice": (["train", "--architecture", "gated"], 2, "expected jumprelu or relu or topk or batchtopk, got"),
+        "no such GPU": ([*base, "--device", "cuda:99"], 2, "--device: expected"),
+        "no such split": ([*base, "--split", "dev"], 2, "--split: dataset"),
+        "no such SAE": (["evaluate", tmp / "nothing"], 2, "there is no such folder"),
+        "metrics over a folder": (["evaluate", full, "--json", full], 2, "--json: expected the name of a file"),
+        "features beyond memory": ([*base, "--d-sae", 2_000_000_000], 2, "--d-sae: expected a run that fits"),
         "unknown command": (["trian"], 2, "trian"),
         "unknown model": ([*base, "--model", tmp / "nothing"], 2, "nothing"),
         "unknown dataset": ([*base, "--dataset", tmp / "nothing.jsonl"], 2, "nothing.jsonl"),
@@ -93,6 +105,8 @@ def bad_inputs(model: Path, chats: Path, tmp: Path) -> dict[str, tuple[list[obje
 
 
 NAMES = (
+    "abbreviated flag|text for a whole number|half a token|many zeros|two dashes|no such choice|no such GPU|no such split|"
+    "no such SAE|metrics over a folder|features beyond memory|"
     "unknown flag|not a number|unknown command|unknown model|unknown dataset|layer out of range|no chat column|"
     "empty dataset|topk without k|k above d_sae|output exists|nothing to resume|resume without output|all held out|bad device|"
     "not an SAE|not an SAE, data named|corrupt SAE"
@@ -126,3 +140,46 @@ def test_full_disk_is_said_in_words() -> None:
     message = cli.describe_os_error(OSError(28, "No space left on device", "/data/x"))
     assert "disk is full" in message
     assert "--resume" in message
+
+
+def test_options_without_effect_are_named(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, chats: Path, tmp_path: Path
+) -> None:
+    base = ["train", "--model", tiny_model, "--dataset", chats, *FAST]
+    unused = ["--architecture", "topk", "--k", 4, "--target-l0", 8, "--no-log-threshold", "--expansion", 2]
+    status, _, err = run(capsys, *base, *unused, "--output", tmp_path / "run")
+    assert status == 0
+    assert "without effect on a topk run: --target-l0, --log-threshold, --expansion" in err
+    assert "without effect" not in run(capsys, *base, "--target-l0", 8, "--output", tmp_path / "other")[2]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 8 TiB for an array"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 TiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8796093022208 bytes"),
+    ],
+    ids=["NumPy", "GPU", "CPU"],
+)  # fmt: skip
+def test_no_memory_left_is_said_in_words(
+    error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "command_train", fails)
+    status, _, err = run(capsys, "train")
+    assert status == 1
+    assert "there is not enough memory; lower --forward-tokens" in err
+
+
+def test_home_folder_in_paths(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert str(tmp_path / "full") in run(capsys, "train", "--output", "~/full", "--model", "./none")[2]
+    assert str(tmp_path / "full") in run(capsys, "evaluate", "~/full")[2]
+    assert str(tmp_path / "full") in run(capsys, "evaluate", "~/full", "--json", "~/full")[2]

@@ -74,3 +74,33 @@ def test_paper_preset_has_the_papers_step_counts() -> None:
         64_000,
         10_000,
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": 10**5000}, "tokens: expected a whole number from 1 to 1,000,000,000,000, got a number of about 5,001 digits"),
+        ({"tokens": True}, "tokens: expected a whole number from 1 to 1,000,000,000,000, got true"),
+        ({"tokens": 2e6}, "tokens: expected a whole number from 1 to 1,000,000,000,000, got 2000000.0"),
+        ({"lr": 10**400}, "lr: expected a number from 1e-12 to 1000.0, got a number of about 401 digits"),
+        ({"lr": float("nan")}, "lr: expected a number from 1e-12 to 1000.0, got nan"),
+        ({"lr": "3e-4"}, "lr: expected a number from 1e-12 to 1000.0, got '3e-4'"),
+        ({"log_threshold": 1}, "log_threshold: expected true or false, got 1"),
+        ({"model": None}, "model: expected text, got none"),
+        ({"model": "a\0b"}, r"model: expected a name that is not empty and has no control characters, got 'a\x00b'"),
+        ({"dataset": []}, "dataset: expected text, got []"),
+        ({"split": ""}, "split: expected a name that is not empty and has no control characters, got ''"),
+        ({"model": "~nobody-has-this-name/x"}, "model: expected a path in the home folder of a user of this system, got"),
+        ({"dataset": "x" * 5000}, "dataset: expected a name of at most 255 bytes, or a path of at most 4095, got 'xxx"),
+        ({"device": "cuda:-1"}, "device: expected auto, cpu, cuda or cuda:N, got 'cuda:-1'"),
+        ({"model_dtype": "int8"}, "model_dtype: expected float32 or bfloat16 or float16, got 'int8'"),
+        ({"seed": 2**64}, "seed: expected a whole number from 0 to 9,223,372,036,854,775,807, got 18,446,744,073,709,551,616"),
+        ({"warm_up": 0.9}, "warm_up: expected at most 1 together with --decay, got 0.9 + 0.2"),
+    ],
+)  # fmt: skip
+def test_message_says_what_was_expected_and_what_came(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        TrainConfig(**options)
+    assert str(caught.value).startswith(message)
+    assert len(str(caught.value)) < 300
+    assert "\n" not in str(caught.value)

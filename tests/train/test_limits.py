@@ -1,0 +1,52 @@
+"""A run that does not fit into memory is refused before anything of its size exists, by the option that takes most."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastsae.errors import UsageError
+from fastsae.train import limits
+from fastsae.train.config import TrainConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # 3 (weights and two means) * 2 matrices * 64 * 2e9 * 4 bytes
+        ({"d_sae": 2_000_000_000}, r"^d_sae: .* 8\.0 GB of free memory, got 2,000,000,000, which alone takes 3,072\.0 GB"),
+        ({"expansion": 1_000_000}, r"^expansion: .* got 1,000,000, which alone takes 98\.3 GB"),  # 3 * 2 * 64 * 64e6 * 4
+        ({"buffer_tokens": 10**9}, r"^buffer_tokens: .* which alone takes 280\.0 GB"),  # 1e9 * (64 * 4 + 24)
+        ({"batch_size": 10**8, "buffer_tokens": 2 * 10**8, "tokens": 10**9}, r"^buffer_tokens: .* 56\.0 GB of the 107\.2 GB"),
+        ({"forward_tokens": 10**12, "max_length": 10**6}, r"^forward_tokens: .* which alone takes 524\.3 GB"),
+    ],
+)  # fmt: skip
+def test_largest_need_is_named(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "free_memory", lambda device: 8_000_000_000)
+    with pytest.raises(UsageError, match=message):
+        limits.check_memory(TrainConfig(**options), 64, 4, CPU)
+
+
+def test_what_fits_or_is_not_known_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits.check_memory(TrainConfig(), 64, 4, CPU)
+    config = TrainConfig(forward_tokens=10**12)  # never more than a window of dialogues of 8,192 tokens
+    monkeypatch.setattr(limits, "free_memory", lambda device: 8_000_000_000)
+    limits.check_memory(config, 64, 4, CPU)
+    monkeypatch.setattr(limits, "free_memory", lambda device: None)
+    limits.check_memory(TrainConfig(d_sae=2_000_000_000), 64, 4, CPU)
+
+
+def test_a_container_has_less_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = limits.free_memory(CPU)
+    if machine is None:
+        pytest.skip("this system does not tell how much memory is free")
+    (tmp_path / "max").write_text("1000000\n")
+    (tmp_path / "unlimited").write_text("max\n")
+    places = (str(tmp_path / "max"), str(tmp_path / "unlimited"), str(tmp_path / "none"))
+    monkeypatch.setattr(limits, "CONTAINER_LIMITS", places)
+    assert limits.free_memory(CPU) == 1_000_000
