@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import fastsae_kernels as kernels
-from benchmarks import harness, test_encode, test_train_step
+from benchmarks import harness, outcome, test_encode, test_train_step
 from benchmarks.floor import Work
 from benchmarks.harness import Case, GroupTimer, Provider
 from benchmarks.memory import peak_mib
+from benchmarks.outcome import Outcome
 from benchmarks.shapes import DEVICE, Shape
 from benchmarks.writer import ROOT
 
@@ -95,7 +96,7 @@ def test_a_red_row_fails_its_benchmark_and_a_skipped_one_says_why() -> None:
 
 
 def test_a_test_reports_the_samples_of_its_group(benchmark: Any) -> None:
-    harness.replay(benchmark, harness.Outcome({}, {0: [0.25], 3: [0.5, 1.0]}))
+    harness.replay(benchmark, [0.25, 0.5, 1.0])
     if not benchmark.disabled:
         assert benchmark.stats.stats.data == [0.25, 0.5, 1.0]
 
@@ -138,10 +139,10 @@ def test_out_of_memory_is_a_reason() -> None:
 
 
 def counted_calls(call: Any) -> list[float]:
-    outcome = quick().outcome(Case("encode", "tiny", SHAPE, {"it": Provider(lambda: call)}), "it")
-    assert outcome.row["turns"] == 3
-    assert outcome.row["rounds"] == len(outcome.samples)
-    return outcome.samples
+    found = quick().outcome(Case("encode", "tiny", SHAPE, {"it": Provider(lambda: call)}), "it")
+    assert found.row["turns"] == 3
+    assert found.row["rounds"] == len(found.samples)
+    return found.samples
 
 
 def test_the_first_calls_of_a_sitting_and_of_a_turn_count_where_they_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,8 +150,8 @@ def test_the_first_calls_of_a_sitting_and_of_a_turn_count_where_they_are_long(mo
     assert len(counted_calls(lambda: calls.append(0))) == 3
     assert len(calls) == 1 + 3 * 2
     calls.clear()
-    monkeypatch.setattr(harness, "LONG_S", 0.0)
-    monkeypatch.setattr(harness, "STALL_S", 0.0)
+    monkeypatch.setattr(outcome, "LONG_S", 0.0)
+    monkeypatch.setattr(outcome, "STALL_S", 0.0)
     assert len(counted_calls(lambda: calls.append(0))) == len(calls) == 1 + 3
 
 
@@ -160,11 +161,11 @@ def test_a_first_call_that_stalls_does_not_count(monkeypatch: pytest.MonkeyPatch
     for seconds, turns in ((stalls, {0: [0.2], 1: [0.2], 2: [0.2]}), (long, {0: [4.4, 3.2], 1: [1.3], 2: [1.5]})):
         left = iter(seconds)
         monkeypatch.setattr(harness, "_seconds", lambda call, count, left=left: [next(left) for _ in range(count)])
-        outcome = harness.Outcome({})
-        harness._take_first_call(lambda: None, outcome, 0)
+        found = Outcome({})
+        harness._take_first_call(lambda: None, found, 0)
         for turn in range(3):
-            harness._take_turn(lambda: None, outcome, turn)
-        assert outcome.turns == turns
+            harness._take_turn(lambda: None, found, turn)
+        assert found.turns == turns
         assert next(left, None) is None
 
 
