@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-import torch
-
 from benchmarks.memory import MIB
 from benchmarks.shapes import DEVICE
 
@@ -46,20 +44,14 @@ def settings() -> tuple[str, ...]:
 
 
 @contextmanager
-def use(setting: str, mib: float = 0.0) -> Iterator[None]:
-    """Runs the block under a setting.
-
-    Args:
-        setting: One of `settings()`.
-        mib: Memory that the block's calls take; under `tuned` it is there from the start, as it is after a first call.
-    """
+def use(setting: str) -> Iterator[None]:
+    """Runs the block under one of `settings()`; the memory that it kept is given back at its end."""
     libc = _libc()
     if setting == DEFAULT or libc is None:
         yield
         return
     _set(libc, TUNED)
     try:
-        torch.ones(int(mib * MIB), dtype=torch.uint8)  # freed at once, and its pages stay
         yield
     finally:
         _set(libc, DEFAULT)

@@ -35,6 +35,7 @@ ONE_OF_SEVERAL, ONLY, QUICK = (1, 1), (3, 9), (3, 3)
 BUDGET_S = 1.0
 TURN_S = 0.1  # of a provider's calls in a turn
 MOST_CALLS = 50  # of a turn
+MOST_REPEATS = 3  # of a turn whose memory, which shall be kept, is still being found
 WARM_CALLS = {"cpu": 0, "cuda": 3}[DEVICE]  # compile, tune; ours is dense until it has counted
 SLOW_EVERY = 2  # slow providers have every second sitting, of a turn alone
 FLUSHED_BYTES = 2**28  # more than any cache of a GPU
@@ -204,7 +205,7 @@ def _take_turns(providers: dict[str, Provider], group: Group, turns: tuple[int, 
 def _take_turns_under(setting: str, calls: dict[str, Call], group: Group, turn: int, order: random.Random) -> None:
     """A turn of each provider that is due under the setting, in random order."""
     due = {name: group.outcomes[name] for name in calls if group.outcomes[name].is_due(setting)}
-    with allocator.use(setting, max((outcome.row["peak_mib"] or 0 for outcome in due.values()), default=0)):
+    with allocator.use(setting):
         for name in order.sample(list(due), len(due)):
             if turn == 0 and setting == allocator.DEFAULT:
                 _take_very_first_turn(calls[name], due[name])
@@ -268,15 +269,24 @@ def _take_first_call(call: Call, outcome: Outcome, turn: int) -> None:
 
 def _take_turn(call: Call, outcome: Outcome, turn: int, setting: str = allocator.DEFAULT) -> float:
     """Adds the seconds of each call that counts; returns the page faults of one."""
-    before = allocator.page_faults()
-    (first,) = _seconds(call, 1)
+    (first,), faults = _seconds_and_faults(call, 1)
     outcome.fastest, counted = min(outcome.fastest, first), [first]
     outcome.n_calls = outcome.n_calls or max(1, min(MOST_CALLS, round(TURN_S / first)))
     if not outcome.is_long:
-        before = allocator.page_faults()
-        counted = _seconds(call, outcome.n_calls)
+        counted, faults = _seconds_and_faults(call, outcome.n_calls)
+    for _ in range(MOST_REPEATS if setting == allocator.TUNED else 0):
+        if not allocator.matters(faults, counted[-1]):
+            break  # what it keeps is all there
+        counted, faults = _seconds_and_faults(call, outcome.n_calls)
     outcome.take(setting, turn, counted)
-    return (allocator.page_faults() - before) / len(counted)
+    return faults
+
+
+def _seconds_and_faults(call: Call, count: int) -> tuple[list[float], float]:
+    """Seconds of each of so many calls, and the page faults of one."""
+    before = allocator.page_faults()
+    seconds = _seconds(call, count)
+    return seconds, (allocator.page_faults() - before) / count
 
 
 def _seconds(call: Call, count: int) -> list[float]:
