@@ -14,16 +14,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from benchmarks.memory import MIB
 from benchmarks.shapes import DEVICE
 
-DEFAULT, TUNED = "default", "tuned"
+MIB = 2**20
+DEFAULT, TUNED, EXACT = "default", "tuned", "exact"
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, MMAP_MAX = -1, -2, -3, -4  # names of mallopt, in glibc's malloc.h
 OPTIONS = {
     # what glibc starts with; the two thresholds at the values up to which it raises them by itself
     DEFAULT: {MMAP_MAX: 65536, MMAP_THRESHOLD: 32 * MIB, TRIM_THRESHOLD: 64 * MIB, TOP_PAD: 128 * 1024},
     # nothing is mapped for itself, and nothing that is freed goes back
     TUNED: {MMAP_MAX: 0, TRIM_THRESHOLD: -1, TOP_PAD: 64 * MIB},
+    # every tensor is mapped for itself and goes back when it is freed: for measuring memory, not time
+    EXACT: {MMAP_THRESHOLD: MIB // 4},
 }
 FAULT_S = 1e-6  # what it takes to find and clear a page, about
 MIN_FAULTS, MIN_SHARE = 32, 0.01  # of a call, and of its time; below, the settings cannot be told apart
@@ -39,18 +41,19 @@ def _libc() -> ctypes.CDLL | None:
 
 
 def settings() -> tuple[str, ...]:
-    """The names of the settings that there are: a GPU has an allocator of its own, which keeps its pages."""
+    """The names of those to measure time under: a GPU has an allocator of its own, which keeps its pages."""
     return (DEFAULT, TUNED) if DEVICE == "cpu" and _libc() is not None else (DEFAULT,)
 
 
 @contextmanager
 def use(setting: str) -> Iterator[None]:
-    """Runs the block under one of `settings()`; the memory that it kept is given back at its end."""
+    """Runs the block under a setting; memory that is kept without being used is given back at its start and at its end."""
     libc = _libc()
     if setting == DEFAULT or libc is None:
         yield
         return
-    _set(libc, TUNED)
+    libc.malloc_trim(0)
+    _set(libc, setting)
     try:
         yield
     finally:

@@ -216,8 +216,11 @@ def _take_turns_under(setting: str, calls: dict[str, Call], group: Group, turn: 
 def _take_very_first_turn(call: Call, outcome: Outcome) -> None:
     """Tells the peak too, since earlier calls have made what stays, such as an optimiser's moments, and what pages cost."""
     with Peak() as peak:
-        faults = _take_turn(call, outcome, 0)
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
     outcome.row["peak_mib"] = peak.mib
+    faults = _take_turn(call, outcome, 0)
     if allocator.TUNED in allocator.settings() and allocator.matters(faults, outcome.fastest):
         outcome.by_setting[allocator.TUNED] = {}
 

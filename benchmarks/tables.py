@@ -53,7 +53,7 @@ On a machine with a GPU, with the torch build of its driver installed; the shape
   has the median under the other one.
 - **vs**: how many times as fast as that provider; below 1x it is slower. Ratios to the table's baseline are medians of the
   turns' ratios, others are ratios of medians.
-- **peak**: memory of the process beyond what the calls of a turn started with, under the allocator's default setting.
+- **peak**: memory of the process beyond what a call starts with, each tensor counted while it is alive.
 - **GB/s**: the bytes that the operation has to read and write at least, over the median; the machine line has a copy's rate.
 - **of the floor**: the least time that the products and the bytes of the operation take at this machine's own rates (of a
   large matrix product, of a copy), as a share of the median: 100 % cannot be beaten without doing less.
