@@ -49,7 +49,7 @@ class Limits:
     last_s: float = math.inf
 
 
-DEFAULT, FULL = Limits((2, 6), 360.0, 480.0), Limits((3, 6), 1000.0)
+DEFAULT, FULL = Limits((3, 6), 360.0, 480.0), Limits((3, 6), 1000.0)
 
 
 class Run:
