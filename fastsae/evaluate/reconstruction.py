@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.data.activations import ResidualStream
+from fastsae.data.activations import ResidualStream, text_config
 from fastsae.data.sequencing import TokenBatch
 from fastsae.data.sinks import SinkRule
 from fastsae.data.special_tokens import SpecialTokens
@@ -114,11 +114,10 @@ def evaluate(
 
 def _row_groups(batch: TokenBatch, residual: ResidualStream) -> Iterator[TokenBatch]:
     """Cuts a batch into groups of rows that fit in memory with their logits; a row is never cut."""
-    config = residual.model.config
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = min(_GROUP_TOKENS, _GROUP_LOGITS // text_config.vocab_size)
+    n_logits = text_config(residual.model.config).vocab_size
+    limit = min(_GROUP_TOKENS, _GROUP_LOGITS // n_logits)
     if residual.device.type == "cpu":
-        limit = min(limit, int(_HEAD_FLOP / (2 * residual.d_in * text_config.vocab_size)))
+        limit = min(limit, int(_HEAD_FLOP / (2 * residual.d_in * n_logits)))
     size = max(1, limit // max(1, batch.input_ids.shape[1]))
     for start in range(0, len(batch.input_ids), size):
         rows = slice(start, start + size)
