@@ -16,7 +16,7 @@ from fastsae.data.sinks import SinkRule
 from fastsae.data.special_tokens import SpecialTokens
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate.contexts import TopDialogues, top_contexts
-from fastsae.evaluate.losses import LossSums, SplicedModel
+from fastsae.evaluate.losses import LossSums, SplicedModel, check_logits
 from fastsae.evaluate.metrics import Metrics, ReconstructionSums, ratio
 from fastsae.sae import SparseAutoencoder
 from fastsae_kernels import SparseActs
@@ -142,11 +142,7 @@ def _add_group(
     x = hidden[rows.to(hidden.device), positions.to(hidden.device)]
     if not torch.isfinite(x).all():
         model.residual(input_ids, attention_mask)  # raises, and names the layer and the share
-    if not torch.isfinite(logits.amax(-1)[attention_mask.to(logits.device)]).all():  # -inf for some tokens is fine
-        raise FastsaeError(
-            "the language model's own logits hold NaN or Inf although this layer does not: a later layer is broken. "
-            "Get the model's files again, or try --model-dtype float32"
-        )
+    check_logits(logits, attention_mask)
     sae_out, acts = _reconstruct(sae, x.to(sae.device))
 
     sinks = is_sink(x, positions.to(x.device)).cpu()
