@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from fastsae.data.model_dtype import choose_dtype, count_weights, stored_dtype
+from fastsae.disk import local_path
 from fastsae.errors import FastsaeError, UsageError
 
 _T = TypeVar("_T")
@@ -96,7 +97,7 @@ class _Source:
 
 
 def _find(name: str) -> _Source:
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.suffix.lower() == ".gguf" or path.is_file():
         return _find_gguf(name, path)
     is_local = path.exists() or name.startswith((".", "/", "~"))
