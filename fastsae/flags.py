@@ -116,4 +116,6 @@ def without_effect(config: TrainConfig, given: Iterable[str]) -> list[str]:
     ]
     if "expansion" in given and config.d_sae is not None:
         unused.append("expansion")
+    if "target_l0" in given and config.l0_target is None:  # the given weight of the penalty decides
+        unused.append("target_l0")
     return unused
