@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsae.data.buffer import MixingBuffer
+from fastsae.data.buffer import ActivationBatch, MixingBuffer
 from fastsae.fields import Fields
 from fastsae.train.trainer import Trainer
 
 LARGEST = 2**62  # of a count
-ROW = ("acts", "token_ids", "positions", "dialogue_ids")
+ROW = tuple(field.name for field in fields(ActivationBatch))
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
