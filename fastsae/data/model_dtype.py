@@ -36,7 +36,7 @@ def choose_dtype(config: Any, stored: torch.dtype | None, n_weights: int, device
     free = free_memory(device)
     if free is not None and n_weights * 4 > free / 2:
         logger.info(
-            "language model in %s, as stored: in float32 its weights would take %.1f GB of the %.1f GB of free memory",
+            "the language model runs in %s, as stored: in float32 its weights would take %.1f GB of the %.1f GB of free memory",
             dtype_name(stored),
             n_weights * 4 / 1e9,
             free / 1e9,
@@ -45,7 +45,7 @@ def choose_dtype(config: Any, stored: torch.dtype | None, n_weights: int, device
     wide, narrow = measure_products(config, stored)
     chosen = stored if narrow >= _CLEARLY_FASTER * wide else torch.float32
     logger.info(
-        "language model in %s: stored in %s, products measured %.0f GFLOP/s per core in float32 against %.0f in %s",
+        "the language model runs in %s: it is stored in %s, and a core computes %.0f GFLOP/s in float32 and %.0f in %s",
         dtype_name(chosen),
         dtype_name(stored),
         wide,

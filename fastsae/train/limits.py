@@ -36,7 +36,7 @@ def check_memory(config: TrainConfig, d_in: int, bytes_per_number: int, device: 
 def _needs(config: TrainConfig, d_in: int, bytes_per_number: int) -> dict[str, int]:
     """Bytes by the option that decides about them."""
     size = "expansion" if config.d_sae is None else "d_sae"
-    d_sae = config.d_sae or config.expansion * d_in
+    d_sae = config.n_features(d_in)
     longest_batch = min(config.forward_tokens, WINDOW * config.max_length)
     return {
         size: 3 * 2 * d_in * d_sae * 4,  # W_enc and W_dec, and Adam's two means of each, in fp32

@@ -44,7 +44,7 @@ def test_half_precision_stays_where_it_is_clearly_faster(rates, caplog, stored, 
     assert chosen == (stored if stays else torch.float32)
     name, other = str(chosen).removeprefix("torch."), str(stored).removeprefix("torch.")
     assert caplog.messages == [
-        f"language model in {name}: stored in {other}, products measured {wide} GFLOP/s per core in float32 against "
+        f"the language model runs in {name}: it is stored in {other}, and a core computes {wide} GFLOP/s in float32 and "
         f"{narrow} in {other}"
     ]
 
