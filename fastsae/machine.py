@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-# of a container, in the two versions of control groups: the file with its limit, the file with what it uses, and the name
-# there of the memory that cannot be given back, as a cache of files can
+# Where the two versions of control groups tell the limit of a container, and what it uses: only the entry of
+# this name counts, because the rest is a cache of files, which the system gives back when memory is needed
 CONTAINERS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.stat", "anon"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.stat", "total_rss"),

@@ -54,7 +54,7 @@ def load_model(
         raise FastsaeError(
             "this needs `transformers`, which is not installed: pip install fastsae-kernels[train]"
         ) from error
-    transformers.utils.logging.disable_progress_bar()  # of reading files, which is quick; downloads keep theirs
+    transformers.utils.logging.disable_progress_bar()  # reading files is quick; downloads keep their bars
     auto: Any = transformers
     config = source.load("model", auto.AutoConfig.from_pretrained)  # small: a bad name fails here
     tokenizer: Any = source.load("tokenizer", auto.AutoTokenizer.from_pretrained, config=config)

@@ -14,7 +14,7 @@ from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate.metrics import Metrics, ratio
 
 _CHUNK_ELEMENTS = 2**20  # of log-probabilities held at once in fp32: stays in a CPU's cache, fills a GPU
-_CHECKED_TOKENS = 64  # of one dialogue; its passes take milliseconds
+_CHECKED_TOKENS = 64  # tokens of one dialogue, whose passes take milliseconds
 # Largest difference between two orders of the same sums, as a share of the largest logit or of a token's activation. What
 # is really wrong (a missing input, another token's activation) changes either by its own size.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -24,7 +24,7 @@ from fastsae_kernels import SparseActs
 N_TOP_FEATURES = 10
 _GROUP_TOKENS = 4096  # run through model and SAE together
 _GROUP_LOGITS = 2**28  # elements; two such tensors are held at a time
-_HEAD_FLOP = 5e10  # of the product that gives the logits: on a CPU an interrupt is heard only once it is done
+_HEAD_FLOP = 5e10  # largest product that gives logits: on a CPU an interrupt is heard only once it is done
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ from fastsae.sae import FusedJumpReLUSAE, FusedReLUSAE
 from fastsae.train.config import TrainConfig
 from fastsae.train.schedules import learning_rate
 
-GAIN = 0.1  # of an error's logarithm that one step takes back: ten steps to the target, no overshooting
+GAIN = 0.1  # share of an error's logarithm that one step takes back: ten steps lead to the target, and not beyond it
 LARGEST_ERROR = 3.0  # a batch in which nothing fires says no more than that L0 is far too low
 START = {"jumprelu": 0.5, "relu": 1.0}  # weight of the penalty before it adapts, with normalised activations
-LARGEST_FACTOR = 100.0  # by which the weight may change, so that it finds back
+LARGEST_FACTOR = 100.0  # the weight changes by this factor at most, so that it finds back
 # An error up to which the penalty alone corrects L0: the penalty chooses between features, the shift of all gates does not
 SLACK = 0.05
 TOLERANCE = 0.1  # share of the target by which L0 may miss it before a run says so
 BATCH_TOPK_TOLERANCE = 0.05
-ENOUGH_STEPS = 200  # in which L0 reaches any target that it can reach
+ENOUGH_STEPS = 200  # steps in which L0 reaches any target that it can reach
 
 
 class L0Control:

@@ -149,7 +149,7 @@ class Trainer:
 
     def _accumulate(self, output: TrainOutput) -> None:
         """Sums on the device; the host reads them when a row is logged, not per step."""
-        has_fvu = ~output.fvu.isnan()  # of a batch without variance there is none
+        has_fvu = ~output.fvu.isnan()  # a batch without variance has none
         fvu = torch.where(has_fvu, output.fvu, 0)
         values = {"loss": output.loss, "l0": output.l0, "fvu": fvu, "fvu_steps": has_fvu, **output.losses}
         for name, value in values.items():
