@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastsae.disk import local_path
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.flags import (
     OPTIONS,
@@ -140,7 +141,7 @@ def command_train(arguments: argparse.Namespace) -> None:
             )
         config = TrainConfig(**{**PRESETS[arguments.preset or "recommended"], **given})
         layer = "" if config.layer is None else f"-layer{config.layer}"
-        name = Path(config.model).expanduser().resolve().name  # of `.` too
+        name = local_path(config.model).resolve().name  # resolved, because `.` has no name
         output = arguments.output or Path(f"sae-{name}{layer}")
     if unused := without_effect(config, given):
         log.warning("without effect on a %s run: %s", config.architecture, ", ".join(map(flag, unused)))

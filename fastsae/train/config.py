@@ -234,6 +234,10 @@ class TrainConfig:
         """Whether a number of active features, `k`, takes the place of a penalty."""
         return self.architecture in TOPK_FAMILY
 
+    def n_features(self, d_in: int) -> int:
+        """`d_sae` for activations of width `d_in`, its default resolved."""
+        return self.d_sae or self.expansion * d_in
+
     @property
     def subtracts_b_dec(self) -> bool:
         """`apply_b_dec_to_input`, its default resolved."""

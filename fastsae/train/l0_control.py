@@ -13,16 +13,15 @@ from fastsae.sae import FusedJumpReLUSAE, FusedReLUSAE
 from fastsae.train.config import TrainConfig
 from fastsae.train.schedules import learning_rate
 
-GAIN = 0.1  # of an error's logarithm that one step takes back: ten steps to the target, no overshooting
+GAIN = 0.1  # share of an error's logarithm that one step takes back: ten steps lead to the target, and not beyond it
 LARGEST_ERROR = 3.0  # a batch in which nothing fires says no more than that L0 is far too low
 START = {"jumprelu": 0.5, "relu": 1.0}  # weight of the penalty before it adapts, with normalised activations
-LARGEST_FACTOR = 100.0  # by which the weight may change, so that it finds back
-SLACK = (
-    0.05  # an error up to which the penalty alone corrects L0: it chooses between features, the gates' shift does not
-)
+LARGEST_FACTOR = 100.0  # the weight changes by this factor at most, so that it finds back
+# An error up to which the penalty alone corrects L0: the penalty chooses between features, the shift of all gates does not
+SLACK = 0.05
 TOLERANCE = 0.1  # share of the target by which L0 may miss it before a run says so
 BATCH_TOPK_TOLERANCE = 0.05
-ENOUGH_STEPS = 200  # in which L0 reaches any target that it can reach
+ENOUGH_STEPS = 200  # steps in which L0 reaches any target that it can reach
 
 
 class L0Control:
@@ -58,10 +57,9 @@ class L0Control:
     def target(self, step: int) -> float:
         """Features per token that step `step` aims at: geometric from the start's to `target_l0`."""
         config = self.config
-        has_start = config.init_l0 is not None and config.init_l0 < self.sae.d_sae
-        start = (
-            config.init_l0 if has_start and config.init_l0 else self.sae.d_sae / 2
-        )  # with a bias of 0 half of them fire
+        start = self.sae.d_sae / 2  # with a bias of 0 half of the features fire
+        if config.init_l0 is not None and config.init_l0 < self.sae.d_sae:
+            start = config.init_l0
         share = min(1.0, (step + 1) / max(1, round(config.sparsity_warm_up * config.steps)))
         return math.exp((1 - share) * math.log(start) + share * math.log(config.target_l0))
 
@@ -71,9 +69,8 @@ class L0Control:
         error = (l0 / self.target(step)).log().clamp(-LARGEST_ERROR, LARGEST_ERROR)
         most = math.log(LARGEST_FACTOR)
         self.log_factor = (self.log_factor + GAIN * error).clamp(-most, most)
-        slack = (
-            SLACK * learning_rate(step, self.config) / self.config.lr
-        )  # at the end the penalty has no effect any more
+        # as the learning rate falls to 0, so does the effect of the penalty, and the shift takes over
+        slack = SLACK * learning_rate(step, self.config) / self.config.lr
         self.sae.shift_gates_(GAIN * self.unit * softshrink(error, slack))
 
     def state_dict(self) -> dict[str, Any]:

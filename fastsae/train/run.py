@@ -187,7 +187,7 @@ class _Parts:
             raise checkpoint.corrupt(output / checkpoint.FOLDER, error) from None
 
 
-def run_with_bar(trainer: Trainer, save_checkpoint: Any, progress: bool) -> None:
+def run_with_bar(trainer: Trainer, save_checkpoint: Callable[[], None], progress: bool) -> None:
     """Trains to the last step behind a progress bar; calls `save_checkpoint` where one is due."""
     config = trainer.config
     with tqdm(

@@ -21,7 +21,7 @@ from fastsae.sae import (
     TrainOutput,
 )
 from fastsae.train import checkpoint
-from fastsae.train.config import TOPK_FAMILY, TrainConfig
+from fastsae.train.config import TrainConfig
 from fastsae.train.initialize import activation_scale, initialize_from_data
 from fastsae.train.l0_control import L0Control
 from fastsae.train.schedules import learning_rate, sparsity_share
@@ -38,16 +38,15 @@ DEAD_MASK_EVERY = 25  # steps; looking who is dead waits for the device
 def build_sae(config: TrainConfig, d_in: int, device: torch.device) -> SparseAutoencoder:
     """A fresh SAE of the configured architecture, drawn from `config.seed`."""
     torch.manual_seed(config.seed)
-    d_sae = config.d_sae or config.expansion * d_in
     options: dict[str, Any] = {"k": config.k, "apply_b_dec_to_input": config.subtracts_b_dec, "device": device}
     if config.architecture == "jumprelu":
         options |= {
             name: getattr(config, name) for name in ("bandwidth", "init_threshold", "ste_to_input", "log_threshold")
         }
-    if config.architecture in TOPK_FAMILY:
+    if config.is_topk:
         # rows kept at unit norm have nothing to rescale, and their gradient's parallel part is removed either way
         options["rescale_acts_by_decoder_norm"] = not config.normalize_decoder
-    return SAE_CLASSES[config.architecture](d_in, d_sae, **options)
+    return SAE_CLASSES[config.architecture](d_in, config.n_features(d_in), **options)
 
 
 class Trainer:
@@ -89,7 +88,7 @@ class Trainer:
         if self.l0_control is not None:
             self.l0_control.unit = self.scale / scale
         # a count needs no help to be sparse: its b_enc starts at 0, as in the literature
-        init_l0 = None if self.config.architecture in TOPK_FAMILY else self.config.init_l0
+        init_l0 = None if self.config.is_topk else self.config.init_l0
         initialize_from_data(self.sae, sample * self.scale, self.config.b_dec_init, init_l0)
 
     def run(
@@ -150,7 +149,7 @@ class Trainer:
 
     def _accumulate(self, output: TrainOutput) -> None:
         """Sums on the device; the host reads them when a row is logged, not per step."""
-        has_fvu = ~output.fvu.isnan()  # of a batch without variance there is none
+        has_fvu = ~output.fvu.isnan()  # a batch without variance has none
         fvu = torch.where(has_fvu, output.fvu, 0)
         values = {"loss": output.loss, "l0": output.l0, "fvu": fvu, "fvu_steps": has_fvu, **output.losses}
         for name, value in values.items():

@@ -82,10 +82,8 @@ def test_a_given_weight_is_left_alone(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("steps", [20, 100])
 def test_batch_topk_has_k_features_at_inference_after_few_steps(steps: int) -> None:
-    trainer, l0 = trained(architecture="batchtopk", k=8, tokens=steps * BATCH)
+    _, l0 = trained(architecture="batchtopk", k=8, tokens=steps * BATCH)
     assert l0 == pytest.approx(8, rel=0.05)
-    averaged = FusedBatchTopKSAE(D_IN, D_SAE, 8).topk_threshold
-    assert trainer.sae.topk_threshold > averaged  # the average would have started from 0
 
 
 def test_calibration_counts_exactly() -> None:
