@@ -105,25 +105,9 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(arguments).items() if name in OPTIONS}
 
 
-def resumed_config(output: Path, given: dict[str, Any]) -> TrainConfig:
-    """The config of the run in `output`; flags given beside --resume must agree with it."""
-    from fastsae.train.folder import located, read_config
-
-    config = read_config(output)
-    for name, value in given.items():
-        if name in ("model", "dataset"):
-            value = located(value)
-        if name != "device" and getattr(config, name) != value:
-            raise UsageError(
-                f"{flag(name)}: the run in {output} was started with {getattr(config, name)}, got {value}; "
-                "drop the flag to resume, or start a new run without --resume"
-            )
-    return replace(config, **{name: value for name, value in given.items() if name == "device"})
-
-
 def command_train(arguments: argparse.Namespace) -> None:
     """`fastsae train`."""
-    from fastsae.train.folder import CONFIG_FILE, REPORT_FILE, is_new
+    from fastsae.train.folder import CONFIG_FILE, REPORT_FILE, is_new, read_config
     from fastsae.train.run import train
     from fastsae.train.trainer import SAE_CLASSES
 
@@ -133,7 +117,8 @@ def command_train(arguments: argparse.Namespace) -> None:
     if arguments.resume and not (arguments.output.is_dir() and is_new(arguments.output)):
         if arguments.preset is not None:
             raise UsageError("--preset: a resumed run keeps the options it was started with; drop the flag")
-        config, output = resumed_config(arguments.output, given), arguments.output
+        output = arguments.output
+        config = replace(read_config(output), **given)
     else:
         if arguments.resume and not (given or arguments.preset):
             raise UsageError(

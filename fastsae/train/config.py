@@ -277,7 +277,7 @@ class TrainConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {},
-    # arXiv:2506.07691, appendices A and C; see the warning about its sparsity in the README
+    # arXiv:2506.07691, appendices A and C; its penalty is weak, so look at L0
     "fast-paper": {
         "bandwidth": 0.001,
         "init_threshold": 0.001,

@@ -32,6 +32,7 @@ from fastsae.train.folder import (
     how_to_go_on,
     located,
     prepare,
+    resumed_config,
 )
 from fastsae.train.initialize import SAMPLE
 from fastsae.train.l0_control import l0_metrics
@@ -67,9 +68,11 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
 
 def _train(config: TrainConfig, output: Path, *, resume: bool, progress: bool) -> dict[str, Any]:
     started = time.perf_counter()
+    config = replace(config, model=located(config.model), dataset=located(config.dataset))
+    if resume:
+        config = resumed_config(output, config)
     prepare(output, resume=resume)
     saved = checkpoint.load_latest(output) if resume else None
-    config = replace(config, model=located(config.model), dataset=located(config.dataset))
     pipeline = build_pipeline(config, progress=progress)
     config = pipeline.config
     fingerprints = {
