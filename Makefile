@@ -1,4 +1,4 @@
-.PHONY: check lint format types test test-slow test-package stale bench bench-quick bench-gpu bench-compare report
+.PHONY: check lint format types test test-slow test-package stale bench bench-full bench-quick bench-gpu bench-compare report
 
 check: lint types stale test-package test  ## what CI runs
 
@@ -25,8 +25,11 @@ test-package:  ## builds the package, installs it on Python 3.10 and 3.13, and t
 stale:  ## fails where tables and plots are not those of the committed results
 	python -m benchmarks.report --check
 
-bench:  ## every provider of every operation, then its result file, tables and plots; a quarter of an hour
-	pytest benchmarks/ --results benchmarks/results
+bench:  ## the most telling groups with every provider; ten minutes on 2 cores, writes nothing
+	pytest benchmarks/
+
+bench-full:  ## every provider of every operation, then its result file, tables and plots; about 25 minutes
+	pytest benchmarks/ --full --results benchmarks/results
 	python -m benchmarks.report
 
 bench-quick:  ## small shapes, three rounds; a minute or two, writes nothing

@@ -1,4 +1,4 @@
-"""How far two runs of one commit on one machine are apart, against the spread that they report."""
+"""How far two runs of one commit on one machine are apart, against the spread that they report, where that is no wide one."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _rows(result: Result) -> list[tuple[Row, Row]]:
         return []
     earlier = {(row.operation, row.group, row.provider): row for row in result.repeated.rows}
     found = [(row, earlier.get((row.operation, row.group, row.provider))) for row in result.rows]
-    return [(row, before) for row, before in found if before is not None]
+    return [(row, before) for row, before in found if before and not (row.is_unsteady or before.is_unsteady)]
 
 
 def count(pairs: list[Pair]) -> str:

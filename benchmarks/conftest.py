@@ -1,17 +1,20 @@
 """Collects a row for each provider, prints them after a run, and writes them where `--results DIR` says.
 
-A whole run makes passes over all groups, with a sitting of each, before the first is reported; from the second on in another
-order each time, so that no group always comes after the same. With `--quick` or `--minutes` each group has one longer sitting,
-where it is reported, and with `--minutes M` no group begins after M minutes. The file is written anew after every sitting: a run
-that has to end tells all that it has measured until then.
+A whole run makes passes over its groups, with a sitting of each, before the first is reported; from the second on in another
+order each time, so that no group always comes after the same. What is unsteady then is measured again. On a CPU the groups are
+those that a reader needs most, and the run ends within ten minutes; `--full`, or the names of files or tests, measure the others
+too. With `--quick` or `--minutes` each group has one longer sitting, where it is reported, and with `--minutes M` no group begins
+after M minutes. The file is written anew after every sitting: a run that has to end tells all that it has measured until then.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,35 +22,54 @@ from typing import Any
 import pytest
 
 from benchmarks.harness import SLOW_EVERY, Case, GroupTimer, report
-from benchmarks.shapes import QUICK
+from benchmarks.shapes import DEVICE, FULL_ONLY, QUICK
 from benchmarks.writer import ResultFile, commit_of, line, machine
 
 ROWS = pytest.StashKey[list[dict[str, Any]]]()
 RUN = pytest.StashKey["Run"]()
 FILE = pytest.StashKey[ResultFile]()
+LEFT_OUT = pytest.StashKey[int]()
 NO_TIME = "no time left"
 IMPORTANT = ("gemma-2-2b 65k", "llama-3.1-8b x32", "1M features")  # come first where time is limited
-PASSES = (3, 6)  # at least, and at most where there is time
-PASSES_S = 780.0  # in which they should end; `fastsae train` comes after them
+MORE_SITTINGS = 3  # of what is unsteady, at most
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How often a run passes over its groups, and until when.
+
+    Args:
+        passes: At least, and at most where there is time.
+        passes_s: Seconds in which the passes should end.
+        last_s: Seconds after which nothing begins; what has not begun by then is skipped and named.
+    """
+
+    passes: tuple[int, int]
+    passes_s: float
+    last_s: float = math.inf
+
+
+DEFAULT, FULL = Limits((3, 6), 360.0, 480.0), Limits((3, 6), 1000.0)
 
 
 class Run:
     """The groups of a run: its passes over them, and when the last group may begin."""
 
-    def __init__(
-        self, timer: GroupTimer, minutes: float | None, say: Callable[[str], None], save: Callable[[], None]
-    ) -> None:
-        self.timer, self._say, self._save = timer, say, save
+    def __init__(self, timer: GroupTimer, limits: Limits, say: Callable[[str], None], save: Callable[[], None]) -> None:
+        self.timer, self.limits, self._say, self._save = timer, limits, say, save
         self._started = time.monotonic()
-        self.deadline = None if minutes is None else self._started + 60 * minutes
         self.late: list[str] = []
         self.to_pass: list[Case] = []  # with a sitting in each pass
+
+    @property
+    def is_late(self) -> bool:
+        return time.monotonic() - self._started >= self.limits.last_s
 
     def report(self, benchmark: Any, case: Case, provider: str) -> None:
         """Reports the time of a case's provider; measures its group, or all that are to be passed over, at the first call."""
         self._pass()
         if not self.timer.has_begun(case):
-            if self.deadline is not None and time.monotonic() >= self.deadline:
+            if self.is_late:
                 self.late += [case.group] if case.group not in self.late else []
                 pytest.skip(NO_TIME)
             self.timer.outcome(case, provider)
@@ -56,28 +78,45 @@ class Run:
 
     def _pass(self) -> None:
         cases, self.to_pass = self.to_pass, []
-        (fewest, most), seconds = PASSES if cases else (0, 0), []
+        (fewest, most), seconds = self.limits.passes if cases else (0, 0), []
         for n in range(most):
             started = time.monotonic()
             for at, case in enumerate(cases):
-                self._say(f"pass {n + 1} of {fewest} to {most}, {len(cases) - at} groups left: {case.group}")
-                self.timer.sit(case)
-                self._save()
-                gc.freeze()  # what has been imported: to look through it again takes a second of each sitting
+                self._sit(case, f"pass {n + 1} of {fewest} to {most}, {len(cases) - at} groups left")
             now = time.monotonic()
             seconds.append(now - started)
             # the next pass takes as long as that which had the same providers
-            if n + 1 >= fewest and now + seconds[-SLOW_EVERY] - self._started > PASSES_S:
+            if n + 1 >= fewest and now + seconds[-SLOW_EVERY] - self._started > self.limits.passes_s:
                 break
             random.Random(n).shuffle(cases)
+        for _ in range(MORE_SITTINGS):
+            for case in cases:
+                if unsteady := self.timer.unsteady(case):
+                    self._sit(case, f"again, because of {', '.join(unsteady[1:] or unsteady)}", unsteady)
         gc.unfreeze()
+
+    def _sit(self, case: Case, why: str, providers: list[str] | None = None) -> None:
+        if self.is_late:
+            return
+        self._say(f"{why}: {case.group}")
+        self.timer.sit(case, providers=providers)
+        self._save()
+        gc.freeze()  # what has been imported: to look through it again takes a second of each sitting
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="also write <machine>_<date>_<commit>.json to this folder")
+    parser.addoption("--full", action="store_true", help="all groups: about 25 minutes (default: the most telling, 10)")
     parser.addoption("--quick", action="store_true", help="small shapes and three turns alone: less than 3 minutes")
     parser.addoption("--minutes", type=float, help=f"skip the groups that have not begun by then: {NO_TIME!r}")
     parser.addoption("--commit", help="what is measured, for the file (default: of the git checkout, else `unknown`)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Keeps to one process, whatever the options say: two that measure at a time would measure each other."""
+    if hasattr(config.option, "numprocesses"):  # pytest-xdist is installed
+        config.option.numprocesses, config.option.dist, config.option.tx = 0, "no", []
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -86,7 +125,19 @@ def pytest_configure(config: pytest.Config) -> None:
     if folder is not None and not config.getoption("--benchmark-disable"):
         config.stash[FILE] = ResultFile(folder, config.getoption("--commit") or commit_of())
     timer = GroupTimer(config.getoption("--quick"), rows)
-    config.stash[RUN] = Run(timer, config.getoption("--minutes"), partial(_say, config), partial(_save, config))
+    config.stash[RUN] = Run(timer, _limits(config), partial(_say, config), partial(_save, config))
+
+
+def _limits(config: pytest.Config) -> Limits:
+    if (minutes := config.getoption("--minutes")) is not None:
+        return Limits((0, 0), 0.0, 60 * minutes)
+    return DEFAULT if _is_reduced(config) else FULL
+
+
+def _is_reduced(config: pytest.Config) -> bool:
+    """Whether groups are left out: on a CPU, unless options, files or tests say what to run."""
+    is_chosen = config.getoption("keyword") or any(Path(part.partition("::")[0]).suffix for part in config.args)
+    return DEVICE == "cpu" and not (is_chosen or config.getoption("--full") or config.getoption("--quick"))
 
 
 def _save(config: pytest.Config) -> None:
@@ -97,11 +148,15 @@ def _save(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--minutes") is not None:
         items.sort(key=_unimportance)
-    if not config.getoption("--quick"):
+    if config.getoption("--quick"):
+        left_out = [item for item in items if (case := _case(item)) and case.shape_name not in QUICK]
+    elif _is_reduced(config):
+        left_out = [item for item in items if (case := _case(item)) and case.shape_name in FULL_ONLY[case.operation]]
+        config.stash[LEFT_OUT] = len({case.group for item in left_out if (case := _case(item))})
+    else:
         return
-    large = [item for item in items if (case := _case(item)) and case.shape_name not in QUICK]
-    config.hook.pytest_deselected(items=large)
-    items[:] = [item for item in items if item not in large]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 def _case(item: pytest.Item) -> Case | None:
@@ -126,7 +181,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if any(config.getoption(name) for name in ("--quick", "--minutes", "--benchmark-disable", "--collect-only")):
         return
     cases = [_case(item) for item in session.items if "timed" in getattr(item, "fixturenames", ())]
-    config.stash[RUN].to_pass = list({case.group: case for case in cases if case is not None}.values())
+    groups = {case.group: case for case in cases if case is not None}.values()
+    # the headline comes first: where time runs out, it is not what is missing
+    config.stash[RUN].to_pass = sorted(groups, key=lambda case: case.operation != "whole step")
 
 
 @pytest.fixture
@@ -144,6 +201,8 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Case, str
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     rows, late = config.stash[ROWS], config.stash[RUN].late
+    if config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{config.stash[LEFT_OUT]} groups are left out; `--full` measures them too")
     if late:
         terminalreporter.section(f"{NO_TIME} for {len(late)} groups")
         for group in late:

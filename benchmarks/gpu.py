@@ -89,6 +89,7 @@ class Part:
         started = time.monotonic()
         command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *self.arguments]
         wide = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "250"}  # reasons in full, and at once
+        wide["PYTEST_XDIST_AUTO_NUM_WORKERS"] = "0"  # this is one of several processes
         with self.log.open("w") as log:
             process = subprocess.Popen(command, cwd=ROOT, env=wide, stdout=log, stderr=subprocess.STDOUT)
             try:

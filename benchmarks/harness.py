@@ -5,18 +5,17 @@ lie. That is more than some of the differences that count, so the providers of a
 and a whole run sits down to each group several times, minutes apart, with everything made anew: the spread that a row reports
 is that of all its sittings, and nearly every figure of another run lies within it. In a training run a step follows its like,
 so the first call of a turn, which finds caches and heap as others left them, counts only where calls are long. What takes long
-has fewer calls and sittings.
+has fewer calls and sittings. Where the pages of its memory take time, a provider has each of its turns under both settings of
+`benchmarks.allocator`, and its better one counts.
 """
 
 from __future__ import annotations
 
 import gc
-import math
 import random
-import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -25,9 +24,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import clock
+from benchmarks import allocator, clock
 from benchmarks.floor import Work
 from benchmarks.memory import MIB, Peak, memory_bytes
+from benchmarks.outcome import Outcome
 from benchmarks.shapes import DEVICE, Shape
 
 # turns of a sitting, at least, and at most while the budget lasts
@@ -35,11 +35,9 @@ ONE_OF_SEVERAL, ONLY, QUICK = (1, 1), (3, 9), (3, 3)
 BUDGET_S = 1.0
 TURN_S = 0.1  # of a provider's calls in a turn
 MOST_CALLS = 50  # of a turn
+MOST_REPEATS = 4  # of a turn whose memory, which shall be kept, is still being found
 WARM_CALLS = {"cpu": 0, "cuda": 3}[DEVICE]  # compile, tune; ours is dense until it has counted
-SLOW_S = 0.25  # from here on a provider has every second sitting, of a turn alone
-SLOW_EVERY = 2
-LONG_S = 1.0  # beside this, what a cold cache costs is nothing: every call counts
-STALL_S = 2.0  # that the first call of all can take on top, where memory has to be found for it
+SLOW_EVERY = 2  # slow providers have every second sitting, of a turn alone
 FLUSHED_BYTES = 2**28  # more than any cache of a GPU
 MOST_GRAPHS = 256  # of a compiled function, one for each shape; those of an earlier sitting are not compiled again
 
@@ -104,33 +102,11 @@ class Case:
             "operation": self.operation, "group": self.group, "shape": self.shape_name, "is_cut": s.is_cut,
             "n_tokens": s.n_tokens, "d_in": s.d_in, "d_sae": s.d_sae, "l0": s.l0, "dtype": dtype,
             "provider": provider, "baseline": next(iter(self.providers)), "status": "ok", "reason": None,
-            "error": None, "error_limit": None, "median_s": None, "iqr_s": None, "turns": 0, "rounds": 0, "speedup": None,
-            "speedup_iqr": None, "peak_mib": None, "dense_tensor_mib": s.n_tokens * s.d_sae * (2 if dtype == "bf16" else 4) / MIB,
+            "error": None, "error_limit": None, "median_s": None, "iqr_s": None, "allocator": None, "other_median_s": None,
+            "turns": 0, "rounds": 0, "speedup": None, "speedup_iqr": None,
+            "peak_mib": None, "dense_tensor_mib": s.n_tokens * s.d_sae * (2 if dtype == "bf16" else 4) / MIB,
             "least_bytes": self.work.n_bytes if self.work else None, "floor_s": None, "clock_mhz": None, "x": self.x,
         }  # fmt: skip
-
-
-@dataclass
-class Outcome:
-    """A provider's row, and the seconds of each counted call of each of its turns."""
-
-    row: dict[str, Any]
-    turns: dict[int, list[float]] = field(default_factory=dict)  # by the group's count, so that ratios are of one turn
-    fastest: float = math.inf  # seconds of a call, counted or not
-    n_calls: int = 0  # of a turn; the same in all, or those of the machine's fast minutes would outweigh the others
-
-    @property
-    def samples(self) -> list[float]:
-        return [seconds for turn in self.turns.values() for seconds in turn]
-
-    @property
-    def is_slow(self) -> bool:
-        return SLOW_S <= self.fastest < math.inf
-
-    @property
-    def is_long(self) -> bool:
-        """Whether its calls are; the first of all may have stalled."""
-        return LONG_S + (0 if self.turns else STALL_S) <= self.fastest < math.inf
 
 
 @dataclass
@@ -158,15 +134,29 @@ class GroupTimer:
             self.sit(case, QUICK if self.quick else ONLY)
         return self._groups[case.group].outcomes[provider]
 
-    def sit(self, case: Case, turns: tuple[int, int] = ONE_OF_SEVERAL) -> None:
-        """One sitting of a group; what raises then, and not when it is made, leaves all of it red."""
+    def unsteady(self, case: Case) -> list[str]:
+        """The providers whose times are too far apart to be told, and before them their baseline."""
+        outcomes = self._groups[case.group].outcomes if self.has_begun(case) else {}
+        found = [name for name, outcome in outcomes.items() if outcome.is_unsteady]
+        return list(dict.fromkeys([next(iter(outcomes)), *found])) if found else []
+
+    def sit(
+        self, case: Case, turns: tuple[int, int] = ONE_OF_SEVERAL, providers: Collection[str] | None = None
+    ) -> None:
+        """One sitting of a group; what raises then, and not when it is made, leaves all of it red.
+
+        Args:
+            case: The group's.
+            turns: How many, at least and at most.
+            providers: Those that take part; by default all, the slow ones every second time.
+        """
         if not self.has_begun(case):
             self._groups[case.group] = Group({name: Outcome(case.row(name)) for name in case.providers})
             self.rows += [outcome.row for outcome in self._groups[case.group].outcomes.values()]
         group = self._groups[case.group]
         try:
             with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
-                _sit(case, group, turns)
+                _sit(case, group, turns, providers)
         except Exception as error:  # measuring the group again would end the same way
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -175,29 +165,29 @@ class GroupTimer:
         baseline = next(iter(group.outcomes.values()))
         for outcome in group.outcomes.values():
             if outcome.row["status"] != "ok":
-                outcome.row.update(dict.fromkeys(("median_s", "iqr_s", "speedup", "speedup_iqr")))
+                outcome.row.update(
+                    dict.fromkeys(("median_s", "iqr_s", "allocator", "other_median_s", "speedup", "speedup_iqr"))
+                )
             elif outcome.turns:
-                _fill_in(outcome, baseline, case.work)
+                outcome.fill_in(baseline, case.work)
 
 
-def _sit(case: Case, group: Group, turns: tuple[int, int]) -> None:
-    is_for_all = group.sittings % SLOW_EVERY == 0
-    names = [
-        name
-        for name, outcome in group.outcomes.items()
-        if outcome.row["status"] == "ok" and (is_for_all or not outcome.is_slow)
-    ]
+def _sit(case: Case, group: Group, turns: tuple[int, int], providers: Collection[str] | None) -> None:
+    if providers is None:
+        is_for_all = group.sittings % SLOW_EVERY == 0
+        providers = [name for name, outcome in group.outcomes.items() if is_for_all or not outcome.is_slow]
+    names = [name for name, outcome in group.outcomes.items() if name in providers and outcome.row["status"] == "ok"]
     # what is too large to stand beside others is timed alone
     for together in [names] if case.fits_in_memory() else [[name] for name in names]:
         _take_turns({name: case.providers[name] for name in together}, group, turns)
         gc.collect()  # what they kept
     group.sittings += 1
-    group.turns = max((n + 1 for outcome in group.outcomes.values() for n in outcome.turns), default=0)
+    taken = [turns for outcome in group.outcomes.values() for turns in outcome.by_setting.values()]
+    group.turns = max((n + 1 for turns in taken for n in turns), default=0)
 
 
 def _take_turns(providers: dict[str, Provider], group: Group, turns: tuple[int, int]) -> None:
-    outcomes, is_first = group.outcomes, group.sittings == 0
-    made = {name: _made(provider, outcomes[name], group.turns) for name, provider in providers.items()}
+    made = {name: _made(provider, group.outcomes[name], group.turns) for name, provider in providers.items()}
     calls = {name: call for name, call in made.items() if call is not None}
     if DEVICE == "cuda":
         _flushed()  # is nobody's peak
@@ -205,16 +195,34 @@ def _take_turns(providers: dict[str, Provider], group: Group, turns: tuple[int, 
     (fewest, most), order = turns, random.Random(group.turns)
     started, n_turns = time.perf_counter(), 0
     while calls and (n_turns < fewest or (n_turns < most and time.perf_counter() - started < BUDGET_S)):
-        for name in order.sample(list(calls), len(calls)):
-            if is_first and n_turns == 0:  # the first call has made what stays, such as an optimiser's moments
-                with Peak() as peak:
-                    _take_turn(calls[name], outcomes[name], group.turns)
-                outcomes[name].row["peak_mib"] = peak.mib
-            else:
-                _take_turn(calls[name], outcomes[name], group.turns + n_turns)
+        for setting in allocator.settings():
+            _take_turns_under(setting, calls, group, group.turns + n_turns, order)
         n_turns += 1
     for name in calls:
-        outcomes[name].row["clock_mhz"] = clock.mhz()
+        group.outcomes[name].row["clock_mhz"] = clock.mhz()
+
+
+def _take_turns_under(setting: str, calls: dict[str, Call], group: Group, turn: int, order: random.Random) -> None:
+    """A turn of each provider that is due under the setting, in random order."""
+    due = {name: group.outcomes[name] for name in calls if group.outcomes[name].is_due(setting)}
+    with allocator.use(setting):
+        for name in order.sample(list(due), len(due)):
+            if turn == 0 and setting == allocator.DEFAULT:
+                _take_very_first_turn(calls[name], due[name])
+            else:
+                _take_turn(calls[name], due[name], turn, setting)
+
+
+def _take_very_first_turn(call: Call, outcome: Outcome) -> None:
+    """Tells the peak too, since earlier calls have made what stays, such as an optimiser's moments, and what pages cost."""
+    with Peak() as peak:
+        call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+    outcome.row["peak_mib"] = peak.mib
+    faults = _take_turn(call, outcome, 0)
+    if allocator.TUNED in allocator.settings() and allocator.matters(faults, outcome.fastest):
+        outcome.by_setting[allocator.TUNED] = {}
 
 
 def _made(provider: Provider, outcome: Outcome, turn: int) -> Call | None:
@@ -258,18 +266,30 @@ def _take_first_call(call: Call, outcome: Outcome, turn: int) -> None:
     """The first call of a sitting, which counts where calls are long."""
     (first,) = _seconds(call, 1)
     outcome.fastest = min(outcome.fastest, first)
-    if outcome.is_long:
-        outcome.turns.setdefault(turn, []).append(first)
+    if outcome.is_long and outcome.is_due(allocator.DEFAULT):
+        outcome.take(allocator.DEFAULT, turn, [first])
 
 
-def _take_turn(call: Call, outcome: Outcome, turn: int) -> None:
-    """Adds the seconds of each call that counts."""
-    (first,) = _seconds(call, 1)
-    outcome.fastest = min(outcome.fastest, first)
+def _take_turn(call: Call, outcome: Outcome, turn: int, setting: str = allocator.DEFAULT) -> float:
+    """Adds the seconds of each call that counts; returns the page faults of one."""
+    (first,), faults = _seconds_and_faults(call, 1)
+    outcome.fastest, counted = min(outcome.fastest, first), [first]
     outcome.n_calls = outcome.n_calls or max(1, min(MOST_CALLS, round(TURN_S / first)))
-    counted = [first] if outcome.is_long else _seconds(call, outcome.n_calls)
-    outcome.turns.setdefault(turn, []).extend(counted)
-    outcome.fastest = min(outcome.fastest, *counted)
+    if not outcome.is_long:
+        counted, faults = _seconds_and_faults(call, outcome.n_calls)
+    for _ in range(MOST_REPEATS if setting == allocator.TUNED else 0):
+        if not allocator.matters(faults, counted[-1]):
+            break  # what it keeps is all there
+        counted, faults = _seconds_and_faults(call, outcome.n_calls)
+    outcome.take(setting, turn, counted)
+    return faults
+
+
+def _seconds_and_faults(call: Call, count: int) -> tuple[list[float], float]:
+    """Seconds of each of so many calls, and the page faults of one."""
+    before = allocator.page_faults()
+    seconds = _seconds(call, count)
+    return seconds, (allocator.page_faults() - before) / count
 
 
 def _seconds(call: Call, count: int) -> list[float]:
@@ -302,41 +322,17 @@ def _flushed() -> Tensor:
     return torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=DEVICE)
 
 
-def _fill_in(outcome: Outcome, baseline: Outcome, work: Work | None) -> None:
-    row, turns, samples = outcome.row, outcome.turns, outcome.samples
-    row.update(median_s=statistics.median(samples), iqr_s=_iqr(samples), turns=len(turns), rounds=len(samples))
-    ratios = [
-        statistics.median(baseline.turns[n]) / statistics.median(seconds)
-        for n, seconds in turns.items()
-        if n in baseline.turns
-    ]
-    if ratios:
-        row.update(speedup=statistics.median(ratios), speedup_iqr=_iqr(ratios))
-    elif baseline.turns:
-        row["speedup"] = statistics.median(baseline.samples) / row["median_s"]
-    if work is not None:
-        row["floor_s"] = work.floor_s()
-
-
-def _iqr(values: list[float]) -> float | None:
-    """The distance between the quartiles; None where one value has none."""
-    if len(values) < 2:
-        return None
-    quartiles = statistics.quantiles(values, n=4)
-    return quartiles[2] - quartiles[0]
-
-
 def cases_and_providers(cases: list[Case]) -> Any:
     """Parametrises a benchmark by case and provider."""
     pairs = [pytest.param(case, name, id=f"{case.group}-{name}") for case in cases for name in case.providers]
     return pytest.mark.parametrize(("case", "provider"), pairs)
 
 
-def replay(benchmark: Any, outcome: Outcome) -> None:
-    """Reports the samples of a provider as the benchmark's own rounds."""
-    ticks = iter([t for sample in outcome.samples for t in (0.0, sample)])
+def replay(benchmark: Any, samples: list[float]) -> None:
+    """Reports the seconds of a provider's calls as the benchmark's own rounds."""
+    ticks = iter([t for sample in samples for t in (0.0, sample)])
     benchmark._timer = partial(next, ticks)
-    benchmark.pedantic(lambda: None, rounds=len(outcome.samples))
+    benchmark.pedantic(lambda: None, rounds=len(samples))
 
 
 def report(benchmark: Any, timer: GroupTimer, case: Case, provider: str) -> None:
@@ -347,4 +343,4 @@ def report(benchmark: Any, timer: GroupTimer, case: Case, provider: str) -> None
         pytest.fail(f"{case.group}: {provider}: {outcome.row['reason']}")
     if outcome.row["status"] == "skipped":
         pytest.skip(f"{provider}: {outcome.row['reason']}")
-    replay(benchmark, outcome)
+    replay(benchmark, outcome.samples)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 from pathlib import Path
 
 import torch
 
-MIB = 2**20
+from benchmarks import allocator
+from benchmarks.allocator import MIB
+
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -21,7 +22,10 @@ def memory_bytes() -> int:
 
 
 class Peak:
-    """Within `with`, the peak over the start; `mib` afterwards, None where the system does not tell (no Linux)."""
+    """Within `with`, the peak over the start; `mib` afterwards, None where the system does not tell (no Linux).
+
+    Memory that glibc keeps or cannot fill again would hide what is taken, or add to it: meanwhile each tensor is mapped alone.
+    """
 
     mib: float | None = None
 
@@ -31,8 +35,8 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated() / MIB
             return self
-        if hasattr(ctypes.CDLL(None), "malloc_trim"):  # freed memory that is kept would hide what a call takes
-            ctypes.CDLL(None).malloc_trim(0)
+        self._exact = allocator.use(allocator.EXACT)
+        self._exact.__enter__()
         try:
             RESET.write_text("5")  # sets the high-water mark to what is in use
             self._before = _field("VmRSS")
@@ -43,8 +47,10 @@ class Peak:
     def __exit__(self, *error: object) -> None:
         if torch.cuda.is_available():
             self.mib = torch.cuda.max_memory_allocated() / MIB - self._before
-        elif not math.isnan(self._before):
+            return
+        if not math.isnan(self._before):
             self.mib = _field("VmHWM") - self._before
+        self._exact.__exit__(None, None, None)
 
 
 def peak_mib() -> float | None:

@@ -1,34 +1,42 @@
 """Writes what the repository shows of its benchmarks, from the result files alone: `python -m benchmarks.report`.
 
-Only this writes benchmarks/README.md, the block between the README's markers, and the SVG files in benchmarks/plots.
+Only this writes benchmarks/README.md, the block between the README's markers, the figures in the README's sentences, and the
+SVG files in benchmarks/plots. All other words of the README are written by hand.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.drawing import Plot, digest_of, draw, plots
-from benchmarks.headline import readme_block
+from benchmarks.headline import figures, readme_block
 from benchmarks.result import ReportError, newest_of_each_machine
 from benchmarks.tables import RUN, benchmarks_readme
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+OPEN, CLOSE = "<!-- n:", "<!-- /n -->"
+FIGURE = re.compile(rf"{OPEN}(\S+) -->[^<]*{CLOSE}")
 HELP = f"""\
-Writes benchmarks/README.md, the block between {BEGIN} and {END} in README.md,
-and the plots in benchmarks/plots, from the newest file of each machine in benchmarks/results.
+Writes benchmarks/README.md, the plots in benchmarks/plots, the table between {BEGIN} and
+{END} in README.md and the figures in its sentences, from the newest file of each machine
+in benchmarks/results. A sentence's figure stands between two markers, the first of which names it:
+
+  A step is {OPEN}step/dense-eager-fp32 -->10x{CLOSE} as fast as eager PyTorch.
 
   1. Measure, on each machine that shall appear:   pytest benchmarks/ --results benchmarks/results
   2. Write what follows from the files:            python -m benchmarks.report
   3. Commit results, tables and plots together.    CI runs: python -m benchmarks.report --check
 
 A plot is drawn again only where its data changed; delete the file to force it. Drawing needs matplotlib
-(pip install -e ".[plots]"), --check does not: each SVG carries a digest of the data that it shows."""
+(pip install -e ".[plots]"), --check does not: each SVG carries a digest of the data that it shows. What a figure
+may be called is said where a README names another."""
 EPILOG = "Exit status: 0 done, or nothing stale; 1 something is stale, or a file cannot be used; 2 wrong arguments."
 
 
@@ -42,7 +50,7 @@ def texts(folder: Path, readme: Path) -> tuple[dict[Path, str], dict[Path, Plot]
     link = Path(os.path.relpath(folder, readme.parent)).as_posix()
     expected = {
         folder / "README.md": benchmarks_readme(results),
-        readme: with_block(readme, readme_block(results, link)),
+        readme: with_figures(with_block(readme, readme_block(results, link)), readme, figures(results)),
     }
     return expected, {folder / "plots" / name: plot for name, plot in plots(results).items()}
 
@@ -63,6 +71,30 @@ def with_block(readme: Path, block: str) -> str:
     if text.index(END) < text.index(BEGIN):
         raise ReportError(f"{readme}: {END} stands before {BEGIN}")
     return f"{text.partition(BEGIN)[0]}{BEGIN}\n{block}{END}{text.partition(END)[2]}"
+
+
+def with_figures(text: str, readme: Path, values: dict[str, str | None]) -> str:
+    """The README's text with the figure between each pair of markers.
+
+    Raises:
+        ReportError: A marker has no pair, or names what is no figure, or one that the results do not tell.
+    """
+    names = FIGURE.findall(text)
+    if not len(names) == text.count(OPEN) == text.count(CLOSE):
+        raise ReportError(
+            f"{readme}: a figure stands between '{OPEN}NAME -->' and '{CLOSE}', on one of its sides there is none"
+        )
+    for name in names:
+        if name not in values:
+            raise ReportError(
+                f"{readme}: there is no figure {name!r}, but there are {', '.join(sorted(values)) or 'none'}"
+            )
+        if values[name] is None:
+            raise ReportError(
+                f"{readme}: the results do not tell the figure {name!r}, because a provider has no time or an unsteady one;"
+                " measure again, or take the sentence out"
+            )
+    return FIGURE.sub(lambda found: f"{OPEN}{found[1]} -->{values[found[1]]}{CLOSE}", text)
 
 
 def stale_plots(expected: dict[Path, Plot], folder: Path) -> tuple[list[Path], list[Path]]:

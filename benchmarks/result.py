@@ -10,6 +10,8 @@ from datetime import date, datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.outcome import is_unsteady
+
 OPERATIONS = (
     "whole step",
     "forward+backward",
@@ -30,7 +32,8 @@ STATUSES = ("ok", "red", "skipped")
 RERUN = "run the benchmarks again, or delete the file"
 SIZES = ("n_tokens", "d_in", "d_sae", "l0")
 OPTIONAL_NUMBERS = (
-    "median_s", "iqr_s", "speedup", "speedup_iqr", "peak_mib", "least_bytes", "floor_s", "clock_mhz", "x", "overhead",
+    "median_s", "iqr_s", "other_median_s", "speedup", "speedup_iqr",
+    "peak_mib", "least_bytes", "floor_s", "clock_mhz", "x", "overhead",
 )  # fmt: skip
 ERRORS = ("error", "error_limit")  # may be NaN or infinite: then the row is red
 
@@ -62,6 +65,8 @@ class Row:
     reason: str | None = None
     median_s: float | None = None
     iqr_s: float | None = None
+    allocator: str | None = None  # the setting under which it was faster, where it was timed under both
+    other_median_s: float | None = None  # under the other setting
     speedup: float | None = None  # over the baseline: median of the turns' ratios
     speedup_iqr: float | None = None
     peak_mib: float | None = None
@@ -82,6 +87,11 @@ class Row:
         if self.provider.startswith(PYTORCH):
             return "dense"
         return "peer" if self.provider.startswith(PEERS) or re.search(r" v?\d+\.\d+", self.provider) else "other"
+
+    @property
+    def is_unsteady(self) -> bool:
+        """Whether its calls are too far apart for its median to be claimed or compared."""
+        return is_unsteady(self.median_s, self.iqr_s)
 
     @property
     def density(self) -> float:
@@ -157,8 +167,11 @@ class Result:
 
 
 def faster_by(row: Row, other: Row | None) -> float | None:
-    """How many times as fast as the other: the rounds' ratio where it was measured, else that of the medians."""
-    if other is None or row.median_s is None or other.median_s is None:
+    """How many times as fast as the other: the rounds' ratio where it was measured, else that of the medians.
+
+    None where one of them has no time, or an unsteady one.
+    """
+    if other is None or row.median_s is None or other.median_s is None or row.is_unsteady or other.is_unsteady:
         return None
     if row.speedup is not None and row.baseline == other.provider:
         return row.speedup
@@ -177,8 +190,8 @@ def compiled_of(row: Row, group: list[Row]) -> Row | None:
 
 
 def fastest(rows: list[Row]) -> Row | None:
-    """The row with the least median; None where none has a time."""
-    timed = [row for row in rows if row.median_s is not None]
+    """The row with the least median; None where none has a time that is steady."""
+    timed = [row for row in rows if row.median_s is not None and not row.is_unsteady]
     return min(timed, key=lambda row: row.median_s or 0.0, default=None)
 
 
@@ -270,7 +283,8 @@ def _row(values: Any, where: str) -> Row:
         if row.error is not None and row.error_limit is not None and not row.error <= row.error_limit:
             raise ReportError(f"'status' of {where} is ok, though its error {row.error} is over {row.error_limit}")
         return row
-    timeless = dict.fromkeys(("median_s", "iqr_s", "speedup", "speedup_iqr", "overhead"))  # wrong numbers have no time
+    times = ("median_s", "iqr_s", "allocator", "other_median_s", "speedup", "speedup_iqr", "overhead")
+    timeless = dict.fromkeys(times)  # wrong numbers have none
     return Row(**{**row.__dict__, **timeless})
 
 

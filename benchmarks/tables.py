@@ -14,7 +14,7 @@ from benchmarks.result import Result, Row, baseline_of, compiled_of, faster_by, 
 NONE, ALL = "-", "all"
 NO_GPU = "GPU: not measured."
 LONGEST_REASON = 160
-RUN = "pytest benchmarks/ --results benchmarks/results && python -m benchmarks.report"
+RUN = "pytest benchmarks/ --full --results benchmarks/results && python -m benchmarks.report"
 INSTALL = 'pip install -e ".[bench,plots]"'
 
 TOP = f"""# Benchmarks
@@ -44,10 +44,16 @@ On a machine with a GPU, with the torch build of its driver installed; the shape
   times over all groups, so that a group's sittings are minutes apart; in each of them its providers are made anew and take turns,
   in random order. So the IQR has in it how the machine drifts, and another run lies within it: a machine's last table counts how
   often, where one commit was measured twice. Calls of a quarter of a second and more have every second sitting. A GPU's caches
-  are emptied before each call.
+  are emptied before each call. A row is **unsteady** where its IQR exceeds half of its median, though it was measured up to
+  three more times: no ratio, no line of "Where dense wins" and no comparison of two runs rests on it.
+- **allocator**: on a CPU, a provider to which page faults cost time is timed under two settings of the C library's allocator.
+  `default`: glibc gives large tensors back to the system when they are freed, and the next call faults their pages in again.
+  `tuned`: it keeps them (`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`; 2 MB pages or a preloaded allocator do no better). The
+  median and all ratios are those of the better setting, which the column names, for ours and for every baseline; the next column
+  has the median under the other one.
 - **vs**: how many times as fast as that provider; below 1x it is slower. Ratios to the table's baseline are medians of the
   turns' ratios, others are ratios of medians.
-- **peak**: memory of the process beyond what the calls of a turn started with.
+- **peak**: memory of the process beyond what a call starts with, each tensor counted while it is alive.
 - **GB/s**: the bytes that the operation has to read and write at least, over the median; the machine line has a copy's rate.
 - **of the floor**: the least time that the products and the bytes of the operation take at this machine's own rates (of a
   large matrix product, of a copy), as a share of the median: 100 % cannot be beaten without doing less.
@@ -234,6 +240,8 @@ def _columns(baseline: str | None, x_title: str | None, clashes: set[str]) -> li
         Column("dtype", lambda row, group: row.dtype or NONE, is_number=False),
         Column("provider", lambda row, group: row.provider, is_optional=False, is_number=False),
         Column("median ± IQR, ms", lambda row, group: _median(row), is_optional=False),
+        Column("allocator", lambda row, group: row.allocator or NONE, is_number=False),
+        Column("under the other, ms", lambda row, group: _other_median(row)),
         Column("overhead", lambda row, group: NONE if row.overhead is None else f"{row.overhead * 100:+.1f} %"),
         Column(f"vs {baseline}", lambda row, group: times_as_fast(faster_by(row, baseline_of(row, group)))),
         Column(
@@ -258,7 +266,12 @@ def _filled(columns: list[Column], rows: list[Row], groups: dict[tuple[str, str]
 def _median(row: Row) -> str:
     if row.median_s is None:
         return NONE
-    return digits(row.median_s * 1e3) + ("" if row.iqr_s is None else f" ± {digits(row.iqr_s * 1e3)}")
+    spread = "" if row.iqr_s is None else f" ± {digits(row.iqr_s * 1e3)}"
+    return digits(row.median_s * 1e3) + spread + (" (unsteady)" if row.is_unsteady else "")
+
+
+def _other_median(row: Row) -> str:
+    return NONE if row.other_median_s is None else digits(row.other_median_s * 1e3)
 
 
 def _error(error: float | None) -> str:
@@ -276,7 +289,10 @@ def _share_of_floor(row: Row) -> str:
 
 
 def where_dense_wins(result: Result) -> str:
-    """Every group and dtype in which dense PyTorch or another library has a lower median than the best fused provider."""
+    """Every group and dtype in which dense PyTorch or another library has a lower median than the best fused provider.
+
+    Rows that are unsteady are left out, and counted.
+    """
     from fastsae_kernels.dispatch import MAX_DENSITY
 
     parts = ["### Where dense wins\n"]
@@ -286,6 +302,8 @@ def where_dense_wins(result: Result) -> str:
         parts += ["Against the fastest fused provider in the same dtype:\n", table(titles, lost, (2, 4, 6, 7))]
     else:
         parts.append("Nowhere: in every group the fastest fused provider leads those of its dtype.\n")
+    if unsteady := sum(row.is_unsteady for row in result.rows):
+        parts.append(f"Left out, as everywhere: {unsteady} unsteady row{'' if unsteady == 1 else 's'}.\n")
     parts.append(
         f"The ops of a step take the sparse path while the share of active features, L0 / d_sae, is at most"
         f" {MAX_DENSITY['cpu']:g} on a CPU and {MAX_DENSITY['cuda']:g} on a GPU (`fastsae_kernels.dispatch.MAX_DENSITY`);"
@@ -348,6 +366,8 @@ def _lost(group: list[Row]) -> list[list[str]]:
         fused = fastest([row for row in same if row.kind == "fused"])
         for kinds in (("dense", "peer"), ("tiles",)):
             rival = fastest([row for row in same if row.kind in kinds])
+            if fused is None and any(row.is_unsteady for row in same if row.kind == "fused"):
+                continue
             if rival is not None and (fused is None or _seconds(fused) > _seconds(rival)):
                 lines.append(_lost_line(same, rival, fused))
     return lines

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Case, Outcome, Provider, cases_and_providers, replay
+from benchmarks.harness import Case, Provider, cases_and_providers, replay
 from benchmarks.shapes import CPU_SHAPES
 from benchmarks.writer import ROOT
 
@@ -40,7 +40,7 @@ def test_epoch(benchmark, request, timed_rows, case: Case, provider: str, tmp_pa
     assert row["status"] == "ok", row["reason"]
     row |= {"median_s": seconds, "rounds": 1, "peak_mib": json.loads((tmp_path / "peak").read_text())}
     benchmark.group = case.group
-    replay(benchmark, Outcome(row, {0: [seconds]}))
+    replay(benchmark, [seconds])
 
 
 def described(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastsae.disk import local_path
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.flags import (
     OPTIONS,
@@ -104,25 +105,9 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(arguments).items() if name in OPTIONS}
 
 
-def resumed_config(output: Path, given: dict[str, Any]) -> TrainConfig:
-    """The config of the run in `output`; flags given beside --resume must agree with it."""
-    from fastsae.train.folder import located, read_config
-
-    config = read_config(output)
-    for name, value in given.items():
-        if name in ("model", "dataset"):
-            value = located(value)
-        if name != "device" and getattr(config, name) != value:
-            raise UsageError(
-                f"{flag(name)}: the run in {output} was started with {getattr(config, name)}, got {value}; "
-                "drop the flag to resume, or start a new run without --resume"
-            )
-    return replace(config, **{name: value for name, value in given.items() if name == "device"})
-
-
 def command_train(arguments: argparse.Namespace) -> None:
     """`fastsae train`."""
-    from fastsae.train.folder import CONFIG_FILE, REPORT_FILE, is_new
+    from fastsae.train.folder import CONFIG_FILE, REPORT_FILE, is_new, read_config
     from fastsae.train.run import train
     from fastsae.train.trainer import SAE_CLASSES
 
@@ -132,7 +117,8 @@ def command_train(arguments: argparse.Namespace) -> None:
     if arguments.resume and not (arguments.output.is_dir() and is_new(arguments.output)):
         if arguments.preset is not None:
             raise UsageError("--preset: a resumed run keeps the options it was started with; drop the flag")
-        config, output = resumed_config(arguments.output, given), arguments.output
+        output = arguments.output
+        config = replace(read_config(output), **given)
     else:
         if arguments.resume and not (given or arguments.preset):
             raise UsageError(
@@ -140,7 +126,7 @@ def command_train(arguments: argparse.Namespace) -> None:
             )
         config = TrainConfig(**{**PRESETS[arguments.preset or "recommended"], **given})
         layer = "" if config.layer is None else f"-layer{config.layer}"
-        name = Path(config.model).expanduser().resolve().name  # of `.` too
+        name = local_path(config.model).resolve().name  # resolved, because `.` has no name
         output = arguments.output or Path(f"sae-{name}{layer}")
     if unused := without_effect(config, given):
         log.warning("without effect on a %s run: %s", config.architecture, ", ".join(map(flag, unused)))

@@ -39,13 +39,8 @@ def shown(value: Any) -> str:
     if isinstance(value, str):
         return repr(value) if len(value) <= 60 else f"{value[:60]!r}..."
     if isinstance(value, Tensor):
-        return described(value.dtype, tuple(value.shape))
+        return f"a tensor {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     return _KINDS.get(type(value), type(value).__name__)
-
-
-def described(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    """A tensor's kind in words."""
-    return f"a tensor {str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -108,7 +107,7 @@ def as_flag(message: str) -> str:
     )
 
 
-def without_effect(config: TrainConfig, given: typing.Iterable[str]) -> list[str]:
+def without_effect(config: TrainConfig, given: Iterable[str]) -> list[str]:
     """Those of the given options that the run does not use."""
     unused = [
         name
@@ -117,4 +116,6 @@ def without_effect(config: TrainConfig, given: typing.Iterable[str]) -> list[str
     ]
     if "expansion" in given and config.d_sae is not None:
         unused.append("expansion")
+    if "target_l0" in given and config.l0_target is None:  # the given weight of the penalty decides
+        unused.append("target_l0")
     return unused

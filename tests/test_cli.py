@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastsae import FusedJumpReLUSAE, cli
+from fastsae.flags import without_effect
 from fastsae.train.config import TrainConfig
 
 FAST = "--eval-dialogues 4 --d-sae 32 --tokens 256 --batch-size 64 --buffer-tokens 256 --forward-tokens 256 --quiet".split()
@@ -151,6 +153,12 @@ def test_options_without_effect_are_named(
     assert status == 0
     assert "without effect on a topk run: --target-l0, --log-threshold, --expansion" in err
     assert "without effect" not in run(capsys, *base, "--target-l0", 8, "--output", tmp_path / "other")[2]
+
+
+def test_a_target_beside_a_given_weight_is_without_effect() -> None:
+    given: dict[str, Any] = {"target_l0": 8.0, "l0_coefficient": 1.0}
+    assert without_effect(TrainConfig(**given), given) == ["target_l0"]
+    assert without_effect(TrainConfig(sparsity="quadratic", **given), given) == []
 
 
 @pytest.mark.parametrize(

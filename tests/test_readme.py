@@ -6,17 +6,36 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from fastsae import FusedJumpReLUSAE
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) >= 2
+    assert blocks
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for number, block in enumerate(blocks):
         exec(compile(block, f"README.md, python block {number}", "exec"), names)
+
+
+def test_both_sides_of_the_diff_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sae_lens", reason="sae-lens is not installed (pip install sae-lens)")
+    (diff,) = re.findall(r"```diff\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    sae = FusedJumpReLUSAE(16, 64)
+    sae.b_enc.data.uniform_(-0.1, 0.1)
+    sae.save("my-sae")
+    x = torch.randn(3, 5, 16)
+    sides = []
+    for other in "+-":
+        names: dict[str, torch.Tensor] = {"x": x}
+        exec("\n".join(line[1:] for line in diff.splitlines() if not line.startswith(other)), names)
+        sides.append([names["feature_acts"], names["sae_out"]])
+    torch.testing.assert_close(sides[0], sides[1])
 
 
 def test_links_to_files_exist() -> None:

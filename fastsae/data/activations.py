@@ -18,7 +18,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
     Raises:
         UsageError: The model has none.
     """
-    n_layers = getattr(text_config(model), "num_hidden_layers", None)
+    n_layers = getattr(text_config(model.config), "num_hidden_layers", None)
     root: Any = model
     if hasattr(model, "get_decoder") and isinstance(model.get_decoder(), nn.Module):
         root = model.get_decoder()  # of a model with images or sound: the language part
@@ -42,7 +42,7 @@ def check_layer(model: Any, layer: int) -> None:
 
 def position_limit(model: Any) -> int | None:
     """Return the most tokens that the model takes, by its positions; None where its configuration names no limit."""
-    config = text_config(model)
+    config = text_config(model.config)
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
     found = [value for name in names if isinstance(value := getattr(config, name, None), int) and value > 1]
     if not found:
@@ -70,9 +70,8 @@ def n_embeddings(model: Any) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
-def text_config(model: Any) -> Any:
-    """Return the configuration of the model, or of its language part if it has others."""
-    config = model.config
+def text_config(config: Any) -> Any:
+    """Return the configuration of a model's language part, which is the whole one if it has no other parts."""
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -105,7 +104,7 @@ class ResidualStream:
         self.model = model
         self.layer = layer
         self.block = decoder_layers(model)[layer]
-        self.d_in: int = text_config(model).hidden_size
+        self.d_in: int = text_config(model.config).hidden_size
         self.blocks_can_be_skipped: bool | None = None
         self._n_embeddings = n_embeddings(model)
 

@@ -7,7 +7,6 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeAlias, overload
 
 import numpy as np
@@ -17,6 +16,7 @@ from fastsae.data.chat_files import UnusableRow, each_row, read_row
 from fastsae.data.dropped import Dropped
 from fastsae.data.progress import with_bar
 from fastsae.data.roles import KNOWN_ROLES, SILENT_ROLES, canonical_role, without_lone_surrogates
+from fastsae.disk import local_path
 from fastsae.errors import FastsaeError, UsageError
 
 Message: TypeAlias = dict[str, str]
@@ -62,7 +62,7 @@ def load_chats(source: str, split: str = "train", *, progress: bool = False) -> 
 
         chat_files.require_split(source, split, ["train"])
         return demo.load_dialogues(progress=progress)
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_dir():
         rows = chat_files.open_folder(path, split, progress)
     elif path.is_file():

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from fastsae.data.model_dtype import choose_dtype, count_weights, stored_dtype
+from fastsae.disk import local_path
 from fastsae.errors import FastsaeError, UsageError
 
 _T = TypeVar("_T")
@@ -53,7 +54,7 @@ def load_model(
         raise FastsaeError(
             "this needs `transformers`, which is not installed: pip install fastsae-kernels[train]"
         ) from error
-    transformers.utils.logging.disable_progress_bar()  # of reading files, which is quick; downloads keep theirs
+    transformers.utils.logging.disable_progress_bar()  # reading files is quick; downloads keep their bars
     auto: Any = transformers
     config = source.load("model", auto.AutoConfig.from_pretrained)  # small: a bad name fails here
     tokenizer: Any = source.load("tokenizer", auto.AutoTokenizer.from_pretrained, config=config)
@@ -96,7 +97,7 @@ class _Source:
 
 
 def _find(name: str) -> _Source:
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.suffix.lower() == ".gguf" or path.is_file():
         return _find_gguf(name, path)
     is_local = path.exists() or name.startswith((".", "/", "~"))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastsae.data.activations import text_config
+from fastsae.machine import free_memory
 
 _HALF = (torch.bfloat16, torch.float16)  # float32 holds every number of both
 _CLEARLY_FASTER = 1.2  # below this factor the noise of the measurement could decide, so float32 stays
@@ -32,10 +33,10 @@ def choose_dtype(config: Any, stored: torch.dtype | None, n_weights: int, device
     """
     if stored not in _HALF or device.type != "cpu" or getattr(config, "quantization_config", None) is not None:
         return stored
-    free = free_memory()
+    free = free_memory(device)
     if free is not None and n_weights * 4 > free / 2:
         logger.info(
-            "language model in %s, as stored: in float32 its weights would take %.1f GB of the %.1f GB of free memory",
+            "the language model runs in %s, as stored: in float32 its weights would take %.1f GB of the %.1f GB of free memory",
             dtype_name(stored),
             n_weights * 4 / 1e9,
             free / 1e9,
@@ -44,7 +45,7 @@ def choose_dtype(config: Any, stored: torch.dtype | None, n_weights: int, device
     wide, narrow = measure_products(config, stored)
     chosen = stored if narrow >= _CLEARLY_FASTER * wide else torch.float32
     logger.info(
-        "language model in %s: stored in %s, products measured %.0f GFLOP/s per core in float32 against %.0f in %s",
+        "the language model runs in %s: it is stored in %s, and a core computes %.0f GFLOP/s in float32 and %.0f in %s",
         dtype_name(chosen),
         dtype_name(stored),
         wide,
@@ -59,9 +60,9 @@ def measure_products(config: Any, dtype: torch.dtype) -> tuple[float, float]:
 
     Both are measured in turn and the fastest repetition counts, on one core, which other work on the machine disturbs least.
     """
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    d_in = min(1024, _size(text_config, "hidden_size", 768))
-    d_out = min(2048, _size(text_config, "intermediate_size", 4 * d_in))
+    sizes = text_config(config)
+    d_in = min(1024, _size(sizes, "hidden_size", 768))
+    d_out = min(2048, _size(sizes, "intermediate_size", 4 * d_in))
     n_tokens = int(min(4096, max(64, _PRODUCT / (2 * d_in * d_out))))
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -98,8 +99,7 @@ def _size(config: Any, name: str, default: int) -> int:
 
 def stored_dtype(config: Any) -> torch.dtype | None:
     """Returns the dtype that a model's configuration names for its weights, if it names one."""
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for part in (config, text_config):
+    for part in (config, text_config(config)):
         values = vars(part)
         found = values.get("dtype", values.get("torch_dtype"))
         if isinstance(found, str):
@@ -120,25 +120,6 @@ def count_weights(config: Any) -> int:
         return sum(parameter.numel() for parameter in model.parameters())
     except Exception:
         return 0  # loading it will say what is wrong
-
-
-def free_memory() -> int | None:
-    """Returns the bytes of memory that this process may still take; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, ValueError, StopIteration):
-        try:
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, OSError, ValueError):
-            return None
-    group = Path("/sys/fs/cgroup")
-    try:  # a container may have less than the machine
-        limit = int((group / "memory.max").read_text())
-        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return min(free, limit - int(used["anon"]))
-    except (OSError, ValueError, KeyError):
-        return free
 
 
 def dtype_name(dtype: Any) -> str:

@@ -18,7 +18,7 @@ from fastsae.errors import FastsaeError, UsageError
 
 # Dialogues tokenised and sorted by length together. With the demo's dialogues and batches of 8,192 tokens, padding adds
 # 21 % to the tokens the model computes with a window of 256, 12 % with 512 and 6 % with 1024.
-_WINDOW = 1024
+WINDOW = 1024
 # A text much longer than `max_length` tokens is not tokenised whole, but to the first of so many characters per token.
 # Of those, the last tokens can differ from the whole text's: where the cut goes through the longest of a vocabulary,
 # usually 128 characters, as many single ones stand in its place.
@@ -51,7 +51,7 @@ def render(tokenizer: Any, dialogue: Dialogue, max_length: int = 8192) -> list[i
         UsageError: The tokenizer has no chat template.
         FastsaeError: The template refuses the dialogue, for instance a system turn that the model does not know.
     """
-    return _tokenize(tokenizer, [_template_text(tokenizer, dialogue)], max_length)[0]
+    return _tokenize(tokenizer, [ChatTemplate(tokenizer).text(dialogue)], max_length)[0]
 
 
 class FastSequencer(Iterator[TokenBatch]):
@@ -106,7 +106,7 @@ class FastSequencer(Iterator[TokenBatch]):
         self.max_length, self.batch_tokens = max_length, batch_tokens
         self.seed, self.shuffle, self.endless = seed, shuffle, endless
         self.n_embeddings = n_embeddings
-        self.n_windows = -(-len(self.indices) // _WINDOW)
+        self.n_windows = -(-len(self.indices) // WINDOW)
         self._refusal = ""
         self._has_warned = False
         self._order: tuple[int, np.ndarray] = (-1, self.indices)  # the epoch, and its order of dialogues
@@ -178,7 +178,7 @@ class FastSequencer(Iterator[TokenBatch]):
         """Tokenise the current window and cut it into batches of (dialogue index, token ids)."""
         if self.shuffle and self._order[0] != self._epoch:
             self._order = (self._epoch, np.random.default_rng([self.seed, self._epoch]).permutation(self.indices))
-        chosen = self._order[1][self._window * _WINDOW : (self._window + 1) * _WINDOW].tolist()
+        chosen = self._order[1][self._window * WINDOW : (self._window + 1) * WINDOW].tolist()
         self._drops_in_window = Dropped(seen=len(chosen))
         rows = self._token_rows(chosen)
         if self._epoch > 0:  # every dialogue was counted in the first epoch
@@ -245,10 +245,6 @@ class FastSequencer(Iterator[TokenBatch]):
             input_ids[i, : len(ids)] = torch.tensor(ids)
             attention_mask[i, : len(ids)] = True
         return TokenBatch(input_ids, attention_mask, torch.tensor([index for index, _ in rows]))
-
-
-def _template_text(tokenizer: Any, dialogue: Dialogue) -> str:
-    return ChatTemplate(tokenizer).text(dialogue)
 
 
 def _tokenize(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int]]:

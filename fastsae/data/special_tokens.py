@@ -136,10 +136,8 @@ def _roles(tokenizer: Any, segments: list[tuple[int, list[int]]]) -> dict[str, t
     """The names that tell the two roles apart, with their headers; none unless the template writes both."""
     texts = [_decode(tokenizer, tokens) for _, tokens in segments]
     roles: dict[str, tuple[RoleHeader, ...]] = {}
-    for message in (
-        2,
-        1,
-    ):  # of the user and of the assistant; templates may treat the first and the last message differently
+    # a message of the user and one of the assistant; templates may treat the first and the last message differently
+    for message in (2, 1):
         header = _header(texts, _CONTENTS[message - 1], _CONTENTS[message])
         name = re.search(r"(\w+)\W*$", header)
         if name is None or name[1] in roles:

@@ -14,7 +14,7 @@ from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate.metrics import Metrics, ratio
 
 _CHUNK_ELEMENTS = 2**20  # of log-probabilities held at once in fp32: stays in a CPU's cache, fills a GPU
-_CHECKED_TOKENS = 64  # of one dialogue; its passes take milliseconds
+_CHECKED_TOKENS = 64  # tokens of one dialogue, whose passes take milliseconds
 # Largest difference between two orders of the same sums, as a share of the largest logit or of a token's activation. What
 # is really wrong (a missing input, another token's activation) changes either by its own size.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -70,11 +70,7 @@ class SplicedModel:
         with torch.random.fork_rng(devices=devices):
             read = self.residual(input_ids, mask)  # checks the shape
             found, logits = self._pass(input_ids, mask)
-            if not torch.isfinite(logits.amax(-1)).all():  # -inf for some tokens is fine
-                raise FastsaeError(
-                    "the language model's own logits hold NaN or Inf although this layer does not: a later layer is "
-                    "broken. Get the model's files again, or try --model-dtype float32"
-                )
+            check_logits(logits, mask)
             self._check_reading(found, read)
             self._check_order(input_ids, read)
             self._check_splicing(input_ids, mask, read, logits)
@@ -130,6 +126,15 @@ class SplicedModel:
 
     def _unsupported(self, reason: str) -> UsageError:
         return unsupported(self.residual.model, f"decoder block {self.residual.layer}: {reason}")
+
+
+def check_logits(logits: Tensor, attention_mask: Tensor) -> None:
+    """Raises FastsaeError where a model's own logits `[B, T, vocabulary]` at a real token are NaN, or all of them infinite."""
+    if not torch.isfinite(logits.amax(-1)[attention_mask.to(logits.device)]).all():  # -inf for some words is fine
+        raise FastsaeError(
+            "the language model's own logits hold NaN or Inf although this layer does not: a later layer is broken. "
+            "Get the model's files again, or try --model-dtype float32"
+        )
 
 
 def _token_difference(a: Tensor, b: Tensor) -> float:

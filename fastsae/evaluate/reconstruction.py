@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.data.activations import ResidualStream
+from fastsae.data.activations import ResidualStream, text_config
 from fastsae.data.sequencing import TokenBatch
 from fastsae.data.sinks import SinkRule
 from fastsae.data.special_tokens import SpecialTokens
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate.contexts import TopDialogues, top_contexts
-from fastsae.evaluate.losses import LossSums, SplicedModel
+from fastsae.evaluate.losses import LossSums, SplicedModel, check_logits
 from fastsae.evaluate.metrics import Metrics, ReconstructionSums, ratio
 from fastsae.sae import SparseAutoencoder
 from fastsae_kernels import SparseActs
@@ -24,7 +24,7 @@ from fastsae_kernels import SparseActs
 N_TOP_FEATURES = 10
 _GROUP_TOKENS = 4096  # run through model and SAE together
 _GROUP_LOGITS = 2**28  # elements; two such tensors are held at a time
-_HEAD_FLOP = 5e10  # of the product that gives the logits: on a CPU an interrupt is heard only once it is done
+_HEAD_FLOP = 5e10  # largest product that gives logits: on a CPU an interrupt is heard only once it is done
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,10 @@ def evaluate(
 
 def _row_groups(batch: TokenBatch, residual: ResidualStream) -> Iterator[TokenBatch]:
     """Cuts a batch into groups of rows that fit in memory with their logits; a row is never cut."""
-    config = residual.model.config
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = min(_GROUP_TOKENS, _GROUP_LOGITS // text_config.vocab_size)
+    n_logits = text_config(residual.model.config).vocab_size
+    limit = min(_GROUP_TOKENS, _GROUP_LOGITS // n_logits)
     if residual.device.type == "cpu":
-        limit = min(limit, int(_HEAD_FLOP / (2 * residual.d_in * text_config.vocab_size)))
+        limit = min(limit, int(_HEAD_FLOP / (2 * residual.d_in * n_logits)))
     size = max(1, limit // max(1, batch.input_ids.shape[1]))
     for start in range(0, len(batch.input_ids), size):
         rows = slice(start, start + size)
@@ -143,11 +142,7 @@ def _add_group(
     x = hidden[rows.to(hidden.device), positions.to(hidden.device)]
     if not torch.isfinite(x).all():
         model.residual(input_ids, attention_mask)  # raises, and names the layer and the share
-    if not torch.isfinite(logits.amax(-1)[attention_mask.to(logits.device)]).all():  # -inf for some tokens is fine
-        raise FastsaeError(
-            "the language model's own logits hold NaN or Inf although this layer does not: a later layer is broken. "
-            "Get the model's files again, or try --model-dtype float32"
-        )
+    check_logits(logits, attention_mask)
     sae_out, acts = _reconstruct(sae, x.to(sae.device))
 
     sinks = is_sink(x, positions.to(x.device)).cpu()

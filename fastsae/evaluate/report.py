@@ -110,7 +110,7 @@ def write_report(
         + "\n</body>\n</html>\n"
     )
     write_atomically(
-        Path(path), lambda temporary: temporary.write_text(page, encoding="utf-8", errors="backslashreplace") and None
+        Path(path), lambda temporary: temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     )
 
 

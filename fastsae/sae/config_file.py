@@ -10,7 +10,7 @@ import torch
 from fastsae.fields import Fields, shown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-_LARGEST = 2**31 - 1  # of a size; the weights' header says which it really is
+_LARGEST = 2**31 - 1  # the largest size that is read; the weights' header says which it really is
 # what SAELens wrote at the top before version 6, and keeps in the metadata since
 _OLD_METADATA = (
     "model_name hook_name model_class_name hook_head_index model_from_pretrained_kwargs prepend_bos "

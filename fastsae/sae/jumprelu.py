@@ -161,9 +161,8 @@ class FusedJumpReLUSAE(SparseAutoencoder):
         The thresholds move, and what would take one below 0 moves its feature's bias instead.
         """
         shifted = self.threshold.detach() + shift
-        self.b_enc.data.sub_(
-            shifted.clamp(max=0).to(self.dtype)
-        )  # .data: an earlier pass may still wait for its backward
+        # .data: an earlier pass may still wait for its backward
+        self.b_enc.data.sub_(shifted.clamp(max=0).to(self.dtype))
         shifted.clamp_(min=0)
         if "log_threshold" in self._parameters:
             smallest = torch.finfo(shifted.dtype).tiny  # the logarithm of 0 could never rise again

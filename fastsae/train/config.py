@@ -154,12 +154,19 @@ class TrainConfig:
         SHARE,
     )
     sparsity: Sparsity = option(
-        "quadratic",
+        "step",
         "training",
-        "form of the L0 penalty: quadratic keeps L0 at --target-l0; step and tanh have --l0-coefficient alone",
+        "form of the L0 penalty: step counts the active features, tanh saturates with their activations, quadratic grows "
+        "with the square of L0's distance to --target-l0",
         used_by=("jumprelu",),
     )
-    l0_coefficient: float = option(1.0, "training", "weight of the L0 penalty", WEIGHT, used_by=("jumprelu",))
+    l0_coefficient: float | None = option(
+        None,
+        "training",
+        "weight of the L0 penalty (default: adapted in every step so that L0 reaches --target-l0)",
+        WEIGHT,
+        used_by=("jumprelu",),
+    )
     l1_coefficient: float | None = option(
         None,
         "training",
@@ -170,13 +177,12 @@ class TrainConfig:
     target_l0: float = option(
         32.0,
         "training",
-        "number of active features per token at which training keeps L0; not with --sparsity step or tanh, nor with "
-        "--l1-coefficient",
+        "number of active features per token that training reaches and keeps, unless a coefficient is given",
         (1e-3, 1e9),
         used_by=("jumprelu", "relu"),
     )
     sparsity_warm_up: float = option(
-        0.1,
+        0.05,
         "training",
         "share of the steps in which the weight of the penalty rises from 0, and L0 goes from its start to --target-l0",
         SHARE,
@@ -228,6 +234,10 @@ class TrainConfig:
         """Whether a number of active features, `k`, takes the place of a penalty."""
         return self.architecture in TOPK_FAMILY
 
+    def n_features(self, d_in: int) -> int:
+        """`d_sae` for activations of width `d_in`, its default resolved."""
+        return self.d_sae or self.expansion * d_in
+
     @property
     def subtracts_b_dec(self) -> bool:
         """`apply_b_dec_to_input`, its default resolved."""
@@ -235,18 +245,22 @@ class TrainConfig:
         return self.is_topk if chosen is None else chosen
 
     @property
+    def sparsity_coefficient(self) -> float | None:
+        """The given weight of the penalty; None where it adapts, and for the TopK family."""
+        return {"jumprelu": self.l0_coefficient, "relu": self.l1_coefficient}.get(self.architecture)
+
+    @property
     def controls_l0(self) -> bool:
         """Whether training keeps L0 at `target_l0`."""
-        if self.architecture == "relu":
-            return self.l1_coefficient is None
-        return self.architecture == "jumprelu" and self.sparsity == "quadratic"
+        return not self.is_topk and self.sparsity_coefficient is None
 
     @property
     def l0_target(self) -> float | None:
         """Active features per token that the run is asked for; None where it has only a penalty's weight."""
         if self.is_topk:
             return self.k
-        return self.target_l0 if self.controls_l0 else None
+        aims = self.controls_l0 or (self.architecture == "jumprelu" and self.sparsity == "quadratic")
+        return self.target_l0 if aims else None
 
     @property
     def dead_features_learn(self) -> bool:
@@ -263,7 +277,7 @@ class TrainConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {},
-    # arXiv:2506.07691, appendices A and C; see the warning about its sparsity in the README
+    # arXiv:2506.07691, appendices A and C; its penalty is weak, so look at L0
     "fast-paper": {
         "bandwidth": 0.001,
         "init_threshold": 0.001,

@@ -11,8 +11,8 @@ import torch
 
 from fastsae.data.chat import Dialogue
 
-SAMPLE = 20_000  # dialogues that are read again for it, evenly spread; about a second
-VALUES = 64  # of each weight
+SAMPLE = 20_000  # dialogues that are read again, evenly spread; about a second
+VALUES = 64  # numbers that are read of each weight
 
 
 def of_dialogues(dialogues: Sequence[Dialogue], limit: int | None = None) -> str:

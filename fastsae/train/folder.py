@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,26 @@ def read_config(folder: Path) -> TrainConfig:
         ) from None
     except (ValueError, KeyError, TypeError, UsageError) as error:
         raise FastsaeError(f"{path}: expected the options of a run, got a corrupt file ({error!r})") from None
+
+
+def resumed_config(output: Path, config: TrainConfig) -> TrainConfig:
+    """The options of the run in `output`, which those given must agree with, on the device that is given.
+
+    Raises:
+        UsageError: An option differs.
+    """
+    if not (output / CONFIG_FILE).exists():
+        return config
+    saved = read_config(output)
+    for name in field_names():
+        given, started_with = getattr(config, name), getattr(saved, name)
+        is_open = given is None and name in ("layer", "model_dtype")  # the run has found these out by itself
+        if given != started_with and not is_open and name != "device":
+            raise UsageError(
+                f"{name}: the run in {output} was started with {started_with}, got {given}; "
+                "drop the flag to resume, or start a new run without --resume"
+            )
+    return replace(saved, device=config.device)
 
 
 def check_fingerprints(output: Path, config: TrainConfig, found: dict[str, str]) -> None:

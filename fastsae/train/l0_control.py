@@ -7,32 +7,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softshrink
 
 from fastsae.sae import FusedJumpReLUSAE, FusedReLUSAE
 from fastsae.train.config import TrainConfig
+from fastsae.train.schedules import learning_rate
 
-GAIN = 0.1  # of an error's logarithm that one step takes back: ten steps to the target, no overshooting
+GAIN = 0.1  # share of an error's logarithm that one step takes back: ten steps lead to the target, and not beyond it
 LARGEST_ERROR = 3.0  # a batch in which nothing fires says no more than that L0 is far too low
-START_L1 = 1.0  # weight of the L1 penalty before it adapts, with normalised activations
-LARGEST_L1_FACTOR = 100.0  # by which it may change, so that it finds back
-RELU_SLACK = (
-    0.05  # an error up to which the L1 penalty alone corrects L0, without a shift that makes activations smaller
-)
+START = {"jumprelu": 0.5, "relu": 1.0}  # weight of the penalty before it adapts, with normalised activations
+LARGEST_FACTOR = 100.0  # the weight changes by this factor at most, so that it finds back
+# An error up to which the penalty alone corrects L0: the penalty chooses between features, the shift of all gates does not
+SLACK = 0.05
 TOLERANCE = 0.1  # share of the target by which L0 may miss it before a run says so
 BATCH_TOPK_TOLERANCE = 0.05
-ENOUGH_STEPS = 200  # in which L0 reaches any target that it can reach
+ENOUGH_STEPS = 200  # steps in which L0 reaches any target that it can reach
 
 
 class L0Control:
     """Moves what decides about L0 after every step, by the logarithm of what L0 has missed.
 
-        error = log(L0 of the batch / target of this step), at most 3 either way
-        gates:    every feature needs GAIN * unit * error more to fire; with relu only by what |error| exceeds 0.05
-        L1:       its weight is multiplied by exp(GAIN * error), relu alone
+        error  = log(L0 of the batch / target of this step), at most 3 either way
+        weight of the penalty  *= exp(GAIN * error)
+        what a feature needs to fire  += GAIN * unit * (what |error| exceeds SLACK * learning rate / its peak)
 
     Adam moves a threshold or a bias by its learning rate at most, whatever the penalty's weight, so that a short run would
-    end before its L0 arrives. What the penalty does, telling the features apart, stays with it. The target of a step goes
-    from the L0 of the start to `target_l0` in the steps in which the penalty's weight rises, each by the same factor.
+    end before its L0 arrives; the shift of all gates makes up for that. The target of a step goes from the L0 of the start
+    to `target_l0` in the steps in which the penalty's weight rises, each by the same factor.
 
     Args:
         sae: The SAE in training.
@@ -40,25 +41,25 @@ class L0Control:
 
     Attributes:
         unit: Typical size of a pre-activation; 1 where activations are normalised.
-        log_l1_factor: Scalar, the logarithm of the factor by which the L1 penalty's weight differs from that of the start.
+        log_factor: Scalar, the logarithm of the factor by which the penalty's weight differs from that of the start.
     """
 
     def __init__(self, sae: FusedJumpReLUSAE | FusedReLUSAE, config: TrainConfig) -> None:
         self.sae, self.config, self.unit = sae, config, 1.0
-        self.log_l1_factor = torch.zeros((), device=sae.device)
+        self.log_factor = torch.zeros((), device=sae.device)
 
     @property
-    def l1_coefficient(self) -> Tensor:
-        """Scalar, the weight of the L1 penalty."""
-        return START_L1 * self.unit * self.log_l1_factor.exp()
+    def coefficient(self) -> Tensor:
+        """Scalar, the weight of the penalty; the squared error it stands beside grows with the square of `unit`."""
+        power = 1 if self.config.architecture == "relu" else 2  # an L1 penalty grows with `unit` itself
+        return START[self.config.architecture] * self.unit**power * self.log_factor.exp()
 
     def target(self, step: int) -> float:
         """Features per token that step `step` aims at: geometric from the start's to `target_l0`."""
         config = self.config
-        has_start = config.init_l0 is not None and config.init_l0 < self.sae.d_sae
-        start = (
-            config.init_l0 if has_start and config.init_l0 else self.sae.d_sae / 2
-        )  # with a bias of 0 half of them fire
+        start = self.sae.d_sae / 2  # with a bias of 0 half of the features fire
+        if config.init_l0 is not None and config.init_l0 < self.sae.d_sae:
+            start = config.init_l0
         share = min(1.0, (step + 1) / max(1, round(config.sparsity_warm_up * config.steps)))
         return math.exp((1 - share) * math.log(start) + share * math.log(config.target_l0))
 
@@ -66,18 +67,18 @@ class L0Control:
     def update(self, step: int, l0: Tensor) -> None:
         """Takes back part of the error of step `step`, whose batch had `l0` features per token; nothing waits for a GPU."""
         error = (l0 / self.target(step)).log().clamp(-LARGEST_ERROR, LARGEST_ERROR)
-        if isinstance(self.sae, FusedReLUSAE):
-            most = math.log(LARGEST_L1_FACTOR)
-            self.log_l1_factor = (self.log_l1_factor + GAIN * error).clamp(-most, most)
-            error = torch.nn.functional.softshrink(error, RELU_SLACK)
-        self.sae.shift_gates_(GAIN * self.unit * error)
+        most = math.log(LARGEST_FACTOR)
+        self.log_factor = (self.log_factor + GAIN * error).clamp(-most, most)
+        # as the learning rate falls to 0, so does the effect of the penalty, and the shift takes over
+        slack = SLACK * learning_rate(step, self.config) / self.config.lr
+        self.sae.shift_gates_(GAIN * self.unit * softshrink(error, slack))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"unit": self.unit, "log_l1_factor": self.log_l1_factor}
+        return {"unit": self.unit, "log_factor": self.log_factor}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.unit = state["unit"]
-        self.log_l1_factor = state["log_l1_factor"].to(self.sae.device)
+        self.log_factor = state["log_factor"].to(self.sae.device)
 
 
 def l0_metrics(config: TrainConfig, l0: float | None, last_l0: float | None) -> dict[str, Any]:

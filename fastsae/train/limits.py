@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 
-from fastsae.data.sequencing import _WINDOW as WINDOW
+from fastsae.data.sequencing import WINDOW
 from fastsae.errors import UsageError
+from fastsae.machine import free_memory
 from fastsae.train.config import TrainConfig
-
-CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def check_memory(config: TrainConfig, d_in: int, bytes_per_number: int, device: torch.device) -> None:
@@ -20,7 +16,7 @@ def check_memory(config: TrainConfig, d_in: int, bytes_per_number: int, device: 
     Args:
         config: The run.
         d_in: Width of the activations.
-        bytes_per_number: Of an activation, as the language model computes it.
+        bytes_per_number: Size of a number of the activations, as the language model computes them.
         device: Where the run computes.
 
     Raises:
@@ -40,45 +36,15 @@ def check_memory(config: TrainConfig, d_in: int, bytes_per_number: int, device: 
 def _needs(config: TrainConfig, d_in: int, bytes_per_number: int) -> dict[str, int]:
     """Bytes by the option that decides about them."""
     size = "expansion" if config.d_sae is None else "d_sae"
-    d_sae = config.d_sae or config.expansion * d_in
+    d_sae = config.n_features(d_in)
     longest_batch = min(config.forward_tokens, WINDOW * config.max_length)
     return {
         size: 3 * 2 * d_in * d_sae * 4,  # W_enc and W_dec, and Adam's two means of each, in fp32
-        "buffer_tokens": config.buffer_tokens
-        * (d_in * bytes_per_number + 3 * 8),  # token, position and dialogue beside
+        # each activation with its token, position and dialogue
+        "buffer_tokens": config.buffer_tokens * (d_in * bytes_per_number + 3 * 8),
         "batch_size": config.batch_size * d_in * 4 * 2,  # the batch scaled, and its reconstruction
         "forward_tokens": longest_batch * d_in * bytes_per_number * 2,  # a block's input and output
     }
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    limits = [_whole(Path(path)) for path in CONTAINER_LIMITS]
-    known = [limit for limit in (_available(), *limits) if limit is not None]
-    return min(known, default=None)
-
-
-def _available() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        (line,) = (line for line in lines if line.startswith("MemAvailable:"))
-        return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # macOS
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def _whole(path: Path) -> int | None:
-    """The number in a file; None where there is no file, or where it says `max`."""
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _gigabytes(n: int) -> str:

@@ -153,7 +153,7 @@ def build_pipeline(config: TrainConfig, *, progress: bool = False, for_training:
     residual = ResidualStream(model, layer)
     if for_training:
         check_memory(config, residual.d_in, model.dtype.itemsize, residual.device)
-    d_sae = config.d_sae or config.expansion * residual.d_in
+    d_sae = config.n_features(residual.d_in)
     if config.k is not None and config.k > d_sae:
         raise UsageError(
             f"k: expected at most the {d_sae:,} features of the SAE (--d-sae, --expansion), got {config.k:,}"

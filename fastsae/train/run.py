@@ -32,6 +32,7 @@ from fastsae.train.folder import (
     how_to_go_on,
     located,
     prepare,
+    resumed_config,
 )
 from fastsae.train.initialize import SAMPLE
 from fastsae.train.l0_control import l0_metrics
@@ -67,9 +68,11 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
 
 def _train(config: TrainConfig, output: Path, *, resume: bool, progress: bool) -> dict[str, Any]:
     started = time.perf_counter()
+    config = replace(config, model=located(config.model), dataset=located(config.dataset))
+    if resume:
+        config = resumed_config(output, config)
     prepare(output, resume=resume)
     saved = checkpoint.load_latest(output) if resume else None
-    config = replace(config, model=located(config.model), dataset=located(config.dataset))
     pipeline = build_pipeline(config, progress=progress)
     config = pipeline.config
     fingerprints = {
@@ -95,7 +98,7 @@ def _train(config: TrainConfig, output: Path, *, resume: bool, progress: bool) -
     parts.trainer.calibrate(parts.buffer.sample(SAMPLE))
     sae = parts.trainer.sae
     sae.fold_activation_scale_(parts.trainer.scale)
-    save_sae(output, config, sae)  # before the evaluation, which can fail
+    save_sae(output, pipeline, sae)  # before the evaluation, which can fail
     result = evaluate_sae(sae, pipeline, parts.sequencer, progress=progress)
     metrics = {
         **result.metrics,
@@ -104,7 +107,7 @@ def _train(config: TrainConfig, output: Path, *, resume: bool, progress: bool) -
         "tokens_evaluated": result.metrics["tokens"],
         "seconds": seconds(),
     }
-    write_run(output, config, sae, parts.trainer, result, metrics)
+    write_run(output, pipeline, sae, parts.trainer, result, metrics)
     return metrics
 
 
@@ -187,7 +190,7 @@ class _Parts:
             raise checkpoint.corrupt(output / checkpoint.FOLDER, error) from None
 
 
-def run_with_bar(trainer: Trainer, save_checkpoint: Any, progress: bool) -> None:
+def run_with_bar(trainer: Trainer, save_checkpoint: Callable[[], None], progress: bool) -> None:
     """Trains to the last step behind a progress bar; calls `save_checkpoint` where one is due."""
     config = trainer.config
     with tqdm(
@@ -212,29 +215,30 @@ def hook_name(layer: int | None) -> str:
     return f"blocks.{layer}.hook_resid_post"
 
 
-def save_sae(output: Path, config: TrainConfig, sae: SparseAutoencoder, **metadata: Any) -> None:
+def save_sae(output: Path, pipeline: Pipeline, sae: SparseAutoencoder, **metadata: Any) -> None:
     """Saves the SAE with what SAELens wants to know of its place in the model."""
+    config = pipeline.config
     sae.save(
         output,
         model_name=config.model,
         hook_name=hook_name(config.layer),
         dataset_path=config.dataset,
-        context_size=config.max_length,
+        context_size=pipeline.max_length,
         **metadata,
     )
 
 
 def write_run(
     output: Path,
-    config: TrainConfig,
+    pipeline: Pipeline,
     sae: SparseAutoencoder,
     trainer: Trainer,
     result: Evaluation,
     metrics: dict[str, Any],
 ) -> None:
     """Writes the run's files, the metrics last: where they are, the run is complete. Then drops its checkpoints."""
-    save_sae(output, config, sae, l0=metrics["l0"])
-    settings = described(config)
+    save_sae(output, pipeline, sae, l0=metrics["l0"])
+    settings = described(pipeline.config)
     write_report(output / REPORT_FILE, config=settings, metrics=metrics, history=trainer.history, evaluation=result)
     write_json(output / METRICS_FILE, metrics)
     checkpoint.discard(output)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsae.data.buffer import MixingBuffer
+from fastsae.data.buffer import ActivationBatch, MixingBuffer
 from fastsae.fields import Fields
 from fastsae.train.trainer import Trainer
 
-LARGEST = 2**62  # of a count
-ROW = ("acts", "token_ids", "positions", "dialogue_ids")
+LARGEST = 2**62  # the largest count
+ROW = tuple(field.name for field in fields(ActivationBatch))
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -84,7 +85,7 @@ def _check_history(found: Fields, batch_size: int, step: int) -> int:
         last = point.integer("step", last + 1, step)
         point.integer("tokens", last * batch_size, last * batch_size)
         for name in dict.fromkeys(("loss", "l0", "fvu", "lr", "dead_share", "tokens_per_second", *point.values)):
-            if name == "fvu":  # of a batch without variance it is null
+            if name == "fvu":  # null for batches without variance
                 point.number(name, default=None)
             else:
                 point.number(name)

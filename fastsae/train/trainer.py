@@ -21,7 +21,7 @@ from fastsae.sae import (
     TrainOutput,
 )
 from fastsae.train import checkpoint
-from fastsae.train.config import TOPK_FAMILY, TrainConfig
+from fastsae.train.config import TrainConfig
 from fastsae.train.initialize import activation_scale, initialize_from_data
 from fastsae.train.l0_control import L0Control
 from fastsae.train.schedules import learning_rate, sparsity_share
@@ -38,16 +38,15 @@ DEAD_MASK_EVERY = 25  # steps; looking who is dead waits for the device
 def build_sae(config: TrainConfig, d_in: int, device: torch.device) -> SparseAutoencoder:
     """A fresh SAE of the configured architecture, drawn from `config.seed`."""
     torch.manual_seed(config.seed)
-    d_sae = config.d_sae or config.expansion * d_in
     options: dict[str, Any] = {"k": config.k, "apply_b_dec_to_input": config.subtracts_b_dec, "device": device}
     if config.architecture == "jumprelu":
         options |= {
             name: getattr(config, name) for name in ("bandwidth", "init_threshold", "ste_to_input", "log_threshold")
         }
-    if config.architecture in TOPK_FAMILY:
+    if config.is_topk:
         # rows kept at unit norm have nothing to rescale, and their gradient's parallel part is removed either way
         options["rescale_acts_by_decoder_norm"] = not config.normalize_decoder
-    return SAE_CLASSES[config.architecture](d_in, d_sae, **options)
+    return SAE_CLASSES[config.architecture](d_in, config.n_features(d_in), **options)
 
 
 class Trainer:
@@ -89,7 +88,7 @@ class Trainer:
         if self.l0_control is not None:
             self.l0_control.unit = self.scale / scale
         # a count needs no help to be sparse: its b_enc starts at 0, as in the literature
-        init_l0 = None if self.config.architecture in TOPK_FAMILY else self.config.init_l0
+        init_l0 = None if self.config.is_topk else self.config.init_l0
         initialize_from_data(self.sae, sample * self.scale, self.config.b_dec_init, init_l0)
 
     def run(
@@ -131,26 +130,26 @@ class Trainer:
         return output
 
     def _forward(self, x: Tensor, share: float) -> TrainOutput:
-        config, sae = self.config, self.sae
-        if isinstance(sae, FusedReLUSAE):
-            l1 = config.l1_coefficient if self.l0_control is None else self.l0_control.l1_coefficient
-            assert l1 is not None  # without a weight of its own, the control has one
-            return sae.training_forward(x, l1 * share)
+        config, sae, control = self.config, self.sae, self.l0_control
         if isinstance(sae, FusedTopKSAE | FusedBatchTopKSAE):
             return sae.training_forward(x, dead_mask=self.dead_mask, aux_loss_coefficient=config.aux_loss_coefficient)
+        coefficient = config.sparsity_coefficient if control is None else control.coefficient
+        assert coefficient is not None  # where the options give none, the control has one
+        if isinstance(sae, FusedReLUSAE):
+            return sae.training_forward(x, coefficient * share)
         assert isinstance(sae, FusedJumpReLUSAE)
         return sae.training_forward(
             x,
-            config.l0_coefficient * share,
+            coefficient * share,
             config.sparsity,
-            target_l0=self.l0_control.target(self.step) if self.l0_control else None,
+            target_l0=config.target_l0 if control is None else control.target(self.step),
             dead_mask=self.dead_mask,
             pre_act_loss_coefficient=config.pre_act_loss_coefficient,
         )
 
     def _accumulate(self, output: TrainOutput) -> None:
         """Sums on the device; the host reads them when a row is logged, not per step."""
-        has_fvu = ~output.fvu.isnan()  # of a batch without variance there is none
+        has_fvu = ~output.fvu.isnan()  # a batch without variance has none
         fvu = torch.where(has_fvu, output.fvu, 0)
         values = {"loss": output.loss, "l0": output.l0, "fvu": fvu, "fvu_steps": has_fvu, **output.losses}
         for name, value in values.items():

@@ -53,7 +53,7 @@ def test_writes_everything_and_nothing_else(written: Any) -> None:
         "scaling-with-L0.svg",
     }
     readme = written.readme.read_text(encoding="utf-8")
-    assert readme.startswith(f"# name\n\n{BEGIN}\nA training step")
+    assert readme.startswith(f"# name\n\n{BEGIN}\n|  | a training step |")
     assert readme.endswith(f"{END}\n\nthe rest\n")
     assert "old" not in readme
 
@@ -162,12 +162,60 @@ def test_readme_without_markers(bench: Any, content: dict[str, Any], text: str |
     assert not (bench.folder / "README.md").exists()
 
 
+def test_figures_in_sentences_are_filled_in_and_the_words_left_alone(written: Any) -> None:
+    sentence = "Ours takes <!-- n:step --><!-- /n -->, **<!-- n:step/sae-lens -->2x<!-- /n -->** as fast as\nSAELens.\n"
+    written.readme.write_text(f"{sentence}{BEGIN}\n{END}\n", encoding="utf-8")
+    assert f"stale: {written.readme} differs" in written.report("--check")[1]
+    assert written.report()[0] == 0
+    right = sentence.replace(" --><!--", " -->310 ms<!--").replace("2x", "20x")
+    assert written.readme.read_text(encoding="utf-8").startswith(right)
+    assert written.report("--check")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "<!-- n:stride -->1<!-- /n -->",
+            "there is no figure 'stride', but there are cases-that-dense-wins, machine, ",
+        ),
+        (
+            "<!-- n:step/dense-compiled-bf16 -->1<!-- /n -->",
+            "the results do not tell the figure 'step/dense-compiled-bf16'",
+        ),
+        ("<!-- n:step -->1", "a figure stands between '<!-- n:NAME -->' and '<!-- /n -->'"),
+        ("1<!-- /n -->", "a figure stands between '<!-- n:NAME -->' and '<!-- /n -->'"),
+    ],
+)
+def test_figures_that_there_are_not(bench: Any, content: dict[str, Any], text: str, message: str) -> None:
+    bench.add(content)
+    bench.readme.write_text(f"{text}\n{BEGIN}{END}\n", encoding="utf-8")
+    status, printed = bench.report()
+    assert status == 1
+    assert printed.startswith(f"benchmarks.report: error: {bench.readme}: {message}")
+    assert not (bench.folder / "README.md").exists()
+
+
+def test_a_figure_of_an_unsteady_row_is_no_figure(bench: Any, content: dict[str, Any]) -> None:
+    content["results"][0]["iqr_s"] = 0.6 * content["results"][0]["median_s"]
+    bench.add(content)
+    bench.readme.write_text(f"<!-- n:step/dense-eager-fp32 -->19x<!-- /n -->{BEGIN}{END}\n", encoding="utf-8")
+    assert "a provider has no time or an unsteady one; measure again, or take the sentence out" in bench.report()[1]
+
+
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         report.main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for words in ("--check", "pytest benchmarks/ --results benchmarks/results", BEGIN, "matplotlib", "Exit status"):
+    for words in (
+        "--check",
+        "pytest benchmarks/ --results benchmarks/results",
+        BEGIN,
+        "<!-- n:",
+        "matplotlib",
+        "Exit status",
+    ):
         assert words in text
 
 

@@ -61,7 +61,7 @@ def qwen():
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    monkeypatch.setattr(sequencing, "_WINDOW", 256)
+    monkeypatch.setattr(sequencing, "WINDOW", 256)
 
 
 def chat(*texts):

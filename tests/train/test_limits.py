@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,14 +38,3 @@ def test_what_fits_or_is_not_known_passes(monkeypatch: pytest.MonkeyPatch) -> No
     limits.check_memory(config, 64, 4, CPU)
     monkeypatch.setattr(limits, "free_memory", lambda device: None)
     limits.check_memory(TrainConfig(d_sae=2_000_000_000), 64, 4, CPU)
-
-
-def test_a_container_has_less_than_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = limits.free_memory(CPU)
-    if machine is None:
-        pytest.skip("this system does not tell how much memory is free")
-    (tmp_path / "max").write_text("1000000\n")
-    (tmp_path / "unlimited").write_text("max\n")
-    places = (str(tmp_path / "max"), str(tmp_path / "unlimited"), str(tmp_path / "none"))
-    monkeypatch.setattr(limits, "CONTAINER_LIMITS", places)
-    assert limits.free_memory(CPU) == 1_000_000

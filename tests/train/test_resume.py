@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from stopped_runs import make_config, stopped_run
 
 from fastsae import UsageError, cli
+from fastsae.disk import write_json
 from fastsae.train import checkpoint, fingerprint
-from fastsae.train.folder import is_new, located, read_config
+from fastsae.train.config import TrainConfig
+from fastsae.train.folder import CONFIG_FILE, described, is_new, located, read_config, resumed_config
 from fastsae.train.run import evaluate_folder, train
 
 
@@ -50,6 +53,15 @@ def test_dialogues_that_are_not_used_may_change(tiny_model: Path, chats: Path, t
     output = stopped_run(config, tmp_path / "run", at=5)
     rewritten(data, lambda lines: [*lines, lines[3].replace("words", "new words")])
     train(read_config(output), output, resume=True, progress=False)
+
+
+def test_a_resumed_run_keeps_its_options(tmp_path: Path) -> None:
+    saved = TrainConfig(layer=3, model_dtype="float32", lr=1e-2)
+    write_json(tmp_path / CONFIG_FILE, described(saved))
+    assert resumed_config(tmp_path, TrainConfig(lr=1e-2, device="cpu")) == replace(saved, device="cpu")
+    for other in ({"lr": 1e-3}, {"lr": 1e-2, "layer": 2}, {"lr": 1e-2, "model_dtype": "bfloat16"}):
+        with pytest.raises(UsageError, match=f"{list(other)[-1]}: the run in .* was started with"):
+            resumed_config(tmp_path, TrainConfig(**other))
 
 
 def test_a_long_dataset_is_told_by_a_sample_of_it() -> None:

@@ -1,0 +1,81 @@
+"""Lets the C library keep the memory that is freed, so that a dense baseline is timed without the finding of its pages.
+
+By default glibc gives a large tensor's pages back to the system when it is freed, and the next call faults them in again, one
+by one: that is a third of the time of an eager dense step of 4,096 tokens. Whoever trains with another allocator, or with
+`MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_MAX_` set, does not pay it. So each provider is timed under both settings where they
+can differ, and its better one counts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from benchmarks.shapes import DEVICE
+
+MIB = 2**20
+DEFAULT, TUNED, EXACT = "default", "tuned", "exact"
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, MMAP_MAX = -1, -2, -3, -4  # names of mallopt, in glibc's malloc.h
+OPTIONS = {
+    # what glibc starts with; the two thresholds at the values up to which it raises them by itself
+    DEFAULT: {MMAP_MAX: 65536, MMAP_THRESHOLD: 32 * MIB, TRIM_THRESHOLD: 64 * MIB, TOP_PAD: 128 * 1024},
+    # nothing is mapped for itself, and nothing that is freed goes back
+    TUNED: {MMAP_MAX: 0, TRIM_THRESHOLD: -1, TOP_PAD: 64 * MIB},
+    # every tensor is mapped for itself and goes back when it is freed: for measuring memory, not time
+    EXACT: {MMAP_THRESHOLD: MIB // 4},
+}
+FAULT_S = 1e-6  # what it takes to find and clear a page, about
+MIN_FAULTS, MIN_SHARE = 32, 0.01  # of a call, and of its time; below, the settings cannot be told apart
+
+
+@cache
+def _libc() -> ctypes.CDLL | None:
+    """The C library if it is glibc, whose settings can be changed while a process runs."""
+    if not sys.platform.startswith("linux"):
+        return None
+    found = ctypes.CDLL(None)
+    return found if hasattr(found, "gnu_get_libc_version") and hasattr(found, "mallopt") else None
+
+
+def settings() -> tuple[str, ...]:
+    """The names of those to measure time under: a GPU has an allocator of its own, which keeps its pages."""
+    return (DEFAULT, TUNED) if DEVICE == "cpu" and _libc() is not None else (DEFAULT,)
+
+
+@contextmanager
+def use(setting: str) -> Iterator[None]:
+    """Runs the block under a setting; memory that is kept without being used is given back at its start and at its end."""
+    libc = _libc()
+    if setting == DEFAULT or libc is None:
+        yield
+        return
+    libc.malloc_trim(0)
+    _set(libc, setting)
+    try:
+        yield
+    finally:
+        _set(libc, DEFAULT)
+        libc.malloc_trim(0)
+
+
+def _set(libc: ctypes.CDLL, setting: str) -> None:
+    for option, value in OPTIONS[setting].items():
+        if not libc.mallopt(option, value):
+            raise OSError(f"mallopt({option}, {value}) was refused")
+
+
+def page_faults() -> int:
+    """Pages that this process has been given so far; 0 where there is one setting alone."""
+    if TUNED not in settings():
+        return 0
+    import resource  # which only Unix has, as it has mallopt
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def matters(faults: float, seconds: float) -> bool:
+    """Whether a call of so many seconds spends a share on its page faults that can be seen."""
+    return faults >= MIN_FAULTS and faults * FAULT_S > MIN_SHARE * seconds
