@@ -93,7 +93,7 @@ class ResidualStream:
         d_in: Width of the residual stream.
         device: Device of the model's embedding, where inputs are moved to.
         blocks_can_be_skipped: Whether the blocks before this layer have no influence on a pass in which its output is
-            replaced; None until `fastsae.evaluate.losses.SplicedModel.check` has found out.
+            replaced; None until `fastsae.data.splicing.SplicedModel.check` has found out.
 
     Raises:
         UsageError: `layer` is out of range, or the model has no list of decoder blocks.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 from fastsae.data.chat import Dialogue
@@ -16,6 +16,7 @@ _TURNS: Dialogue = [
     {"role": "user", "content": "secondquestion"},
     {"role": "assistant", "content": "secondanswer"},
 ]
+_ROLES = ("system", "user", "assistant")
 _PROBES: tuple[Dialogue, ...] = ([{"role": "system", "content": "instruction"}, *_TURNS], _TURNS)
 
 logger = logging.getLogger(__name__)
@@ -32,11 +33,12 @@ class RefusedDialogueError(FastsaeError):
 class ChatTemplate:
     """The chat template of a tokenizer.
 
-    Some templates read the content of a turn as a list of parts and write nothing of a plain string. A short dialogue,
-    written both ways, shows which one this template takes.
+    Some templates read the content of a turn as a list of parts and write nothing of a plain string, some of them for the
+    user's turns alone. A short dialogue, written in all ways, shows which one this template takes.
 
     Attributes:
-        takes_parts: Whether content is handed over as `[{"type": "text", "text": ...}]`.
+        parts_of: The roles whose content is handed over as `[{"type": "text", "text": ...}]`; other roles get what the
+            user gets.
         lost_roles: The roles whose text the template leaves out of an ordinary dialogue.
 
     Raises:
@@ -48,7 +50,12 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.name = repr(getattr(tokenizer, "name_or_path", ""))
         self._options = _chosen(tokenizer, self.name)
-        self.takes_parts, self.lost_roles = self._probe()
+        self.parts_of, self.lost_roles = self._probe()
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether any role's content is handed over as a list of parts."""
+        return bool(self.parts_of)
 
     def text(self, dialogue: Dialogue) -> str:
         """Returns the whole dialogue as text, without a generation prompt.
@@ -59,7 +66,7 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            return self._write(dialogue, self.takes_parts)
+            return self._write(dialogue, self.parts_of)
         except Exception as error:  # a template is a program by somebody else, which can fail with anything
             roles = ", ".join(message["role"][:40] for message in dialogue[:20])
             if type(error) is TemplateError:  # by the template's own `raise_exception`
@@ -79,33 +86,37 @@ class ChatTemplate:
                 ", ".join(self.lost_roles),
             )
 
-    def _write(self, dialogue: Dialogue, in_parts: bool) -> str:
+    def _write(self, dialogue: Dialogue, parts_of: tuple[str, ...]) -> str:
         turns: list[dict[str, Any]] = [dict(message) for message in dialogue]
-        if in_parts:
-            turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+        for turn in turns:
+            if (turn["role"] if turn["role"] in _ROLES else "user") in parts_of:
+                turn["content"] = [{"type": "text", "text": turn["content"]}]
         text: str = self.tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=False, **self._options
         )
         return without_lone_surrogates(text)
 
-    def _probe(self) -> tuple[bool, tuple[str, ...]]:
-        """Returns `takes_parts` and `lost_roles`."""
+    def _probe(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Returns `parts_of` and `lost_roles`."""
         from jinja2 import TemplateSyntaxError
 
-        best: tuple[int, bool, tuple[str, ...]] = (-1, False, ())
-        for in_parts, probe in product((False, True), _PROBES):
+        best: tuple[int, tuple[str, ...], tuple[str, ...]] = (-1, (), ())
+        ways = [roles for n in (0, 3, 1, 2) for roles in combinations(_ROLES, n)]  # the usual ones first
+        for parts_of, probe in product(ways, _PROBES):
             try:
-                text = self._write(probe, in_parts).lower()
+                text = self._write(probe, parts_of).lower()
             except TemplateSyntaxError as error:
                 raise UsageError(
                     f"the chat template of {self.name} is not valid: {error.message} in line {error.lineno}"
                 ) from error
             except Exception:  # it refuses system turns, say, or this form of content
                 continue
+            if parts_of and "'type': 'text'" in text.replace('"', "'"):  # it writes the list itself, as Python or JSON
+                continue
             lost = [message["role"] for message in probe if message["content"] not in text]
-            found = sum(message["content"] in text for message in _TURNS)
+            found = sum(message["content"] in text for message in probe)
             if found > best[0]:
-                best = found, in_parts, tuple(dict.fromkeys(lost))
+                best = found, parts_of, tuple(dict.fromkeys(lost))
         if best[0] == 0:
             raise UsageError(
                 f"the chat template of {self.name} writes nothing of what a dialogue says, neither where its content is "

@@ -14,9 +14,10 @@ from fastsae.data.activations import ResidualStream, text_config
 from fastsae.data.sequencing import TokenBatch
 from fastsae.data.sinks import SinkRule
 from fastsae.data.special_tokens import SpecialTokens
+from fastsae.data.splicing import SplicedModel, check_logits
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate.contexts import TopDialogues, top_contexts
-from fastsae.evaluate.losses import LossSums, SplicedModel, check_logits
+from fastsae.evaluate.losses import LossSums
 from fastsae.evaluate.metrics import Metrics, ReconstructionSums, ratio
 from fastsae.sae import SparseAutoencoder
 from fastsae_kernels import SparseActs

@@ -93,13 +93,15 @@ def read_config(folder: Path) -> TrainConfig:
     path = folder / CONFIG_FILE
     try:
         saved = Fields(read_json(path))
+        if missing := [name for name in field_names() if name not in saved]:
+            raise ValueError(f"it has no {', '.join(missing[:3])}; is it that of a language model?")
         return TrainConfig(**{name: saved.values[name] for name in field_names()})
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             f"{folder}: expected the folder of a run of `fastsae train`, {CONFIG_FILE} is missing"
         ) from None
-    except (ValueError, KeyError, TypeError, UsageError) as error:
-        raise FastsaeError(f"{path}: expected the options of a run, got a corrupt file ({error!r})") from None
+    except (ValueError, TypeError, UsageError) as error:
+        raise FastsaeError(f"{path}: expected the options of a run, got another or a corrupt file ({error})") from None
 
 
 def resumed_config(output: Path, config: TrainConfig) -> TrainConfig:

@@ -26,8 +26,8 @@ from fastsae.data.language_model import load_model
 from fastsae.data.progress import with_bar
 from fastsae.data.sequencing import FastSequencer, render
 from fastsae.data.special_tokens import SpecialTokens, find_special_tokens
+from fastsae.data.splicing import SplicedModel
 from fastsae.errors import FastsaeError, UsageError
-from fastsae.evaluate.losses import SplicedModel
 from fastsae.train.config import ModelDtype, TrainConfig
 from fastsae.train.limits import check_memory
 

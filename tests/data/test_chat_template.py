@@ -30,6 +30,18 @@ def test_content_is_a_string_where_a_template_takes_that(text):
     assert found.text(SAID) == tokenizer.apply_chat_template(SAID, tokenize=False)
 
 
+@pytest.mark.parametrize("content", ["{{ m.content }}", "{{ m.content | string | trim }}"])
+@pytest.mark.parametrize("in_parts", [("user",), ("assistant",), ("system", "user"), ("system",)])
+def test_some_roles_take_parts_and_others_a_string(in_parts, content):
+    loop = "{% for p in m.content %}{{ p.text }}{% endfor %}"
+    text = f"{{% for m in messages %}}<{{{{ m.role }}}}>{{% if m.role in {in_parts} %}}{loop}{{% else %}}{content}"
+    found = template(text + "{% endif %}{% endfor %}")
+    assert found.parts_of == in_parts
+    system = [{"role": "system", "content": "rules"}]
+    assert found.text([*system, *SAID]) == "<system>rules<user>ask<assistant>answer"
+    assert found.lost_roles == ()
+
+
 @pytest.mark.parametrize(
     ("text", "expected"), [(PARTS, "<user>ask<assistant>answer"), (FIRST_PART, "<user>ask|<assistant>answer|")]
 )

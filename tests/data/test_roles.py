@@ -28,6 +28,18 @@ def test_plain_words(role, words):
 
 
 @pytest.mark.parametrize(
+    "word", ["Bing Chat", "gemini-pro", "claude-instant-v1", "Claude Opus 4", "chat_bot", "Chat GPT"]
+)
+def test_models_with_a_kind(word):
+    assert canonical_role(word) == "assistant"
+
+
+@pytest.mark.parametrize("word", ["\ufeffuser", "user\u00a0", "\u200bUser:"])
+def test_spaces_that_nobody_sees(word):
+    assert canonical_role(word) == "user"
+
+
+@pytest.mark.parametrize(
     "word", ["Alice", "user 2", "user_feedback", "assistant2", "bing search", "gptx", "critic", "δ"]
 )
 def test_other_words_stay(word):
