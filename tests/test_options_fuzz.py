@@ -114,7 +114,7 @@ def test_any_text_for_any_option_is_taken_or_refused(n: int) -> None:
     fuzz(n, arguments(list(OPTIONS), odd=True), check)
 
 
-@sizes(12, 1000)
+@sizes(12, 300)
 @pytest.mark.parametrize("architecture", ["jumprelu", "relu", "topk --k 4", "batchtopk --k 4"])
 def test_any_values_train_or_are_refused(
     n: int, architecture: str, tiny_model: Path, chats: Path, tmp_path: Path
@@ -131,7 +131,7 @@ def test_any_values_train_or_are_refused(
     fuzz(n, arguments(names, odd=False), check)
 
 
-@sizes(20, 2000)
+@sizes(20, 600)
 def test_any_values_evaluate_or_are_refused(n: int, tiny_model: Path, chats: Path, tmp_path: Path) -> None:
     FusedJumpReLUSAE(16, 32).save(tmp_path / "sae")
     base = ["evaluate", tmp_path / "sae", "--quiet", "--model", tiny_model, "--dataset", chats, "--layer", 0]

@@ -76,7 +76,7 @@ def test_a_python_to_install_on_is_here() -> None:
     assert any(map(find_python, PYTHONS)), f"none of Python {' and '.join(PYTHONS)} was found"
 
 
-@pytest.mark.parametrize(("version", "kind"), zip(PYTHONS, ("wheel", "sdist"), strict=True))
+@pytest.mark.parametrize(("version", "kind"), [*zip(PYTHONS, ("wheel", "sdist"), strict=True)])
 def test_installed_package_trains(version: str, kind: str, built: dict[str, Path], chats: Path, tmp_path: Path) -> None:
     python = find_python(version)
     if python is None:
