@@ -340,24 +340,25 @@ def test_what_is_compiled_is_compiled_once_and_not_timed(name: str, warm_calls: 
     assert len(log) == warm_calls + 1 + 2 * 3
 
 
-def test_a_shape_that_was_compiled_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shape_that_was_compiled_is_not_compiled_again() -> None:
     """Though each sitting makes its providers anew, and other shapes came between."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)  # each compilation takes seconds
-    timer = quick()
-    cases = [
-        Case("forward+backward", str(n), shape, {name: test_train_step.provider(name, shape)})
-        for name in ("dense compiled fp32",)
-        for n in range(4)  # more than PyTorch allows by itself
-        for shape in [Shape(n_tokens=8 + n, d_in=4, d_sae=16, l0=4)]
-    ]
-    for case in cases:
-        timer.sit(case)
-    compiled = counters["stats"]["unique_graphs"]
-    assert compiled >= len(cases)
-    for case in cases:
-        timer.sit(case)
-    assert counters["stats"]["unique_graphs"] == compiled
-    assert torch._dynamo.config.recompile_limit < harness.MOST_GRAPHS  # other code has its own
+    # monkeypatch would delete the option when it undoes this, for it is no attribute of the module's own
+    with torch._dynamo.config.patch(recompile_limit=2):  # each compilation takes seconds
+        timer = quick()
+        cases = [
+            Case("forward+backward", str(n), shape, {name: test_train_step.provider(name, shape)})
+            for name in ("dense compiled fp32",)
+            for n in range(4)  # more than PyTorch allows by itself
+            for shape in [Shape(n_tokens=8 + n, d_in=4, d_sae=16, l0=4)]
+        ]
+        for case in cases:
+            timer.sit(case)
+        compiled = counters["stats"]["unique_graphs"]
+        assert compiled >= len(cases)
+        for case in cases:
+            timer.sit(case)
+        assert counters["stats"]["unique_graphs"] == compiled
+        assert torch._dynamo.config.recompile_limit < harness.MOST_GRAPHS  # other code has its own

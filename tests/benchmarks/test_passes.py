@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -163,7 +164,8 @@ def tiny(tmp_path: Path) -> Path:
 def measured(*arguments: str | Path) -> tuple[int, str]:
     """Exit status and what was printed; seconds are those of torch's import."""
     command = [sys.executable, "-m", "pytest", "--benchmark-disable", "-rs", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
 
 
