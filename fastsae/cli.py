@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import gc
 import logging
 import sys
 from collections.abc import Sequence
@@ -197,7 +196,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             return fail(OUT_OF_MEMORY)
         except KeyboardInterrupt as interruption:
-            gc.freeze()  # or the interpreter looks through all objects of PyTorch and others before it ends, for seconds
             return fail(str(interruption) or "interrupted", exit_status(interruption))
     return 0
 
