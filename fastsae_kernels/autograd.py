@@ -38,7 +38,7 @@ class Autoencode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
-        x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target, spec, hint, ctx.weight_gradients = inputs
+        x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target, spec, hint, ctx.collector = inputs
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:7]]
         W_enc, W_dec = narrowed(W_enc, x.dtype), narrowed(W_dec, x.dtype)  # those of autocast
         tensors = [x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale]
@@ -67,11 +67,11 @@ class Autoencode(torch.autograd.Function):
             grad_penalty = torch.zeros((), dtype=threshold.dtype, device=x.device).expand(x.shape[0])
         rows, row_scale = row_gradients(residual, grad_out, grad_squared_error)
         shared = (threshold, W_dec, feature_scale, ctx.spec, rows, grad_penalty, needs, row_scale)
+        collected = None if ctx.collector is None else ctx.collector.now()
         if ctx.saved_by_gpu is not None:
-            collects = ctx.weight_gradients if needs.W_enc or needs.W_dec else None
-            grads = _gpu().autoencode_backward(ctx.saved_by_gpu, rows, grad_penalty, needs.x, row_scale, collects)
+            grads = _gpu().autoencode_backward(ctx.saved_by_gpu, rows, grad_penalty, needs, row_scale, collected)
         elif ctx.acts is not None:
-            grads = cpu.autoencode_backward(ctx.acts, x, W_enc, *shared, ctx.weight_gradients)
+            grads = cpu.autoencode_backward(ctx.acts, x, W_enc, *shared, collected)
         else:
             grads = chunked.autoencode_backward(x, W_enc, b_enc, *shared)
         grad_target = -scaled(rows, row_scale).to(ctx.target_dtype) if asked[7] else None

@@ -21,13 +21,13 @@ from fastsae_kernels.gradients import AutoencodeOutput
 from fastsae_kernels.memory import narrowed
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec, Precision
-from fastsae_kernels.weight_gradients import WeightGradients
+from fastsae_kernels.weight_gradients import PassCollector
 
 
 def _autocast(name: str, factors: tuple[Tensor, ...], biases: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """All tensors; where autocast is on those of products in its dtype, as matrix products take them.
 
-    Biases join sums in fp32, so they and their gradients are not rounded. Thresholds are never cast.
+    Biases join sums in fp32, so they and their gradients are not rounded. Thresholds and float64 are never cast.
 
     Raises:
         ValueError: The first, of the given name, has a device without autocast, such as meta.
@@ -38,8 +38,9 @@ def _autocast(name: str, factors: tuple[Tensor, ...], biases: tuple[Tensor, ...]
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         narrow = Tensor.to if torch.compiler.is_compiling() else narrowed
-        factors = tuple(narrow(tensor, dtype) for tensor in factors)
-        biases = tuple(bias if bias.dtype == dtype else bias.to(torch.float32) for bias in biases)
+        kept = (dtype, torch.float64)
+        factors = tuple(tensor if tensor.dtype in kept else narrow(tensor, dtype) for tensor in factors)
+        biases = tuple(bias if bias.dtype in kept else bias.to(torch.float32) for bias in biases)
     return *factors, *biases
 
 
@@ -84,7 +85,7 @@ def autoencode(
     target: Tensor | None = None,
     feature_scale: Tensor | None = None,
     hint: ActivityHint | None = None,
-    weight_gradients: WeightGradients | None = None,
+    collector: PassCollector | None = None,
 ) -> AutoencodeOutput:
     """Encode, gate, decode and penalise in one differentiable pass that never holds an `[N, d_sae]` tensor.
 
@@ -112,8 +113,8 @@ def autoencode(
         target: `[..., d_out]`, floating-point of any dtype, what is to be reconstructed; differentiable.
         feature_scale: `[d_sae]` weight of each feature in the `l1` and `tanh` penalties; None for ones.
         hint: On a GPU, what earlier passes knew of the activity; a module keeps one.
-        weight_gradients: Of an optimiser that sums the gradients of `W_enc` and `W_dec` itself: takes what they are sums of,
-            and their `.grad` stays None (where the sparse path ran; on a GPU in the first pass of a step).
+        collector: While somebody collects with it, takes what the gradients of `W_enc` and `W_dec` are sums of in their place
+            (where the sparse path ran; on a GPU from one pass). Both must be its parameters, or copies with their gradients.
 
     Returns:
         `sae_out` `[..., d_out]` (the residual, with a target); `penalty` and `squared_error` `[...]` fp32 (fp64 for fp64);
@@ -149,7 +150,7 @@ def autoencode(
     with _without_autocast(x.device.type):
         tensors = (flat, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target)
         outputs = (
-            _in_graph(tensors, spec, hint) if compiling else Autoencode.apply(*tensors, spec, hint, weight_gradients)
+            _in_graph(tensors, spec, hint) if compiling else Autoencode.apply(*tensors, spec, hint, collector)
         )
     output = AutoencodeOutput(*outputs)
     leading = x.shape[:-1]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastsae.sae.outputs import version_of
+from fastsae_kernels.memory import version_of
 
 WrittenState = tuple[int | None, int]
 

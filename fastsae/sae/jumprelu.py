@@ -95,6 +95,9 @@ class FusedJumpReLUSAE(SparseAutoencoder):
             parameter.grad = None if grad is None else grad.to(**like)
         return self
 
+    def _own_dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return dict.fromkeys(("threshold", "log_threshold"), torch.promote_types(dtype, torch.float32))
+
     def gate_threshold(self) -> Tensor:
         return self.threshold.clamp(min=0)
 

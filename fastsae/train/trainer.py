@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsae.data.buffer import ActivationBatch
-from fastsae.optimizer import FusedSAEAdam
+from fastsae.optim import FusedSAEAdam
 from fastsae.sae import (
     FusedBatchTopKSAE,
     FusedJumpReLUSAE,
