@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from fastsae.errors import UsageError
-from fastsae.pending import PendingGradient
+from fastsae.pending import PendingGradient, PendingGradients
 from fastsae.sae import SparseAutoencoder
 from fastsae.sae.compute_copies import ComputeCopies, WrittenState, written_state
-from fastsae_kernels import WeightGradients
 
 if TYPE_CHECKING:
     from fastsae_kernels.gpu.weight_gradients import RowSums
@@ -100,8 +99,7 @@ class FusedSAEAdam(torch.optim.Adam):
     def _prepare(self) -> None:
         """Makes what neither a copy nor a file of the optimiser holds."""
         self._step_supports_amp_scaling = False  # so that a GradScaler unscales `.grad` and decides about the step
-        self._collected = WeightGradients(*self.matrices)
-        self._pending: dict[nn.Parameter, PendingGradient] = {}
+        self._pending = PendingGradients(self.sae, self.matrices)
         self._kept: dict[nn.Parameter, Tensor] = {}  # summed gradients, where they are clipped
         self._steps: dict[nn.Parameter, int] = {}  # as in the state, where reading it would wait for a GPU
         # [d_sae] int32, with betas[0] == 0: the step to which each row's second moment has decayed
@@ -129,80 +127,21 @@ class FusedSAEAdam(torch.optim.Adam):
         every loss of a step, and let nothing but `step` and `zero_grad` come between. The tensors of the pass must not be
         written in place until then. All other parameters have their gradient in `.grad`.
 
-        In a group of several processes, with hooks on the gradient of a weight matrix, and where one is in `.grad` already, this
-        is `loss.backward()`.
+        In a group of several processes, with hooks on the gradient of a weight matrix, and where one is in `.grad` already,
+        this is `loss.backward()`.
 
         Args:
             loss: A scalar.
             retain_graph: As in `torch.Tensor.backward`.
 
         Raises:
-            UsageError: `loss.backward()` or another optimiser's `backward` came before in the same step.
+            UsageError: Another optimiser's `backward` came before in the same step.
         """
-        self._forget_what_was_thrown_away()
-        for i, p in enumerate(self.matrices):
-            if self._collected.row_sums(i) is not None:  # a GPU collects from one pass
-                p.grad = self._write_out(i)
-        if not self._collects():
-            loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
-            return
-        for p in self._pending:
-            p.grad = None  # what comes another way is to find nothing there
-        try:
-            with self.sae.collector.collecting(self._collected):
-                loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
-        finally:
-            self._settle()
-
-    def _collects(self) -> bool:
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            return False  # whoever averages gradients, DDP for one, finds them in `.grad`
-        for p in self.matrices:
-            if p.grad is not None and p.grad is not self._pending.get(p):
-                return False
-            if p._backward_hooks or p._post_accumulate_grad_hooks:
-                return False
-        return True
-
-    def _settle(self) -> None:
-        """Leaves each gradient in one place: in `.grad` where a part of it is there, else to be summed."""
-        for i, (name, p) in enumerate(zip(("W_enc", "W_dec"), self.matrices, strict=True)):
-            if not self._collected.has(i):
-                continue
-            if p.grad is None:
-                p.grad = self._pending[p] = PendingGradient(p, name)
-            else:
-                p.grad += self._write_out(i)
-        self._collected.seal()
-
-    def _write_out(self, i: int) -> Tensor:
-        """The whole gradient of `matrices[i]`, which is collected no longer."""
-        p = self.matrices[i]
-        sums = self._collected.row_sums(i)
-        whole = torch.empty_like(p)
-        if sums is not None:
-            self._by_feature(p, whole).copy_(sums.dense())
-        else:
-            for rows, grad in self._collected.chunks(i, self._chunk):
-                self._by_feature(p, whole)[rows] = grad
-        self._collected.drop(i)
-        self._pending.pop(p, None)
-        return whole
-
-    def _forget_what_was_thrown_away(self) -> None:
-        """`sae.zero_grad()` and the like set `.grad` to None, which the collection must follow."""
-        for i, p in enumerate(self.matrices):
-            pending = self._pending.get(p)
-            if pending is not None and p.grad is not pending:
-                self._collected.drop(i)
-                del self._pending[p]
+        self._pending.backward(loss, retain_graph)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets all gradients."""
-        for p in self._pending:
-            p.grad = None
         self._pending.clear()
-        self._collected.clear()
         super().zero_grad(set_to_none)
 
     @torch.no_grad()
@@ -217,7 +156,7 @@ class FusedSAEAdam(torch.optim.Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._forget_what_was_thrown_away()
+        self._pending.follow_grads()
         self._check()
         weights = [p for p in self.matrices if p.grad is not None]
         sums = self._row_sums()
@@ -229,15 +168,12 @@ class FusedSAEAdam(torch.optim.Adam):
         changed = {p for p in weights if lazy and self._left.get(p) != written_state(p)}
         if sums:
             self._update_by_kernel(sums, scale)
-        touched = self._collected.touched() if lazy and not sums else None
+        touched = self._pending.touched() if lazy and not sums else None
         for p in weights:
             if p not in sums:
                 self._update(p, scale, touched)
         self._finish(weights, changed)
-        for p in self._pending:
-            p.grad = None
         self._pending.clear()
-        self._collected.clear()
         return loss
 
     def _check(self) -> None:
@@ -249,29 +185,27 @@ class FusedSAEAdam(torch.optim.Adam):
                 if group.get(name):
                     raise UsageError(f"{name}: expected False, the only value that FusedSAEAdam has, got {group[name]}")
             for p in group["params"]:
-                if isinstance(p.grad, PendingGradient) and p.grad is not self._pending.get(p):
-                    raise UsageError(f"{p.grad.parameter_name}.grad: expected this optimiser's, got one left by another's backward")
+                if isinstance(p.grad, PendingGradient) and p not in self._pending:
+                    name = p.grad.parameter_name
+                    raise UsageError(
+                        f"{name}.grad: expected a gradient, got one that another optimiser's backward left pending"
+                    )
                 if p.grad is not None and p.grad.layout != torch.strided:
                     raise UsageError(f"grad: expected dense gradients, got layout {p.grad.layout}")
-        if not self._collected.is_unchanged():
-            raise UsageError(
-                "x, loss: expected the tensors of the pass as optimizer.backward(loss) left them, as step sums the gradients from "
-                "them, got one that was overwritten in place; copy it, or call loss.backward()"
-            )
+        self._pending.check()
 
     @property
     def _chunk(self) -> int:
         """Features that are updated together: few on a CPU, whose cache holds them, all on a GPU."""
         return max(1, CHUNK_ELEMENTS // self.sae.d_in) if self.sae.device.type == "cpu" else self.sae.d_sae
 
-    def _by_feature(self, p: Tensor, tensor: Tensor) -> Tensor:
+    def _by_feature(self, p: nn.Parameter, tensor: Tensor) -> Tensor:
         """A tensor like the weight matrix `p`, as `[d_sae, d_in]`."""
-        return tensor.t() if p is self.matrices[0] else tensor
+        return self._pending.by_feature(p, tensor)
 
     def _row_sums(self) -> dict[nn.Parameter, RowSums]:
         """The collected gradients that the GPU's kernel can sum in its pass over the weights."""
-        pairs = [(p, self._collected.row_sums(i)) for i, p in enumerate(self.matrices)]
-        found = {p: sums for p, sums in pairs if sums is not None}
+        found = {p: sums for p in self.matrices if (sums := self._pending.row_sums(p)) is not None}
         return found if found and self._kernel_can_update(list(found)) else {}
 
     def _kernel_can_update(self, weights: list[nn.Parameter]) -> bool:
@@ -304,9 +238,7 @@ class FusedSAEAdam(torch.optim.Adam):
     def _gradients(self, p: nn.Parameter) -> Iterator[tuple[slice, Tensor]]:
         """`(rows, gradient [C, d_in])` of a weight matrix by feature, projected."""
         if p in self._pending:
-            i = 0 if p is self.matrices[0] else 1
-            sums = self._collected.row_sums(i)
-            chunks = self._collected.chunks(i, self._chunk) if sums is None else iter([(slice(None), sums.dense())])
+            chunks = self._pending.chunks(p, self._chunk)
         else:
             assert p.grad is not None
             whole = self._by_feature(p, p.grad)
@@ -477,7 +409,8 @@ class FusedSAEAdam(torch.optim.Adam):
         self._catch_up()
         whole = super().state_dict()
         whole["state"] = {
-            index: {name: value.contiguous() for name, value in state.items()} for index, state in whole["state"].items()
+            index: {name: value.contiguous() for name, value in state.items()}
+            for index, state in whole["state"].items()
         }
         return whole
 

@@ -149,9 +149,7 @@ def autoencode(
     flat = x.reshape(-1, x.shape[-1])
     with _without_autocast(x.device.type):
         tensors = (flat, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target)
-        outputs = (
-            _in_graph(tensors, spec, hint) if compiling else Autoencode.apply(*tensors, spec, hint, collector)
-        )
+        outputs = _in_graph(tensors, spec, hint) if compiling else Autoencode.apply(*tensors, spec, hint, collector)
     output = AutoencodeOutput(*outputs)
     leading = x.shape[:-1]
     return output._replace(

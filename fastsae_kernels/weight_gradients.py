@@ -50,7 +50,7 @@ class WeightGradients:
         self.matrices = (W_enc, W_dec)
         self.gpu: GpuShare | None = None  # of one pass
         self._shares: tuple[list[_Share], list[_Share]] = ([], [])  # of W_enc, of W_dec
-        self._versions: list[tuple[Tensor, int | None]] = []
+        self._versions: tuple[list[tuple[Tensor, int | None]], ...] = ([], [])  # likewise
         self._buffer: Tensor | None = None
 
     def add(
@@ -86,6 +86,7 @@ class WeightGradients:
     def drop(self, i: int) -> None:
         """Forgets the shares of `matrices[i]`."""
         self._shares[i].clear()
+        self._versions[i].clear()
         if self.gpu is not None:
             self.gpu = self.gpu.without(i)
 
@@ -99,13 +100,14 @@ class WeightGradients:
 
     def seal(self) -> None:
         """Remembers how often each tensor of the passes was written."""
-        tensors = [share.vectors for shares in self._shares for share in shares]
-        tensors += [sums.vectors for sums in self.gpu or () if sums is not None]
-        self._versions = [(tensor, version_of(tensor)) for tensor in tensors]
+        for i, versions in enumerate(self._versions):
+            sums = self.row_sums(i)
+            vectors = [share.vectors for share in self._shares[i]] + ([] if sums is None else [sums.vectors])
+            versions[:] = [(tensor, version_of(tensor)) for tensor in vectors]
 
     def is_unchanged(self) -> bool:
         """Whether no tensor of the passes was written since `seal`."""
-        return all(version_of(tensor) == version for tensor, version in self._versions)
+        return all(version_of(tensor) == version for versions in self._versions for tensor, version in versions)
 
     def buffer(self, n: int, like: Tensor) -> Tensor:
         """`[n]` like a tensor in dtype and device, the same memory in each step and whatever that left there."""

@@ -28,8 +28,8 @@ Module = TypeVar("Module", bound="SparseAutoencoder")
 class SparseAutoencoder(nn.Module, ABC):
     """Encoder, gate and decoder with SAELens' parameter names; a subclass says what the gate and the penalty are.
 
-    All parameters of a new module are contiguous, as every module's. The kernels read `W_enc` fastest where it is stored feature by
-    feature: `store_by_feature_` does that, and `FusedSAEAdam` calls it.
+    All parameters of a new module are contiguous, as every module's. The kernels read `W_enc` fastest where it is stored
+    feature by feature: `store_by_feature_` does that, and `FusedSAEAdam` calls it.
     """
 
     architecture: ClassVar[str]  # SAELens' word

@@ -105,7 +105,8 @@ def gpu_share(
         buffer: `[d_sae * (d_in + d_out)]` for their share, zeroed here where there are any; with `n_overflow`.
 
     Returns:
-        The shares of `W_enc.T` and of `W_dec`. The pass adds the rows that overflowed to the `extra` of both matrices, which are contiguous.
+        The shares of `W_enc.T` and of `W_dec`. The pass adds the rows that overflowed to the `extra` of both matrices, which
+        are contiguous.
     """
     if row_scale is not None:
         values = values * _of_entries(row_scale, by_feature)
