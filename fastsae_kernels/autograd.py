@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastsae_kernels import chunked, cpu
 from fastsae_kernels.checks import check_no_fp8
 from fastsae_kernels.dispatch import MAX_DENSITY, ActivityHint, backend_of, forced_backend
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
 from fastsae_kernels.memory import narrowed
+from fastsae_kernels.once import differentiable_once
 from fastsae_kernels.residual import row_gradients, scaled
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
@@ -52,7 +52,7 @@ class Autoencode(torch.autograd.Function):
         return tuple(output)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None, *others: Any) -> tuple[Any, ...]:
         # once: non-reentrant checkpointing unpacks a tensor a single time
         x, W_enc, b_enc, threshold, W_dec, _, feature_scale, residual = ctx.saved_tensors
@@ -133,7 +133,7 @@ class Encode(torch.autograd.Function):
         return acts.values, acts
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_values: Tensor, _: Any) -> tuple[Any, ...]:
         x, W_enc, threshold = ctx.saved_tensors
         grad_x, grad_W_enc, grad_b_enc, grad_threshold = encode_gradients(
@@ -209,7 +209,7 @@ class Decode(torch.autograd.Function):
         return decode_entries(acts, W_dec, b_dec)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         (W_dec,) = ctx.saved_tensors
         grad_values, grad_W_dec = decode_gradients(ctx.acts, W_dec, grad_out)

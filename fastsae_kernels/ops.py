@@ -19,6 +19,7 @@ from fastsae_kernels.checks import check_decode, check_encode, check_feature_sca
 from fastsae_kernels.dispatch import ActivityHint
 from fastsae_kernels.gradients import AutoencodeOutput
 from fastsae_kernels.memory import narrowed
+from fastsae_kernels.once import check_no_transform
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec, Precision
 from fastsae_kernels.weight_gradients import PassCollector
@@ -136,6 +137,8 @@ def autoencode(
         Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
     compiling = torch.compiler.is_compiling()
+    if not compiling:
+        check_no_transform()
     x, b_enc, b_dec = _autocast("x", (x,), (b_enc, b_dec))
     if compiling:  # else inside the pass, whose gradients of the weights then are not rounded
         W_enc, W_dec = _autocast("W_enc", (W_enc, W_dec), ())
@@ -217,6 +220,7 @@ def encode(
             )
             values, indices, row_offsets, row_counts = entries
             return SparseActs(row_offsets, indices, values, (x.shape[0], W_enc.shape[1]), row_counts)
+        check_no_transform()
         if not torch.is_grad_enabled():
             return list_entries(x, W_enc, b_enc, threshold, spec, rescore)
         values, acts = Encode.apply(x, W_enc, b_enc, threshold, spec, rescore)
@@ -248,7 +252,9 @@ def decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tens
     if torch.compiler.is_compiling():
         counts = acts.row_offsets.diff() if acts.row_counts is None else acts.row_counts
         out = torch.ops.fastsae.decode(acts.values, acts.indices, acts.row_offsets, counts, W_dec, b_dec)
-    elif not torch.is_grad_enabled():
+        return out
+    check_no_transform()
+    if not torch.is_grad_enabled():
         out = decode_entries(acts, W_dec, b_dec)
     else:
         out = Decode.apply(acts.values, W_dec, b_dec, replace(acts, values=acts.values.detach()))

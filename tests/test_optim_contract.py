@@ -61,7 +61,9 @@ def assert_same_as_adam(run: Callable[[Make, SendBack], State], send_back: SendB
     want, got = run(adam, send_back), run(fused, send_back)
     assert want.keys() == got.keys()
     for name, tensor in want.items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            got[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("init_threshold", [0.0, 2.0], ids=["dense", "sparse"])
@@ -149,7 +151,9 @@ def test_a_gradient_of_the_input_leaves_no_trace(send_back: SendBack) -> None:
 
 
 @both_ways
-@pytest.mark.parametrize("frozen", [("W_enc",), ("W_dec",), ("W_enc", "W_dec"), ("b_enc", "b_dec", "threshold")], ids=str)
+@pytest.mark.parametrize(
+    "frozen", [("W_enc",), ("W_dec",), ("W_enc", "W_dec"), ("b_enc", "b_dec", "threshold")], ids=str
+)
 def test_frozen_parameters_stay(frozen: tuple[str, ...], send_back: SendBack) -> None:
     def run(make: Make, send_back: SendBack) -> State:
         sae = fresh()
