@@ -45,9 +45,10 @@ def load_chats(source: str, split: str = "train", *, progress: bool = False) -> 
     counts those rows by reason, and a warning tells of them where they are more than 1 %.
 
     Args:
-        source: `"demo"`; a `.jsonl`, `.json` (a list, or JSON lines) or `.parquet` file; a folder written by
-            `datasets.save_to_disk`, or one that holds such files; or a Hugging Face hub id, with its configuration
-            behind a colon if it has several (`BAAI/Infinity-Instruct:0625`).
+        source: `"demo"`; a `.jsonl`, `.ndjson` or `.json` file (JSON lines, a list, or values of several lines each),
+            also packed as `.gz`, which takes the unpacked size in the folder for temporary files; a `.parquet` file; a
+            folder written by `datasets.save_to_disk`, or one that holds such files; or a Hugging Face hub id, with its
+            configuration behind a colon if it has several (`BAAI/Infinity-Instruct:0625`).
         split: Name of the split. Files of a folder belong to the split whose name is a word of their own name or of
             their folder's; a single file is `"train"`.
         progress: Show progress bars where reading takes longer than a second.

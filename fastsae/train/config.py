@@ -58,8 +58,8 @@ class TrainConfig:
     dataset: str = option(
         "demo",
         "data",
-        "chat dialogues: a .jsonl, .json or .parquet file, a folder, or the id of a dataset on the hub; 'demo' makes "
-        "dialogues from the documentation of the installed Python",
+        "chat dialogues: a .jsonl, .ndjson, .json (each also as .gz) or .parquet file, a folder, or the id of a dataset on "
+        "the hub; 'demo' makes dialogues from the documentation of the installed Python",
     )
     split: str = option("train", "data", "split of the dataset")
     layer: int | None = option(

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from fastsae.data import chat_files
+from fastsae.data import chat_files, json_files
 from fastsae.data.chat import NO_SPEAKER, NO_TEXT, ChatDataset, as_dialogue, load_chats
 from fastsae.data.dropped import Dropped
 from fastsae.errors import FastsaeError, UsageError
@@ -115,7 +115,7 @@ def test_an_endless_line_is_dropped_without_being_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
 def test_lines_are_found_whatever_piece_they_cross(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(chat_files, "_SCANNED", size)
+    monkeypatch.setattr(json_files, "_SCANNED", size)
     lines = [row(f"é{i}" * (i % 5)) if i % 3 else b"" for i in range(30)]
     path = write(tmp_path / "a.jsonl", lines)
     rows = chat_files.open_files([tmp_path / "a.jsonl"], progress=False)
@@ -143,7 +143,7 @@ def test_a_damaged_json_list_is_one_clear_error(tmp_path, content, message):
 
 @pytest.mark.parametrize("text", ["[]", " [ ] \n", "[1,2]", ' [ {"a" : [1, 2]} , "b" ] ', "[[],[[]]]"])
 def test_the_items_of_a_json_list(text):
-    assert list(chat_files._list_items(text)) == json.loads(text)
+    assert list(json_files._values(text)) == json.loads(text)
 
 
 def test_lone_surrogates_are_replaced_and_pairs_joined(tmp_path):
