@@ -12,8 +12,9 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 
 from fastsae.data import chat_files
-from fastsae.data.chat_files import UnusableRow, each_row, read_row
+from fastsae.data.chat_files import each_row, read_row
 from fastsae.data.dropped import Dropped
+from fastsae.data.json_files import UnusableRow
 from fastsae.data.progress import with_bar
 from fastsae.data.roles import KNOWN_ROLES, SILENT_ROLES, canonical_role, without_lone_surrogates
 from fastsae.disk import local_path
@@ -23,8 +24,8 @@ Message: TypeAlias = dict[str, str]
 Dialogue: TypeAlias = list[Message]
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
-NO_TEXT = "no message with a role and text"
-NO_SPEAKER = "no text of a user or an assistant"
+NO_TEXT = "no message has a role and text"
+NO_SPEAKER = "neither a user nor an assistant says anything"
 _PROBED_ROWS = 100  # readable ones, to find the chat column
 _SEARCHED_ROWS = 10_000
 _SHOWN_ROLES = 5

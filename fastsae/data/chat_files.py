@@ -37,7 +37,7 @@ def read_row(rows: Sequence[Any], index: int) -> Any:
     try:
         return rows[index]
     except Exception as error:
-        return UnusableRow("unreadable row", f"row {index}: {type(error).__name__}: {first_line(error)}")
+        return UnusableRow("the row cannot be read", f"row {index}: {type(error).__name__}: {first_line(error)}")
 
 
 class _Concatenation(Sequence[Any]):

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class RefusedDialogueError(FastsaeError):
-    """The chat template cannot write a dialogue; `reason` says why in a few words that hold nothing of its text."""
+    """The chat template cannot write a dialogue; `reason` says why in a clause that holds nothing of its text."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -70,10 +70,10 @@ class ChatTemplate:
         except Exception as error:  # a template is a program by somebody else, which can fail with anything
             roles = ", ".join(message["role"][:40] for message in dialogue[:20])
             if type(error) is TemplateError:  # by the template's own `raise_exception`
-                reason, found = "refused by the chat template", str(error)
+                reason, found = "the chat template refused it", str(error)
             else:
                 kind = type(error).__name__
-                reason, found = f"on which the chat template fails ({kind})", f"{kind}: {error}"
+                reason, found = f"the chat template raised an error ({kind})", f"{kind}: {error}"
             message = f"the chat template refuses a dialogue with the roles {roles}: {found[:300]}"
             raise RefusedDialogueError(message, reason) from error
 

@@ -153,13 +153,14 @@ class _JsonLines(Sequence[Any]):
     def __getitem__(self, index: Any) -> Any:
         start, end = int(self.starts[index]), int(self.ends[index])
         if end - start > _LONGEST_LINE:
-            return self._unusable(index, f"line longer than {_LONGEST_LINE >> 20} MB", f"it has {end - start:,} bytes")
+            reason = f"the line is longer than {_LONGEST_LINE >> 20} MB"
+            return self._unusable(index, reason, f"it has {end - start:,} bytes")
         try:
             return json.loads(self.data[start:end].decode("utf-8", "surrogatepass").lstrip("\ufeff"))
         except ValueError as error:
-            return self._unusable(index, "damaged JSON", str(error))
+            return self._unusable(index, "the line is damaged JSON", str(error))
         except RecursionError:
-            return self._unusable(index, "JSON nested too deeply", "it nests too deeply")
+            return self._unusable(index, "the JSON is nested too deeply", "it nests too deeply")
 
     def are_rows(self) -> bool:
         """Whether each line is a row; not where the first is part of a longer value, or all there is and a list of rows."""

@@ -78,7 +78,7 @@ def test_lists_of_messages_on_lines_stay_dialogues(tmp_path):
     assert list(load_chats(written(tmp_path / "one.jsonl", lines[0]))) == CHATS[:1]
     assert list(load_chats(written(tmp_path / "a.jsonl", b"\n".join(lines)))) == CHATS
     damaged = b"\n".join([lines[0][:-20], *lines])
-    assert load_chats(written(tmp_path / "b.jsonl", damaged)).drops.counts == {"damaged JSON": 1}
+    assert load_chats(written(tmp_path / "b.jsonl", damaged)).drops.counts == {"the line is damaged JSON": 1}
 
 
 @pytest.mark.parametrize("text", [json.dumps(ROWS, indent=2)[:-30], json.dumps(ROWS[0], indent=2)[:-30], "{"])

@@ -120,13 +120,13 @@ def test_whatever_a_template_raises_is_a_refusal_without_the_dialogues_text(code
     assert found.text(SAID) == "askanswer"
     with pytest.raises(RefusedDialogueError, match=f"with the roles user, assistant, tool: {kind}") as caught:
         found.text([*SAID, {"role": "tool", "content": "42"}])
-    assert caught.value.reason == f"on which the chat template fails ({kind})"
+    assert caught.value.reason == f"the chat template raised an error ({kind})"
 
 
 def test_what_a_template_refuses_itself():
     with pytest.raises(RefusedDialogueError, match="must alternate") as caught:
         template(GEMMA).text(chat("a")[:1] * 2)
-    assert caught.value.reason == "refused by the chat template"
+    assert caught.value.reason == "the chat template refused it"
     with pytest.raises(RefusedDialogueError):
         template(QWEN).text([])
 
