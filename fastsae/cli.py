@@ -58,8 +58,9 @@ SUMMARY = (
 )
 
 OUT_OF_MEMORY = (
-    "there is not enough memory; lower --forward-tokens, --buffer-tokens, --batch-size, or --d-sae and --expansion, "
-    "then run again, with --resume if training began and these options stay as they are"
+    "there is not enough memory; lower --max-length (a dialogue of the evaluation is never cut further), --forward-tokens, "
+    "--buffer-tokens, --batch-size, or --d-sae and --expansion, then run again, with --resume if training began and these "
+    "options stay as they are"
 )
 
 log = logging.getLogger("fastsae")

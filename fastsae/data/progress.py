@@ -21,7 +21,7 @@ def with_bar(items: Iterable[_T], desc: str, unit: str, *, total: int | None, pr
 
 @contextmanager
 def bar(
-    desc: str, unit: str, *, total: int | None, progress: bool, done: int = 0, leave: bool = True
+    desc: str, unit: str, *, total: int | None, progress: bool, done: int = 0, delay: float = 1, leave: bool = True
 ) -> Iterator[Callable[..., object]]:
     """Gives a function that advances a progress bar, and shows its keyword arguments beside it.
 
@@ -31,14 +31,15 @@ def bar(
         total: How many there are, as far as is known.
         progress: False shows nothing.
         done: How many were done before.
-        leave: Whether the bar stays when the work is done. It appears only after a second.
+        delay: Seconds after which it appears, when the function is called next; with 0 it appears at once.
+        leave: Whether the bar stays when the work is done.
     """
     if not progress:
         yield lambda n, **beside: None
         return
     from tqdm import tqdm
 
-    options = {"unit": unit, "unit_scale": True, "initial": done, "delay": 1, "leave": leave}
+    options = {"unit": unit, "unit_scale": True, "initial": done, "delay": delay, "leave": leave}
     with tqdm(desc=desc, total=total, **options) as shown:
 
         def advance(n: int, **beside: str) -> None:

@@ -195,7 +195,7 @@ def run_with_bar(trainer: Trainer, save_checkpoint: Callable[[], None], progress
     config = trainer.config
     done = trainer.step * config.batch_size
     total = config.steps * config.batch_size
-    with bar("training", "tok", total=total, progress=progress, done=done) as advance:
+    with bar("training", "tok", total=total, progress=progress, done=done, delay=0) as advance:  # rarely called
 
         def on_log(row: dict[str, float | None]) -> None:
             nonlocal done
