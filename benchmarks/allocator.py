@@ -1,4 +1,4 @@
-"""Lets the C library keep the memory that is freed, so that a dense baseline is timed without the finding of its pages.
+"""Lets the C library keep the memory that is freed, so that no provider's time includes the finding of its pages.
 
 By default glibc gives a large tensor's pages back to the system when it is freed, and the next call faults them in again, one
 by one: that is a third of the time of an eager dense step of 4,096 tokens. Whoever trains with another allocator, or with
@@ -27,13 +27,14 @@ OPTIONS = {
     # every tensor is mapped for itself and goes back when it is freed: for measuring memory, not time
     EXACT: {MMAP_THRESHOLD: MIB // 4},
 }
-FAULT_S = 1e-6  # what it takes to find and clear a page, about
-MIN_FAULTS, MIN_SHARE = 32, 0.01  # of a call, and of its time; below, the settings cannot be told apart
+FAULT_S = 1e-6  # finding and clearing a page takes about so long
+# a call with fewer page faults, or with a smaller share of its time in them, is as fast under either setting
+FEWEST_FAULTS, SMALLEST_SHARE = 32, 0.01
 
 
 @cache
 def _libc() -> ctypes.CDLL | None:
-    """The C library if it is glibc, whose settings can be changed while a process runs."""
+    """Returns the C library if it is glibc, whose settings can be changed while a process runs."""
     if not sys.platform.startswith("linux"):
         return None
     found = ctypes.CDLL(None)
@@ -41,7 +42,7 @@ def _libc() -> ctypes.CDLL | None:
 
 
 def settings() -> tuple[str, ...]:
-    """The names of those to measure time under: a GPU has an allocator of its own, which keeps its pages."""
+    """Returns the settings under which time is measured: a GPU has an allocator of its own, which keeps its pages."""
     return (DEFAULT, TUNED) if DEVICE == "cpu" and _libc() is not None else (DEFAULT,)
 
 
@@ -68,7 +69,7 @@ def _set(libc: ctypes.CDLL, setting: str) -> None:
 
 
 def page_faults() -> int:
-    """Pages that this process has been given so far; 0 where there is one setting alone."""
+    """Returns how many pages this process has been given so far; 0 where time is measured under one setting alone."""
     if TUNED not in settings():
         return 0
     import resource  # which only Unix has, as it has mallopt
@@ -77,5 +78,5 @@ def page_faults() -> int:
 
 
 def matters(faults: float, seconds: float) -> bool:
-    """Whether a call of so many seconds spends a share on its page faults that can be seen."""
-    return faults >= MIN_FAULTS and faults * FAULT_S > MIN_SHARE * seconds
+    """Returns whether the page faults of a call take a share of its seconds that can be measured."""
+    return faults >= FEWEST_FAULTS and faults * FAULT_S > SMALLEST_SHARE * seconds

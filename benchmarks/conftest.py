@@ -1,10 +1,11 @@
 """Collects a row for each provider, prints them after a run, and writes them where `--results DIR` says.
 
-A whole run makes passes over its groups, with a sitting of each, before the first is reported; from the second on in another
-order each time, so that no group always comes after the same. What is unsteady then is measured again. On a CPU the groups are
-those that a reader needs most, and the run ends within ten minutes; `--full`, or the names of files or tests, measure the others
-too. With `--quick` or `--minutes` each group has one longer sitting, where it is reported, and with `--minutes M` no group begins
-after M minutes. The file is written anew after every sitting: a run that has to end tells all that it has measured until then.
+A whole run passes over its groups several times before it reports the first one. Each pass gives each group one session, in
+which its providers take turns. From the second pass on the order is another one each time, so that no group always follows the
+same one. Groups whose times are unsteady after the last pass are measured again. On a CPU only the groups that a reader needs
+most are measured, and the run ends within ten minutes; `--full`, or the names of files or tests, add the others. With `--quick`
+or `--minutes` each group has one longer session, at the time when it is reported, and with `--minutes M` no group begins after M
+minutes. The file is written anew after every session, so that a run that has to end early keeps what it has measured.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness import SLOW_EVERY, Case, GroupTimer, report
+from benchmarks.harness import SESSIONS_PER_SLOW_ONE, Case, GroupTimer, report
 from benchmarks.shapes import DEVICE, FULL_ONLY, QUICK
 from benchmarks.writer import ResultFile, commit_of, line, machine
 
@@ -30,8 +31,8 @@ RUN = pytest.StashKey["Run"]()
 FILE = pytest.StashKey[ResultFile]()
 LEFT_OUT = pytest.StashKey[int]()
 NO_TIME = "no time left"
-IMPORTANT = ("gemma-2-2b 65k", "llama-3.1-8b x32", "1M features")  # come first where time is limited
-MORE_SITTINGS = 3  # of what is unsteady, at most
+IMPORTANT = ("gemma-2-2b 65k", "llama-3.1-8b x32", "1M features")  # these shapes come first where time is limited
+MOST_EXTRA_SESSIONS = 3  # a group whose times are unsteady is measured again so often at most
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class Limits:
     """How often a run passes over its groups, and until when.
 
     Args:
-        passes: At least, and at most where there is time.
-        passes_s: Seconds in which the passes should end.
-        last_s: Seconds after which nothing begins; what has not begun by then is skipped and named.
+        passes: The smallest number of passes, and the largest, which is made where there is time.
+        passes_s: The seconds in which the passes should end.
+        last_s: The seconds after which no group begins; those that have not begun by then are skipped and named.
     """
 
     passes: tuple[int, int]
@@ -59,14 +60,14 @@ class Run:
         self.timer, self.limits, self._say, self._save = timer, limits, say, save
         self._started = time.monotonic()
         self.late: list[str] = []
-        self.to_pass: list[Case] = []  # with a sitting in each pass
+        self.to_pass: list[Case] = []  # these groups have a session in each pass
 
     @property
     def is_late(self) -> bool:
         return time.monotonic() - self._started >= self.limits.last_s
 
     def report(self, benchmark: Any, case: Case, provider: str) -> None:
-        """Reports the time of a case's provider; measures its group, or all that are to be passed over, at the first call."""
+        """Reports the time of a case's provider; the first call measures all groups of the passes, or else the case's own."""
         self._pass()
         if not self.timer.has_begun(case):
             if self.is_late:
@@ -82,26 +83,26 @@ class Run:
         for n in range(most):
             started = time.monotonic()
             for at, case in enumerate(cases):
-                self._sit(case, f"pass {n + 1} of {fewest} to {most}, {len(cases) - at} groups left")
+                self._run_session(case, f"pass {n + 1} of {fewest} to {most}, {len(cases) - at} groups left")
             now = time.monotonic()
             seconds.append(now - started)
-            # the next pass takes as long as that which had the same providers
-            if n + 1 >= fewest and now + seconds[-SLOW_EVERY] - self._started > self.limits.passes_s:
+            # the next pass has the providers of the pass before the last one, and takes as long as that did
+            if n + 1 >= fewest and now + seconds[-SESSIONS_PER_SLOW_ONE] - self._started > self.limits.passes_s:
                 break
             random.Random(n).shuffle(cases)
-        for _ in range(MORE_SITTINGS):
+        for _ in range(MOST_EXTRA_SESSIONS):
             for case in cases:
                 if unsteady := self.timer.unsteady(case):
-                    self._sit(case, f"again, because of {', '.join(unsteady[1:] or unsteady)}", unsteady)
+                    self._run_session(case, f"again, because of {', '.join(unsteady[1:] or unsteady)}", unsteady)
         gc.unfreeze()
 
-    def _sit(self, case: Case, why: str, providers: list[str] | None = None) -> None:
+    def _run_session(self, case: Case, why: str, providers: list[str] | None = None) -> None:
         if self.is_late:
             return
         self._say(f"{why}: {case.group}")
-        self.timer.sit(case, providers=providers)
+        self.timer.run_session(case, providers=providers)
         self._save()
-        gc.freeze()  # what has been imported: to look through it again takes a second of each sitting
+        gc.freeze()  # or else each session spends a second on a search through all that was imported
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,12 +1,13 @@
 """Times the providers of one operation in turn, each only after its numbers were compared with fp64.
 
-Machines drift: by a tenth in a minute, by more in a quarter of an hour, and a call by a third with where its arrays happen to
-lie. That is more than some of the differences that count, so the providers of a group take turns, in another order each time,
-and a whole run sits down to each group several times, minutes apart, with everything made anew: the spread that a row reports
-is that of all its sittings, and nearly every figure of another run lies within it. In a training run a step follows its like,
-so the first call of a turn, which finds caches and heap as others left them, counts only where calls are long. What takes long
-has fewer calls and sittings. Where the pages of its memory take time, a provider has each of its turns under both settings of
-`benchmarks.allocator`, and its better one counts.
+A machine's speed drifts: by a tenth in a minute, by more in a quarter of an hour, and one call differs from the next by up to a
+third, depending on where its arrays happen to lie. Some of the differences that count are smaller than that. So the providers of
+a group take turns, in another order each time, and a whole run gives each group several sessions, minutes apart, each of which
+makes its providers anew. The spread in a row is that of all sessions, and nearly every figure of another run lies within it.
+
+In a training run a step follows another one like it, so the first call of a turn, which finds caches and heap as another provider
+left them, counts only where calls are long. Slow providers have fewer calls and sessions. A provider to which page faults cost
+time has each turn under both settings of `benchmarks.allocator`, and the better one counts.
 """
 
 from __future__ import annotations
@@ -30,18 +31,20 @@ from benchmarks.memory import MIB, Peak, memory_bytes
 from benchmarks.outcome import Outcome
 from benchmarks.shapes import DEVICE, Shape
 
-# turns of a sitting, at least, and at most while the budget lasts
+# the smallest number of turns in a session, and the largest, which is reached where the budget lasts
 ONE_OF_SEVERAL, ONLY, QUICK = (1, 1), (3, 9), (3, 3)
 BUDGET_S = 1.0
-TURN_S = 0.1  # of a provider's calls in a turn
-MOST_CALLS = 50  # of a turn
-MOST_REPEATS = 4  # of a turn whose memory, which shall be kept, is still being found
-WARM_CALLS = {"cpu": 0, "cuda": 3}[DEVICE]  # compile, tune; ours is dense until it has counted
-SLOW_EVERY = 2  # slow providers have every second sitting, of a turn alone
-FLUSHED_BYTES = 2**28  # more than any cache of a GPU
-MOST_GRAPHS = 256  # of a compiled function, one for each shape; those of an earlier sitting are not compiled again
+TURN_S = 0.1  # a provider's calls in a turn take about so long together
+MOST_CALLS = 50  # a turn has no more calls than this
+MOST_REPEATED_TURNS = (
+    4  # a turn is repeated so often at most while page faults show that its memory is still being found
+)
+WARM_CALLS = {"cpu": 0, "cuda": 3}[DEVICE]  # they compile and tune; ours is dense until it has counted
+SESSIONS_PER_SLOW_ONE = 2  # slow providers take part in every second session
+FLUSHED_BYTES = 2**28  # no cache of a GPU holds more
+MOST_GRAPHS = 256  # a compiled function has one for each shape; those of an earlier session are not compiled again
 
-MEMORY_SHARE = 0.5  # for what all providers of a group keep; passes take more
+MEMORY_SHARE = 0.5  # the share of the memory that all providers of a group may keep; their calls take more
 Call = Callable[[], object]
 
 
@@ -114,12 +117,12 @@ class Group:
     """The outcomes of a group's providers so far."""
 
     outcomes: dict[str, Outcome]
-    sittings: int = 0
+    sessions: int = 0
     turns: int = 0
 
 
 class GroupTimer:
-    """Measures groups, a sitting at a time, and adds the row of each of their providers to `rows` at the first."""
+    """Measures groups, one session at a time; the first session adds the rows of the group's providers to `rows`."""
 
     def __init__(self, quick: bool, rows: list[dict[str, Any]]) -> None:
         self.quick, self.rows = quick, rows
@@ -129,26 +132,26 @@ class GroupTimer:
         return case.group in self._groups
 
     def outcome(self, case: Case, provider: str) -> Outcome:
-        """The provider's outcome; measures a group that has not begun in a single sitting."""
+        """Returns the provider's outcome; a group that has not begun is measured in a single session."""
         if not self.has_begun(case):
-            self.sit(case, QUICK if self.quick else ONLY)
+            self.run_session(case, QUICK if self.quick else ONLY)
         return self._groups[case.group].outcomes[provider]
 
     def unsteady(self, case: Case) -> list[str]:
-        """The providers whose times are too far apart to be told, and before them their baseline."""
+        """Returns the baseline and the providers whose times differ too much for one number; nothing if there are none."""
         outcomes = self._groups[case.group].outcomes if self.has_begun(case) else {}
         found = [name for name, outcome in outcomes.items() if outcome.is_unsteady]
         return list(dict.fromkeys([next(iter(outcomes)), *found])) if found else []
 
-    def sit(
+    def run_session(
         self, case: Case, turns: tuple[int, int] = ONE_OF_SEVERAL, providers: Collection[str] | None = None
     ) -> None:
-        """One sitting of a group; what raises then, and not when it is made, leaves all of it red.
+        """Runs one session of a group; an error while calls are timed leaves the whole group red.
 
         Args:
-            case: The group's.
-            turns: How many, at least and at most.
-            providers: Those that take part; by default all, the slow ones every second time.
+            case: The case of the group.
+            turns: The smallest and the largest number of turns.
+            providers: The providers that take part; by default all, but the slow ones only every second time.
         """
         if not self.has_begun(case):
             self._groups[case.group] = Group({name: Outcome(case.row(name)) for name in case.providers})
@@ -156,7 +159,7 @@ class GroupTimer:
         group = self._groups[case.group]
         try:
             with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
-                _sit(case, group, turns, providers)
+                _run_session(case, group, turns, providers)
         except Exception as error:  # measuring the group again would end the same way
             traceback.print_exc()
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -172,16 +175,16 @@ class GroupTimer:
                 outcome.fill_in(baseline, case.work)
 
 
-def _sit(case: Case, group: Group, turns: tuple[int, int], providers: Collection[str] | None) -> None:
+def _run_session(case: Case, group: Group, turns: tuple[int, int], providers: Collection[str] | None) -> None:
     if providers is None:
-        is_for_all = group.sittings % SLOW_EVERY == 0
+        is_for_all = group.sessions % SESSIONS_PER_SLOW_ONE == 0
         providers = [name for name, outcome in group.outcomes.items() if is_for_all or not outcome.is_slow]
     names = [name for name, outcome in group.outcomes.items() if name in providers and outcome.row["status"] == "ok"]
     # what is too large to stand beside others is timed alone
     for together in [names] if case.fits_in_memory() else [[name] for name in names]:
         _take_turns({name: case.providers[name] for name in together}, group, turns)
         gc.collect()  # what they kept
-    group.sittings += 1
+    group.sessions += 1
     taken = [turns for outcome in group.outcomes.values() for turns in outcome.by_setting.values()]
     group.turns = max((n + 1 for turns in taken for n in turns), default=0)
 
@@ -244,9 +247,7 @@ def _made(provider: Provider, outcome: Outcome, turn: int) -> Call | None:
             call()
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
-        if (
-            is_first or not outcome.is_slow
-        ):  # the memory that a sitting starts with is found now, or by a turn's first call
+        if is_first or not outcome.is_slow:  # for a slow one, the first call of its turn finds the session's memory
             _take_first_call(call, outcome, turn)
     except torch.OutOfMemoryError as error:
         row.update(status="skipped", reason=f"out of memory: {str(error).splitlines()[0]}")
@@ -263,7 +264,7 @@ def _made(provider: Provider, outcome: Outcome, turn: int) -> Call | None:
 
 
 def _take_first_call(call: Call, outcome: Outcome, turn: int) -> None:
-    """The first call of a sitting, which counts where calls are long."""
+    """Makes the first call of a session, which counts where calls are long."""
     (first,) = _seconds(call, 1)
     outcome.fastest = min(outcome.fastest, first)
     if outcome.is_long and outcome.is_due(allocator.DEFAULT):
@@ -277,9 +278,9 @@ def _take_turn(call: Call, outcome: Outcome, turn: int, setting: str = allocator
     outcome.n_calls = outcome.n_calls or max(1, min(MOST_CALLS, round(TURN_S / first)))
     if not outcome.is_long:
         counted, faults = _seconds_and_faults(call, outcome.n_calls)
-    for _ in range(MOST_REPEATS if setting == allocator.TUNED else 0):
+    for _ in range(MOST_REPEATED_TURNS if setting == allocator.TUNED else 0):
         if not allocator.matters(faults, counted[-1]):
-            break  # what it keeps is all there
+            break  # all the memory that it keeps has been found
         counted, faults = _seconds_and_faults(call, outcome.n_calls)
     outcome.take(setting, turn, counted)
     return faults

@@ -40,12 +40,13 @@ On a machine with a GPU, with the torch build of its driver installed; the shape
 
 - **match**: a provider's numbers are compared with fp64 before its time is taken. `ok`: the error is within its limit. `RED`:
   it is not, and there is no time. `{NONE}`: nothing to compare, or a baseline that is only a part of the work.
-- **median ± IQR**: of the calls of all sittings, and the distance between their quartiles. A whole run passes three to six
-  times over all groups, so that a group's sittings are minutes apart; in each of them its providers are made anew and take turns,
-  in random order. So the IQR has in it how the machine drifts, and another run lies within it: a machine's last table counts how
-  often, where one commit was measured twice. Calls of a quarter of a second and more have every second sitting. A GPU's caches
-  are emptied before each call. A row is **unsteady** where its IQR exceeds half of its median, though it was measured up to
-  three more times: no ratio, no line of "Where dense wins" and no comparison of two runs rests on it.
+- **median ± IQR**: the median of the calls of all sessions, and the distance between their quartiles. A whole run passes three to
+  six times over all groups and gives each of them one session in each pass, so that its sessions are minutes apart; in each of
+  them its providers are made anew and take turns, in random order. So the IQR includes how the machine drifts, and another run
+  lies within it: a machine's last table counts how often, where one commit was measured twice. Providers whose calls take a
+  quarter of a second or more take part in every second session. A GPU's caches are emptied before each call. A row is
+  **unsteady** where its IQR exceeds half of its median, though it was measured up to three more times: no ratio, no line of
+  "Where dense wins" and no comparison of two runs rests on it.
 - **allocator**: on a CPU, a provider to which page faults cost time is timed under two settings of the C library's allocator.
   `default`: glibc gives large tensors back to the system when they are freed, and the next call faults their pages in again.
   `tuned`: it keeps them (`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`; 2 MB pages or a preloaded allocator do no better). The

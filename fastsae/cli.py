@@ -58,8 +58,9 @@ SUMMARY = (
 )
 
 OUT_OF_MEMORY = (
-    "there is not enough memory; lower --forward-tokens, --buffer-tokens, --batch-size, or --d-sae and --expansion, "
-    "then run again, with --resume if training began and these options stay as they are"
+    "there is not enough memory; lower --max-length (a dialogue of the evaluation is never cut further), --forward-tokens, "
+    "--buffer-tokens, --batch-size, or --d-sae and --expansion, then run again, with --resume if training began and these "
+    "options stay as they are"
 )
 
 log = logging.getLogger("fastsae")
@@ -168,7 +169,7 @@ def print_summary(metrics: dict[str, Any]) -> None:
         value = metrics.get(name)
         print(f"  {'undefined' if value is None else form.format(value):>10}  {meaning}")
     if metrics.get("dialogues_dropped"):
-        reasons = ", ".join(f"{n:,} {reason}" for reason, n in metrics["dropped_by_reason"].items())
+        reasons = ", ".join(f"{n:,} because {reason}" for reason, n in metrics["dropped_by_reason"].items())
         print(f"  {metrics['dialogues_dropped']:>10,}  dialogues could not be used: {reasons}")
     if metrics.get("unknown_roles"):
         words = ", ".join(f"{word!r} ({n:,})" for word, n in metrics["unknown_roles"].items())

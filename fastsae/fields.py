@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae.errors import shown
+
 _REQUIRED: Any = object()
-_KINDS = {dict: "an object", list: "a list", bool: "a bool", str: "a text", int: "an integer", float: "a number"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+"""The dtypes of numbers in files, of models and of SAEs, by their names."""
 
 
 def read_json(path: Path) -> Any:
@@ -26,21 +29,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-
-
-def shown(value: Any) -> str:
-    """A value for a message: short, whatever it is."""
-    if value is None or isinstance(value, bool):
-        return str(value)
-    if isinstance(value, int):
-        return str(value) if abs(value) < 10**20 else f"an integer of {value.bit_length()} bits"
-    if isinstance(value, float):
-        return repr(value)
-    if isinstance(value, str):
-        return repr(value) if len(value) <= 60 else f"{value[:60]!r}..."
-    if isinstance(value, Tensor):
-        return f"a tensor {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    return _KINDS.get(type(value), type(value).__name__)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fastsae.disk import local_path
+from fastsae.errors import shown
 from fastsae.train.config import TrainConfig
-from fastsae.train.validate import Kind, name_problem, option_kinds, shown
+from fastsae.train.validate import Kind, name_problem, option_kinds
 
 GROUPS = {
     "data": "data and language model",
@@ -116,6 +117,6 @@ def without_effect(config: TrainConfig, given: Iterable[str]) -> list[str]:
     ]
     if "expansion" in given and config.d_sae is not None:
         unused.append("expansion")
-    if "target_l0" in given and config.l0_target is None:  # the given weight of the penalty decides
+    if "target_l0" in given and config.expected_l0 is None:  # the given weight of the penalty decides
         unused.append("target_l0")
     return unused

@@ -179,7 +179,7 @@ def test_no_memory_left_is_said_in_words(
     monkeypatch.setattr(cli, "command_train", fails)
     status, _, err = run(capsys, "train")
     assert status == 1
-    assert "there is not enough memory; lower --forward-tokens" in err
+    assert "there is not enough memory; lower --max-length" in err
 
 
 def test_home_folder_in_paths(

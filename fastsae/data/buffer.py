@@ -187,7 +187,7 @@ class MixingBuffer(Iterator[ActivationBatch]):
         is_free = torch.ones(self.capacity, dtype=torch.bool)
         is_free[self._order] = False
         free = is_free.nonzero().squeeze(1)
-        with bar("filling the buffer", "tok", total=len(free), progress=self._progress) as advance:
+        with bar("filling the buffer", "tok", total=len(free), progress=self._progress, leave=False) as advance:
             n_new = self._fill(free, advance)
         held = torch.cat([self._order, free[:n_new]])
         self._order = held[torch.randperm(len(held), generator=self._generator)]

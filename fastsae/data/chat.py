@@ -12,8 +12,9 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 
 from fastsae.data import chat_files
-from fastsae.data.chat_files import UnusableRow, each_row, read_row
+from fastsae.data.chat_files import each_row, read_row
 from fastsae.data.dropped import Dropped
+from fastsae.data.json_files import UnusableRow
 from fastsae.data.progress import with_bar
 from fastsae.data.roles import KNOWN_ROLES, SILENT_ROLES, canonical_role, without_lone_surrogates
 from fastsae.disk import local_path
@@ -23,8 +24,8 @@ Message: TypeAlias = dict[str, str]
 Dialogue: TypeAlias = list[Message]
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
-NO_TEXT = "no message with a role and text"
-NO_SPEAKER = "no text of a user or an assistant"
+NO_TEXT = "no message has a role and text"
+NO_SPEAKER = "neither a user nor an assistant says anything"
 _PROBED_ROWS = 100  # readable ones, to find the chat column
 _SEARCHED_ROWS = 10_000
 _SHOWN_ROLES = 5
@@ -45,9 +46,10 @@ def load_chats(source: str, split: str = "train", *, progress: bool = False) -> 
     counts those rows by reason, and a warning tells of them where they are more than 1 %.
 
     Args:
-        source: `"demo"`; a `.jsonl`, `.json` (a list, or JSON lines) or `.parquet` file; a folder written by
-            `datasets.save_to_disk`, or one that holds such files; or a Hugging Face hub id, with its configuration
-            behind a colon if it has several (`BAAI/Infinity-Instruct:0625`).
+        source: `"demo"`; a `.jsonl`, `.ndjson` or `.json` file (JSON lines, a list, or values of several lines each),
+            also packed as `.gz`, which takes the unpacked size in the folder for temporary files; a `.parquet` file; a
+            folder written by `datasets.save_to_disk`, or one that holds such files; or a Hugging Face hub id, with its
+            configuration behind a colon if it has several (`BAAI/Infinity-Instruct:0625`).
         split: Name of the split. Files of a folder belong to the split whose name is a word of their own name or of
             their folder's; a single file is `"train"`.
         progress: Show progress bars where reading takes longer than a second.

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import mmap
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastsae.data.progress import with_bar
+from fastsae.data.json_files import UnusableRow, open_json
 from fastsae.errors import FastsaeError, UsageError
 
 _SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
 _SPLIT_WORDS |= {"val": "validation", "dev": "validation", "test": "test", "eval": "test"}
-_DATA_SUFFIXES = (".jsonl", ".json", ".parquet")
-_LONGEST_LINE = 64 * 2**20  # bytes; parsing one takes ten times as much memory
-_SCANNED = 2**24  # bytes of a file looked through at once for ends of lines
-
-
-@dataclass(frozen=True)
-class UnusableRow:
-    """A row that cannot be read: the reason under which it is counted, and what exactly is wrong, and where."""
-
-    reason: str
-    detail: str
+_EXPECTED_SUFFIXES = ".jsonl, .ndjson or .json, these also with .gz, or .parquet"
+_SEARCHED_FILES = 20_000  # files and folders of a tree that are looked at
 
 
 def each_row(rows: Sequence[Any]) -> Iterator[Any]:
@@ -48,59 +37,7 @@ def read_row(rows: Sequence[Any], index: int) -> Any:
     try:
         return rows[index]
     except Exception as error:
-        return UnusableRow("unreadable row", f"row {index}: {type(error).__name__}: {first_line(error)}")
-
-
-class _JsonLines(Sequence[Any]):
-    """The records of a JSON-lines file, found by their offsets and parsed on demand."""
-
-    def __init__(self, path: Path, progress: bool) -> None:
-        self.path = path
-        with path.open("rb") as file:
-            n_pieces = -(-path.stat().st_size // _SCANNED)
-            read = iter(lambda: file.read(_SCANNED), b"")
-            pieces = with_bar(read, f"finding lines of {path.name}", "piece", total=n_pieces, progress=progress)
-            newlines = [np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")) for piece in pieces]
-            # A mapping and not a file handle: threads and forked workers can read it at the same time.
-            self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file.tell() else b""
-        if self.data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            raise FastsaeError(f"{path}: expected text in UTF-8, but this file is in UTF-16. Save it as UTF-8")
-        found = [places + i * _SCANNED for i, places in enumerate(newlines)]
-        ends = np.concatenate([*found, [len(self.data)]]).astype(np.int64)
-        self.starts, self.ends, self.lines = _filled_lines(self.data, ends)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: Any) -> Any:
-        start, end = int(self.starts[index]), int(self.ends[index])
-        if end - start > _LONGEST_LINE:
-            return self._unusable(index, f"line longer than {_LONGEST_LINE >> 20} MB", f"it has {end - start:,} bytes")
-        try:
-            return json.loads(self.data[start:end].decode("utf-8", "surrogatepass").lstrip("\ufeff"))
-        except ValueError as error:
-            return self._unusable(index, "damaged JSON", str(error))
-        except RecursionError:
-            return self._unusable(index, "JSON nested too deeply", "it nests too deeply")
-
-    def _unusable(self, index: Any, reason: str, found: str) -> UnusableRow:
-        return UnusableRow(
-            reason,
-            f"{self.path}, line {self.lines[index]}: expected one JSON object per line, but {found}. Correct or remove "
-            "the line; if it is the last one, the file may have been cut off",
-        )
-
-
-def _filled_lines(data: Any, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Starts, ends and numbers of the lines that are not blank; none is read whole, as it can be as long as the file."""
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    codes = np.frombuffer(data, np.uint8)
-    is_filled = starts < ends
-    is_filled[is_filled] = ~np.isin(codes[starts[is_filled]], np.frombuffer(b" \t\r\v\f", np.uint8))
-    for line in np.flatnonzero(~is_filled & (starts < ends)).tolist():  # they begin with a space, and few do
-        is_filled[line] = bool(data[starts[line] : min(ends[line], starts[line] + _LONGEST_LINE)].strip())
-    filled = np.flatnonzero(is_filled)
-    return starts[filled], ends[filled], filled + 1
+        return UnusableRow("the row cannot be read", f"row {index}: {type(error).__name__}: {first_line(error)}")
 
 
 class _Concatenation(Sequence[Any]):
@@ -124,11 +61,11 @@ class _Concatenation(Sequence[Any]):
 
 def open_files(paths: Sequence[Path], progress: bool) -> Sequence[Any]:
     """Rows of local files, in the order given, parquet files last."""
-    parquet = [str(path) for path in paths if path.suffix == ".parquet"]
-    unknown = [path for path in paths if path.suffix not in _DATA_SUFFIXES]
+    parquet = [str(path) for path in paths if _suffix(path) == ".parquet"]
+    unknown = [path for path in paths if not _suffix(path)]
     if unknown:
-        raise UsageError(f"{unknown[0]}: expected a file that ends in {', '.join(_DATA_SUFFIXES)}")
-    parts = [_open_json(path, progress) for path in paths if path.suffix != ".parquet"]
+        raise UsageError(f"{unknown[0]}: expected a file that ends in {_EXPECTED_SUFFIXES}")
+    parts = [open_json(path, progress) for path in paths if _suffix(path) != ".parquet"]
     if parquet:
         datasets = _import_datasets()
         try:
@@ -139,43 +76,10 @@ def open_files(paths: Sequence[Path], progress: bool) -> Sequence[Any]:
     return parts[0] if len(parts) == 1 else _Concatenation(parts)
 
 
-def _open_json(path: Path, progress: bool) -> Sequence[Any]:
-    with path.open("rb") as file:
-        if path.suffix == ".jsonl" or file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"[":
-            return _JsonLines(path, progress)
-    rows: list[Any] = []
-    try:
-        text = path.read_bytes().decode("utf-8-sig", "surrogatepass")
-        rows.extend(with_bar(_list_items(text), f"reading {path.name}", "row", total=None, progress=progress))
-    except (ValueError, RecursionError) as error:
-        found = "it nests too deeply" if isinstance(error, RecursionError) else error
-        raise FastsaeError(
-            f"{path}: expected a JSON list of rows, but {found}. The file may have been cut off"
-        ) from error
-    return rows
-
-
-def _list_items(text: str) -> Iterator[Any]:
-    """Yields the items of a JSON list one by one: the parser's own loop over a list cannot be interrupted."""
-    parse, space = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
-
-    def skip(start: int) -> int:
-        match = space.match(text, start)
-        return match.end() if match else start
-
-    position = skip(skip(0) + 1)  # behind the opening bracket
-    after = text[position : position + 1]
-    while after != "]":
-        item, position = parse(text, position)
-        yield item
-        position = skip(position)
-        after = text[position : position + 1]
-        if after == ",":
-            position = skip(position + 1)
-        elif after != "]":
-            raise json.JSONDecodeError("Expecting ',' or ']' behind an item of the list", text, position)
-    if skip(position + 1) != len(text):
-        raise json.JSONDecodeError("Expecting the end of the file behind the list", text, position + 1)
+def _suffix(path: Path) -> str:
+    """The suffix of a file that can hold chats, in small letters and without `.gz`; empty for other files."""
+    found = re.search(r"(\.jsonl|\.ndjson|\.json)(\.gz)?$|(\.parquet)$", path.name.lower())
+    return (found[1] or found[3]) if found else ""
 
 
 def open_folder(path: Path, split: str, progress: bool) -> Sequence[Any]:
@@ -194,20 +98,31 @@ def open_folder(path: Path, split: str, progress: bool) -> Sequence[Any]:
         rows: Sequence[Any] = saved
         return rows
     splits: dict[str, list[Path]] = {}
-    for file in sorted(path.rglob("*")):
-        relative = file.relative_to(path)
-        if (
-            file.suffix in _DATA_SUFFIXES
-            and file.is_file()
-            and not any(part.startswith(".") for part in relative.parts)
-        ):
-            words = re.split(r"[^a-z]+", str(relative.with_suffix("")).lower())
-            name = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "train")
-            splits.setdefault(name, []).append(file)
+    for file in _data_files(path):
+        words = re.split(r"[^a-z]+", str(file.relative_to(path).with_suffix("")).lower())
+        name = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "train")
+        splits.setdefault(name, []).append(file)
     if not splits:
-        raise UsageError(f"{path}: expected a saved dataset, or files that end in {', '.join(_DATA_SUFFIXES)}")
+        raise UsageError(f"{path}: expected a saved dataset, or files that end in {_EXPECTED_SUFFIXES}")
     require_split(str(path), split, list(splits))
     return open_files(splits[split], progress)
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """The files of a tree that can hold chats, without hidden ones, and without a packed file beside its content."""
+    found: list[Path] = []
+    n_seen = 0
+    for place, folders, names in os.walk(folder):
+        n_seen += len(folders) + len(names)
+        if n_seen > _SEARCHED_FILES:
+            raise UsageError(
+                f"dataset: expected a folder of chat files, got {folder} with more than {_SEARCHED_FILES:,} files and "
+                "folders in it; give the folder or the file that holds the chats"
+            )
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    files = {file for file in found if _suffix(file) and file.is_file()}
+    return sorted(file for file in files if file.suffix.lower() != ".gz" or file.with_suffix("") not in files)
 
 
 def open_hub(source: str, split: str, progress: bool) -> Sequence[Any]:
@@ -256,7 +171,7 @@ def require_split(source: str, split: str, splits: Sequence[str]) -> None:
 
 def looks_like_path(source: str) -> bool:
     """Whether a name that is neither a file nor a folder was meant as one, and not as a hub id."""
-    return bool(re.search(r"^[./~]|\\|/.*/|\s|\.(jsonl?|parquet)$", source)) or not source
+    return bool(re.search(r"^[./~]|\\|/.*/|\s", source)) or bool(_suffix(Path(source))) or not source
 
 
 def first_line(error: BaseException) -> str:
@@ -285,6 +200,6 @@ def _import_datasets() -> Any:
     except ImportError as error:
         raise FastsaeError(
             "this dataset needs the `datasets` package, which is not installed: pip install 'fastsae-kernels[train]' "
-            "(.jsonl and .json files work without it)"
+            "(files of JSON work without it)"
         ) from error
     return datasets

@@ -19,11 +19,13 @@ _TURNS: Dialogue = [
 _ROLES = ("system", "user", "assistant")
 _PROBES: tuple[Dialogue, ...] = ([{"role": "system", "content": "instruction"}, *_TURNS], _TURNS)
 
+_LARGEST_NUMBER = 1_000_000  # in a template; no real one comes near, and `'x' * 10**10` would take all memory
+
 logger = logging.getLogger(__name__)
 
 
 class RefusedDialogueError(FastsaeError):
-    """The chat template cannot write a dialogue; `reason` says why in a few words that hold nothing of its text."""
+    """The chat template cannot write a dialogue; `reason` says why in a clause that holds nothing of its text."""
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
@@ -42,14 +44,15 @@ class ChatTemplate:
         lost_roles: The roles whose text the template leaves out of an ordinary dialogue.
 
     Raises:
-        UsageError: There is no template, or several and none of them is the default, or it is not valid, or it writes
-            nothing of what a dialogue says.
+        UsageError: There is no template, or several and none of them is the default, or it is not valid, or it computes with
+            huge numbers, or it writes nothing of what a dialogue says.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.name = repr(getattr(tokenizer, "name_or_path", ""))
         self._options = _chosen(tokenizer, self.name)
+        _check_numbers(self._options.get("chat_template") or tokenizer.chat_template, self.name)
         self.parts_of, self.lost_roles = self._probe()
 
     @property
@@ -70,10 +73,10 @@ class ChatTemplate:
         except Exception as error:  # a template is a program by somebody else, which can fail with anything
             roles = ", ".join(message["role"][:40] for message in dialogue[:20])
             if type(error) is TemplateError:  # by the template's own `raise_exception`
-                reason, found = "refused by the chat template", str(error)
+                reason, found = "the chat template refused it", str(error)
             else:
                 kind = type(error).__name__
-                reason, found = f"on which the chat template fails ({kind})", f"{kind}: {error}"
+                reason, found = f"the chat template raised an error ({kind})", f"{kind}: {error}"
             message = f"the chat template refuses a dialogue with the roles {roles}: {found[:300]}"
             raise RefusedDialogueError(message, reason) from error
 
@@ -143,3 +146,34 @@ def _chosen(tokenizer: Any, name: str) -> dict[str, str]:
             f"{', '.join(map(repr, sorted(found)))}. Set `tokenizer.chat_template` to one of them and save the tokenizer"
         )
     return {"chat_template": found.get("default") or next(iter(found.values()))}
+
+
+def _check_numbers(template: str, name: str) -> None:
+    """Raises UsageError where a template holds a huge number or a power: with them a few letters can fill the memory.
+
+    They are found before jinja compiles the template, which computes products of constants already then.
+    """
+    from jinja2 import Environment, TemplateSyntaxError
+
+    before = ""
+    try:
+        for _, kind, word in Environment().lex(template):
+            is_huge = kind in ("integer", "float") and abs(_number(word)) > _LARGEST_NUMBER
+            is_power = word == "**" and kind == "operator" and before not in ("(", ",")  # there it hands arguments on
+            if is_huge or is_power:
+                raise UsageError(
+                    f"the chat template of {name}: expected no powers and no numbers above {_LARGEST_NUMBER:,}, which can "
+                    f"make a text that fills the memory, got {word[:40]}. Save another template with the tokenizer"
+                )
+            before = before if kind == "whitespace" else word
+    except TemplateSyntaxError:
+        return  # the first text that is written says what is wrong
+
+
+def _number(word: str) -> float:
+    try:
+        return float(int(word, 0))
+    except ValueError:
+        return float(word.replace("_", ""))
+    except OverflowError:
+        return float("inf")

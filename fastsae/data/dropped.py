@@ -21,7 +21,7 @@ class Dropped:
     first_rows: dict[str, int] = field(default_factory=dict)
 
     def add(self, reason: str, rows: Iterable[int]) -> None:
-        """Counts rows, each of which must be new."""
+        """Counts rows, each of which must be new; the reason is a clause such as `the row cannot be read`."""
         for row in rows:
             self.counts[reason] = self.counts.get(reason, 0) + 1
             self.first_rows.setdefault(reason, int(row))
@@ -43,9 +43,9 @@ class Dropped:
         return self.total > _WORTH_A_WARNING * self.seen
 
     def __str__(self) -> str:
-        """For example `3 of 90 dialogues cannot be used: 2 damaged JSON (such as row 4), 1 no text (row 9)`."""
+        """For example `2 of 90 dialogues cannot be used: 2 because the line is damaged JSON (such as row 4)`."""
         reasons = [
-            f"{n:,} {reason} ({'such as ' if n > 1 else ''}row {self.first_rows[reason]})"
+            f"{n:,} because {reason} ({'such as ' if n > 1 else ''}row {self.first_rows[reason]})"
             for reason, n in sorted(self.counts.items(), key=lambda item: -item[1])
         ]
         return f"{self.total:,} of {self.seen:,} dialogues cannot be used: {', '.join(reasons)}"

@@ -16,9 +16,9 @@ import torch
 from fastsae.data.model_dtype import choose_dtype, count_weights, stored_dtype
 from fastsae.disk import local_path
 from fastsae.errors import FastsaeError, UsageError
+from fastsae.fields import DTYPES
 
 _T = TypeVar("_T")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _LARGE = 2**31  # bytes of weights from which loading takes seconds, so that it gets a line and a progress bar
 _NO_TOKENIZER = (
     "model {name!r} has no tokenizer that transformers can load: {reason}. Save the tokenizer beside the model with "
@@ -57,6 +57,11 @@ def load_model(
     transformers.utils.logging.disable_progress_bar()  # reading files is quick; downloads keep their bars
     auto: Any = transformers
     config = source.load("model", auto.AutoConfig.from_pretrained)  # small: a bad name fails here
+    if getattr(config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"model {name!r}: expected a causal language model, which is a decoder alone, got one of type "
+            f"{config.model_type!r}, which has an encoder and a decoder"
+        )
     tokenizer: Any = source.load("tokenizer", auto.AutoTokenizer.from_pretrained, config=config)
     if len(tokenizer.get_vocab()) <= max(len(tokenizer.added_tokens_decoder), len(tokenizer.all_special_ids)):
         # transformers 5 makes a tokenizer without words for some models when the tokenizer's files are missing.
@@ -129,11 +134,19 @@ def _load_weights(source: _Source, config: Any, dtype: torch.dtype | None, progr
     auto: Any = transformers
     dtype_option = "dtype" if _version(auto.__version__) >= (4, 56) else "torch_dtype"
     options = {dtype_option: "auto" if dtype is None else dtype, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # they are then listed, and refused below
     if source.is_gguf:
         options["config"] = config  # reading it again would take seconds
     # transformers shows a bar while it unpacks a GGUF file, whatever it is told
     with contextlib.redirect_stderr(io.StringIO()) if source.is_gguf and not progress else contextlib.nullcontext():
         model, info = source.load("model", auto.AutoModelForCausalLM.from_pretrained, **options)
+    if wrong := sorted(info["mismatched_keys"]):
+        key, found, expected = wrong[0]
+        raise FastsaeError(
+            f"model {source.name!r}: expected weights of the sizes that its config.json names, such as {key} "
+            f"{list(expected)}, got {list(found)} ({len(wrong)} of its weights have another size). Its config.json and "
+            "its weights do not belong together: get both again"
+        )
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:3])
         raise FastsaeError(
@@ -181,8 +194,8 @@ def _loaded(name: str, what: str, load: Callable[[], _T]) -> _T:
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    resolved = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if resolved is None or resolved in _DTYPES:
+    resolved = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is None or resolved in DTYPES.values():
         return resolved
     raise UsageError(f"model dtype: expected float32, bfloat16 or float16, got {dtype!r}")
 

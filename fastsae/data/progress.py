@@ -1,4 +1,4 @@
-"""Progress bars of the work on data."""
+"""Progress bars."""
 
 from __future__ import annotations
 
@@ -20,12 +20,32 @@ def with_bar(items: Iterable[_T], desc: str, unit: str, *, total: int | None, pr
 
 
 @contextmanager
-def bar(desc: str, unit: str, *, total: int, progress: bool) -> Iterator[Callable[[int], object]]:
-    """Gives a function that advances a progress bar, which appears only after a second and goes when the work is done."""
+def bar(
+    desc: str, unit: str, *, total: int | None, progress: bool, done: int = 0, delay: float = 1, leave: bool = True
+) -> Iterator[Callable[..., object]]:
+    """Gives a function that advances a progress bar, and shows its keyword arguments beside it.
+
+    Args:
+        desc: What is done.
+        unit: What is counted.
+        total: How many there are, as far as is known.
+        progress: False shows nothing.
+        done: How many were done before.
+        delay: Seconds after which it appears, when the function is called next; with 0 it appears at once.
+        leave: Whether the bar stays when the work is done.
+    """
     if not progress:
-        yield lambda n: None
+        yield lambda n, **beside: None
         return
     from tqdm import tqdm
 
-    with tqdm(desc=desc, unit=unit, total=total, unit_scale=True, delay=1, leave=False) as shown:
-        yield shown.update
+    options = {"unit": unit, "unit_scale": True, "initial": done, "delay": delay, "leave": leave}
+    with tqdm(desc=desc, total=total, **options) as shown:
+
+        def advance(n: int, **beside: str) -> None:
+            if beside:
+                shown.set_postfix(beside, refresh=False)
+            shown.update(n)
+
+        yield advance
+        shown.total = shown.n  # fewer where some were left out

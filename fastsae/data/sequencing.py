@@ -217,10 +217,10 @@ class FastSequencer(Iterator[TokenBatch]):
     def _is_usable(self, index: int, ids: list[int]) -> bool:
         """Whether the model can run on these tokens; counts the dialogue as dropped where not."""
         if len(ids) < 2:
-            self._drop(index, "of fewer than 2 tokens")
+            self._drop(index, "it has fewer than 2 tokens")
             return False
         if self.n_embeddings is not None and max(ids) >= self.n_embeddings:
-            self._drop(index, "with a token that the model has no embedding for")
+            self._drop(index, "the model has no embedding for one of its tokens")
             return False
         return True
 
@@ -228,7 +228,7 @@ class FastSequencer(Iterator[TokenBatch]):
         try:
             return _tokenize(self.tokenizer, [text], self.max_length)[0]
         except Exception as error:
-            self._drop(index, f"on which the tokenizer fails ({type(error).__name__})")
+            self._drop(index, f"the tokenizer raised an error ({type(error).__name__})")
             self._refusal = f"The last error of the tokenizer: {str(error)[:300]}"
             return None
 

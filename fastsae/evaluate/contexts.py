@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsae.data.activations import ResidualStream
+from fastsae.data.progress import bar
 from fastsae.data.sinks import SinkRule
 from fastsae.sae import SparseAutoencoder
 from fastsae_kernels import SparseActs
@@ -96,14 +97,12 @@ def _activations(
     progress: bool,
 ) -> list[Tensor]:
     """Activations `[T, n_features]` of the features in each row of token ids, 0 at sinks; rows come in ascending length."""
-    from tqdm import tqdm
-
     columns = torch.full((sae.d_sae,), -1, dtype=torch.int64, device=sae.device)
     columns[torch.tensor(list(features), dtype=torch.int64, device=sae.device)] = torch.arange(
         len(features), device=sae.device
     )
     found: list[Tensor] = []
-    with tqdm(total=len(rows), desc="reading contexts", unit="dialogue", disable=not progress) as bar:
+    with bar("reading contexts", "dialogue", total=len(rows), progress=progress) as advance:
         while len(found) < len(rows):
             group = rows[len(found) :]
             group = [row for i, row in enumerate(group) if i == 0 or (i + 1) * len(row) <= GROUP_TOKENS]
@@ -119,7 +118,7 @@ def _activations(
             dense = torch.zeros(acts.shape[0], len(features), device=sae.device)
             dense[tokens[chosen], column[chosen]] = acts.values[chosen].float()
             found += dense.cpu().split(lengths)
-            bar.update(len(group))
+            advance(len(group))
     return found
 
 

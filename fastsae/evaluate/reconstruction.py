@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsae.data.activations import ResidualStream, text_config
+from fastsae.data.progress import bar
 from fastsae.data.sequencing import TokenBatch
 from fastsae.data.sinks import SinkRule
 from fastsae.data.special_tokens import SpecialTokens
@@ -87,22 +88,18 @@ def evaluate(
             f"the SAE reads activations of width {sae.d_in}, but layer {residual.layer} of the model gives {residual.d_in}; "
             "evaluate it with the model it was trained on"
         )
-    from tqdm import tqdm
-
     names = special_tokens.names
     sums = ReconstructionSums(sae.d_in, sae.d_sae, len(names), sae.device)
     top = TopDialogues(sae.d_sae, device=sae.device)
     losses, model = LossSums(), SplicedModel(residual)
-    with tqdm(total=n_dialogues, desc="evaluating", unit="dialogue", disable=not progress) as bar:
+    with bar("evaluating", "dialogue", total=n_dialogues, progress=progress) as advance:
         first, served = itertools.tee(batches)
         is_sink = SinkRule.of(residual, first)
         del first  # so that `tee` does not keep the batches that follow
         for batch in served:
             for group in _row_groups(batch, residual):
                 _add_group(sae, model, group, special_tokens, is_sink, sums, top, losses)
-                bar.update(len(group.input_ids))
-        bar.total = bar.n  # the template may have refused some
-        bar.refresh()
+                advance(len(group.input_ids))
     if not top.tokens:
         raise UsageError("no dialogues to evaluate: expected at least one batch, got none")
     return Evaluation(

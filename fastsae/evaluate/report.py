@@ -292,7 +292,8 @@ def _data(metrics: dict[str, Any]) -> str:
     """What the run could not use of its data, and the roles in it that it does not know."""
     first_rows = metrics.get("dropped_first_rows", {})
     rows = [
-        f'<tr><td>could not be used: {escape(reason)}, such as row {first_rows[reason]}</td><td class="number">{n:,}</td></tr>'
+        f"<tr><td>could not be used because {escape(reason)}, such as row {first_rows[reason]}</td>"
+        f'<td class="number">{n:,}</td></tr>'
         for reason, n in metrics.get("dropped_by_reason", {}).items()
     ]
     rows += [

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from fastsae.fields import Fields, shown
+from fastsae.errors import shown
+from fastsae.fields import DTYPES, Fields
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _LARGEST = 2**31 - 1  # the largest size that is read; the weights' header says which it really is
 # what SAELens wrote at the top before version 6, and keeps in the metadata since
 _OLD_METADATA = (

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastsae.disk import digest, write_json, write_tensors
-from fastsae.fields import Fields, is_finite, read_json
-from fastsae.sae.config_file import DTYPES, SavedConfig
+from fastsae.fields import DTYPES, Fields, is_finite, read_json
+from fastsae.sae.config_file import SavedConfig
 from fastsae.version import __version__
 
 if TYPE_CHECKING:

@@ -58,8 +58,8 @@ class TrainConfig:
     dataset: str = option(
         "demo",
         "data",
-        "chat dialogues: a .jsonl, .json or .parquet file, a folder, or the id of a dataset on the hub; 'demo' makes "
-        "dialogues from the documentation of the installed Python",
+        "chat dialogues: a .jsonl, .ndjson, .json (each also as .gz) or .parquet file, a folder, or the id of a dataset on "
+        "the hub; 'demo' makes dialogues from the documentation of the installed Python",
     )
     split: str = option("train", "data", "split of the dataset")
     layer: int | None = option(
@@ -255,8 +255,8 @@ class TrainConfig:
         return not self.is_topk and self.sparsity_coefficient is None
 
     @property
-    def l0_target(self) -> float | None:
-        """Active features per token that the run is asked for; None where it has only a penalty's weight."""
+    def expected_l0(self) -> float | None:
+        """Active features per token that the run should end with: `k`, or `target_l0` where that has an effect, or None."""
         if self.is_topk:
             return self.k
         aims = self.controls_l0 or (self.architecture == "jumprelu" and self.sparsity == "quadratic")

@@ -89,7 +89,7 @@ def l0_metrics(config: TrainConfig, l0: float | None, last_l0: float | None) -> 
         l0: L0 on the held-out dialogues.
         last_l0: L0 of the last training steps.
     """
-    target = config.l0_target
+    target = config.expected_l0
     if target is None or l0 is None:
         return {"warnings": []}
     missed = l0 / target - 1

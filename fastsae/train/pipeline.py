@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -23,20 +23,16 @@ from fastsae.data.chat_template import ChatTemplate
 from fastsae.data.dedup import dedup_ngrams
 from fastsae.data.dropped import Dropped
 from fastsae.data.language_model import load_model
+from fastsae.data.model_dtype import dtype_name
 from fastsae.data.progress import with_bar
 from fastsae.data.sequencing import FastSequencer, render
 from fastsae.data.special_tokens import SpecialTokens, find_special_tokens
 from fastsae.data.splicing import SplicedModel
 from fastsae.errors import FastsaeError, UsageError
+from fastsae.sae import SparseAutoencoder
 from fastsae.train.config import ModelDtype, TrainConfig
 from fastsae.train.limits import check_memory
 
-# the value of `model_dtype` that loads a model in this dtype again
-_MODEL_DTYPES: dict[torch.dtype, ModelDtype] = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
 _CHECKED: Dialogue = [
     {"role": "user", "content": "What is the capital of France?"},
     {"role": "assistant", "content": "The capital of France is Paris."},
@@ -129,7 +125,9 @@ def model_location(name: str) -> str:
     return str(demo.model_path())
 
 
-def build_pipeline(config: TrainConfig, *, progress: bool = False, for_training: bool = True) -> Pipeline:
+def build_pipeline(
+    config: TrainConfig, *, progress: bool = False, evaluated: SparseAutoencoder | None = None
+) -> Pipeline:
     """Loads and tests the model, loads the dialogues, drops repeated ones and splits the rest by `config.seed`.
 
     The model comes first: a wrong name or layer, or a model that cannot be evaluated rightly, then costs seconds, not a
@@ -138,25 +136,28 @@ def build_pipeline(config: TrainConfig, *, progress: bool = False, for_training:
     Args:
         config: The run.
         progress: Show progress bars.
-        for_training: Ask whether the memory of training is there, too.
+        evaluated: The SAE that the pipeline is for; None where it is to train one, which takes more memory.
 
     Raises:
-        UsageError: Model, dataset, layer or split do not exist, the model is of a kind that is not supported, or training
-            would need more memory than there is.
+        UsageError: Model, dataset, layer or split do not exist, the model is of a kind that is not supported, `evaluated` is
+            not of its width, or training would need more memory than there is.
         FastsaeError: A download failed or a file is damaged.
     """
     device = resolve_device(config.device)
     model, tokenizer = load_model(model_location(config.model), config.model_dtype, device, progress=progress)
     layer = len(decoder_layers(model)) // 2 if config.layer is None else config.layer
-    config = replace(config, layer=layer, model_dtype=config.model_dtype or _MODEL_DTYPES.get(model.dtype))
+    found: Any = dtype_name(model.dtype)
+    model_dtype = config.model_dtype or (found if found in get_args(ModelDtype) else None)
+    config = replace(config, layer=layer, model_dtype=model_dtype)
     check_layer(model, layer)
     residual = ResidualStream(model, layer)
-    if for_training:
+    if evaluated is None:
         check_memory(config, residual.d_in, model.dtype.itemsize, residual.device)
-    d_sae = config.n_features(residual.d_in)
-    if config.k is not None and config.k > d_sae:
+        _check_k(config, residual.d_in)
+    elif evaluated.d_in != residual.d_in:
         raise UsageError(
-            f"k: expected at most the {d_sae:,} features of the SAE (--d-sae, --expansion), got {config.k:,}"
+            f"model {config.model!r}: expected activations of the SAE's width d_in = {evaluated.d_in}, got "
+            f"{residual.d_in}; name the model that the SAE was trained on"
         )
     check_vocabulary(model, tokenizer)
     ChatTemplate(tokenizer).warn_of_lost_text()
@@ -167,6 +168,14 @@ def build_pipeline(config: TrainConfig, *, progress: bool = False, for_training:
     train, held_out = split_dialogues(dialogues, config, progress=progress)
     logger.info("%d dialogues to train on, %d held out", len(train), len(held_out))
     return Pipeline(config, residual, tokenizer, max_length, dialogues, train, held_out, special_tokens)
+
+
+def _check_k(config: TrainConfig, d_in: int) -> None:
+    d_sae = config.n_features(d_in)
+    if config.k is not None and config.k > d_sae:
+        raise UsageError(
+            f"k: expected at most the {d_sae:,} features of the SAE (--d-sae, --expansion), got {config.k:,}"
+        )
 
 
 def _max_length(model: Any, config: TrainConfig) -> int:

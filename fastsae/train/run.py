@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from fastsae.data.buffer import ActivationBatch, MixingBuffer, activation_stream
+from fastsae.data.progress import bar
 from fastsae.data.sequencing import FastSequencer
 from fastsae.disk import local_path, write_json
 from fastsae.errors import FastsaeError, UsageError
@@ -193,19 +193,15 @@ class _Parts:
 def run_with_bar(trainer: Trainer, save_checkpoint: Callable[[], None], progress: bool) -> None:
     """Trains to the last step behind a progress bar; calls `save_checkpoint` where one is due."""
     config = trainer.config
-    with tqdm(
-        total=config.steps * config.batch_size,
-        initial=trainer.step * config.batch_size,
-        unit="tok",
-        unit_scale=True,
-        desc="training",
-        disable=not progress,
-    ) as bar:
+    done = trainer.step * config.batch_size
+    total = config.steps * config.batch_size
+    with bar("training", "tok", total=total, progress=progress, done=done, delay=0) as advance:  # rarely called
 
         def on_log(row: dict[str, float | None]) -> None:
-            bar.update((row["tokens"] or 0) - bar.n)
+            nonlocal done
+            n_new, done = int(row["tokens"] or 0) - done, int(row["tokens"] or 0)
             fvu = "undefined" if row["fvu"] is None else f"{row['fvu']:.3f}"
-            bar.set_postfix(loss=f"{row['loss']:.4g}", l0=f"{row['l0']:.1f}", fvu=fvu)
+            advance(n_new, loss=f"{row['loss']:.4g}", l0=f"{row['l0']:.1f}", fvu=fvu)
 
         trainer.run(on_log, save_checkpoint)
 
@@ -257,11 +253,7 @@ def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True)
         raise UsageError(str(error)) from None
     except ValueError as error:
         raise FastsaeError(str(error)) from None
-    pipeline: Pipeline = build_pipeline(config, progress=progress, for_training=False)
-    if sae.d_in != pipeline.residual.d_in:
-        raise UsageError(
-            f"{folder}: expected an SAE of width d_in = {pipeline.residual.d_in} as {config.model!r} has, got {sae.d_in}"
-        )
+    pipeline = build_pipeline(config, progress=progress, evaluated=sae)
     trained_on = sae.metadata.get("hook_name")
     if trained_on not in (None, hook_name(pipeline.residual.layer)):
         logger.warning("this SAE was trained on %s, not on layer %d", trained_on, pipeline.residual.layer)

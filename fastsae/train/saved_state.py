@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from fastsae.data.buffer import ActivationBatch, MixingBuffer
-from fastsae.fields import Fields
+from fastsae.fields import DTYPES, Fields
 from fastsae.train.trainer import Trainer
 
 LARGEST = 2**62  # the largest count
 ROW = tuple(field.name for field in fields(ActivationBatch))
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_alike(found: Fields, like: dict[str, Any]) -> None:
@@ -110,7 +109,7 @@ def check_buffer(found: Fields, buffer: MixingBuffer, d_in: int, n_dialogues: in
 
 def _check_rows(found: Fields, d_in: int, n_dialogues: int, most: int | None) -> int:
     found.check_names(ROW)
-    acts = found.tensor("acts", (None, d_in), FLOATS)
+    acts = found.tensor("acts", (None, d_in), tuple(DTYPES.values()))
     if most is not None and len(acts) > most:
         raise found.wrong("acts", f"at most {most} rows")
     for name, end in (("token_ids", LARGEST), ("positions", LARGEST), ("dialogue_ids", n_dialogues - 1)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import types
@@ -10,7 +9,7 @@ import unicodedata
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from fastsae.errors import UsageError
+from fastsae.errors import UsageError, shown
 
 if TYPE_CHECKING:
     from fastsae.train.config import TrainConfig
@@ -113,14 +112,3 @@ def _validate_together(config: TrainConfig) -> None:
         )
     if config.tokens < config.batch_size:
         raise UsageError(f"tokens: expected at least one --batch-size = {config.batch_size:,}, got {config.tokens:,}")
-
-
-def shown(value: Any) -> str:
-    """A value as a message shows it: one line, and short."""
-    if isinstance(value, bool) or value is None:
-        return str(value).lower()
-    if isinstance(value, int):
-        digits = math.floor(abs(value).bit_length() * math.log10(2))
-        return f"{value:,}" if digits < 24 else f"a number of about {digits + 1:,} digits"
-    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"

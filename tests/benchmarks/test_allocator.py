@@ -40,7 +40,7 @@ def in_use(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def timed(
-    monkeypatch: pytest.MonkeyPatch, in_use: list[str], seconds: dict[str, dict[str, float]], sittings: int, faults: int
+    monkeypatch: pytest.MonkeyPatch, in_use: list[str], seconds: dict[str, dict[str, float]], sessions: int, faults: int
 ) -> tuple[dict[str, Outcome], list[str]]:
     """The outcome of each provider, whose calls take so long under each setting, and a log of all calls."""
     log: list[str] = []
@@ -54,8 +54,8 @@ def timed(
         return Provider(lambda: call)
 
     timer, case = GroupTimer(False, []), Case("encode", "tiny", SHAPE, {name: provider(name) for name in seconds})
-    for _ in range(sittings):
-        timer.sit(case)
+    for _ in range(sessions):
+        timer.run_session(case)
     return {name: timer.outcome(case, name) for name in seconds}, log
 
 
@@ -65,7 +65,7 @@ def test_the_better_setting_of_each_provider_counts(monkeypatch: pytest.MonkeyPa
         "fused": {DEFAULT: 0.03, TUNED: 0.04},
         "even": {DEFAULT: 0.06, TUNED: 0.06},
     }
-    found, _ = timed(monkeypatch, in_use, seconds, sittings=2, faults=10**6)
+    found, _ = timed(monkeypatch, in_use, seconds, sessions=2, faults=10**6)
     rows = {name: outcome.row for name, outcome in found.items()}
     assert (rows["dense"]["median_s"], rows["dense"]["allocator"], rows["dense"]["other_median_s"]) == (
         0.12,
@@ -84,7 +84,7 @@ def test_the_better_setting_of_each_provider_counts(monkeypatch: pytest.MonkeyPa
 
 
 def test_without_page_faults_there_is_one_setting(monkeypatch: pytest.MonkeyPatch, in_use: list[str]) -> None:
-    found, log = timed(monkeypatch, in_use, {"fused": {DEFAULT: 0.03}}, sittings=2, faults=allocator.MIN_FAULTS - 1)
+    found, log = timed(monkeypatch, in_use, {"fused": {DEFAULT: 0.03}}, sessions=2, faults=allocator.FEWEST_FAULTS - 1)
     assert (found["fused"].row["allocator"], found["fused"].row["other_median_s"]) == (None, None)
     assert set(log) == {"fused, default", "fused, exact"}  # the one that tells the peak
 
@@ -93,8 +93,8 @@ def test_a_slow_provider_is_not_measured_again_where_it_is_clearly_slower(
     monkeypatch: pytest.MonkeyPatch, in_use: list[str]
 ) -> None:
     seconds = {"dense": {DEFAULT: 4.0, TUNED: 2.5}, "close": {DEFAULT: 4.0, TUNED: 3.9}}
-    found, log = timed(monkeypatch, in_use, seconds, sittings=5, faults=10**7)
-    # of five sittings slow providers have three; in the first, a call alone comes before the turn
+    found, log = timed(monkeypatch, in_use, seconds, sessions=5, faults=10**7)
+    # of five sessions slow providers have three; in the first, a call alone comes before the turn
     assert (log.count("dense, default"), log.count("dense, tuned")) == (2, 3)
     assert (log.count("close, default"), log.count("close, tuned")) == (4, 3)
     assert [seconds for turn in found["dense"].turns.values() for seconds in turn] == [2.5] * 3
@@ -123,7 +123,7 @@ def test_what_is_wrong_has_no_setting(monkeypatch: pytest.MonkeyPatch, in_use: l
     monkeypatch.setattr(allocator, "page_faults", lambda: 10**9)
     monkeypatch.setattr(allocator, "matters", lambda faults, seconds: True)
     timer, case = GroupTimer(False, []), Case("encode", "tiny", SHAPE, {"it": Provider(lambda: fails)})
-    timer.sit(case)
+    timer.run_session(case)
     row = timer.rows[0]
     assert (row["status"], row["median_s"], row["allocator"], row["other_median_s"]) == ("red", None, None, None)
     assert in_use == [DEFAULT]

@@ -145,7 +145,7 @@ def counted_calls(call: Any) -> list[float]:
     return found.samples
 
 
-def test_the_first_calls_of_a_sitting_and_of_a_turn_count_where_they_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_calls_of_a_session_and_of_a_turn_count_where_they_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setattr(outcome, "LONG_S", float("inf"))  # however busy the machine is
     assert len(counted_calls(lambda: calls.append(0))) == 3
@@ -250,7 +250,7 @@ def test_seconds_on_a_gpu_are_between_its_events(monkeypatch: pytest.MonkeyPatch
     assert log == ["flush", "event", "call", "event"] * 2 + ["synchronize"]
 
 
-def test_all_sittings_are_one_outcome() -> None:
+def test_all_sessions_are_one_outcome() -> None:
     """A later one does not compare again, and leaves alone what was red."""
     log: list[str] = []
     providers = {
@@ -258,18 +258,18 @@ def test_all_sittings_are_one_outcome() -> None:
         "wrong": Provider(lambda: lambda: log.append("wrong call"), lambda: log.append("wrong") or (2.0, 1.0)),
     }
     case, timer = Case("encode", "tiny", SHAPE, providers), quick()
-    timer.sit(case)
-    of_a_sitting = ["call"] * 3  # the first of the sitting, and a turn of one that does not count and one that does
+    timer.run_session(case)
+    of_a_session = ["call"] * 3  # the first of the session, and a turn of one that does not count and one that does
     assert log == ["check", "call", "wrong", "call", "call", "call"]  # one of them tells the peak
-    timer.sit(case)
-    assert log[6:] == of_a_sitting
+    timer.run_session(case)
+    assert log[6:] == of_a_session
     row = timer.outcome(case, "it").row
     assert len(log) == 9  # nothing was measured for the report
     assert (row["turns"], row["rounds"]) == (2, 2)
     assert [row["status"] for row in timer.rows] == ["ok", "red"]
 
 
-def test_the_spread_is_that_of_all_sittings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_spread_is_that_of_all_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a ratio that of one turn, of a machine that was slow and has become fast."""
     now = {"slowness": 3.0}
     times = {"dense": 0.08, "fused": 0.02}
@@ -277,13 +277,13 @@ def test_the_spread_is_that_of_all_sittings(monkeypatch: pytest.MonkeyPatch) -> 
     providers = {name: Provider(lambda name=name: lambda: times[name]) for name in times}
     case, timer = Case("encode", "tiny", SHAPE, providers), quick()
     for now["slowness"] in (3.0, 1.0, 2.0):
-        timer.sit(case)
+        timer.run_session(case)
     row = timer.outcome(case, "fused").row
     assert (row["median_s"], row["iqr_s"]) == pytest.approx((0.04, 0.04))
     assert (row["speedup"], row["speedup_iqr"]) == pytest.approx((4.0, 0.0))
 
 
-def test_slow_calls_have_every_second_sitting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_calls_have_every_second_session(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a turn alone; in the first two more, since the second call tells the peak, and each other counts of what takes long.
 
     Ratios are of the turns that both have.
@@ -297,7 +297,7 @@ def test_slow_calls_have_every_second_sitting(monkeypatch: pytest.MonkeyPatch) -
     }
     case, timer, counts = Case("encode", "tiny", SHAPE, providers), quick(), []
     for _ in range(4):
-        timer.sit(case)
+        timer.run_session(case)
         counts.append(tuple(map(log.count, providers)))
     assert counts == [(3, 4, 4), (3, 4, 7), (4, 6, 10), (4, 6, 13)]
     dense, slow, fused = (timer.outcome(case, name) for name in providers)
@@ -316,30 +316,30 @@ def test_what_raises_while_it_is_timed_leaves_its_group_red(capsys: pytest.Captu
             raise ValueError("no more")
 
     case, timer = Case("encode", "tiny", SHAPE, {"dense": Provider(lambda: call)}), quick()
-    timer.sit(case)
+    timer.run_session(case)
     assert timer.rows[0]["status"] == "ok"
     fails.append(True)
-    timer.sit(case)
-    timer.sit(case)
+    timer.run_session(case)
+    timer.run_session(case)
     assert capsys.readouterr().err.count("ValueError: no more") == 1
     assert (timer.rows[0]["status"], timer.rows[0]["reason"]) == ("red", "ValueError: no more")
     assert timer.rows[0]["median_s"] is None
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is warmed for every sitting")
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU is warmed for every session")
 @pytest.mark.parametrize(("name", "warm_calls"), [("dense", 0), ("dense compiled", 1)])
 def test_what_is_compiled_is_compiled_once_and_not_timed(name: str, warm_calls: int) -> None:
     log: list[str] = []
     case = Case("encode", "tiny", SHAPE, {name: Provider(lambda: lambda: log.append("call"))})
     timer = quick()
-    timer.sit(case)
+    timer.run_session(case)
     assert len(log) == warm_calls + 1 + 3  # one tells the peak
-    timer.sit(case)
+    timer.run_session(case)
     assert len(log) == warm_calls + 1 + 2 * 3
 
 
 def test_a_shape_that_was_compiled_is_not_compiled_again() -> None:
-    """Though each sitting makes its providers anew, and other shapes came between."""
+    """Though each session makes its providers anew, and other shapes came between."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -353,10 +353,10 @@ def test_a_shape_that_was_compiled_is_not_compiled_again() -> None:
             for shape in [Shape(n_tokens=8 + n, d_in=4, d_sae=16, l0=4)]
         ]
         for case in cases:
-            timer.sit(case)
+            timer.run_session(case)
         compiled = counters["stats"]["unique_graphs"]
         assert compiled >= len(cases)
         for case in cases:
-            timer.sit(case)
+            timer.run_session(case)
         assert counters["stats"]["unique_graphs"] == compiled
         assert torch._dynamo.config.recompile_limit < harness.MOST_GRAPHS  # other code has its own

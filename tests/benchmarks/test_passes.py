@@ -22,7 +22,7 @@ from benchmarks import (
     test_topk_step,
     test_train_step,
 )
-from benchmarks.conftest import DEFAULT, FULL, MORE_SITTINGS, Limits, Run
+from benchmarks.conftest import DEFAULT, FULL, MOST_EXTRA_SESSIONS, Limits, Run
 from benchmarks.harness import Case, GroupTimer, Provider
 from benchmarks.shapes import DEVICE, FULL_ONLY, Shape
 from benchmarks.writer import ROOT
@@ -35,24 +35,24 @@ CASES = [
 
 
 class Bench:
-    """A run whose groups take so many seconds a sitting, the first ones longer."""
+    """A run whose groups take so many seconds a session, the first ones longer."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float, first_seconds: float = 0.0) -> None:
         self.now, self.sat, self.saved, self.said = 0.0, [], [], []  # type: ignore[var-annotated]
         self._seconds, self._first_seconds = seconds, first_seconds
         monkeypatch.setattr(conftest.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(harness, "_sit", self._sit)
-        self.unsteady: dict[str, int] = {}  # for how many sittings after the passes a group's times are too far apart
+        monkeypatch.setattr(harness, "_run_session", self._run_session)
+        self.unsteady: dict[str, int] = {}  # for how many sessions after the passes a group's times are too far apart
         self.run = Run(GroupTimer(False, []), FULL, self.said.append, lambda: self.saved.append(len(self.sat)))
         self.run.to_pass = list(CASES)
 
-    def _sit(self, case: Case, group: Any, turns: Any, providers: list[str] | None) -> None:
-        self.now += self._first_seconds if group.sittings == 0 else self._seconds
-        group.sittings += 1
+    def _run_session(self, case: Case, group: Any, turns: Any, providers: list[str] | None) -> None:
+        self.now += self._first_seconds if group.sessions == 0 else self._seconds
+        group.sessions += 1
         self.unsteady[case.shape_name] = self.unsteady.get(case.shape_name, 0) - (providers is not None)
         for outcome in group.outcomes.values():
             seconds = [1.0, 100.0] if self.unsteady[case.shape_name] > 0 else [1.0]
-            outcome.by_setting["default"] = {group.sittings: seconds}
+            outcome.by_setting["default"] = {group.sessions: seconds}
         self.sat.append(case.shape_name)
 
     def report(self, case: Case) -> None:
@@ -71,7 +71,7 @@ def test_each_pass_sits_down_to_each_group_in_another_order(monkeypatch: pytest.
     assert len(bench.said) == len(bench.sat)
 
 
-def test_what_is_known_is_saved_after_each_sitting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_known_is_saved_after_each_session(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(monkeypatch, 1.0)
     bench.report(CASES[0])
     assert bench.saved == list(range(1, len(CASES) * PASSES[1] + 1))
@@ -114,7 +114,7 @@ def test_what_is_unsteady_is_measured_again_until_it_is_not(monkeypatch: pytest.
     bench.unsteady = {"b": 2, "d": 99}
     bench.report(CASES[0])
     again = bench.sat[len(CASES) * PASSES[1] :]
-    assert (again.count("b"), again.count("d"), len(again)) == (2, MORE_SITTINGS, 2 + MORE_SITTINGS)
+    assert (again.count("b"), again.count("d"), len(again)) == (2, MOST_EXTRA_SESSIONS, 2 + MOST_EXTRA_SESSIONS)
     assert bench.said[-1] == "again, because of it: encode, d"
 
 
@@ -130,7 +130,7 @@ def test_nothing_begins_where_a_run_should_end(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_run_without_options_ends_in_ten_minutes() -> None:
-    """Where the longest sitting, of the dense steps at the headline's shape, takes two."""
+    """Where the longest session, of the dense steps at the headline's shape, takes two."""
     assert DEFAULT.passes_s <= DEFAULT.last_s <= 600 - 120
 
 

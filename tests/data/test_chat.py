@@ -152,7 +152,7 @@ def test_messages_for_bad_files(tmp_path):
         "cut.jsonl": (b'{"messages": []}\n\n{"messages": [{"ro', FastsaeError, "cut.jsonl, line 3: expected one JSON"),
         "latin.jsonl": (b'{"messages": "\xe9"}\n', FastsaeError, "latin.jsonl, line 1"),
         "cut.json": (b'[{"messages": ', FastsaeError, "cut.json: expected a JSON list"),
-        "chats.csv": (b"a,b", UsageError, "ends in .jsonl, .json, .parquet"),
+        "chats.csv": (b"a,b", UsageError, "ends in .jsonl, .ndjson or .json"),
         "broken.parquet": (b"PAR1 and then nothing", FastsaeError, "not readable as parquet"),
     }
     for name, (content, error, message) in cases.items():

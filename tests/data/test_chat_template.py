@@ -86,6 +86,29 @@ def test_a_template_that_is_not_valid_is_refused():
         template("a\n{% for m in messages %}")
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "{{ 'x' * 10**10 }}",
+        "{{ 'x' * 10 ** 10 }}",
+        "{{ 'x' * 10_000_000_000 }}",
+        "{{ 'x' * 0xFFFFFFFFFF }}",
+        "{{ 'x' | center(1e10 | int) }}",
+        "{% set n = 9 %}{{ 'x' * n ** 12 }}",
+        "{{ 'x' * " + "9" * 400 + " }}",
+    ],
+)
+def test_a_template_that_would_fill_the_memory_is_refused(code):
+    with pytest.raises(UsageError, match=r"the chat template of .* expected no powers and no numbers above 1,000,000"):
+        template(QWEN + code)
+
+
+def test_numbers_and_options_of_ordinary_templates_are_allowed():
+    code = "{% macro w(a, b) %}{{ a }}{% endmacro %}{% set o = {'a': 1, 'b': 2} %}{{ w(**o) }}{{ '-' * 3 }}{{ 2 * 500_000 }}"
+    assert template(QWEN + code).text(SAID).endswith("1---1000000")
+    assert template(QWEN + "10 ** 10 and 99999999").text(SAID).endswith("10 ** 10 and 99999999")
+
+
 def test_named_templates():
     tokenizer = make_tokenizer("qwen")
     tokenizer.chat_template = {"tool_use": "{{ tools }}", "default": QWEN}
@@ -120,13 +143,13 @@ def test_whatever_a_template_raises_is_a_refusal_without_the_dialogues_text(code
     assert found.text(SAID) == "askanswer"
     with pytest.raises(RefusedDialogueError, match=f"with the roles user, assistant, tool: {kind}") as caught:
         found.text([*SAID, {"role": "tool", "content": "42"}])
-    assert caught.value.reason == f"on which the chat template fails ({kind})"
+    assert caught.value.reason == f"the chat template raised an error ({kind})"
 
 
 def test_what_a_template_refuses_itself():
     with pytest.raises(RefusedDialogueError, match="must alternate") as caught:
         template(GEMMA).text(chat("a")[:1] * 2)
-    assert caught.value.reason == "refused by the chat template"
+    assert caught.value.reason == "the chat template refused it"
     with pytest.raises(RefusedDialogueError):
         template(QWEN).text([])
 

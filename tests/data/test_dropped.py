@@ -9,18 +9,18 @@ from fastsae.data.dropped import Dropped
 
 def some():
     drops = Dropped(seen=300)
-    drops.add("of fewer than 2 tokens", [7])
-    drops.add("damaged JSON", [4, 9])
+    drops.add("it has fewer than 2 tokens", [7])
+    drops.add("the line is damaged JSON", [4, 9])
     return drops
 
 
 def test_counts_and_the_first_row_of_each_reason():
     drops = some()
-    assert (drops.total, drops.counts) == (3, {"of fewer than 2 tokens": 1, "damaged JSON": 2})
-    assert drops.first_rows == {"of fewer than 2 tokens": 7, "damaged JSON": 4}
-    assert (
-        str(drops)
-        == "3 of 300 dialogues cannot be used: 2 damaged JSON (such as row 4), 1 of fewer than 2 tokens (row 7)"
+    assert (drops.total, drops.counts) == (3, {"it has fewer than 2 tokens": 1, "the line is damaged JSON": 2})
+    assert drops.first_rows == {"it has fewer than 2 tokens": 7, "the line is damaged JSON": 4}
+    assert str(drops) == (
+        "3 of 300 dialogues cannot be used: 2 because the line is damaged JSON (such as row 4), "
+        "1 because it has fewer than 2 tokens (row 7)"
     )
     assert drops.metrics() == {
         "dialogues_dropped": 3,
@@ -30,12 +30,12 @@ def test_counts_and_the_first_row_of_each_reason():
 
 
 def test_a_sum_counts_both_and_changes_neither():
-    other = Dropped(200, {"damaged JSON": 5, "x": 1}, {"damaged JSON": 1, "x": 2})
+    other = Dropped(200, {"the line is damaged JSON": 5, "x": 1}, {"the line is damaged JSON": 1, "x": 2})
     total = some() + other
     assert total == Dropped(
         500,
-        {"of fewer than 2 tokens": 1, "damaged JSON": 7, "x": 1},
-        {"of fewer than 2 tokens": 7, "damaged JSON": 4, "x": 2},
+        {"it has fewer than 2 tokens": 1, "the line is damaged JSON": 7, "x": 1},
+        {"it has fewer than 2 tokens": 7, "the line is damaged JSON": 4, "x": 2},
     )
     total.add("x", [11])
     assert other.counts["x"] == 1

@@ -90,6 +90,22 @@ def test_damaged_model_folders(folder):
         load_model(str(folder))
 
 
+def test_a_config_of_another_size_than_the_weights_is_named(folder):
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": 64, "intermediate_size": 96}))
+    with pytest.raises(FastsaeError, match=r"model '.*': expected weights of the sizes .* \[\S+ 64\], got \[\S+ 32\]"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_models_with_an_encoder_are_refused(folder, kind):
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(
+        UsageError, match=rf"model '.*': expected a causal language model.*'{kind}', which has an encoder"
+    ):
+        load_model(str(folder))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folder_without_tokenizer(tmp_path, family):
     AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(tmp_path)

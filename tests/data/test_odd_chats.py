@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from fastsae.data import chat_files
+from fastsae.data import chat_files, json_files
 from fastsae.data.chat import NO_SPEAKER, NO_TEXT, ChatDataset, as_dialogue, load_chats
 from fastsae.data.dropped import Dropped
 from fastsae.errors import FastsaeError, UsageError
@@ -29,13 +29,13 @@ def write(path, lines):
 GOOD = as_dialogue(row()["messages"])
 DEEP = b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 DAMAGED = {
-    "cut off": (b'{"messages": [{"role": "us', "damaged JSON"),
-    "not UTF-8": (b'{"messages": "\xe9\xff"}', "damaged JSON"),
-    "NUL bytes": (b"\0" * 50, "damaged JSON"),
-    "a huge number": (b'{"id": ' + b"1" * 5000 + b"}", "damaged JSON"),
-    "two objects": (b'{"a": 1} {"b": 2}', "damaged JSON"),
-    "nested too deeply": (DEEP, "JSON nested too deeply"),
-    "not closed": (b"[" * 200_000, "JSON nested too deeply"),
+    "cut off": (b'{"messages": [{"role": "us', "the line is damaged JSON"),
+    "not UTF-8": (b'{"messages": "\xe9\xff"}', "the line is damaged JSON"),
+    "NUL bytes": (b"\0" * 50, "the line is damaged JSON"),
+    "a huge number": (b'{"id": ' + b"1" * 5000 + b"}", "the line is damaged JSON"),
+    "two objects": (b'{"a": 1} {"b": 2}', "the line is damaged JSON"),
+    "nested too deeply": (DEEP, "the JSON is nested too deeply"),
+    "not closed": (b"[" * 200_000, "the JSON is nested too deeply"),
     "no object": (b"3", NO_TEXT),
     "infinite": (b"-Infinity", NO_TEXT),
     "another column": (b'{"text": "a"}', NO_TEXT),
@@ -59,7 +59,7 @@ def test_a_line_that_cannot_be_used_is_dropped_and_counted(tmp_path, kind, caplo
         dataset = load_chats(path)
     assert list(dataset) == [GOOD] * 3
     assert dataset.drops == Dropped(5, {reason: 2}, {reason: 1})
-    assert f"a.jsonl: 2 of 5 dialogues cannot be used: 2 {reason} (such as row 1)" in caplog.text
+    assert f"a.jsonl: 2 of 5 dialogues cannot be used: 2 because {reason} (such as row 1)" in caplog.text
 
 
 def test_one_dropped_line_in_a_hundred_is_no_warning(tmp_path, caplog):
@@ -83,7 +83,7 @@ def test_many_damaged_lines_at_the_start_do_not_hide_the_column(tmp_path):
 
 
 def test_no_usable_dialogue_says_why():
-    with pytest.raises(UsageError, match=f"user or an assistant; 2 of 2 dialogues cannot be used: 2 {NO_SPEAKER}"):
+    with pytest.raises(UsageError, match=f"2 of 2 dialogues cannot be used: 2 because {NO_SPEAKER}"):
         ChatDataset([{"messages": [{"role": "system", "content": "a"}]}] * 2, "rows")
 
 
@@ -109,13 +109,13 @@ def test_an_endless_line_is_dropped_without_being_read(tmp_path, monkeypatch):
     monkeypatch.setattr(json, "loads", lambda text: parsed.append(len(text)) or loads(text))
     dataset = load_chats(str(path))
     assert list(dataset) == [GOOD] * 4
-    assert dataset.drops == Dropped(5, {"line longer than 64 MB": 1}, {"line longer than 64 MB": 1})
+    assert dataset.drops == Dropped(5, {"the line is longer than 64 MB": 1}, {"the line is longer than 64 MB": 1})
     assert max(parsed) < 100
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
 def test_lines_are_found_whatever_piece_they_cross(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(chat_files, "_SCANNED", size)
+    monkeypatch.setattr(json_files, "_SCANNED", size)
     lines = [row(f"é{i}" * (i % 5)) if i % 3 else b"" for i in range(30)]
     path = write(tmp_path / "a.jsonl", lines)
     rows = chat_files.open_files([tmp_path / "a.jsonl"], progress=False)
@@ -143,7 +143,7 @@ def test_a_damaged_json_list_is_one_clear_error(tmp_path, content, message):
 
 @pytest.mark.parametrize("text", ["[]", " [ ] \n", "[1,2]", ' [ {"a" : [1, 2]} , "b" ] ', "[[],[[]]]"])
 def test_the_items_of_a_json_list(text):
-    assert list(chat_files._list_items(text)) == json.loads(text)
+    assert list(json_files._values(text)) == json.loads(text)
 
 
 def test_lone_surrogates_are_replaced_and_pairs_joined(tmp_path):
@@ -218,7 +218,7 @@ def test_parquet_with_text_that_is_not_utf8_drops_that_row(tmp_path, monkeypatch
     pq.write_table(pa.table({"messages": chats}), tmp_path / "a.parquet")
     dataset = load_chats(str(tmp_path / "a.parquet"))
     assert [turn["content"] for dialogue in dataset for turn in dialogue] == ["a", "b"]
-    assert dataset.drops == Dropped(3, {"unreadable row": 1}, {"unreadable row": 2})
+    assert dataset.drops == Dropped(3, {"the row cannot be read": 1}, {"the row cannot be read": 2})
 
 
 @pytest.mark.parametrize("kind", ["large_list", "json text", "dictionary", "binary", "fixed"])

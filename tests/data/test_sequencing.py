@@ -211,7 +211,7 @@ def test_nothing_left_to_serve(qwen):
         FastSequencer(corpus(3), [], qwen)
     refused = [[{"role": "assistant", "content": "x"}]] * 4
     sequencer = FastSequencer(refused, range(4), make_tokenizer("gemma"))
-    with pytest.raises(FastsaeError, match=r"all 4 dialogues were dropped: .* 4 refused by the chat.*must alternate"):
+    with pytest.raises(FastsaeError, match=r"all 4 dialogues were dropped: .* 4 because the chat temp.*must alternate"):
         next(sequencer)
     short = make_tokenizer("qwen", template="{{ messages[0]['content'] }}")
     sequencer = FastSequencer([chat("a"), chat("a b c")], range(2), short, endless=False)
@@ -236,9 +236,9 @@ def test_dropped_dialogues_count_once_in_a_run_whatever_the_reason(caplog):
         while sequencer.epoch < 2:
             next(sequencer)
             seen.add(sequencer.dropped)
-    tools = "on which the chat template fails (TypeError)"
+    tools = "the chat template raised an error (TypeError)"
     assert sequencer.drops == Dropped(
-        600, {tools: 3, "of fewer than 2 tokens": 1}, {tools: 5, "of fewer than 2 tokens": 7}
+        600, {tools: 3, "it has fewer than 2 tokens": 1}, {tools: 5, "it has fewer than 2 tokens": 7}
     )
     assert seen == {2, 4}  # after the first window of 256, and after the second
     assert caplog.text == ""  # 4 of 600
@@ -256,7 +256,7 @@ def test_more_than_one_percent_dropped_is_one_warning_with_the_row_in_the_datase
             pass
     (record,) = caplog.records
     assert record.getMessage() == (
-        "8 of 256 dialogues cannot be used: 8 on which the chat template fails (TypeError) (such as row 30)"
+        "8 of 256 dialogues cannot be used: 8 because the chat template raised an error (TypeError) (such as row 30)"
     )
 
 
@@ -310,7 +310,7 @@ def test_a_text_on_which_the_tokenizer_fails_is_dropped_alone(qwen, monkeypatch)
     sequencer = FastSequencer(dialogues, range(11), qwen, endless=False)
     served = [index for batch in sequencer for index in batch.dialogue_ids.tolist()]
     assert sorted(served) == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
-    reason = "on which the tokenizer fails (TypeError)"
+    reason = "the tokenizer raised an error (TypeError)"
     assert sequencer.drops == Dropped(11, {reason: 1}, {reason: 5})
 
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import tqdm
 
 from fastsae import FastsaeError, FusedJumpReLUSAE, UsageError
 from fastsae.data import sinks
@@ -201,13 +202,20 @@ def test_the_rule_by_hand():
     assert SinkRule(0.5)(x, positions).tolist() == [True, False, False, True]
 
 
-def test_progress_counts_dialogues_and_can_be_silenced(residual, tokenizer, batch, capsys):
+def test_progress_counts_dialogues_and_can_be_silenced(residual, tokenizer, batch, capsys, monkeypatch):
+    plain = tqdm.tqdm
+    monkeypatch.setattr(tqdm, "tqdm", lambda **options: plain(**{**options, "delay": 0}))
     sae = FusedJumpReLUSAE(16, 32, init_threshold=0.5)
     for progress in (True, False):
         evaluate(sae, residual, tokenizer, [batch], special_tokens=SPECIAL, n_dialogues=5, progress=progress)
         shown = capsys.readouterr().err
         assert bool(shown) is progress
-        for text in ("evaluating", "0/5", "4/4", "reading contexts"):  # one of the five was refused by the template
+        for text in (
+            "evaluating",
+            "0.00/5.00",
+            "4.00/4.00",
+            "reading contexts",
+        ):  # one of the five was refused by the template
             assert (text in shown) is progress
 
 

@@ -180,15 +180,15 @@ def test_the_summary_shows_both_figures_and_the_warnings(capsys):
 def test_dialogues_that_could_not_be_used_are_listed(tmp_path):
     of_the_data = {
         "dialogues_dropped": 1203,
-        "dropped_by_reason": {"no text": 3, "refused <by> the template": 1200},
-        "dropped_first_rows": {"no text": 41, "refused <by> the template": 0},
+        "dropped_by_reason": {"it has no text": 3, "the template <refused> it": 1200},
+        "dropped_first_rows": {"it has no text": 41, "the template <refused> it": 0},
         "unknown_roles": {"bing": 7},
     }
     page, checker = write(tmp_path, metrics=METRICS | of_the_data)
     rows = dict(re.findall(r'<tr><td>([^"]+)</td><td class="number">([^<]+)</td></tr>', page))
     assert rows == {
-        "could not be used: no text, such as row 41": "3",
-        "could not be used: refused &lt;by&gt; the template, such as row 0": "1,200",
+        "could not be used because it has no text, such as row 41": "3",
+        "could not be used because the template &lt;refused&gt; it, such as row 0": "1,200",
         "have the unknown role <code>bing</code>": "7",
     }
     assert "dialogues_dropped 1,203 dialogues that could not be used" in " ".join(checker.text)

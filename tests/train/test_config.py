@@ -88,7 +88,7 @@ def test_paper_preset_has_the_papers_step_counts() -> None:
         ({"log_threshold": 1}, "log_threshold: expected true or false, got 1"),
         ({"model": None}, "model: expected text, got none"),
         ({"model": "a\0b"}, r"model: expected a name that is not empty and has no control characters, got 'a\x00b'"),
-        ({"dataset": []}, "dataset: expected text, got []"),
+        ({"dataset": []}, "dataset: expected text, got a list"),
         ({"split": ""}, "split: expected a name that is not empty and has no control characters, got ''"),
         ({"model": "~nobody-has-this-name/x"}, "model: expected a path in the home folder of a user of this system, got"),
         ({"dataset": "x" * 5000}, "dataset: expected a name of at most 255 bytes, or a path of at most 4095, got 'xxx"),

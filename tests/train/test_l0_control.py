@@ -77,7 +77,7 @@ def test_every_penalty_arrives(sparsity: str) -> None:
 def test_a_given_weight_is_left_alone(options: dict[str, Any]) -> None:
     trainer, _ = trained(tokens=20 * BATCH, **options)
     assert trainer.l0_control is None
-    assert trainer.config.l0_target is None
+    assert trainer.config.expected_l0 is None
 
 
 @pytest.mark.parametrize("steps", [20, 100])

@@ -57,9 +57,9 @@ def odd(tmp_path: Path, tiny_model: Path, chats: Path) -> TrainConfig:
 
 
 EXPECTED = {
-    "damaged JSON": 1,
-    "JSON nested too deeply": 1,
-    "on which the chat template fails (TypeError)": 10,
+    "the line is damaged JSON": 1,
+    "the JSON is nested too deeply": 1,
+    "the chat template raised an error (TypeError)": 10,
 }
 
 
@@ -67,7 +67,7 @@ def check(metrics: dict[str, Any]) -> None:
     assert metrics["dialogues_dropped"] == 12
     assert metrics["dropped_by_reason"] == EXPECTED
     assert metrics["dropped_first_rows"].keys() == EXPECTED.keys()
-    assert metrics["dropped_first_rows"]["damaged JSON"] == 50
+    assert metrics["dropped_first_rows"]["the line is damaged JSON"] == 50
     assert metrics["unknown_roles"] == {"Alice": 40}
 
 
@@ -80,9 +80,9 @@ def test_every_dialogue_that_cannot_be_used_counts_once_however_often_the_data_r
     check(metrics)
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
     page = (tmp_path / "run" / "report.html").read_text()
-    assert "on which the chat template fails (TypeError), such as row" in page
+    assert "the chat template raised an error (TypeError), such as row" in page
     assert "<code>Alice</code>" in page
-    assert "on which the chat template fails (TypeError) (such as row" in caplog.text
+    assert "the chat template raised an error (TypeError) (such as row" in caplog.text
     assert "'Alice' (40)" in caplog.text
     assert "number" not in caplog.text  # a word of every dialogue: a warning never holds their text
 
@@ -107,11 +107,11 @@ def test_the_summary_names_them(odd: TrainConfig, tmp_path: Path, capsys: pytest
     assert cli.main(["evaluate", str(tmp_path / "run"), "--json", str(tmp_path / "m.json"), "--quiet"]) == 0
     captured = capsys.readouterr()
     assert "dialogues could not be used: " in captured.out
-    assert "1 damaged JSON" in captured.out
+    assert "1 because the line is damaged JSON" in captured.out
     assert "'Alice' (40)" in captured.out
     assert "of 52 dialogues cannot be used" in captured.err
     measured = json.loads((tmp_path / "m.json").read_text())
-    assert measured["dropped_by_reason"]["damaged JSON"] == 1
+    assert measured["dropped_by_reason"]["the line is damaged JSON"] == 1
     assert measured["dialogues_dropped"] < 12  # the held-out ones alone, and those of the file
 
 

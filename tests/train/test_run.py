@@ -286,7 +286,7 @@ def test_model_files_without_some_weights_are_refused(config: TrainConfig, tiny_
         train(replace(config, model=str(broken)), tmp_path / "run", progress=False)
 
 
-def test_evaluate_refuses_an_sae_of_another_width(config: TrainConfig, tmp_path: Path) -> None:
+def test_evaluate_refuses_an_sae_of_another_width_before_it_reads_the_data(config: TrainConfig, tmp_path: Path) -> None:
     FusedJumpReLUSAE(8, 16).save(tmp_path)
-    with pytest.raises(UsageError, match="d_in = 16"):
-        evaluate_folder(tmp_path, config, progress=False)
+    with pytest.raises(UsageError, match=r"model '.*': expected activations of the SAE's width d_in = 8, got 16"):
+        evaluate_folder(tmp_path, replace(config, dataset="/no/such/chats.jsonl"), progress=False)
