@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_helpers import DEVICE, FEW_PROGRAMS, needs_kernels
 from torch import Tensor
 
+import fastsae_kernels as kernels
 from fastsae import FusedJumpReLUSAE, FusedSAEAdam, UsageError
 
 D_IN, D_SAE, N = 16, 128, 48
@@ -510,3 +513,75 @@ def test_an_input_that_was_thrown_away_may_change() -> None:
     x.copy_(batch(1))
     loss_of(sae, x).backward()
     optimizer.step()
+
+
+def test_capture_in_a_cuda_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    sae = fresh()
+    optimizer, before = fused(sae), weights(sae)
+    loss_of(sae, batch(0)).backward()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(UsageError, match="CUDA graph"):
+        optimizer.step()
+    assert all(torch.equal(before[name], p) for name, p in sae.named_parameters())
+
+
+@needs_kernels
+@pytest.mark.parametrize("frozen", [None, "W_enc", "W_dec"])
+def test_on_the_kernels(frozen: str | None) -> None:
+    """One pass, two passes, gradients thrown away, whole gradients, and an input that was overwritten."""
+
+    def run(make: Make, _: SendBack) -> State:
+        sae = fresh().to(DEVICE)
+        optimizer = make(sae, eps=1e-3)  # or what is left of gradients that cancel would count
+        if frozen:
+            getattr(sae, frozen).requires_grad_(False)
+
+        def send(step: int, by: SendBack = explicitly) -> Tensor:
+            x = batch(step)[:6].to(DEVICE)
+            with kernels.use_backend("triton" if isinstance(optimizer, FusedSAEAdam) else None), tiles:
+                by(optimizer, loss_of(sae, x))
+            return x
+
+        for step in range(4):
+            optimizer.zero_grad()
+            send(step)
+            if step == 1:
+                send(10)
+            if step == 2:
+                sae.zero_grad()
+                send(20)
+                send(21)
+            if step == 3:
+                optimizer.zero_grad()
+                send(30, by_itself)
+            with tiles:
+                optimizer.step()
+        if isinstance(optimizer, FusedSAEAdam) and frozen != "W_enc":  # whose gradient alone needs x
+            optimizer.zero_grad()
+            x = send(40)
+            x.zero_()
+            with pytest.raises(UsageError, match="overwritten"):
+                optimizer.step()
+        return {name: tensor.cpu() for name, tensor in weights(sae).items()}
+
+    rows = {name: {"BLOCK_E": 4, "D_PER_WARP": 512} for name in ("adam_rows", "grad_norms")}
+    table = {name: {"16": row, "32": row} for name, row in (FEW_PROGRAMS | rows).items()}
+    from fastsae_kernels.gpu import config
+
+    tiles = contextlib.nullcontext() if DEVICE != "cpu" else Reused(lambda: config.override(table))
+    assert_same_as_adam(run)
+
+
+class Reused:
+    """A context manager that can be entered again, from a function that makes one."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make = make
+
+    def __enter__(self) -> None:
+        self.current = self.make()
+        self.current.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.current.__exit__(*error)
