@@ -89,7 +89,8 @@ def _train(config: TrainConfig, output: Path, *, resume: bool, progress: bool) -
         logger.info("filling the buffer with the activations of %d tokens", config.buffer_tokens)
         parts.trainer.initialize(parts.buffer.sample(SAMPLE))
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / CONFIG_FILE, {**described(config), "fingerprints": fingerprints})
+    # a resumed run writes it again: model and dataset may have moved
+    write_json(output / CONFIG_FILE, {**described(config), "fingerprints": fingerprints})
 
     def seconds() -> float:
         return seconds_before + time.perf_counter() - started
