@@ -53,7 +53,7 @@ def check_trainer(found: Fields, trainer: Trainer) -> None:
     _check_optimizer(found.fields("optimizer"), trainer, step)
     last = _check_history(found, config.batch_size, step)
     sums = found.fields("sums")
-    for name in dict.fromkeys([*sums.values, *(("loss", "l0", "fvu") if last < step else ())]):
+    for name in dict.fromkeys([*sums.values, *(("loss", "l0", "fvu", "fvu_steps") if last < step else ())]):
         sums.tensor(name, (), (torch.float32,))
     own = ("step", "scale", "silent_tokens", "dead_mask", "optimizer", "history", "sums")
     others = {name: value for name, value in like.items() if name not in own}

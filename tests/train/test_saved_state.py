@@ -123,8 +123,8 @@ def test_a_wrong_value_is_refused_before_anything_is_used(
 
 
 @pytest.mark.parametrize(
-    "path", ["seconds", "trainer", "trainer.step", "trainer.sums", "trainer.optimizer.0.exp_avg", "buffer.generator",
-             "buffer.rows.acts", "sequencer.batch", "trainer.sae.b_dec"]
+    "path", ["seconds", "trainer", "trainer.step", "trainer.sums", "trainer.sums.fvu_steps", "trainer.optimizer.0.exp_avg",
+             "trainer.l0_control", "buffer.generator", "buffer.rows.acts", "sequencer.batch", "trainer.sae.b_dec"]
 )  # fmt: skip
 def test_a_missing_value_is_refused(saved: tuple[run._Parts, dict[str, Any]], path: str) -> None:
     parts, state = saved
