@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsae.disk import local_path
-from fastsae.errors import FastsaeError, UsageError
+from fastsae.errors import FastsaeError, UsageError, is_out_of_memory
 from fastsae.flags import (
     OPTIONS,
     add_config_flags,
@@ -222,12 +222,6 @@ def describe_os_error(error: OSError) -> str:
     if error.errno == errno.ENOSPC:
         return f"the disk is full, {place} could not be written; free some space, then run again, with --resume if training began"
     return f"{place}: {error.strerror or error}"
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether Python, PyTorch on a CPU or PyTorch on a GPU says that there is no memory left."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 if __name__ == "__main__":

@@ -7,3 +7,9 @@ class FastsaeError(Exception):
 
 class UsageError(FastsaeError):
     """An argument is wrong; the message says what was expected and what came (exit status 2)."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, PyTorch on a CPU or PyTorch on a GPU says that there is no memory left."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
