@@ -84,6 +84,11 @@ def described(config: TrainConfig) -> dict[str, Any]:
     return {**asdict(config), "versions": versions}
 
 
+def kept_options(config: TrainConfig) -> dict[str, Any]:
+    """The options that a resumed run must have as they were."""
+    return {name: value for name, value in asdict(config).items() if name not in MAY_MOVE}
+
+
 def read_config(folder: Path) -> TrainConfig:
     """The config that a run saved.
 

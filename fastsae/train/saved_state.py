@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastsae.data.buffer import ActivationBatch, MixingBuffer
-from fastsae.fields import Fields
+from fastsae.errors import UsageError
+from fastsae.fields import Fields, shown
 from fastsae.train.trainer import Trainer
 
 LARGEST = 2**62  # the largest count
@@ -36,6 +37,22 @@ def check_alike(found: Fields, like: dict[str, Any]) -> None:
         elif isinstance(value, dict):
             inner = found.fields(name)
             check_alike(inner, value or dict.fromkeys(inner.values, 0))
+
+
+def check_options(found: Fields, options: dict[str, Any]) -> None:
+    """Raises UsageError unless the checkpoint was made with the `options` of its run: config.json can be edited.
+
+    Raises:
+        ValueError: `found` are no options.
+    """
+    found.check_names(options)
+    for name, value in options.items():
+        made_with = found.get(name)
+        if made_with != value:
+            raise UsageError(
+                f"{name}: the run's checkpoint was made with {shown(made_with)}, but its config.json says {shown(value)}; "
+                "put that back, or start a new run"
+            )
 
 
 def check_trainer(found: Fields, trainer: Trainer) -> None:
