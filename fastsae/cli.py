@@ -79,7 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     train.add_argument("--output", type=path, metavar="FOLDER", help="new folder for the results (default: sae-MODEL)")
-    train.add_argument("--resume", action="store_true", help="go on with the interrupted run in --output")
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the interrupted run in --output; give --model and --dataset again where they have moved",
+    )
     train.add_argument(
         "--preset", choices=PRESETS, help="set of options: recommended, or fast-paper, those of arXiv:2506.07691"
     )
