@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsae.disk import local_path
-from fastsae.errors import FastsaeError, UsageError
+from fastsae.errors import FastsaeError, UsageError, is_out_of_memory
 from fastsae.flags import (
     OPTIONS,
     add_config_flags,
@@ -80,7 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     train.add_argument("--output", type=path, metavar="FOLDER", help="new folder for the results (default: sae-MODEL)")
-    train.add_argument("--resume", action="store_true", help="go on with the interrupted run in --output")
+    train.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the interrupted run in --output; give --model and --dataset again where they have moved",
+    )
     train.add_argument(
         "--preset", choices=PRESETS, help="set of options: recommended, or fast-paper, those of arXiv:2506.07691"
     )
@@ -223,12 +227,6 @@ def describe_os_error(error: OSError) -> str:
     if error.errno == errno.ENOSPC:
         return f"the disk is full, {place} could not be written; free some space, then run again, with --resume if training began"
     return f"{place}: {error.strerror or error}"
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether Python, PyTorch on a CPU or PyTorch on a GPU says that there is no memory left."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 if __name__ == "__main__":

@@ -31,3 +31,9 @@ def shown(value: Any) -> str:
     if hasattr(value, "dtype") and hasattr(value, "shape"):  # of PyTorch, which takes seconds to import
         return f"a tensor {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     return _KINDS.get(type(value), type(value).__name__)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, PyTorch on a CPU or PyTorch on a GPU says that there is no memory left."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text

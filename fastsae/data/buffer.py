@@ -220,4 +220,7 @@ class MixingBuffer(Iterator[ActivationBatch]):
         places = slots.to(self.device)
         stored = self._storage.tensors()
         for name, new in rows.tensors().items():
+            if new.dtype != stored[name].dtype:
+                dtypes = f"are {stored[name].dtype}, those of this run {new.dtype}"
+                raise UsageError(f"cannot resume: the {name} of the checkpoint's buffer {dtypes}")
             stored[name].index_copy_(0, places, new.to(self.device))

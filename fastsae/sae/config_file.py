@@ -10,6 +10,8 @@ import torch
 from fastsae.errors import shown
 from fastsae.fields import DTYPES, Fields
 
+# normalisations that SAELens can fold into the weights
+_FOLDABLE = ("expected_average_only_in", "covariance_whitening")
 _LARGEST = 2**31 - 1  # the largest size that is read; the weights' header says which it really is
 # what SAELens wrote at the top before version 6, and keeps in the metadata since
 _OLD_METADATA = (
@@ -54,10 +56,12 @@ class SavedConfig:
         own = Fields(metadata.pop("fastsae", None) or {}, "metadata.fastsae.")
         if own.values:
             own.choice("architecture", architectures)
+        architecture = found.choice("architecture", architectures)
         for option in ("normalize_activations", "reshape_activations"):
-            if found.get(option, "none") not in ("none", False):
-                got = shown(found.get(option))
-                raise ValueError(f"{option}: expected 'none', got {got}; fold it into the weights first")
+            value = found.get(option, "none")
+            if value not in ("none", False):
+                why = "fold it into the weights first" if value in _FOLDABLE else "this library does not compute it"
+                raise ValueError(f"{option}: expected 'none', got {shown(value)}; {why}")
         dtype = found.get("dtype", "float32")
         if isinstance(dtype, str) and dtype.startswith("torch."):
             dtype = dtype.removeprefix("torch.")  # as SAELens once wrote it, and still reads it
@@ -65,7 +69,7 @@ class SavedConfig:
             raise found.wrong("dtype", " or ".join(DTYPES))
         return cls(
             keys=found,
-            architecture=found.choice("architecture", architectures),
+            architecture=architecture,
             d_in=found.integer("d_in", 1, _LARGEST),
             d_sae=found.integer("d_sae", 1, _LARGEST),
             dtype=DTYPES[dtype],

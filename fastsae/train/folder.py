@@ -20,6 +20,7 @@ from fastsae.train.config import TrainConfig, field_names
 from fastsae.version import __version__
 
 CONFIG_FILE, METRICS_FILE, REPORT_FILE = "config.json", "metrics.json", "report.html"
+MAY_MOVE = ("model", "dataset", "device")  # options that a resumed run may find elsewhere
 FILES = (CONFIG_FILE, METRICS_FILE, REPORT_FILE, files.CONFIG_FILE, files.WEIGHTS_FILE)
 
 
@@ -83,6 +84,11 @@ def described(config: TrainConfig) -> dict[str, Any]:
     return {**asdict(config), "versions": versions}
 
 
+def kept_options(config: TrainConfig) -> dict[str, Any]:
+    """The options that a resumed run must have as they were."""
+    return {name: value for name, value in asdict(config).items() if name not in MAY_MOVE}
+
+
 def read_config(folder: Path) -> TrainConfig:
     """The config that a run saved.
 
@@ -107,6 +113,8 @@ def read_config(folder: Path) -> TrainConfig:
 def resumed_config(output: Path, config: TrainConfig) -> TrainConfig:
     """The options of the run in `output`, which those given must agree with, on the device that is given.
 
+    Model and dataset are those given, too: they may have moved, and `check_fingerprints` tells whether they are the same.
+
     Raises:
         UsageError: An option differs.
     """
@@ -116,12 +124,12 @@ def resumed_config(output: Path, config: TrainConfig) -> TrainConfig:
     for name in field_names():
         given, started_with = getattr(config, name), getattr(saved, name)
         is_open = given is None and name in ("layer", "model_dtype")  # the run has found these out by itself
-        if given != started_with and not is_open and name != "device":
+        if given != started_with and not is_open and name not in MAY_MOVE:
             raise UsageError(
                 f"{name}: the run in {output} was started with {started_with}, got {given}; "
                 "drop the flag to resume, or start a new run without --resume"
             )
-    return replace(saved, device=config.device)
+    return replace(saved, **{name: getattr(config, name) for name in MAY_MOVE})
 
 
 def check_fingerprints(output: Path, config: TrainConfig, found: dict[str, str]) -> None:
@@ -129,16 +137,19 @@ def check_fingerprints(output: Path, config: TrainConfig, found: dict[str, str])
     if not (output / CONFIG_FILE).exists():
         return
     try:
-        saved = Fields(read_json(output / CONFIG_FILE)).fields("fingerprints", default={})
+        saved = Fields(read_json(output / CONFIG_FILE))
+        fingerprints = saved.fields("fingerprints", default={})
     except ValueError as error:
         raise FastsaeError(
             f"{output / CONFIG_FILE}: expected the options of a run, got a corrupt file ({error})"
         ) from None
     for what, fingerprint in found.items():
-        if what in saved and saved.values[what] != fingerprint:
+        name, started_with = getattr(config, what), saved.get(what)
+        is_same = fingerprints.values[what] == fingerprint if what in fingerprints else name == started_with
+        if not is_same:
             raise UsageError(
-                f"--resume: the {what} {getattr(config, what)!r} has changed since this run was started: its content or "
-                "its order is not the same. Put it back as it was, or start a new run with another --output"
+                f"--resume: the {what} {name!r} has changed since this run was started with {started_with!r}: its content "
+                "or its order is not the same. Put it back as it was, or start a new run with another --output"
             )
 
 

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from fastsae.errors import FastsaeError
 from fastsae.sae import FusedJumpReLUSAE, SparseAutoencoder
 
 SAMPLE = 16_384  # tokens that the estimates look at
 
 
 def activation_scale(acts: Tensor) -> float:
-    """The factor that gives activations `[N, d_in]` a mean norm of `sqrt(d_in)`: `sqrt(d_in) / mean |x|`."""
-    return acts.shape[1] ** 0.5 / max(acts.float().norm(dim=1).mean().item(), 1e-12)
+    """The factor that gives activations `[N, d_in]` a mean norm of `sqrt(d_in)`: `sqrt(d_in) / mean |x|`.
+
+    Raises:
+        FastsaeError: The mean norm is more than float32 can hold.
+    """
+    mean_norm = acts.float().norm(dim=1).mean().item()
+    if not math.isfinite(mean_norm):
+        raise FastsaeError(
+            f"the activations of this layer are too large to train on: single ones are {acts.abs().max().item():.1e}, so "
+            "that their norm overflows float32. Choose an earlier --layer, or get the model's files again"
+        )
+    return acts.shape[1] ** 0.5 / max(mean_norm, 1e-12)
 
 
 def geometric_median(points: Tensor, max_steps: int = 100, tolerance: float = 1e-7) -> Tensor:

@@ -17,6 +17,7 @@ from fastsae.data.activations import (
     decoder_layers,
     n_embeddings,
     position_limit,
+    unsupported,
 )
 from fastsae.data.chat import ChatDataset, Dialogue, load_chats
 from fastsae.data.chat_template import ChatTemplate
@@ -28,7 +29,7 @@ from fastsae.data.progress import with_bar
 from fastsae.data.sequencing import FastSequencer, render
 from fastsae.data.special_tokens import SpecialTokens, find_special_tokens
 from fastsae.data.splicing import SplicedModel
-from fastsae.errors import FastsaeError, UsageError
+from fastsae.errors import FastsaeError, UsageError, is_out_of_memory
 from fastsae.sae import SparseAutoencoder
 from fastsae.train.config import ModelDtype, TrainConfig
 from fastsae.train.limits import check_memory
@@ -195,7 +196,15 @@ def _check_model(residual: ResidualStream, tokenizer: Any, max_length: int) -> N
     except FastsaeError:  # a template that wants other roles: any text does
         ids = tokenizer(_CHECKED[0]["content"], add_special_tokens=False)["input_ids"][:max_length]
     input_ids = torch.tensor([ids])
-    SplicedModel(residual).check(input_ids, torch.ones_like(input_ids))
+    try:
+        SplicedModel(residual).check(input_ids, torch.ones_like(input_ids))
+    except FastsaeError:
+        raise
+    except Exception as error:  # whatever the model's own code raises
+        if is_out_of_memory(error):
+            raise
+        text = " ".join(str(error).split())[:300]
+        raise unsupported(residual.model, f"it fails on a short dialogue ({type(error).__name__}: {text})") from error
 
 
 def split_dialogues(

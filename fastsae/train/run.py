@@ -30,6 +30,7 @@ from fastsae.train.folder import (
     check_fingerprints,
     described,
     how_to_go_on,
+    kept_options,
     located,
     prepare,
     resumed_config,
@@ -37,7 +38,7 @@ from fastsae.train.folder import (
 from fastsae.train.initialize import SAMPLE
 from fastsae.train.l0_control import l0_metrics
 from fastsae.train.pipeline import Pipeline, build_pipeline
-from fastsae.train.saved_state import check_alike, check_buffer, check_trainer
+from fastsae.train.saved_state import check_alike, check_buffer, check_options, check_trainer
 from fastsae.train.trainer import Trainer, build_sae
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,8 @@ def _train(config: TrainConfig, output: Path, *, resume: bool, progress: bool) -
         logger.info("filling the buffer with the activations of %d tokens", config.buffer_tokens)
         parts.trainer.initialize(parts.buffer.sample(SAMPLE))
         output.mkdir(parents=True, exist_ok=True)
-        write_json(output / CONFIG_FILE, {**described(config), "fingerprints": fingerprints})
+    # a resumed run writes it again: model and dataset may have moved
+    write_json(output / CONFIG_FILE, {**described(config), "fingerprints": fingerprints})
 
     def seconds() -> float:
         return seconds_before + time.perf_counter() - started
@@ -166,6 +168,7 @@ class _Parts:
 
     def save(self, output: Path, seconds: float) -> None:
         state = {
+            "options": kept_options(self.config),
             "sequencer": self._sequencer_state,
             "buffer": self.buffer.state_dict(),
             "trainer": self.trainer.state_dict(),
@@ -177,7 +180,8 @@ class _Parts:
         """Goes on where `saved` was taken; returns the seconds that the run had taken until then."""
         try:
             found = Fields(saved)
-            found.check_names(("sequencer", "buffer", "trainer", "seconds"))
+            found.check_names(("options", "sequencer", "buffer", "trainer", "seconds"))
+            check_options(found.fields("options"), kept_options(self.config))
             seconds: float = found.number("seconds", 0)
             check_trainer(found.fields("trainer"), self.trainer)
             d_in, n_dialogues = self.pipeline.residual.d_in, len(self.pipeline.dialogues)

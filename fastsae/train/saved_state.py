@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsae.data.buffer import ActivationBatch, MixingBuffer
+from fastsae.errors import UsageError, shown
 from fastsae.fields import DTYPES, Fields
 from fastsae.train.trainer import Trainer
 
@@ -37,6 +38,22 @@ def check_alike(found: Fields, like: dict[str, Any]) -> None:
             check_alike(inner, value or dict.fromkeys(inner.values, 0))
 
 
+def check_options(found: Fields, options: dict[str, Any]) -> None:
+    """Raises UsageError unless the checkpoint was made with the `options` of its run: config.json can be edited.
+
+    Raises:
+        ValueError: `found` are no options.
+    """
+    found.check_names(options)
+    for name, value in options.items():
+        made_with = found.get(name)
+        if made_with != value:
+            raise UsageError(
+                f"{name}: the run's checkpoint was made with {shown(made_with)}, but its config.json says {shown(value)}; "
+                "put that back, or start a new run"
+            )
+
+
 def check_trainer(found: Fields, trainer: Trainer) -> None:
     """Raises ValueError unless `found` is a state of `trainer`."""
     config, sae = trainer.config, trainer.sae
@@ -52,7 +69,7 @@ def check_trainer(found: Fields, trainer: Trainer) -> None:
     _check_optimizer(found.fields("optimizer"), trainer, step)
     last = _check_history(found, config.batch_size, step)
     sums = found.fields("sums")
-    for name in dict.fromkeys([*sums.values, *(("loss", "l0", "fvu") if last < step else ())]):
+    for name in dict.fromkeys([*sums.values, *(("loss", "l0", "fvu", "fvu_steps") if last < step else ())]):
         sums.tensor(name, (), (torch.float32,))
     own = ("step", "scale", "silent_tokens", "dead_mask", "optimizer", "history", "sums")
     others = {name: value for name, value in like.items() if name not in own}

@@ -64,7 +64,7 @@ class Trainer:
         self.optimizer = FusedSAEAdam(
             sae,
             lr=config.lr,
-            betas=(config.beta1, config.beta2),
+            betas=(float(config.beta1), float(config.beta2)),  # PyTorch refuses a whole number
             max_grad_norm=config.clip_norm or None,
             normalize_decoder=config.normalize_decoder,
             compute_dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fastsae import FusedJumpReLUSAE, FusedReLUSAE, SparseAutoencoder, TrainOutput
+from fastsae import FusedJumpReLUSAE, FusedReLUSAE, FusedTopKSAE, SparseAutoencoder, TrainOutput
 
 sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed (pip install sae-lens)")
 
@@ -17,8 +18,8 @@ def fill(sae: Any) -> None:
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in sae.state_dict().items():
-            values = torch.randn(tensor.shape, generator=g) / tensor.shape[0] ** 0.5
-            tensor.copy_(values.abs() + 0.05 if name == "threshold" else values)
+            values = torch.randn(tensor.shape, generator=g) / max([1, *tensor.shape[:1]]) ** 0.5
+            tensor.copy_(values.abs() + 0.05 if "threshold" in name else values)
 
 
 @pytest.mark.parametrize("cls", [FusedJumpReLUSAE, FusedReLUSAE])
@@ -44,6 +45,78 @@ def test_we_load_a_folder_of_saelens(tmp_path: Path) -> None:
     ours = FusedJumpReLUSAE.load(tmp_path)
     x = torch.randn(200, 24)
     assert (theirs(x) - ours(x)).abs().max() < 2e-6
+
+
+WIDTHS = {"d_in": 24, "d_sae": 80}
+INFERENCE = {
+    "standard": FusedReLUSAE,
+    "jumprelu": FusedJumpReLUSAE,
+    "topk": FusedTopKSAE,
+    "gated": None,
+    "abstopk": None,
+    "matching_pursuit": None,
+}
+
+
+@pytest.mark.parametrize("subtract", [False, True], ids=["", "subtracts b_dec"])
+@pytest.mark.parametrize("architecture", INFERENCE)
+def test_every_inference_folder_of_saelens_is_read_or_refused(
+    architecture: str, subtract: bool, tmp_path: Path
+) -> None:
+    from sae_lens.registry import get_sae_class
+
+    cls, config_cls = get_sae_class(architecture)
+    options = {"k": 8} if architecture.endswith("topk") else {}
+    theirs = cls(config_cls(**WIDTHS, apply_b_dec_to_input=subtract, **options))
+    fill(theirs)
+    theirs.save_model(str(tmp_path))
+    expected = INFERENCE[architecture]
+    if expected is None:
+        with pytest.raises(ValueError, match=f"batchtopk or jumprelu or standard or topk, got '{architecture}'"):
+            SparseAutoencoder.load(tmp_path)
+        return
+    ours, x = SparseAutoencoder.load(tmp_path), torch.randn(200, 24)
+    assert type(ours) is expected
+    assert (theirs(x) - ours(x)).abs().max() < 2e-6
+    torch.testing.assert_close(ours.encode(x), theirs.encode(x))
+
+
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "matryoshka_batchtopk"])
+@pytest.mark.parametrize("kind", ["checkpoint", "inference"])
+def test_what_saelens_saves_of_a_training_is_read_or_refused(architecture: str, kind: str, tmp_path: Path) -> None:
+    from sae_lens.registry import get_sae_training_class
+
+    cls, config_cls = get_sae_training_class(architecture)
+    options = {"k": 8, "matryoshka_widths": [20, 80]} if "topk" in architecture else {}
+    theirs = cls(config_cls(**WIDTHS, **options))
+    fill(theirs)
+    (theirs.save_model if kind == "checkpoint" else theirs.save_inference_model)(str(tmp_path))
+    if architecture == "gated" or (architecture.startswith("matryoshka") and kind == "checkpoint"):
+        with pytest.raises(ValueError, match=f"batchtopk or jumprelu or standard or topk, got '{architecture}'"):
+            SparseAutoencoder.load(tmp_path)
+        return
+    plain = sae_lens.SAE.load_from_disk(str(tmp_path)) if kind == "inference" else theirs
+    x = torch.randn(200, 24)
+    assert (plain(x) - SparseAutoencoder.load(tmp_path)(x)).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("normalize", "advice"),
+    [
+        ("expected_average_only_in", "fold it"),
+        ("covariance_whitening", "fold it"),
+        ("layer_norm", "this library does not compute it"),
+    ],
+)
+def test_normalised_activations_of_saelens_are_refused(normalize: Any, advice: str, tmp_path: Path) -> None:
+    theirs = sae_lens.StandardSAE(sae_lens.StandardSAEConfig(**WIDTHS, normalize_activations=normalize))
+    theirs.save_model(str(tmp_path))
+    with pytest.raises(ValueError, match=f"normalize_activations: expected 'none', got '{normalize}'; {advice}"):
+        SparseAutoencoder.load(tmp_path)
+    content = json.loads((tmp_path / "cfg.json").read_text())
+    (tmp_path / "cfg.json").write_text(json.dumps({**content, "architecture": "gated"}))
+    with pytest.raises(ValueError, match="got 'gated'"):  # first, because nothing can be folded to change that
+        SparseAutoencoder.load(tmp_path)
 
 
 def assert_same_step(ours: SparseAutoencoder, theirs: Any, got: TrainOutput, expected: Any) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from fastsae.data.buffer import ActivationBatch
 from fastsae.errors import UsageError
 from fastsae.train.config import PRESETS, TrainConfig
+from fastsae.train.trainer import Trainer, build_sae
 
 
 @pytest.mark.parametrize(
@@ -104,3 +107,15 @@ def test_message_says_what_was_expected_and_what_came(options: dict[str, Any], m
     assert str(caught.value).startswith(message)
     assert len(str(caught.value)) < 300
     assert "\n" not in str(caught.value)
+
+
+def test_whole_numbers_are_numbers_too() -> None:
+    options = dict.fromkeys(
+        ("lr", "lr_end", "beta1", "beta2", "warm_up", "decay", "clip_norm", "init_l0", "target_l0"), 1
+    )
+    config = TrainConfig(d_sae=8, **{**options, "beta1": 0, "beta2": 0, "decay": 0})
+    sae = build_sae(config, 4, torch.device("cpu"))
+    batch = ActivationBatch(torch.randn(16, 4), *torch.zeros(3, 16, dtype=torch.int64))
+    trainer = Trainer(sae, iter([batch]), config)
+    trainer.initialize(batch.acts)
+    assert trainer.train_step(batch).loss.isfinite()

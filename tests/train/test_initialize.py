@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastsae import FusedJumpReLUSAE
+from fastsae import FastsaeError, FusedJumpReLUSAE
 from fastsae.train.initialize import activation_scale, geometric_median, initialize_from_data
 
 
@@ -13,6 +13,12 @@ def test_scale_gives_a_mean_norm_of_sqrt_d_in() -> None:
     acts = torch.randn(1000, 9) * 7 + 3
     scaled = acts * activation_scale(acts)
     assert scaled.norm(dim=1).mean().item() == pytest.approx(3, rel=1e-5)
+
+
+def test_activations_whose_norm_overflows_are_refused() -> None:
+    assert activation_scale(torch.full((4, 9), 1e18)) == pytest.approx(1e-18)
+    with pytest.raises(FastsaeError, match=r"too large to train on: single ones are 1\.0e\+30"):
+        activation_scale(torch.full((4, 9), -1e30))
 
 
 def test_geometric_median_of_points_with_a_known_one() -> None:

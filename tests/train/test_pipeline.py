@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from fastsae import UsageError
+from fastsae import FastsaeError, UsageError
 from fastsae.data import model_dtype
 from fastsae.train.config import TrainConfig
 from fastsae.train.pipeline import build_pipeline
@@ -95,6 +95,31 @@ def test_model_that_cannot_be_read_rightly_is_refused_before_the_data_is_read(
     model = save(tmp_path, transformers.BertLMHeadModel(bert), tiny_model)
     with pytest.raises(UsageError, match="models of type 'bert'"):
         build_pipeline(replace(config, model=model, dataset="/no/such.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("failure", "raised", "message"),
+    [
+        (
+            TypeError("'NoneType' object\nis not subscriptable"),
+            UsageError,
+            r"fails on a short dialogue \(TypeError: .* is",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError, "can't allocate memory"),
+        (FastsaeError("its own message"), FastsaeError, "its own message"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_model_whose_own_code_fails_is_one_message(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, failure: Exception, raised: type[Exception], message: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(transformers.Qwen2Model, "forward", fail)
+    with pytest.raises(raised, match=message) as caught:
+        build_pipeline(replace(config, dataset="/no/such.jsonl"))
+    assert type(caught.value) is raised
 
 
 @pytest.mark.parametrize(("narrow", "expected"), [(6.0, "float32"), (90.0, "bfloat16")])

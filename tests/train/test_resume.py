@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -117,6 +118,43 @@ def test_a_run_is_found_from_any_folder(
     assert read_config(output).model == str(tmp_path / "here" / "model")
     assert cli.main(["train", "--resume", "--quiet", "--output", str(output), "--model", "../here/model"]) == 0
     evaluate_folder(output, read_config(output), progress=False)
+
+
+def test_model_data_and_folder_may_move(
+    tiny_model: Path, chats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.copy(chats, tmp_path / "chats.jsonl")
+    config = make_config(tmp_path / "model", tmp_path / "chats.jsonl", checkpoint_every=2)
+    stopped_run(config, tmp_path / "run", at=5)
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    train(config, tmp_path / "whole", resume=True, progress=False)
+    for name in ("model", "chats.jsonl", "run"):
+        (tmp_path / name).rename(tmp_path / f"moved-{name}")
+    resume = ["train", "--resume", "--quiet", "--output", str(tmp_path / "moved-run")]
+    assert cli.main(resume) == 2
+    assert f"model '{tmp_path}/model': expected a folder" in capsys.readouterr().err
+    places = ["--model", str(tmp_path / "moved-model"), "--dataset", str(tmp_path / "moved-chats.jsonl")]
+    assert cli.main([*resume, *places]) == 0
+    weights = "sae_weights.safetensors"
+    assert (tmp_path / "moved-run" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+    evaluate_folder(tmp_path / "moved-run", read_config(tmp_path / "moved-run"), progress=False)
+
+
+def test_another_dataset_is_no_moved_one(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
+    output = stopped_run(make_config(tiny_model, chats, checkpoint_every=2), tmp_path / "run", at=5)
+    other = Path(shutil.copy(chats, tmp_path / "other.jsonl"))
+    rewritten(other, lambda lines: lines[::-1])
+    config = replace(read_config(output), dataset=str(other))
+    with pytest.raises(UsageError, match=r"dataset .*other\.jsonl' has changed .* started with .*chats\.jsonl'"):
+        train(config, output, resume=True, progress=False)
+    assert read_config(output).dataset == str(chats)
+    saved = json.loads((output / CONFIG_FILE).read_text())
+    del saved["fingerprints"]  # without them only the name tells
+    write_json(output / CONFIG_FILE, saved)
+    with pytest.raises(UsageError, match="has changed"):
+        train(config, output, resume=True, progress=False)
+    train(read_config(output), output, resume=True, progress=False)
 
 
 def test_names_that_are_no_paths_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -15,9 +16,10 @@ import pytest
 import torch
 from stopped_runs import make_config, stopped_run
 
-from fastsae import FastsaeError
+from fastsae import FastsaeError, UsageError
+from fastsae.disk import write_json
 from fastsae.train import checkpoint, run
-from fastsae.train.folder import read_config
+from fastsae.train.folder import CONFIG_FILE, read_config
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not installed (pip install hypothesis)")
 st = hypothesis.strategies
@@ -104,6 +106,8 @@ WRONG: list[tuple[str, Any]] = [
     ("sequencer.dropped", -1),
     ("sequencer.other", 0),
     ("sequencer", None),
+    ("options", [1]),
+    ("options.other", 1),
     ("other", 1),
 ]
 
@@ -123,8 +127,9 @@ def test_a_wrong_value_is_refused_before_anything_is_used(
 
 
 @pytest.mark.parametrize(
-    "path", ["seconds", "trainer", "trainer.step", "trainer.sums", "trainer.optimizer.0.exp_avg", "buffer.generator",
-             "buffer.rows.acts", "sequencer.batch", "trainer.sae.b_dec"]
+    "path", ["seconds", "options", "options.layer", "trainer", "trainer.step", "trainer.sums", "trainer.sums.fvu_steps",
+             "trainer.optimizer.0.exp_avg", "trainer.l0_control", "trainer.sae.b_dec", "buffer.generator",
+             "buffer.rows.acts", "sequencer.batch"]
 )  # fmt: skip
 def test_a_missing_value_is_refused(saved: tuple[run._Parts, dict[str, Any]], path: str) -> None:
     parts, state = saved
@@ -136,6 +141,28 @@ def test_a_missing_value_is_refused(saved: tuple[run._Parts, dict[str, Any]], pa
     del place[last]
     with pytest.raises(FastsaeError, match=f"{last}: expected"):
         parts.restore(state, Path("run"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("layer", 0), ("forward_tokens", 512), ("lr", 1e-4), ("architecture", "relu"), ("k", 3)]
+)
+def test_options_edited_in_config_json_are_refused(
+    tiny_model: Path, chats: Path, tmp_path: Path, name: str, value: Any
+) -> None:
+    output = stopped_run(make_config(tiny_model, chats, checkpoint_every=2), tmp_path / "run", at=5)
+    content = json.loads((output / CONFIG_FILE).read_text())
+    write_json(output / CONFIG_FILE, {**content, name: value})
+    with pytest.raises(
+        UsageError, match=rf"{name}: the run's checkpoint was made with {shown(content[name])}, .* {shown(value)}"
+    ):
+        run.train(read_config(output), output, resume=True, progress=False)
+
+
+def test_buffer_of_another_dtype_is_refused(saved: tuple[run._Parts, dict[str, Any]]) -> None:
+    parts, state = saved
+    parts.restore(changed(state, "buffer.rows.acts", lambda tensor: tensor.bfloat16()), Path("run"))
+    with pytest.raises(UsageError, match=r"acts of the checkpoint's buffer are torch\.bfloat16, .* torch\.float32"):
+        list(itertools.islice(parts.buffer, 10))  # until the buffer is filled up again
 
 
 JSON_VALUES = (
