@@ -72,6 +72,7 @@ class PendingGradients:
     def backward(self, loss: Tensor, retain_graph: bool | None) -> None:
         """`FusedSAEAdam.backward`."""
         self.follow_grads()
+        self.check()
         for p in self._matrices:
             if self.row_sums(p) is not None:  # a GPU collects from one pass
                 p.grad = self._written_out(p)
@@ -106,7 +107,6 @@ class PendingGradients:
             else:
                 whole = self._written_out(p)
                 p.grad += whole
-        self._collected.seal()
 
     @torch.no_grad()
     def _written_out(self, p: nn.Parameter) -> Tensor:
@@ -138,11 +138,11 @@ class PendingGradients:
         self._collected.clear()
 
     def check(self) -> None:
-        """Raises UsageError where a tensor of a pass was written since `backward`."""
+        """Raises UsageError where a tensor of a pass was written since its `backward`."""
         if not self._collected.is_unchanged():
             raise UsageError(
-                "x, loss: expected the tensors of the pass as optimizer.backward(loss) left them, as step() sums the gradients "
-                "from them, got one that was overwritten in place; copy it, or call loss.backward()"
+                "x, loss: expected the tensors of a pass as optimizer.backward(loss) left them, from which step() sums the "
+                "gradients, got one that was overwritten in place; copy it, or call loss.backward()"
             )
 
     def _index(self, p: nn.Parameter) -> int:
