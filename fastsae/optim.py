@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from fastsae.adam_state import check_options, check_state_dict
 from fastsae.errors import UsageError
 from fastsae.pending import PendingGradient, PendingGradients
 from fastsae.sae import SparseAutoencoder
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from fastsae_kernels.gpu.weight_gradients import RowSums
 
 CHUNK_ELEMENTS = 2**18  # of the rows that are updated together: four tensors of 1 MB stay in cache
-UNSUPPORTED = ("amsgrad", "capturable", "decoupled_weight_decay", "differentiable")  # options of torch.optim.Adam
-GROUP_KEYS = {"params", "lr", "betas", "eps", "weight_decay"}
 OPTIONS = ("sae", "max_grad_norm", "normalize_decoder", "exp_avg_dtype", "compute_dtype")
 
 
@@ -169,6 +168,8 @@ class FusedSAEAdam(torch.optim.Adam):
         self._check()
         weights = [p for p in self.matrices if p.grad is not None]
         sums = self._row_sums()
+        if not sums:
+            self._pending.write_row_sums()
         scale = None if self.max_grad_norm is None else self._clip(weights, sums)
         for group in self.param_groups:
             self._update_others(group, scale)
@@ -190,7 +191,7 @@ class FusedSAEAdam(torch.optim.Adam):
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise UsageError("step: expected no CUDA graph to be captured, whose replays would count as one step")
         for group in self.param_groups:
-            _refuse_unsupported(group)
+            check_options(group)
             for p in group["params"]:
                 if isinstance(p.grad, PendingGradient) and p not in self._pending:
                     name = p.grad.parameter_name
@@ -255,14 +256,7 @@ class FusedSAEAdam(torch.optim.Adam):
 
     def _gradients(self, p: nn.Parameter) -> Iterator[tuple[slice, Tensor]]:
         """`(rows, gradient [C, d_in])` of a weight matrix by feature, projected."""
-        if p in self._pending:
-            chunks = self._pending.chunks(p, self._chunk)
-        else:
-            assert p.grad is not None
-            whole = self._by_feature(p, p.grad)
-            starts = range(0, self.sae.d_sae, self._chunk)
-            chunks = ((rows, whole[rows]) for rows in (slice(start, start + self._chunk) for start in starts))
-        for rows, grad in chunks:
+        for rows, grad in self._pending.chunks(p, self._chunk):
             w = self._by_feature(p, p)[rows]
             if self.normalize_decoder and p is self.matrices[1]:
                 grad = torch.addcmul(grad, (grad * w).sum(1, keepdim=True), w.to(grad.dtype), value=-1)
@@ -457,7 +451,7 @@ class FusedSAEAdam(torch.optim.Adam):
             UsageError: It is none of an Adam, has an option that this one lacks, or no moments of these shapes. Nothing was
                 changed.
         """
-        self._check_state(state_dict)
+        check_state_dict(state_dict, [p for group in self.param_groups for p in group["params"]])
         super().load_state_dict(state_dict)
         self._steps.clear()
         self._last_step.clear()
@@ -468,28 +462,3 @@ class FusedSAEAdam(torch.optim.Adam):
         if self._copies is not None:
             for p in self.matrices:
                 self._copies.refresh(p)
-
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
-        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
-            raise UsageError("state_dict: expected that of an Adam, got no state and param_groups")
-        for group in state_dict["param_groups"]:
-            if missing := GROUP_KEYS - group.keys():
-                raise UsageError(
-                    f"state_dict: expected that of an Adam, got a group without {', '.join(sorted(missing))}"
-                )
-            _refuse_unsupported(group)
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(indices, parameters, strict=False):  # another number of them is PyTorch's own error
-            state = state_dict["state"].get(index)
-            shapes = state and [tuple(getattr(state.get(name), "shape", ())) for name in ("exp_avg", "exp_avg_sq")]
-            if shapes and shapes != [tuple(p.shape)] * 2:
-                raise UsageError(f"state_dict: expected two moments of shape {tuple(p.shape)} at {index}, got {shapes}")
-            if state and "step" not in state:
-                raise UsageError(f"state_dict: expected a step at {index}, got {', '.join(state)}")
-
-
-def _refuse_unsupported(group: dict[str, Any]) -> None:
-    for name in UNSUPPORTED:
-        if group.get(name):
-            raise UsageError(f"{name}: expected False, the only value that FusedSAEAdam has, got {group[name]}")

@@ -73,9 +73,7 @@ class PendingGradients:
         """`FusedSAEAdam.backward`."""
         self.follow_grads()
         self.check()
-        for p in self._matrices:
-            if self.row_sums(p) is not None:  # a GPU collects from one pass
-                p.grad = self._written_out(p)
+        self.write_row_sums()  # a GPU collects from one pass
         if not self._may_collect():
             loss.backward(retain_graph=retain_graph)
             return
@@ -108,16 +106,19 @@ class PendingGradients:
                 whole = self._written_out(p)
                 p.grad += whole
 
+    def write_row_sums(self) -> None:
+        """Sums what a pass on a GPU left into `.grad`."""
+        for p in self._matrices:
+            if self.row_sums(p) is not None:
+                p.grad = self._written_out(p)
+
     @torch.no_grad()
     def _written_out(self, p: nn.Parameter) -> Tensor:
         """The whole gradient of a weight matrix, which is pending no longer."""
         i, sums = self._index(p), self.row_sums(p)
         whole = torch.empty_like(p)
-        if sums is None:
-            for rows, grad in self.chunks(p, self._sae.d_sae):
-                self.by_feature(p, whole)[rows] = grad
-        else:
-            self.by_feature(p, whole).copy_(sums.dense())
+        grad = next(self._collected.chunks(i, self._sae.d_sae))[1] if sums is None else sums.dense()
+        self.by_feature(p, whole).copy_(grad)
         self._collected.drop(i)
         self._marks.pop(p, None)
         return whole
@@ -153,9 +154,14 @@ class PendingGradients:
         return self._collected.row_sums(self._index(p))
 
     def chunks(self, p: nn.Parameter, size: int) -> Iterator[tuple[slice, Tensor]]:
-        """`(rows, gradient [C, d])` of a weight matrix by feature, for `size` features at a time."""
-        sums = self.row_sums(p)
-        return self._collected.chunks(self._index(p), size) if sums is None else iter([(slice(None), sums.dense())])
+        """`(rows, gradient [C, d])` of a weight matrix by feature, pending or in `.grad`, for `size` features at a time."""
+        if p in self:
+            yield from self._collected.chunks(self._index(p), size)
+        elif p.grad is not None:
+            whole = self.by_feature(p, p.grad)
+            for start in range(0, self._sae.d_sae, size):
+                rows = slice(start, start + size)
+                yield rows, whole[rows]
 
     def touched(self) -> Tensor:
         """`[d_sae]` bool, which features have an entry."""
