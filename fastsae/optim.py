@@ -57,7 +57,8 @@ class FusedSAEAdam(torch.optim.Adam):
         exp_avg_dtype: Dtype of the first moment of both weight matrices: fp32, or bf16 for half of its memory (rounded to
             nearest). The second stays fp32: in bf16 it would stand still once a step changes it by less than 1 part in 512.
         compute_dtype: bf16 or fp16: keeps copies of both weight matrices in that dtype, which training under autocast to it
-            takes instead of casting the weights in each step; None keeps none. Change weights under `torch.no_grad()`, not
+            takes instead of casting the weights in each step; None keeps none. After `loss.backward()` the gradients of both
+            have passed through that dtype, so that fp16 wants a GradScaler. Change weights under `torch.no_grad()`, not
             through `.data`, whose writes PyTorch does not count: the copies would be out of date in silence.
 
     Raises:

@@ -75,6 +75,8 @@ class PendingGradients:
         self.check()
         self.write_row_sums()  # a GPU collects from one pass
         if not self._may_collect():
+            for p in list(self._marks):
+                p.grad = self._written_out(p)
             loss.backward(retain_graph=retain_graph)
             return
         for p in self._marks:

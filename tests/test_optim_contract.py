@@ -195,6 +195,24 @@ def test_parameters_that_are_frozen_after_the_forward_pass_stay(frozen: tuple[st
 
 
 @both_ways
+@pytest.mark.parametrize("name", ["W_enc", "W_dec"])
+def test_micro_batches_whose_loss_has_another_term_of_a_weight(name: str, send_back: SendBack) -> None:
+    """The gradient of one matrix is whole after the first of them, that of the other still pending."""
+
+    def run(make: Make, send_back: SendBack) -> State:
+        sae = fresh()
+        optimizer = make(sae)
+        for step in range(6):
+            send_back(optimizer, loss_of(sae, batch(step)) + 0.1 * getattr(sae, name).square().sum())
+            if step % 3 == 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        return weights(sae)
+
+    assert_same_as_adam(run, send_back)
+
+
+@both_ways
 def test_betas_may_change(send_back: SendBack) -> None:
     """Rows that were left alone owe the decay of the rate of then, and their first moment is 0."""
 
