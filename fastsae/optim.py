@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from fastsae.adam_state import check_options, check_state_dict
 from fastsae.errors import UsageError
 from fastsae.pending import PendingGradient, PendingGradients
 from fastsae.sae import SparseAutoencoder
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
     from fastsae_kernels.gpu.weight_gradients import RowSums
 
 CHUNK_ELEMENTS = 2**18  # of the rows that are updated together: four tensors of 1 MB stay in cache
-UNSUPPORTED = ("amsgrad", "capturable", "decoupled_weight_decay", "differentiable")  # options of torch.optim.Adam
 OPTIONS = ("sae", "max_grad_norm", "normalize_decoder", "exp_avg_dtype", "compute_dtype")
 
 
@@ -46,8 +47,8 @@ class FusedSAEAdam(torch.optim.Adam):
         sae: The SAE; its own `dtype` is that of the master weights.
         lr: Learning rate; `param_groups[0]["lr"]` may change between steps.
         betas: Decay rates of the moments. With `betas[0] == 0` a row that no token touched costs nothing, exactly: its update
-            is zero, and its second moment catches up on the decay, a power of `betas[1]`, when it is touched or saved. (The
-            first moment, which such an Adam multiplies by 0, keeps an old value there.)
+            is zero, and its second moment catches up on the decay, a power of `betas[1]`, when it is touched or saved. A GPU
+            does not write the first moment then, which such an Adam multiplies by 0: `betas[0]` is to stay 0 there.
         eps: Added to the denominator.
         max_grad_norm: Clips the global norm of all gradients; None does not. Exact: on a CPU the gradients are summed first and
             kept, at the price of a buffer of the weights' size, which is used again in each step; on a GPU they are summed
@@ -56,7 +57,8 @@ class FusedSAEAdam(torch.optim.Adam):
         exp_avg_dtype: Dtype of the first moment of both weight matrices: fp32, or bf16 for half of its memory (rounded to
             nearest). The second stays fp32: in bf16 it would stand still once a step changes it by less than 1 part in 512.
         compute_dtype: bf16 or fp16: keeps copies of both weight matrices in that dtype, which training under autocast to it
-            takes instead of casting the weights in each step; None keeps none. Change weights under `torch.no_grad()`, not
+            takes instead of casting the weights in each step; None keeps none. After `loss.backward()` the gradients of both
+            have passed through that dtype, so that fp16 wants a GradScaler. Change weights under `torch.no_grad()`, not
             through `.data`, whose writes PyTorch does not count: the copies would be out of date in silence.
 
     Raises:
@@ -78,8 +80,9 @@ class FusedSAEAdam(torch.optim.Adam):
     ) -> None:
         if not isinstance(sae, SparseAutoencoder):
             raise UsageError(f"sae: expected an SAE of fastsae, got {type(sae).__name__}")
-        if max_grad_norm is not None and not (math.isfinite(max_grad_norm) and max_grad_norm > 0):
-            raise UsageError(f"max_grad_norm: expected None or a number > 0, got {max_grad_norm}")
+        is_number = isinstance(max_grad_norm, Real) and math.isfinite(max_grad_norm)
+        if max_grad_norm is not None and not (is_number and max_grad_norm > 0):
+            raise UsageError(f"max_grad_norm: expected None or a number > 0, got {max_grad_norm!r}")
         if exp_avg_dtype not in (torch.float32, torch.bfloat16):
             raise UsageError(f"exp_avg_dtype: expected torch.float32 or torch.bfloat16, got {exp_avg_dtype}")
         if compute_dtype not in (None, torch.bfloat16, torch.float16):
@@ -89,6 +92,10 @@ class FusedSAEAdam(torch.optim.Adam):
             if W is None or type(W.data) is not Tensor:
                 what = "a parametrization" if W is None else type(W.data).__name__
                 raise UsageError(f"sae: expected {name} to be a plain parameter, got {what}; use torch.optim.Adam")
+        if sae.W_enc.data_ptr() == sae.W_dec.data_ptr():
+            raise UsageError(
+                "sae: expected W_enc and W_dec in memory of their own, got one for both; use torch.optim.Adam"
+            )
         sae.store_by_feature_()
         super().__init__(sae.parameters(), lr=lr, betas=betas, eps=eps, fused=True)
         self.sae, self.max_grad_norm, self.normalize_decoder = sae, max_grad_norm, normalize_decoder
@@ -104,6 +111,7 @@ class FusedSAEAdam(torch.optim.Adam):
         self._steps: dict[nn.Parameter, int] = {}  # as in the state, where reading it would wait for a GPU
         # [d_sae] int32, with betas[0] == 0: the step to which each row's second moment has decayed
         self._last_step: dict[nn.Parameter, Tensor] = {}
+        self._owed_beta2 = 1.0  # by which they decay
         self._left: dict[nn.Parameter, WrittenState] = {}  # weights whose rows are all as a step leaves them
         self._copies: ComputeCopies | None = None
         if self.compute_dtype is not None:
@@ -157,9 +165,12 @@ class FusedSAEAdam(torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
         self._pending.follow_grads()
+        self._follow_state()
         self._check()
         weights = [p for p in self.matrices if p.grad is not None]
         sums = self._row_sums()
+        if not sums:
+            self._pending.write_row_sums()
         scale = None if self.max_grad_norm is None else self._clip(weights, sums)
         for group in self.param_groups:
             self._update_others(group, scale)
@@ -181,9 +192,7 @@ class FusedSAEAdam(torch.optim.Adam):
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise UsageError("step: expected no CUDA graph to be captured, whose replays would count as one step")
         for group in self.param_groups:
-            for name in UNSUPPORTED:
-                if group.get(name):
-                    raise UsageError(f"{name}: expected False, the only value that FusedSAEAdam has, got {group[name]}")
+            check_options(group)
             for p in group["params"]:
                 if isinstance(p.grad, PendingGradient) and p not in self._pending:
                     name = p.grad.parameter_name
@@ -192,6 +201,12 @@ class FusedSAEAdam(torch.optim.Adam):
                     )
                 if p.grad is not None and p.grad.layout != torch.strided:
                     raise UsageError(f"grad: expected dense gradients, got layout {p.grad.layout}")
+                moment = self.state[p]["exp_avg_sq"] if self.state.get(p) else p
+                if (moment.dtype, moment.device) != (p.dtype, p.device):
+                    raise UsageError(
+                        f"sae: expected {moment.dtype} on {moment.device} as in the last step, got {p.dtype} on {p.device}; "
+                        "after moving it call optimizer.load_state_dict(optimizer.state_dict())"
+                    )
         self._pending.check()
 
     @property
@@ -229,29 +244,27 @@ class FusedSAEAdam(torch.optim.Adam):
                 squares.append(torch.linalg.vector_norm(grad).double().square())
         norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
         assert self.max_grad_norm is not None
-        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(self.sae.b_dec.dtype)
+        return (
+            (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.promote_types(self.sae.dtype, torch.float32))
+        )
 
     def _others(self) -> list[nn.Parameter]:
         """All parameters but the weight matrices."""
-        return [p for group in self.param_groups for p in group["params"] if not any(p is W for W in self.matrices)]
+        return [p for group in self.param_groups for p in group["params"] if not self._is_matrix(p)]
+
+    def _is_matrix(self, p: Tensor) -> bool:
+        return any(p is W for W in self.matrices)
 
     def _gradients(self, p: nn.Parameter) -> Iterator[tuple[slice, Tensor]]:
         """`(rows, gradient [C, d_in])` of a weight matrix by feature, projected."""
-        if p in self._pending:
-            chunks = self._pending.chunks(p, self._chunk)
-        else:
-            assert p.grad is not None
-            whole = self._by_feature(p, p.grad)
-            starts = range(0, self.sae.d_sae, self._chunk)
-            chunks = ((rows, whole[rows]) for rows in (slice(start, start + self._chunk) for start in starts))
-        for rows, grad in chunks:
+        for rows, grad in self._pending.chunks(p, self._chunk):
             w = self._by_feature(p, p)[rows]
             if self.normalize_decoder and p is self.matrices[1]:
                 grad = torch.addcmul(grad, (grad * w).sum(1, keepdim=True), w.to(grad.dtype), value=-1)
             yield rows, grad
 
     def _update_others(self, group: dict[str, Any], scale: Tensor | None) -> None:
-        others = [p for p in group["params"] if p.grad is not None and not any(p is W for W in self.matrices)]
+        others = [p for p in group["params"] if p.grad is not None and not self._is_matrix(p)]
         moments = [self._moments(p) for p in others]
         self._adam(
             group,
@@ -339,9 +352,12 @@ class FusedSAEAdam(torch.optim.Adam):
         """Whether rows without entries are left alone; if not, all second moments are up to date afterwards."""
         group = self.param_groups[0]
         from_entries = weights and all(p in self._pending for p in weights)
-        if not from_entries or group["betas"][0] != 0 or group["weight_decay"] != 0:
+        leaves = from_entries and group["betas"][0] == 0 and group["weight_decay"] == 0
+        if not leaves or group["betas"][1] != self._owed_beta2:
             self._catch_up()
+        if not leaves:
             return False
+        self._owed_beta2 = group["betas"][1]
         for p in weights:
             if p not in self._last_step:
                 self._last_step[p] = torch.full((self.sae.d_sae,), self._step_of(p), dtype=torch.int32, device=p.device)
@@ -349,13 +365,16 @@ class FusedSAEAdam(torch.optim.Adam):
 
     def _decay(self, steps: Tensor, like: Tensor) -> Tensor:
         """`[C, 1]`: what so many steps without a gradient leave of the rows of a second moment."""
-        return (self.param_groups[0]["betas"][1] ** steps.double()).to(like.dtype)[:, None]
+        return (self._owed_beta2 ** steps.double()).to(like.dtype)[:, None]
 
     def _catch_up(self) -> None:
-        """Applies the decay of the second moments that untouched rows still owe."""
+        """Does to the moments of untouched rows what the steps since would have done."""
+        self._follow_state()
         for p, last_step in self._last_step.items():
-            exp_avg_sq = self._by_feature(p, self.state[p]["exp_avg_sq"])
-            exp_avg_sq *= self._decay(self._step_of(p) - last_step, exp_avg_sq)
+            exp_avg, exp_avg_sq = (self._by_feature(p, moment) for moment in self._moments(p))
+            owed = self._step_of(p) - last_step
+            exp_avg.masked_fill_((owed > 0)[:, None], 0)
+            exp_avg_sq *= self._decay(owed, exp_avg_sq)
         self._last_step.clear()
 
     def _finish(self, weights: list[nn.Parameter], changed: set[nn.Parameter]) -> None:
@@ -373,6 +392,13 @@ class FusedSAEAdam(torch.optim.Adam):
             for p in self.matrices:
                 if self._copies.of(p) is None:
                     self._copies.refresh(p)
+
+    def _follow_state(self) -> None:
+        """Forgets what is known of a state that was thrown away, as by `optimizer.state.clear()`."""
+        for p in self.matrices:
+            if not self.state.get(p):
+                self._steps.pop(p, None)
+                self._last_step.pop(p, None)
 
     def _normalize_decoder(self) -> None:
         """Gives every row unit norm; one that has it stays as it is, bit for bit."""
@@ -400,14 +426,18 @@ class FusedSAEAdam(torch.optim.Adam):
 
     def _laid_out(self, p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, Tensor]:
         """Moments of `p` in its memory layout and their dtypes."""
-        is_narrow = p.dim() == 2 and p.dtype == torch.float32
+        is_narrow = self._is_matrix(p) and p.dtype == torch.float32
         first = torch.empty_like(p, dtype=self.exp_avg_dtype if is_narrow else p.dtype).copy_(exp_avg)
         return {"exp_avg": first, "exp_avg_sq": torch.empty_like(p).copy_(exp_avg_sq)}
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Adam`'s, all tensors contiguous: it would take moments for those of contiguous weights."""
+        """As `torch.optim.Adam`'s, all tensors contiguous, as the weights of a new SAE are.
+
+        It leaves `fused` open: with it a `torch.optim.Adam` would mix up moments and weights of unlike memory layouts.
+        """
         self._catch_up()
         whole = super().state_dict()
+        whole["param_groups"] = [{**group, "fused": None} for group in whole["param_groups"]]
         whole["state"] = {
             index: {name: value.contiguous() for name, value in state.items()}
             for index, state in whole["state"].items()
@@ -419,28 +449,17 @@ class FusedSAEAdam(torch.optim.Adam):
         """Takes a state dict of this class or of `torch.optim.Adam`.
 
         Raises:
-            UsageError: It has an option that this one lacks, or no moments of these shapes. Nothing was changed.
+            UsageError: It is none of an Adam, has an option that this one lacks, or no moments of these shapes. Nothing was
+                changed.
         """
-        self._check_state(state_dict)
+        check_state_dict(state_dict, [p for group in self.param_groups for p in group["params"]])
         super().load_state_dict(state_dict)
         self._steps.clear()
         self._last_step.clear()
         self._left.clear()
         for p, state in self.state.items():
             state |= self._laid_out(p, state["exp_avg"], state["exp_avg_sq"])
+            state["step"] = state["step"].to(p.device)
         if self._copies is not None:
             for p in self.matrices:
                 self._copies.refresh(p)
-
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
-        for group in state_dict["param_groups"]:
-            for name in UNSUPPORTED:
-                if group.get(name):
-                    raise UsageError(f"{name}: expected False, the only value that FusedSAEAdam has, got {group[name]}")
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for index, p in zip(indices, parameters, strict=False):  # another number of them is PyTorch's own error
-            state = state_dict["state"].get(index)
-            shapes = state and [tuple(getattr(state.get(name), "shape", ())) for name in ("exp_avg", "exp_avg_sq")]
-            if shapes and shapes != [tuple(p.shape)] * 2:
-                raise UsageError(f"state_dict: expected two moments of shape {tuple(p.shape)} at {index}, got {shapes}")

@@ -72,10 +72,11 @@ class PendingGradients:
     def backward(self, loss: Tensor, retain_graph: bool | None) -> None:
         """`FusedSAEAdam.backward`."""
         self.follow_grads()
-        for p in self._matrices:
-            if self.row_sums(p) is not None:  # a GPU collects from one pass
-                p.grad = self._written_out(p)
+        self.check()
+        self.write_row_sums()  # a GPU collects from one pass
         if not self._may_collect():
+            for p in list(self._marks):
+                p.grad = self._written_out(p)
             loss.backward(retain_graph=retain_graph)
             return
         for p in self._marks:
@@ -106,18 +107,20 @@ class PendingGradients:
             else:
                 whole = self._written_out(p)
                 p.grad += whole
-        self._collected.seal()
+
+    def write_row_sums(self) -> None:
+        """Sums what a pass on a GPU left into `.grad`."""
+        for p in self._matrices:
+            if self.row_sums(p) is not None:
+                p.grad = self._written_out(p)
 
     @torch.no_grad()
     def _written_out(self, p: nn.Parameter) -> Tensor:
         """The whole gradient of a weight matrix, which is pending no longer."""
         i, sums = self._index(p), self.row_sums(p)
         whole = torch.empty_like(p)
-        if sums is None:
-            for rows, grad in self.chunks(p, self._sae.d_sae):
-                self.by_feature(p, whole)[rows] = grad
-        else:
-            self.by_feature(p, whole).copy_(sums.dense())
+        grad = next(self._collected.chunks(i, self._sae.d_sae))[1] if sums is None else sums.dense()
+        self.by_feature(p, whole).copy_(grad)
         self._collected.drop(i)
         self._marks.pop(p, None)
         return whole
@@ -138,11 +141,11 @@ class PendingGradients:
         self._collected.clear()
 
     def check(self) -> None:
-        """Raises UsageError where a tensor of a pass was written since `backward`."""
+        """Raises UsageError where a tensor of a pass was written since its `backward`."""
         if not self._collected.is_unchanged():
             raise UsageError(
-                "x, loss: expected the tensors of the pass as optimizer.backward(loss) left them, as step() sums the gradients "
-                "from them, got one that was overwritten in place; copy it, or call loss.backward()"
+                "x, loss: expected the tensors of a pass as optimizer.backward(loss) left them, from which step() sums the "
+                "gradients, got one that was overwritten in place; copy it, or call loss.backward()"
             )
 
     def _index(self, p: nn.Parameter) -> int:
@@ -153,9 +156,14 @@ class PendingGradients:
         return self._collected.row_sums(self._index(p))
 
     def chunks(self, p: nn.Parameter, size: int) -> Iterator[tuple[slice, Tensor]]:
-        """`(rows, gradient [C, d])` of a weight matrix by feature, for `size` features at a time."""
-        sums = self.row_sums(p)
-        return self._collected.chunks(self._index(p), size) if sums is None else iter([(slice(None), sums.dense())])
+        """`(rows, gradient [C, d])` of a weight matrix by feature, pending or in `.grad`, for `size` features at a time."""
+        if p in self:
+            yield from self._collected.chunks(self._index(p), size)
+        elif p.grad is not None:
+            whole = self.by_feature(p, p.grad)
+            for start in range(0, self._sae.d_sae, size):
+                rows = slice(start, start + size)
+                yield rows, whole[rows]
 
     def touched(self) -> Tensor:
         """`[d_sae]` bool, which features have an entry."""

@@ -56,7 +56,13 @@ class Autoencode(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None, *others: Any) -> tuple[Any, ...]:
         # once: non-reentrant checkpointing unpacks a tensor a single time
         x, W_enc, b_enc, threshold, W_dec, _, feature_scale, residual = ctx.saved_tensors
-        asked = ctx.needs_input_grad
+        asked = list(ctx.needs_input_grad)
+        collected = None if ctx.collector is None else ctx.collector.now()
+        if (
+            collected is not None
+        ):  # a parameter that was frozen since the forward pass gets no gradient, as from PyTorch
+            asked[1] &= collected.matrices[0].requires_grad
+            asked[4] &= collected.matrices[1].requires_grad
         # of x too: numbers of bf16 may lie outside of what weights in fp16 can hold
         weight_dtype = torch.promote_types(torch.promote_types(ctx.dtypes[1], ctx.dtypes[4]), x.dtype)
         needs = AutoencodeNeeds(x=asked[0], W_enc=asked[1], W_dec=asked[4], weight_dtype=weight_dtype)
@@ -67,7 +73,6 @@ class Autoencode(torch.autograd.Function):
             grad_penalty = torch.zeros((), dtype=threshold.dtype, device=x.device).expand(x.shape[0])
         rows, row_scale = row_gradients(residual, grad_out, grad_squared_error)
         shared = (threshold, W_dec, feature_scale, ctx.spec, rows, grad_penalty, needs, row_scale)
-        collected = None if ctx.collector is None else ctx.collector.now()
         if ctx.saved_by_gpu is not None:
             grads = _gpu().autoencode_backward(ctx.saved_by_gpu, rows, grad_penalty, needs, row_scale, collected)
         elif ctx.acts is not None:

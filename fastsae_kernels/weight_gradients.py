@@ -23,6 +23,7 @@ class _Share(NamedTuple):
     entries: FeatureMajor
     weights: Tensor  # [nnz], by feature
     vectors: Tensor  # [N, d]
+    version: int | None  # how often `vectors` was written when the pass ended
     dtype: torch.dtype  # of the sums
 
     def sums(self, rows: slice, first: int, last: int) -> Tensor:
@@ -50,7 +51,6 @@ class WeightGradients:
         self.matrices = (W_enc, W_dec)
         self.gpu: GpuShare | None = None  # of one pass
         self._shares: tuple[list[_Share], list[_Share]] = ([], [])  # of W_enc, of W_dec
-        self._versions: tuple[list[tuple[Tensor, int | None]], ...] = ([], [])  # likewise
         self._buffer: Tensor | None = None
 
     def add(
@@ -76,7 +76,8 @@ class WeightGradients:
         for shares, weights, vectors in zip(self._shares, (grad_hidden_pre, decoded), (x, grad_out), strict=True):
             if weights is not None:
                 # detached, or the collection would keep the pass's graph alive
-                shares.append(_Share(entries, weights, vectors.detach().contiguous(), wide))
+                vectors = vectors.detach().contiguous()
+                shares.append(_Share(entries, weights, vectors, version_of(vectors), wide))
 
     def clear(self) -> None:
         """Forgets all passes."""
@@ -86,7 +87,6 @@ class WeightGradients:
     def drop(self, i: int) -> None:
         """Forgets the shares of `matrices[i]`."""
         self._shares[i].clear()
-        self._versions[i].clear()
         if self.gpu is not None:
             self.gpu = self.gpu.without(i)
 
@@ -98,16 +98,11 @@ class WeightGradients:
         """The share of `matrices[i]` that a pass on a GPU left, as its kernels sum it."""
         return None if self.gpu is None else self.gpu[i]
 
-    def seal(self) -> None:
-        """Remembers how often each tensor of the passes was written."""
-        for i, versions in enumerate(self._versions):
-            sums = self.row_sums(i)
-            vectors = [share.vectors for share in self._shares[i]] + ([] if sums is None else [sums.vectors])
-            versions[:] = [(tensor, version_of(tensor)) for tensor in vectors]
-
     def is_unchanged(self) -> bool:
-        """Whether no tensor of the passes was written since `seal`."""
-        return all(version_of(tensor) == version for versions in self._versions for tensor, version in versions)
+        """Whether no tensor of a pass was written since that pass ended."""
+        parts: list[_Share | RowSums] = [*self._shares[0], *self._shares[1]]
+        parts += [sums for sums in self.gpu or () if sums is not None]
+        return all(version_of(part.vectors) == part.version for part in parts)
 
     def buffer(self, n: int, like: Tensor) -> Tensor:
         """`[n]` like a tensor in dtype and device, the same memory in each step and whatever that left there."""

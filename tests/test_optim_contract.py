@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -173,6 +175,81 @@ def test_frozen_parameters_stay(frozen: tuple[str, ...], send_back: SendBack) ->
 
 
 @both_ways
+@pytest.mark.parametrize("frozen", [("W_enc",), ("W_dec",), ("W_enc", "W_dec")], ids=str)
+def test_parameters_that_are_frozen_after_the_forward_pass_stay(frozen: tuple[str, ...], send_back: SendBack) -> None:
+    def run(make: Make, send_back: SendBack) -> State:
+        sae = fresh()
+        optimizer = make(sae)
+        for step in range(3):
+            optimizer.zero_grad()
+            send_back(optimizer, loss_of(sae, batch(step)))
+            loss = loss_of(sae, batch(10 + step))
+            for name in frozen:
+                getattr(sae, name).requires_grad_(False)
+            send_back(optimizer, loss)
+            optimizer.step()
+            sae.requires_grad_(True)
+        return weights(sae)
+
+    assert_same_as_adam(run, send_back)
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["W_enc", "W_dec"])
+def test_micro_batches_whose_loss_has_another_term_of_a_weight(name: str, send_back: SendBack) -> None:
+    """The gradient of one matrix is whole after the first of them, that of the other still pending."""
+
+    def run(make: Make, send_back: SendBack) -> State:
+        sae = fresh()
+        optimizer = make(sae)
+        for step in range(6):
+            send_back(optimizer, loss_of(sae, batch(step)) + 0.1 * getattr(sae, name).square().sum())
+            if step % 3 == 2:
+                optimizer.step()
+                optimizer.zero_grad()
+        return weights(sae)
+
+    assert_same_as_adam(run, send_back)
+
+
+@both_ways
+def test_betas_may_change(send_back: SendBack) -> None:
+    """Rows that were left alone owe the decay of the rate of then, and their first moment is 0."""
+
+    def run(make: Make, send_back: SendBack) -> State:
+        sae = fresh()
+        optimizer = make(sae, eps=1e-3)
+        for step, betas in enumerate([(0.0, 0.9), (0.0, 0.9), (0.0, 0.5), (0.0, 0.5), (0.5, 0.8), (0.5, 0.8)]):
+            optimizer.param_groups[0]["betas"] = betas
+            optimizer.zero_grad()
+            send_back(optimizer, loss_of(sae, batch(step)))
+            optimizer.step()
+        return weights(sae)
+
+    assert_same_as_adam(run, send_back)
+
+
+@both_ways
+@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.0, 0.9)])
+def test_a_state_that_is_thrown_away_begins_anew(betas: tuple[float, float], send_back: SendBack) -> None:
+    def run(make: Make, send_back: SendBack) -> State:
+        sae = fresh()
+        optimizer = make(sae, betas=betas, eps=1e-3)
+        for step in range(6):
+            if step == 2:
+                optimizer.state.clear()
+            if step == 4:
+                optimizer.state = collections.defaultdict(dict)
+                assert optimizer.state_dict()["state"] == {}
+            optimizer.zero_grad()
+            send_back(optimizer, loss_of(sae, batch(step)))
+            optimizer.step()
+        return weights(sae)
+
+    assert_same_as_adam(run, send_back)
+
+
+@both_ways
 def test_hooks_on_the_gradient_run(send_back: SendBack) -> None:
     """The encoder is trained on every second feature alone; the decoder's gradient is seen once it is whole."""
 
@@ -263,6 +340,48 @@ def test_parameters_beside_the_sae(send_back: SendBack) -> None:
         return {**weights(sae), "gain": gain.detach()}
 
     assert_same_as_adam(run, send_back)
+
+
+def test_matrices_beside_the_sae_keep_wide_moments() -> None:
+    sae, linear = fresh(), torch.nn.Linear(D_IN, D_IN)
+    optimizer = fused(sae, exp_avg_dtype=torch.bfloat16)
+    optimizer.add_param_group({"params": linear.parameters()})
+    optimizer.backward(loss_of(sae, linear(batch(0))))
+    optimizer.step()
+    assert optimizer.state[sae.W_enc]["exp_avg"].dtype == torch.bfloat16
+    assert optimizer.state[linear.weight]["exp_avg"].dtype == torch.float32
+
+
+def test_weights_in_the_same_memory_are_refused() -> None:
+    sae = fresh()
+    sae.W_dec.data = sae.W_enc.data.t()
+    with pytest.raises(UsageError, match="W_enc and W_dec in memory of their own"):
+        FusedSAEAdam(sae)
+    assert sae.W_dec.data_ptr() == sae.W_enc.data_ptr()
+
+
+@pytest.mark.parametrize("value", ["1", 0, -1.0, torch.nan, torch.inf])
+def test_odd_norms_are_refused(value: Any) -> None:
+    with pytest.raises(UsageError, match="max_grad_norm: expected None or a number > 0"):
+        fused(fresh(), max_grad_norm=value)
+
+
+@both_ways
+def test_an_sae_that_was_moved_is_refused_until_the_state_follows(send_back: SendBack) -> None:
+    sae = fresh()
+    optimizer = fused(sae)
+    send_back(optimizer, loss_of(sae, batch(0)))
+    optimizer.step()
+    optimizer.zero_grad()
+    sae.double()
+    before = weights(sae)
+    send_back(optimizer, loss_of(sae, batch(1)))
+    with pytest.raises(UsageError, match=r"expected torch.float32 on cpu .* got torch.float64"):
+        optimizer.step()
+    assert all(torch.equal(before[name], p) for name, p in sae.named_parameters())
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert not torch.equal(before["W_enc"], sae.W_enc)
 
 
 @both_ways
@@ -389,6 +508,18 @@ def test_what_a_pending_gradient_is_summed_from_must_stay(what: str) -> None:
     assert not torch.equal(before["W_enc"], sae.W_enc)
 
 
+@pytest.mark.parametrize("end", ["step", "another micro-batch"])
+def test_a_buffer_of_several_micro_batches_is_refused(end: str) -> None:
+    sae, x = fresh(), batch(0)
+    optimizer, before = fused(sae), weights(sae)
+    optimizer.backward(loss_of(sae, x))
+    x.copy_(batch(1))
+    go_on = optimizer.step if end == "step" else partial(optimizer.backward, loss_of(sae, x))
+    with pytest.raises(UsageError, match="overwritten in place"):
+        go_on()
+    assert all(torch.equal(before[name], p) for name, p in sae.named_parameters())
+
+
 def test_an_overwritten_input_does_not_matter_to_whole_gradients() -> None:
     def run(make: Make, send_back: SendBack) -> State:
         sae, x = fresh(), batch(0)
@@ -438,6 +569,55 @@ def test_a_state_of_other_shapes_is_refused() -> None:
     with pytest.raises(UsageError, match=r"state_dict: expected two moments of shape \(16, 128\) at 0, got"):
         optimizer.load_state_dict(theirs.state_dict())
     assert not optimizer.state
+
+
+def state_without_steps() -> dict[str, Any]:
+    sae = fresh()
+    optimizer = adam(sae)
+    loss_of(sae, batch(0)).backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    for of_parameter in state["state"].values():
+        del of_parameter["step"]
+    return state
+
+
+FOREIGN: dict[str, Callable[[], Any]] = {
+    "SGD": lambda: torch.optim.SGD(fresh().parameters(), lr=0.1).state_dict(),
+    "LBFGS": lambda: torch.optim.LBFGS(fresh().parameters()).state_dict(),
+    "without steps": state_without_steps,
+    "empty": dict,
+    "none": lambda: None,
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_state_of_another_kind_is_refused(name: str) -> None:
+    optimizer = fused(fresh())
+    before = optimizer.state_dict()
+    with pytest.raises(UsageError, match="state_dict: expected"):
+        optimizer.load_state_dict(FOREIGN[name]())
+    assert optimizer.state_dict() == before
+
+
+@pytest.mark.parametrize("fused_adam", [False, True])
+def test_torch_adam_goes_on_with_the_same_sae(fused_adam: bool) -> None:
+    """Its fused kernel would take contiguous moments for those of weights that are stored by feature."""
+
+    def run(make: Make, _: SendBack) -> State:
+        sae = fresh()
+        optimizer = make(sae)
+        for step in range(4):
+            if step == 2:
+                state = optimizer.state_dict()
+                optimizer = adam(sae, fused=fused_adam)
+                optimizer.load_state_dict(state)
+            optimizer.zero_grad()
+            loss_of(sae, batch(step)).backward()
+            optimizer.step()
+        return weights(sae)
+
+    assert_same_as_adam(run)
 
 
 @both_ways
@@ -565,12 +745,33 @@ def test_on_the_kernels(frozen: str | None) -> None:
                 optimizer.step()
         return {name: tensor.cpu() for name, tensor in weights(sae).items()}
 
-    rows = {name: {"BLOCK_E": 4, "D_PER_WARP": 512} for name in ("adam_rows", "grad_norms")}
-    table = {name: {"16": row, "32": row} for name, row in (FEW_PROGRAMS | rows).items()}
+    tiles = small_tiles()
+    assert_same_as_adam(run)
+
+
+@needs_kernels
+def test_what_the_kernel_cannot_update_is_summed_first() -> None:
+    """Here because of `maximize`; with `betas[0] == 0` the rows without entries are not left alone then."""
+    found = []
+    for send_back in (by_itself, explicitly):
+        sae = fresh().to(DEVICE)
+        optimizer = fused(sae, betas=(0.0, 0.9), eps=1e-3)
+        optimizer.param_groups[0]["maximize"] = True
+        with kernels.use_backend("triton"), small_tiles():
+            send_back(optimizer, loss_of(sae, batch(0)[:2].to(DEVICE)))
+        optimizer.step()
+        found.append(weights(sae))
+    for name, want in found[0].items():
+        torch.testing.assert_close(found[1][name], want, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def small_tiles() -> Any:
+    """Tiles that Triton's interpreter gets through in time."""
     from fastsae_kernels.gpu import config
 
-    tiles = contextlib.nullcontext() if DEVICE != "cpu" else Reused(lambda: config.override(table))
-    assert_same_as_adam(run)
+    rows = {name: {"BLOCK_E": 4, "D_PER_WARP": 512} for name in ("adam_rows", "grad_norms")}
+    table = {name: {"16": row, "32": row} for name, row in (FEW_PROGRAMS | rows).items()}
+    return contextlib.nullcontext() if DEVICE != "cpu" else Reused(lambda: config.override(table))
 
 
 class Reused:

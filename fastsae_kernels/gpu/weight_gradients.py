@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastsae_kernels.gpu.backward import FeatureOrder, feature_sums
 from fastsae_kernels.gpu.config import on_device
+from fastsae_kernels.memory import version_of
 
 # enough to fill a device where there is something to zero, few enough to leave at once where there is nothing
 CLEARING_PROGRAMS = 1024
@@ -33,6 +34,7 @@ class RowSums(NamedTuple):
     by_feature: FeatureOrder
     weights: Tensor  # [nnz], before ordering
     vectors: Tensor  # [N, D]
+    version: int | None  # how often `vectors` was written when the pass ended
     extra: Tensor | None = None  # [S, D], added
     extra_flag: Tensor | None = None  # [1] int32: extra counts where it is not 0; None: it counts
 
@@ -111,8 +113,8 @@ def gpu_share(
     if row_scale is not None:
         values = values * _of_entries(row_scale, by_feature)
     # detached, or the share would keep the pass's graph alive
-    encoder = RowSums(by_feature, grad_hidden_pre, x.detach())
-    decoder = RowSums(by_feature, values, grad_out.detach())
+    encoder = RowSums(by_feature, grad_hidden_pre, x.detach(), version_of(x))
+    decoder = RowSums(by_feature, values, grad_out.detach(), version_of(grad_out))
     if n_overflow is not None and buffer is not None:
         clear_where(n_overflow, buffer)
         d_sae = by_feature.offsets.numel() - 1
