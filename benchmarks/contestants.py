@@ -166,7 +166,7 @@ class Fused(Contestant):
             optimizer.zero_grad()
             with self.autocast():
                 loss = self._loss(x)
-            loss.backward()
+            optimizer.backward(loss)
             optimizer.step()
 
         return step

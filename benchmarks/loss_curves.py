@@ -64,7 +64,7 @@ def train_fused(sae: FusedJumpReLUSAE, data: list[Tensor]) -> list[float]:
     for x in data:
         loss = sae.training_forward(x, 0.1, "quadratic", target_l0=TARGET_L0).loss
         optimizer.zero_grad()
-        loss.backward()
+        optimizer.backward(loss)
         optimizer.step()
         losses.append(loss.item())
     return losses

@@ -53,7 +53,7 @@ def alone(shape: Shape) -> Call:
         for _ in range(STEPS):
             output = sae.training_forward(x, 1.0, "quadratic", target_l0=TARGET_L0)
             optimizer.zero_grad()
-            output.loss.backward()
+            optimizer.backward(output.loss)
             optimizer.step()
 
     return run

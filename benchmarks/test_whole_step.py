@@ -46,9 +46,11 @@ def make_sae(shape: Shape) -> FusedJumpReLUSAE:
     return sae
 
 
-def dense_step(sae: FusedJumpReLUSAE, wrap: Callable[[Callable], Callable] = lambda loss: loss) -> Step:
-    """The step as one writes it."""
-    optimizer = torch.optim.Adam(sae.parameters(), lr=LR, fused=True)
+def dense_step(
+    sae: FusedJumpReLUSAE, wrap: Callable[[Callable], Callable] = lambda loss: loss, *, like_trainer: bool = False
+) -> Step:
+    """The step as one writes it; `like_trainer`: with the clipping and the unit norm of `fastsae train`."""
+    optimizer = adam(sae)
 
     def loss_of(x: Tensor) -> Tensor:
         weights = (sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec)
@@ -66,16 +68,31 @@ def dense_step(sae: FusedJumpReLUSAE, wrap: Callable[[Callable], Callable] = lam
 
 
 def fused_step(
-    sae: FusedJumpReLUSAE, optimizer: torch.optim.Optimizer, wrap: Callable[[Callable], Callable] = lambda loss: loss
+    sae: FusedJumpReLUSAE, optimizer: FusedSAEAdam, wrap: Callable[[Callable], Callable] = lambda loss: loss
 ) -> Step:
     forward = wrap(lambda x: sae.training_forward(x, L0_COEFFICIENT).loss)
 
     def step(x: Tensor) -> None:
         optimizer.zero_grad()
-        forward(x).backward()
+        optimizer.backward(forward(x))
         optimizer.step()
 
     return step
+
+
+def torch_step(sae: FusedJumpReLUSAE, optimizer: torch.optim.Optimizer) -> Step:
+    """Our passes, and an optimiser that finds their gradients in `.grad`."""
+
+    def step(x: Tensor) -> None:
+        optimizer.zero_grad()
+        sae.training_forward(x, L0_COEFFICIENT).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def adam(sae: FusedJumpReLUSAE) -> torch.optim.Adam:
+    return torch.optim.Adam(sae.parameters(), lr=LR, fused=True)
 
 
 STEPS: dict[str, Callable[[FusedJumpReLUSAE], Step]] = {
@@ -83,9 +100,8 @@ STEPS: dict[str, Callable[[FusedJumpReLUSAE], Step]] = {
     "dense compiled fp32": lambda sae: dense_step(sae, compiled),
     "dense eager bf16": lambda sae: dense_step(sae, in_bf16),
     "dense compiled bf16": lambda sae: dense_step(sae, lambda loss: compiled(in_bf16(loss))),
-    "fused, torch.optim.Adam fp32": lambda sae: fused_step(sae, torch.optim.Adam(sae.parameters(), lr=LR, fused=True)),
+    "fused, torch.optim.Adam fp32": lambda sae: torch_step(sae, adam(sae)),
     "fused fp32": lambda sae: fused_step(sae, FusedSAEAdam(sae, lr=LR)),
-    "fused, clipped fp32": lambda sae: fused_step(sae, FusedSAEAdam(sae, lr=LR, max_grad_norm=1e6)),
     "fused bf16": lambda sae: fused_step(sae, FusedSAEAdam(sae, lr=LR, compute_dtype=torch.bfloat16), in_bf16),
 }
 if DEVICE == "cuda":

@@ -10,9 +10,9 @@ from fastsae.errors import FastsaeError, UsageError
 from fastsae.version import __version__
 
 if TYPE_CHECKING:
-    from fastsae import optimizer as optimizer
+    from fastsae import optim as optim
     from fastsae import sae as sae
-    from fastsae.optimizer import FusedSAEAdam
+    from fastsae.optim import FusedSAEAdam
     from fastsae.sae import (
         FusedBatchTopKSAE,
         FusedJumpReLUSAE,
@@ -39,8 +39,8 @@ __all__ = [
     "__version__",
 ]
 
-_MODULES = {"FusedSAEAdam": "fastsae.optimizer", "SparseActs": "fastsae_kernels"}  # the other names: fastsae.sae
-_SUBMODULES = ("optimizer", "sae")
+_MODULES = {"FusedSAEAdam": "fastsae.optim", "SparseActs": "fastsae_kernels"}  # the other names: fastsae.sae
+_SUBMODULES = ("optim", "sae")
 
 
 def __getattr__(name: str) -> Any:

@@ -6,12 +6,13 @@ from fastsae_kernels.ops import autoencode, decode, encode
 from fastsae_kernels.pre_bias import subtract_pre_bias
 from fastsae_kernels.sparse_acts import FeatureMajor, SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
-from fastsae_kernels.weight_gradients import WeightGradients
+from fastsae_kernels.weight_gradients import Collector, WeightGradients
 
 __all__ = [
     "ActivityHint",
     "AutoencodeOutput",
     "AutoencodeSpec",
+    "Collector",
     "FeatureMajor",
     "SparseActs",
     "WeightGradients",

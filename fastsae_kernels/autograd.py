@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastsae_kernels import chunked, cpu
 from fastsae_kernels.checks import check_no_fp8
 from fastsae_kernels.dispatch import MAX_DENSITY, ActivityHint, backend_of, forced_backend
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
 from fastsae_kernels.memory import narrowed
+from fastsae_kernels.once import differentiable_once
 from fastsae_kernels.residual import row_gradients, scaled
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
@@ -38,7 +38,7 @@ class Autoencode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Any, ...]:
-        x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target, spec, hint, ctx.weight_gradients = inputs
+        x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target, spec, hint, ctx.collector = inputs
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:7]]
         W_enc, W_dec = narrowed(W_enc, x.dtype), narrowed(W_dec, x.dtype)  # those of autocast
         tensors = [x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale]
@@ -52,11 +52,17 @@ class Autoencode(torch.autograd.Function):
         return tuple(output)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None, *others: Any) -> tuple[Any, ...]:
         # once: non-reentrant checkpointing unpacks a tensor a single time
         x, W_enc, b_enc, threshold, W_dec, _, feature_scale, residual = ctx.saved_tensors
-        asked = ctx.needs_input_grad
+        asked = list(ctx.needs_input_grad)
+        collected = None if ctx.collector is None else ctx.collector.now()
+        if (
+            collected is not None
+        ):  # a parameter that was frozen since the forward pass gets no gradient, as from PyTorch
+            asked[1] &= collected.matrices[0].requires_grad
+            asked[4] &= collected.matrices[1].requires_grad
         # of x too: numbers of bf16 may lie outside of what weights in fp16 can hold
         weight_dtype = torch.promote_types(torch.promote_types(ctx.dtypes[1], ctx.dtypes[4]), x.dtype)
         needs = AutoencodeNeeds(x=asked[0], W_enc=asked[1], W_dec=asked[4], weight_dtype=weight_dtype)
@@ -68,10 +74,9 @@ class Autoencode(torch.autograd.Function):
         rows, row_scale = row_gradients(residual, grad_out, grad_squared_error)
         shared = (threshold, W_dec, feature_scale, ctx.spec, rows, grad_penalty, needs, row_scale)
         if ctx.saved_by_gpu is not None:
-            collects = ctx.weight_gradients if needs.W_enc or needs.W_dec else None
-            grads = _gpu().autoencode_backward(ctx.saved_by_gpu, rows, grad_penalty, needs.x, row_scale, collects)
+            grads = _gpu().autoencode_backward(ctx.saved_by_gpu, rows, grad_penalty, needs, row_scale, collected)
         elif ctx.acts is not None:
-            grads = cpu.autoencode_backward(ctx.acts, x, W_enc, *shared, ctx.weight_gradients)
+            grads = cpu.autoencode_backward(ctx.acts, x, W_enc, *shared, collected)
         else:
             grads = chunked.autoencode_backward(x, W_enc, b_enc, *shared)
         grad_target = -scaled(rows, row_scale).to(ctx.target_dtype) if asked[7] else None
@@ -133,7 +138,7 @@ class Encode(torch.autograd.Function):
         return acts.values, acts
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_values: Tensor, _: Any) -> tuple[Any, ...]:
         x, W_enc, threshold = ctx.saved_tensors
         grad_x, grad_W_enc, grad_b_enc, grad_threshold = encode_gradients(
@@ -209,7 +214,7 @@ class Decode(torch.autograd.Function):
         return decode_entries(acts, W_dec, b_dec)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         (W_dec,) = ctx.saved_tensors
         grad_values, grad_W_dec = decode_gradients(ctx.acts, W_dec, grad_out)

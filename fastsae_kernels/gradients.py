@@ -28,9 +28,9 @@ class AutoencodeOutput(NamedTuple):
 class AutoencodeNeeds:
     """Which of the large gradients are asked for: a frozen SAE between a model's layers needs none of its own."""
 
-    x: bool
-    W_enc: bool
-    W_dec: bool
+    x: bool = True
+    W_enc: bool = True
+    W_dec: bool = True
     weight_dtype: torch.dtype | None = None  # a wider one of the weights, which a CPU then need not round to that of x
 
 

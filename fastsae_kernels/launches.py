@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae_kernels.gradients import AutoencodeNeeds
 from fastsae_kernels.spec import AutoencodeSpec
 
 # the size of a typical SAE; it matters through its divisibility alone
@@ -154,7 +155,7 @@ def _train(dtype: torch.dtype) -> None:
             output, saved = gpu.autoencode_forward(
                 x, W_enc, b_enc, threshold, W_dec, b_dec, scale, spec, capacity, target
             )  # fmt: skip
-            gpu.autoencode_backward(saved, output.sae_out, _empty(N_TOKENS), needs_x=True, row_scale=row_scale)
+            gpu.autoencode_backward(saved, output.sae_out, _empty(N_TOKENS), AutoencodeNeeds(), row_scale=row_scale)
     gpu.decode(saved.acts, W_dec)
     gpu.decode_backward(saved.acts, W_dec, output.sae_out)
 

@@ -42,3 +42,11 @@ def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dim() == 2 and tensor.t().is_contiguous():
         return narrowed(tensor.t(), dtype).t()
     return zeros(tuple(tensor.shape), dtype).copy_(tensor)
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often a tensor was written in place; None for one made under `torch.inference_mode`, which does not count."""
+    try:
+        return tensor._version
+    except RuntimeError:  # no `is_inference()`, which cannot be traced
+        return None

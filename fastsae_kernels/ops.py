@@ -19,15 +19,16 @@ from fastsae_kernels.checks import check_decode, check_encode, check_feature_sca
 from fastsae_kernels.dispatch import ActivityHint
 from fastsae_kernels.gradients import AutoencodeOutput
 from fastsae_kernels.memory import narrowed
+from fastsae_kernels.once import check_no_transform
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec, Precision
-from fastsae_kernels.weight_gradients import WeightGradients
+from fastsae_kernels.weight_gradients import PassCollector
 
 
 def _autocast(name: str, factors: tuple[Tensor, ...], biases: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """All tensors; where autocast is on those of products in its dtype, as matrix products take them.
 
-    Biases join sums in fp32, so they and their gradients are not rounded. Thresholds are never cast.
+    Biases join sums in fp32, so they and their gradients are not rounded. Thresholds and float64 are never cast.
 
     Raises:
         ValueError: The first, of the given name, has a device without autocast, such as meta.
@@ -38,8 +39,9 @@ def _autocast(name: str, factors: tuple[Tensor, ...], biases: tuple[Tensor, ...]
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         narrow = Tensor.to if torch.compiler.is_compiling() else narrowed
-        factors = tuple(narrow(tensor, dtype) for tensor in factors)
-        biases = tuple(bias if bias.dtype == dtype else bias.to(torch.float32) for bias in biases)
+        kept = (dtype, torch.float64)
+        factors = tuple(tensor if tensor.dtype in kept else narrow(tensor, dtype) for tensor in factors)
+        biases = tuple(bias if bias.dtype in kept else bias.to(torch.float32) for bias in biases)
     return *factors, *biases
 
 
@@ -84,7 +86,7 @@ def autoencode(
     target: Tensor | None = None,
     feature_scale: Tensor | None = None,
     hint: ActivityHint | None = None,
-    weight_gradients: WeightGradients | None = None,
+    collector: PassCollector | None = None,
 ) -> AutoencodeOutput:
     """Encode, gate, decode and penalise in one differentiable pass that never holds an `[N, d_sae]` tensor.
 
@@ -112,8 +114,8 @@ def autoencode(
         target: `[..., d_out]`, floating-point of any dtype, what is to be reconstructed; differentiable.
         feature_scale: `[d_sae]` weight of each feature in the `l1` and `tanh` penalties; None for ones.
         hint: On a GPU, what earlier passes knew of the activity; a module keeps one.
-        weight_gradients: Of an optimiser that sums the gradients of `W_enc` and `W_dec` itself: takes what they are sums of,
-            and their `.grad` stays None (where the sparse path ran; on a GPU in the first pass of a step).
+        collector: While somebody collects with it, takes what the gradients of `W_enc` and `W_dec` are sums of in their place
+            (where the sparse path ran; on a GPU from one pass). Both must be its parameters, or copies with their gradients.
 
     Returns:
         `sae_out` `[..., d_out]` (the residual, with a target); `penalty` and `squared_error` `[...]` fp32 (fp64 for fp64);
@@ -135,6 +137,8 @@ def autoencode(
         Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
     compiling = torch.compiler.is_compiling()
+    if not compiling:
+        check_no_transform()
     x, b_enc, b_dec = _autocast("x", (x,), (b_enc, b_dec))
     if compiling:  # else inside the pass, whose gradients of the weights then are not rounded
         W_enc, W_dec = _autocast("W_enc", (W_enc, W_dec), ())
@@ -148,9 +152,7 @@ def autoencode(
     flat = x.reshape(-1, x.shape[-1])
     with _without_autocast(x.device.type):
         tensors = (flat, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target)
-        outputs = (
-            _in_graph(tensors, spec, hint) if compiling else Autoencode.apply(*tensors, spec, hint, weight_gradients)
-        )
+        outputs = _in_graph(tensors, spec, hint) if compiling else Autoencode.apply(*tensors, spec, hint, collector)
     output = AutoencodeOutput(*outputs)
     leading = x.shape[:-1]
     return output._replace(
@@ -218,6 +220,7 @@ def encode(
             )
             values, indices, row_offsets, row_counts = entries
             return SparseActs(row_offsets, indices, values, (x.shape[0], W_enc.shape[1]), row_counts)
+        check_no_transform()
         if not torch.is_grad_enabled():
             return list_entries(x, W_enc, b_enc, threshold, spec, rescore)
         values, acts = Encode.apply(x, W_enc, b_enc, threshold, spec, rescore)
@@ -249,7 +252,9 @@ def decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tens
     if torch.compiler.is_compiling():
         counts = acts.row_offsets.diff() if acts.row_counts is None else acts.row_counts
         out = torch.ops.fastsae.decode(acts.values, acts.indices, acts.row_offsets, counts, W_dec, b_dec)
-    elif not torch.is_grad_enabled():
+        return out
+    check_no_transform()
+    if not torch.is_grad_enabled():
         out = decode_entries(acts, W_dec, b_dec)
     else:
         out = Decode.apply(acts.values, W_dec, b_dec, replace(acts, values=acts.values.detach()))

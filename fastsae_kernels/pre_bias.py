@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from fastsae_kernels.once import differentiable_once
 from fastsae_kernels.residual import weighted_sum
 
 
@@ -21,7 +21,7 @@ class _PreBias(torch.autograd.Function):
         return b_enc.clone()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor]:
         (W_enc,) = ctx.saved_tensors
         grad_pre_bias = -weighted_sum(grad, W_enc.t()).to(ctx.dtype) if ctx.needs_input_grad[0] else None

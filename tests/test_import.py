@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 def test_every_name_is_found_and_listed() -> None:
     for name in fastsae.__all__:
         assert getattr(fastsae, name) is not None
-    assert {*fastsae.__all__, "sae", "optimizer"} <= set(dir(fastsae))
+    assert {*fastsae.__all__, "sae", "optim"} <= set(dir(fastsae))
     with pytest.raises(AttributeError, match="'fastsae' has no attribute 'FusedGatedSAE'"):
         fastsae.FusedGatedSAE  # noqa: B018
     with pytest.raises(ImportError):

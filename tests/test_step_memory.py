@@ -19,7 +19,7 @@ def test_less_than_5_percent_of_the_dense_tensor() -> None:
 
     def step() -> None:
         optimizer.zero_grad()
-        sae.training_forward(x, 0.01).loss.backward()
+        optimizer.backward(sae.training_forward(x, 0.01).loss)
         optimizer.step()
 
     step()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import fastsae_kernels as kernels
-from fastsae.sae.outputs import version_of
 from fastsae_kernels import ActivityHint, AutoencodeSpec
+from fastsae_kernels.memory import version_of
 
 if TYPE_CHECKING:
     from fastsae.sae.base import SparseAutoencoder

@@ -17,8 +17,10 @@ from fastsae.sae import files
 from fastsae.sae.compute_copies import ComputeCopies
 from fastsae.sae.config_file import SavedConfig
 from fastsae.sae.inference import TopActivations, check_feature_ids, check_integer, columns, top_activations
-from fastsae.sae.outputs import TrainOutput, fraction_of_variance_unexplained, version_of
-from fastsae_kernels import ActivityHint, AutoencodeOutput, AutoencodeSpec, SparseActs, WeightGradients, reference
+from fastsae.sae.outputs import TrainOutput, fraction_of_variance_unexplained
+from fastsae_kernels import ActivityHint, AutoencodeOutput, AutoencodeSpec, Collector, SparseActs, reference
+from fastsae_kernels.memory import version_of
+from fastsae_kernels.weight_gradients import PassCollector
 
 Module = TypeVar("Module", bound="SparseAutoencoder")
 
@@ -26,7 +28,8 @@ Module = TypeVar("Module", bound="SparseAutoencoder")
 class SparseAutoencoder(nn.Module, ABC):
     """Encoder, gate and decoder with SAELens' parameter names; a subclass says what the gate and the penalty are.
 
-    `W_enc` is stored feature-major (`[d_sae, d_in]` in memory, viewed `[d_in, d_sae]`), which every kernel wants.
+    All parameters of a new module are contiguous, as every module's. The kernels read `W_enc` fastest where it is stored
+    feature by feature: `store_by_feature_` does that, and `FusedSAEAdam` calls it.
     """
 
     architecture: ClassVar[str]  # SAELens' word
@@ -52,21 +55,17 @@ class SparseAutoencoder(nn.Module, ABC):
         self.apply_b_dec_to_input = apply_b_dec_to_input
         self.metadata: dict[str, Any] = {}
         self._activity = ActivityHint()
-        self._weight_gradients: weakref.ref[WeightGradients] | None = None  # lives as long as its optimiser
-        self._compute_copies: weakref.ref[ComputeCopies] | None = None  # likewise
+        self.collector = Collector()
+        self._compute_copies: weakref.ref[ComputeCopies] | None = None  # lives as long as its optimiser
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
-        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in, **factory).t())
+        self.W_enc = nn.Parameter(torch.empty(d_in, d_sae, **factory))
         self.b_enc = nn.Parameter(torch.zeros(d_sae, **factory))
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_in, **factory))
         self.b_dec = nn.Parameter(torch.zeros(d_in, **factory))
         self.reset_parameters()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_weight_gradients": None, "_compute_copies": None}  # a copy is no optimiser's
-
-    def collect_weight_gradients(self, into: WeightGradients) -> None:
-        """Hands the weight gradients of coming passes to an optimiser that sums them itself, for as long as `into` lives."""
-        self._weight_gradients = weakref.ref(into)
+        return {**self.__dict__, "_compute_copies": None}  # a copy is no optimiser's
 
     def use_compute_copies(self, copies: ComputeCopies) -> None:
         """Takes an optimiser's 16-bit copies of the weights instead of casting them, for as long as `copies` lives."""
@@ -85,6 +84,25 @@ class SparseAutoencoder(nn.Module, ABC):
             self.b_enc.zero_()
             self.b_dec.zero_()
 
+    @torch.no_grad()
+    def store_by_feature_(self) -> None:
+        """Stores `W_enc` as `[d_sae, d_in]` in memory and views it as `[d_in, d_sae]`; shape, values and parameter stay."""
+        self.W_enc.data = self.W_enc.data.t().contiguous().t()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        name = f"{prefix}W_enc"
+        if name in destination and not keep_vars:  # safetensors, for one, takes contiguous tensors alone
+            destination[name] = destination[name].contiguous()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        weights = state_dict.get(f"{prefix}W_enc", self.W_enc)
+        for name, dtype in self._own_dtypes(weights.dtype).items():
+            key = f"{prefix}{name}"
+            if key in state_dict:  # `assign=True` takes tensors as they are
+                state_dict[key] = state_dict[key].to(dtype)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights; `threshold` is float32 whatever it is."""
@@ -94,6 +112,10 @@ class SparseAutoencoder(nn.Module, ABC):
     def device(self) -> torch.device:
         """Device of the weights."""
         return self.W_enc.device
+
+    def _own_dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        """By name, the dtypes of the tensors that do not follow the weights, where those have the given one."""
+        return {}
 
     def _wide(self) -> torch.dtype:
         """What gates, norms and losses are computed in: float32, and float64 where the weights are."""
@@ -181,8 +203,13 @@ class SparseAutoencoder(nn.Module, ABC):
             feature_scale=feature_scale,
             hint=self._activity,
             # the gradient of a rescaled weight is not that of the parameter
-            weight_gradients=self._weight_gradients() if self._weight_gradients and scale is None else None,
+            collector=self._pass_collector() if scale is None else None,
         )
+
+    def _pass_collector(self) -> PassCollector | None:
+        """None where a weight is computed from others, as by a parametrization: its gradient goes on to them."""
+        W_enc, W_dec = (self._parameters.get(name) for name in ("W_enc", "W_dec"))
+        return None if W_enc is None or W_dec is None else self.collector.of(W_enc, W_dec)
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstructs `x`, `[..., d_in]`; differentiable, and never allocates `[N, d_sae]`.

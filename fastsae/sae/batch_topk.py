@@ -87,6 +87,9 @@ class FusedBatchTopKSAE(TopKFamily):
             self.topk_threshold = before.to(self.topk_threshold.device)
         return self
 
+    def _own_dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return {"topk_threshold": torch.float64}
+
     @property
     def k_per_token(self) -> int | None:
         return None

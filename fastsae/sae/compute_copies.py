@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from fastsae.sae.outputs import version_of
+from fastsae_kernels.memory import version_of
+from fastsae_kernels.once import differentiable_once
 
 WrittenState = tuple[int | None, int]
 
@@ -29,7 +29,7 @@ class _Narrow(torch.autograd.Function):
         return copy.detach()  # shares the count of writes
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
         return None if grad is None else grad.to(ctx.dtype), None
 

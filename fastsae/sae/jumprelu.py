@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from fastsae.fields import Fields
 from fastsae.sae.base import SparseAutoencoder
 from fastsae.sae.config_file import SavedConfig
 from fastsae.sae.outputs import TrainOutput
@@ -94,6 +95,9 @@ class FusedJumpReLUSAE(SparseAutoencoder):
             parameter.data = before.to(**like)
             parameter.grad = None if grad is None else grad.to(**like)
         return self
+
+    def _own_dtypes(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        return dict.fromkeys(("threshold", "log_threshold"), torch.promote_types(dtype, torch.float32))
 
     def gate_threshold(self) -> Tensor:
         return self.threshold.clamp(min=0)
@@ -199,14 +203,20 @@ class FusedJumpReLUSAE(SparseAutoencoder):
         own = config.own
         names = "architecture k bandwidth init_threshold ste_to_input log_threshold"
         own.check_names(names.split())
+        theirs = config.keys  # a checkpoint of SAELens' training class; of another folder SAELens keeps its options so:
+        if "jumprelu_bandwidth" not in theirs:
+            theirs = Fields(config.metadata, "metadata.").fields("training_architecture_details", default={})
         arguments = {
             "k": own.integer("k", 1, config.d_sae, default=None),
-            "bandwidth": own.number("bandwidth", 0, above=True, default=0.05),
+            "bandwidth": own.number(
+                "bandwidth", 0, above=True, default=theirs.number("jumprelu_bandwidth", 0, above=True, default=0.05)
+            ),
             "log_threshold": own.boolean("log_threshold", default=False),
-            "ste_to_input": own.boolean("ste_to_input", default=False),
+            "ste_to_input": own.boolean("ste_to_input", default=theirs.boolean("jumprelu_ste_to_input", default=False)),
         }
         lowest: dict[str, Any] = {"low": 0, "above": arguments["log_threshold"]}
-        return {**arguments, "init_threshold": own.number("init_threshold", default=0.01, **lowest)}
+        initial = theirs.number("jumprelu_init_threshold", 0, default=0.01)
+        return {**arguments, "init_threshold": own.number("init_threshold", default=initial, **lowest)}
 
     @classmethod
     def file_shapes(cls, config: SavedConfig) -> dict[str, tuple[int, ...]]:

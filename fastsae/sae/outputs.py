@@ -13,14 +13,6 @@ from fastsae_kernels import SparseActs
 VARIANCE_ELEMENTS = 2**18  # of the rows whose squares are summed together: on a CPU they stay in cache
 
 
-def version_of(tensor: Tensor) -> int | None:
-    """How often a tensor was written in place; None for one made under `torch.inference_mode`, which does not count."""
-    try:
-        return tensor._version
-    except RuntimeError:  # no `is_inference()`, which cannot be traced
-        return None
-
-
 def fraction_of_variance_unexplained(squared_error: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:
     """`sum |x_n - sae_out_n|^2 / sum |x_n - mean x|^2` over the rows of `x` `[N, d]`, in the dtype `wide`.
 

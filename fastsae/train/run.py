@@ -253,6 +253,7 @@ def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True)
     """
     try:
         sae = SparseAutoencoder.load(folder)
+        sae.store_by_feature_()
     except FileNotFoundError as error:
         raise UsageError(str(error)) from None
     except ValueError as error:

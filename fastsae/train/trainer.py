@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastsae.data.buffer import ActivationBatch
-from fastsae.optimizer import FusedSAEAdam
+from fastsae.optim import FusedSAEAdam
 from fastsae.sae import (
     FusedBatchTopKSAE,
     FusedJumpReLUSAE,
@@ -118,7 +118,7 @@ class Trainer:
         with torch.autocast(sae.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             output = self._forward(x, sparsity_share(self.step, config))
         self.optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
+        self.optimizer.backward(output.loss)
         self.optimizer.step()
         self.silent_tokens = torch.where(output.feature_counts > 0, 0, self.silent_tokens + x.shape[0])
         if self.l0_control is not None:

@@ -116,10 +116,17 @@ def autoencode_backward(
     grad_hidden_pre, grad_theta = gate_backward(values > 0, window, theta, grad_acts, penalty_of_tokens, spec)
     del theta, window, penalty_of_tokens  # each as large as a column of the entries, as is what follows
     decoded = values if row_scale is None else row_scale.index_select(0, tokens).mul_(values)
-    if weight_gradients is not None and (needs.W_enc or needs.W_dec):
-        weight_gradients.add(entries, grad_hidden_pre, x, decoded, grad_out)
-        needs = replace(needs, W_enc=False, W_dec=False)
     of_weights = needs.weight_dtype or x.dtype
+    if weight_gradients is not None:
+        weight_gradients.add(
+            entries,
+            grad_hidden_pre if needs.W_enc else None,
+            x,
+            decoded if needs.W_dec else None,
+            grad_out,
+            of_weights,
+        )
+        needs = replace(needs, W_enc=False, W_dec=False)
     return AutoencodeGrads(
         x=grad_input(acts, to_rows(acts, grad_hidden_pre), W_enc) if needs.x else None,
         W_enc=weight_gradient(entries, grad_hidden_pre, x.to(of_weights)).t() if needs.W_enc else None,

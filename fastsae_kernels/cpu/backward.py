@@ -70,8 +70,11 @@ def weight_gradient(entries: FeatureMajor, values: Tensor, rows: Tensor) -> Tens
 
 
 def sum_segments(values: Tensor, offsets: Tensor) -> Tensor:
-    """`[n_segments]` sums of `values` over each segment's entries, in entry order and the dtype of `values`."""
-    return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True)
+    """`[n_segments]` sums of `values` over each segment's entries in the dtype of `values`, added up in fp64.
+
+    One by one in fp32 thousands of terms would lose two digits.
+    """
+    return torch.segment_reduce(values.double(), "sum", offsets=offsets, unsafe=True).to(values.dtype)
 
 
 def count_segments(marks: Tensor, offsets: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ from fastsae_kernels.memory import is_large, zeros
 from fastsae_kernels.sparse_acts import SparseActs
 
 BLOCK_ELEMENTS = 2**19  # of the sums on their way to a large array, 2 MB that stay in cache
+LONGEST_SUM = 256  # entries that are added up one by one; more of them would lose digits, so they are added in pieces
 
 
 def gather_sum(offsets: Tensor, indices: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
     """`out[i] = sum of weights[e] * rows[indices[e]]` over the entries e of segment i, `[n_segments, d]`.
 
-    `rows` must be contiguous for speed; accumulates in fp32 for every dtype, in the order of the entries.
+    `rows` must be contiguous for speed; accumulates in fp32 for every dtype.
     """
     shape = (offsets.numel() - 1, rows.shape[1])
     weights = weights.to(rows.dtype)
@@ -36,6 +37,18 @@ def gather_sum(offsets: Tensor, indices: Tensor, weights: Tensor, rows: Tensor) 
 
 
 def _sums(offsets: Tensor, indices: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+    n_pieces = -(-offsets.diff() // LONGEST_SUM)
+    if not (n_pieces > 1).any():
+        return _bags(offsets, indices, weights, rows)
+    ends = functional.pad(n_pieces.clamp_(min=1).cumsum(0), (1, 0))
+    within = torch.arange(int(ends[-1])) - ends[:-1].repeat_interleave(n_pieces)
+    starts = offsets[:-1].repeat_interleave(n_pieces) + within * LONGEST_SUM
+    wide = rows.float() if rows.element_size() == 2 else rows  # or each piece would be rounded
+    pieces = _bags(torch.cat([starts, offsets[-1:]]), indices, weights.to(wide.dtype), wide)
+    return _sums(ends, torch.arange(len(pieces)), torch.ones(len(pieces), dtype=wide.dtype), pieces).to(rows.dtype)
+
+
+def _bags(offsets: Tensor, indices: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
     return functional.embedding_bag(
         indices,
         rows,

@@ -61,6 +61,7 @@ def encode(
         return encode_small(
             x, W_enc, b_enc, threshold, bandwidth=bandwidth, k=k, batch_topk=batch_topk, max_entries=max_entries
         )
+    W_enc = W_enc.t().contiguous().t()  # a copy where it is stored otherwise: each chunk is read several times
     if not torch.isfinite(b_enc).all():  # joins the comparisons, not the products: NaN would pass for inactive
         return None
     if k is not None and bandwidth == 0 and not batch_topk:

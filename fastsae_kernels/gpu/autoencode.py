@@ -24,8 +24,8 @@ from fastsae_kernels.gpu.overflow import Overflow, overflow_rows
 from fastsae_kernels.gpu.overflow_features import overflow_features
 from fastsae_kernels.gpu.row_topk import list_topk
 from fastsae_kernels.gpu.topk import MAX_SORT, flag_rows, sort_rows
-from fastsae_kernels.gpu.weight_gradients import gpu_share
-from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeOutput
+from fastsae_kernels.gpu.weight_gradients import GpuShare, gpu_share
+from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
 from fastsae_kernels.residual import scaled
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
@@ -147,7 +147,7 @@ def autoencode_backward(
     saved: Saved,
     grad_out: Tensor,
     grad_penalty: Tensor,
-    needs_x: bool,
+    needs: AutoencodeNeeds,
     row_scale: Tensor | None = None,
     weight_gradients: WeightGradients | None = None,
 ) -> AutoencodeGrads:
@@ -157,7 +157,7 @@ def autoencode_backward(
         saved: From the forward.
         grad_out: `[N, d_out]` in the dtype of x, any strides.
         grad_penalty: `[N]` fp32, any stride.
-        needs_x: Whether to compute `grad_x`, which costs one more gather.
+        needs: Which of the large gradients are asked for; that of x costs one more gather.
         row_scale: `[N]` fp32, any stride: the gradient of row n of sae_out is `row_scale[n] * grad_out[n]`. So the residual
             serves as it is: with twice the gradient of `squared_error`. None for ones.
         weight_gradients: Of an optimiser that sums those of both matrices itself: takes what they are sums of, unless it holds
@@ -168,7 +168,7 @@ def autoencode_backward(
     # rows of a BatchTopK have no common span
     by_feature = feature_order(acts, None if spec.batch_topk else acts.indices.numel() // max(x.shape[0], 1))
     fits = max(x.shape[1], W_dec.shape[1]) <= MAX_DEPTH
-    leaves = fits and weight_gradients is not None and weight_gradients.gpu is None
+    leaves = fits and weight_gradients is not None and weight_gradients.gpu is None and (needs.W_enc or needs.W_dec)
     if fits:
         listed = feature_gradients(
             by_feature, acts.values, x, W_dec, grad_out, grad_penalty, threshold, scale, spec,
@@ -182,9 +182,12 @@ def autoencode_backward(
         n_overflow = None if overflow is None else overflow.n_rows
         size = W_dec.shape[0] * (x.shape[1] + W_dec.shape[1])
         buffer = None if overflow is None else weight_gradients.buffer(size, like=x)
-        share = gpu_share(by_feature, acts.values, grad_hidden_pre, x, grad_out, row_scale, n_overflow, buffer)
-        weight_gradients.gpu, grad_W_enc, grad_W_dec = share, share.W_enc.extra, share.W_dec.extra
-    grad_x = decode_into(acts, grad_hidden_pre, W_enc.t(), None, x.dtype) if needs_x else None
+        encoder, decoder = gpu_share(
+            by_feature, acts.values, grad_hidden_pre, x, grad_out, row_scale, n_overflow, buffer
+        )
+        weight_gradients.gpu = GpuShare(encoder if needs.W_enc else None, decoder if needs.W_dec else None)
+        grad_W_enc, grad_W_dec = encoder.extra, decoder.extra
+    grad_x = decode_into(acts, grad_hidden_pre, W_enc.t(), None, x.dtype) if needs.x else None
     if overflow is not None:
         assert grad_W_enc is not None  # their share is dense in any case
         assert grad_W_dec is not None

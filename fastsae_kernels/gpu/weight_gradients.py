@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastsae_kernels.gpu.backward import FeatureOrder, feature_sums
 from fastsae_kernels.gpu.config import on_device
+from fastsae_kernels.memory import version_of
 
 # enough to fill a device where there is something to zero, few enough to leave at once where there is nothing
 CLEARING_PROGRAMS = 1024
@@ -33,32 +34,31 @@ class RowSums(NamedTuple):
     by_feature: FeatureOrder
     weights: Tensor  # [nnz], before ordering
     vectors: Tensor  # [N, D]
+    version: int | None  # how often `vectors` was written when the pass ended
     extra: Tensor | None = None  # [S, D], added
     extra_flag: Tensor | None = None  # [1] int32: extra counts where it is not 0; None: it counts
-
-    def plus(self, grad: Tensor) -> RowSums:
-        """With another gradient, `[S, D]`."""
-        if self.extra is not None:
-            # while the flag is 0 the buffer holds an earlier step's numbers, NaN perhaps
-            extra = self.extra if self.extra_flag is None else torch.where(self.extra_flag != 0, self.extra, 0)
-            grad = grad + extra
-        return self._replace(extra=grad, extra_flag=None)
 
     def dense(self) -> Tensor:
         """`[S, D]` fp32, summed."""
         shape = (self.by_feature.offsets.numel() - 1, self.vectors.shape[1])
         sums = torch.empty(shape, dtype=torch.float32, device=self.vectors.device)
         feature_sums(self.by_feature, self.weights, self.vectors, sums)
-        total = self.plus(sums).extra
-        assert total is not None
-        return total
+        if self.extra is None:
+            return sums
+        # while the flag is 0 the buffer holds an earlier step's numbers, NaN perhaps
+        return sums + (self.extra if self.extra_flag is None else torch.where(self.extra_flag != 0, self.extra, 0))
 
 
 class GpuShare(NamedTuple):
-    """The share of one pass in the gradients of both weight matrices."""
+    """The share of one pass in the gradients of both weight matrices; None where it is not asked for."""
 
-    W_enc: RowSums  # of W_enc.T
-    W_dec: RowSums
+    W_enc: RowSums | None  # of W_enc.T
+    W_dec: RowSums | None
+
+    def without(self, i: int) -> GpuShare | None:
+        """The share but for that of the i-th matrix; None where nothing is left."""
+        rest = GpuShare(None, self.W_dec) if i == 0 else GpuShare(self.W_enc, None)
+        return None if rest == (None, None) else rest
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def gpu_share(
     row_scale: Tensor | None = None,
     n_overflow: Tensor | None = None,
     buffer: Tensor | None = None,
-) -> GpuShare:
+) -> tuple[RowSums, RowSums]:
     """What a backward pass leaves for the optimiser, kept alive until its step.
 
     Args:
@@ -107,20 +107,21 @@ def gpu_share(
         buffer: `[d_sae * (d_in + d_out)]` for their share, zeroed here where there are any; with `n_overflow`.
 
     Returns:
-        The share. The pass adds the rows that overflowed to the `extra` of both matrices, which are contiguous.
+        The shares of `W_enc.T` and of `W_dec`. The pass adds the rows that overflowed to the `extra` of both matrices, which
+        are contiguous.
     """
     if row_scale is not None:
         values = values * _of_entries(row_scale, by_feature)
     # detached, or the share would keep the pass's graph alive
-    encoder = RowSums(by_feature, grad_hidden_pre, x.detach())
-    decoder = RowSums(by_feature, values, grad_out.detach())
+    encoder = RowSums(by_feature, grad_hidden_pre, x.detach(), version_of(x))
+    decoder = RowSums(by_feature, values, grad_out.detach(), version_of(grad_out))
     if n_overflow is not None and buffer is not None:
         clear_where(n_overflow, buffer)
         d_sae = by_feature.offsets.numel() - 1
         shares = buffer.split([d_sae * x.shape[1], d_sae * grad_out.shape[1]])
         encoder = encoder._replace(extra=shares[0].view(d_sae, -1), extra_flag=n_overflow)
         decoder = decoder._replace(extra=shares[1].view(d_sae, -1), extra_flag=n_overflow)
-    return GpuShare(encoder, decoder)
+    return encoder, decoder
 
 
 def _of_entries(per_token: Tensor, by_feature: FeatureOrder) -> Tensor:

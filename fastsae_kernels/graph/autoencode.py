@@ -225,7 +225,7 @@ def autoencode_backward(
         state = gpu.Saved(
             x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, spec, acts, overflow, listed=saved[1]
         )
-        grads = gpu.autoencode_backward(state, grad_out, grad_penalty, wanted.x, row_scale)
+        grads = gpu.autoencode_backward(state, grad_out, grad_penalty, wanted, row_scale)
     elif backend == "cpu" and (x.shape[0] == 0 or int(saved[1][0]) >= 0):
         grads = cpu.autoencode_backward(_packed(acts), x, W_enc, *shared)
     else:

@@ -12,6 +12,7 @@ from gpu_helpers import DEVICE, FEW_PROGRAMS, needs_kernels, run
 
 import fastsae_kernels as kernels
 from fastsae_kernels import SparseActs, reference
+from fastsae_kernels.gradients import AutoencodeNeeds
 
 pytestmark = needs_kernels
 
@@ -89,7 +90,7 @@ def test_decode_and_its_backward(padded: bool) -> None:
     grad_hidden_pre = grad_values * 0.5
     grads = torch.zeros(9, 43, dtype=torch.float64)
     grads.index_put_((rows, columns), grad_hidden_pre.cpu().double(), accumulate=True)
-    grad_x, grad_W_enc, grad_b_enc = gpu.encode_backward(acts, x, W_enc, grad_hidden_pre, needs_x=True)
+    grad_x, grad_W_enc, grad_b_enc = gpu.encode_backward(acts, x, W_enc, grad_hidden_pre, AutoencodeNeeds())
     torch.testing.assert_close(grad_x.cpu().double(), grads @ p.W_enc.double().T, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad_W_enc.cpu().double(), p.x.double().T @ grads, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad_b_enc.cpu().double(), grads.sum(0), rtol=1e-5, atol=1e-5)
@@ -132,6 +133,6 @@ def test_training_pass_never_synchronises() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         _, saved = gpu.autoencode_forward(*tensors, problem.spec, 16)  # type: ignore[arg-type]
-        gpu.autoencode_backward(saved, grad_out, grad_penalty, needs_x=True)
+        gpu.autoencode_backward(saved, grad_out, grad_penalty, AutoencodeNeeds())
     finally:
         torch.cuda.set_sync_debug_mode("default")

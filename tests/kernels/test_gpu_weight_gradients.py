@@ -55,7 +55,7 @@ def test_clears_where_the_flag_is_set(dtype: torch.dtype, n: int, monkeypatch: p
 @pytest.mark.parametrize("span", [None, SPAN], ids=["tokens", "span"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled rows"])
 def test_share_is_the_dense_gradient(scaled: bool, span: int | None, n_overflow: int | None) -> None:
-    """Also after another gradient was added, and whatever an earlier step left in the buffer."""
+    """Whatever an earlier step left in the buffer."""
     from fastsae_kernels.gpu.backward import feature_order
     from fastsae_kernels.gpu.weight_gradients import gpu_share
 
@@ -84,8 +84,6 @@ def test_share_is_the_dense_gradient(scaled: bool, span: int | None, n_overflow:
             sums.extra.add_(3.0)
             want = want + 3.0
         torch.testing.assert_close(sums.dense().cpu(), want)
-        more = torch.randn_like(want)
-        torch.testing.assert_close(sums.plus(more.to(DEVICE)).dense().cpu(), want + more)
 
 
 def dense_of(acts: SparseActs, per_entry: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def test_parameters_have_saelens_names_and_shapes() -> None:
     assert set(FusedReLUSAE(12, 40).state_dict()) == {"W_enc", "b_enc", "W_dec", "b_dec"}
 
 
-def test_threshold_stays_fp32_and_weights_feature_major() -> None:
+def test_threshold_stays_fp32_and_weights_keep_their_layout() -> None:
     sae = FusedJumpReLUSAE(12, 40, init_threshold=0.123)
     before = sae.threshold.detach().clone()
     sae.to(torch.bfloat16)
@@ -64,8 +64,10 @@ def test_threshold_stays_fp32_and_weights_feature_major() -> None:
     assert sae.threshold.dtype == torch.float32
     assert torch.equal(sae.threshold, before)  # not rounded on the way
     assert sae(torch.randn(3, 12)).dtype == torch.bfloat16
-    for module in (sae, copy.deepcopy(sae), sae.float()):
-        assert module.W_enc.stride() == (1, 12)
+    for strides in ((40, 1), (1, 12)):
+        for module in (sae, copy.deepcopy(sae), sae.float()):
+            assert module.W_enc.stride() == strides
+        sae.store_by_feature_()
 
 
 @pytest.mark.parametrize("sparsity", ["step", "quadratic", "tanh"])

@@ -47,6 +47,16 @@ def test_we_load_a_folder_of_saelens(tmp_path: Path) -> None:
     assert (theirs(x) - ours(x)).abs().max() < 2e-6
 
 
+@pytest.mark.parametrize("kind", ["save_model", "save_inference_model"])
+def test_training_goes_on_with_the_settings_of_saelens(kind: str, tmp_path: Path) -> None:
+    config = sae_lens.JumpReLUTrainingSAEConfig(
+        **WIDTHS, jumprelu_bandwidth=0.5, jumprelu_init_threshold=0.25, jumprelu_ste_to_input=True
+    )
+    getattr(sae_lens.JumpReLUTrainingSAE(config), kind)(str(tmp_path))
+    ours = FusedJumpReLUSAE.load(tmp_path)
+    assert (ours.bandwidth, ours.init_threshold, ours.ste_to_input) == (0.5, 0.25, True)
+
+
 WIDTHS = {"d_in": 24, "d_sae": 80}
 INFERENCE = {
     "standard": FusedReLUSAE,

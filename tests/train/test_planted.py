@@ -31,7 +31,7 @@ def test_training_recovers_a_planted_dictionary() -> None:
         coefficient = 0.1 * min(1, 5 * step / STEPS)
         output = sae.training_forward(sums_of(dictionary, 512, g), coefficient, "quadratic", target_l0=ACTIVE)
         optimizer.zero_grad()
-        output.loss.backward()
+        optimizer.backward(output.loss)
         optimizer.step()
     found = (sae.W_dec.detach() @ dictionary.t()).amax(0)
     assert found.mean() >= 0.95, f"mean max cosine {found.mean():.3f}"

@@ -18,6 +18,7 @@ from stopped_runs import make_config, stopped_run
 
 from fastsae import FastsaeError, UsageError
 from fastsae.disk import write_json
+from fastsae.errors import shown
 from fastsae.train import checkpoint, run
 from fastsae.train.folder import CONFIG_FILE, read_config
 
