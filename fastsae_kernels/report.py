@@ -6,7 +6,7 @@ What is compiled is what the library would launch (`launches`), in every shipped
 from `cuobjdump`, matrix instructions from `nvdisasm`, both part of the Triton wheel; for AMD all of it from the assembly.
 
 Exit status: 0 clean; 1 where a kernel does not compile, spills, exceeds the shared memory of its architecture or multiplies
-16-bit or tf32 operands without a matrix instruction, or where the report cannot run; 2 for wrong arguments.
+16-bit operands without a matrix instruction, or where the report cannot run; 2 for wrong arguments.
 """
 
 from __future__ import annotations

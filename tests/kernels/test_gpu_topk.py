@@ -403,7 +403,7 @@ def test_fp64_is_refused(spec: AutoencodeSpec) -> None:
 
 @pytest.mark.parametrize("k", [3, 150], ids=["merge", "select"])
 def test_a_row_that_only_seemed_to_overflow_is_listed_whole(k: int) -> None:
-    """Listing in TF32 can count entries that the recount finds inactive; such a row must not end up empty."""
+    """The listing sums in another order, so the recount may find its entries inactive; such a row must not end up empty."""
     from fastsae_kernels.gpu import overflow_topk
 
     p = problems.make(4, 20, 300, density=0.01)
