@@ -42,4 +42,4 @@ bench-gpu:  ## GPU tests and headline benchmarks, 10 minutes
 	python -m benchmarks.gpu benchmarks/results
 
 report:  ## registers, spills and matrix instructions of every Triton kernel, without a GPU
-	python -m fastsae_kernels.report --arch 80 90 100 gfx942
+	python -m tools.kernel_report --arch 80 90 100 gfx942

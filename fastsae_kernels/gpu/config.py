@@ -9,7 +9,7 @@ A key is the bits of the operands, then what narrows it down, the narrowest that
     "16 n<=32 odd"
 
 The kernel "encode_rival" names the way of listing entries that serves a key (see `rivals`).
-`python -m fastsae_kernels.report` compiles all of them and fails where one spills.
+`python -m tools.kernel_report` compiles all of them and fails where one spills.
 """
 
 from __future__ import annotations

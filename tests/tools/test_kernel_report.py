@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from fastsae_kernels import report
+from tools.kernel_report import report
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
+ROOT = Path(__file__).parents[2]
 CLEAN = report.Row("sm_90", "encode_kernel", "bf16", "-", 8, 4, 255, 0, 131072, 4, "")
 SPILLING = report.Row("sm_90", "encode_kernel", "bf16", "-", 8, 4, 255, 1104, 131072, 4, "spills")
 
@@ -23,7 +24,12 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh process whose kernels are compiled, not interpreted."""
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-c", code], env={**inherited, **environment}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**inherited, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
@@ -32,7 +38,7 @@ def test_every_kernel_is_collected_without_a_device() -> None:
     """The passes run on tensors without data, so they cannot have waited for one: no host synchronisation."""
     done = python(
         "import pkgutil, importlib, fastsae_kernels.gpu as gpu\n"
-        "from fastsae_kernels.launches import collect\n"
+        "from tools.kernel_report.launches import collect\n"
         "modules = [importlib.import_module(f'{gpu.__name__}.{m.name}') for m in pkgutil.iter_modules(gpu.__path__)]\n"
         "defined = {name for m in modules for name in vars(m) if name.endswith('_kernel')}\n"
         "launched = {(launch.kernel.__name__, launch.dtype) for launch in collect('sm_90')}\n"
@@ -48,7 +54,7 @@ def test_every_kernel_is_collected_without_a_device() -> None:
 def test_every_shipped_tile_that_lists_entries_is_compiled() -> None:
     """Each tile of the table, odd ones and small batches too, shows up in a recorded launch."""
     done = python(
-        "from fastsae_kernels.launches import collect\n"
+        "from tools.kernel_report.launches import collect\n"
         "from fastsae_kernels.gpu.config import load_table\n"
         "for arch in ('sm_80', 'sm_90', 'sm_100', 'gfx942'):\n"
         "    launches = collect(arch)\n"
@@ -69,7 +75,7 @@ def test_large_tiles_that_list_entries_are_clean(arch: str) -> None:
     """With bounds and statistics, which take the most registers; the report compiles the others."""
     done = python(
         "import json, dataclasses\n"
-        "from fastsae_kernels import report\n"
+        "from tools.kernel_report import report\n"
         f"launches = [l for l in report.collect('{arch}') if 'encode_kernel' in l.name and l.dtype == 'bf16'\n"
         "             and 'BLOCK_B=128' in l.variant and 'EVEN_D=False' not in l.variant and 'without' not in l.variant]\n"
         f"print(json.dumps([dataclasses.asdict(report.compile_launch(l, '{arch}')) for l in launches[:2]]))\n"
@@ -91,7 +97,7 @@ def test_large_tiles_that_list_entries_are_clean(arch: str) -> None:
 def test_what_does_not_compile_is_a_finding() -> None:
     done = python(
         "from dataclasses import replace\n"
-        "from fastsae_kernels import report\n"
+        "from tools.kernel_report import report\n"
         "launch = next(l for l in report.collect('sm_90') if l.name == 'row_stats_kernel')\n"
         "row = report.compile_launch(replace(launch, constants=()), 'sm_90')\n"
         "assert row.problem.startswith('does not compile: '), row\n"
@@ -121,7 +127,7 @@ def test_wrong_arguments_end_with_2(arguments: list[str]) -> None:
 
 
 def test_interpreter_and_missing_triton_are_one_clear_line() -> None:
-    main = "import sys\nfrom fastsae_kernels import report\nsys.exit(report.main([]))\n"
+    main = "import sys\nfrom tools.kernel_report import report\nsys.exit(report.main([]))\n"
     interpreted = python(main, TRITON_INTERPRET="1")
     assert interpreted.returncode == 1
     assert interpreted.stderr.strip().endswith("unset it")
@@ -131,6 +137,6 @@ def test_interpreter_and_missing_triton_are_one_clear_line() -> None:
     assert "Traceback" not in missing.stderr
 
 
-def test_package_imports_without_triton() -> None:
-    done = python("import sys\nsys.modules['triton'] = None\nimport fastsae_kernels, fastsae_kernels.report\n")
+def test_package_and_report_import_without_triton() -> None:
+    done = python("import sys\nsys.modules['triton'] = None\nimport fastsae_kernels, tools.kernel_report.report\n")
     assert done.returncode == 0, done.stderr

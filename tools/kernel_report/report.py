@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that this machine does not have, and report what each one takes.
 
-    python -m fastsae_kernels.report --arch 80 90 100 gfx942 [--kernel encode] [--json PATH]
+    python -m tools.kernel_report --arch 80 90 100 gfx942 [--kernel encode] [--json PATH]
 
 What is compiled is what the library would launch (`launches`), in every shipped configuration. Registers and stack come
 from `cuobjdump`, matrix instructions from `nvdisasm`, both part of the Triton wheel; for AMD all of it from the assembly.
@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fastsae_kernels.launches import Launch, ReportError, collect
+from tools.kernel_report.launches import Launch, ReportError, collect
 
 # shared memory that one program may take, bytes
 MAX_SHARED = {
@@ -174,7 +174,7 @@ def _arch(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m fastsae_kernels.report", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.kernel_report", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=_arch, nargs="+", default=["sm_80", "sm_90"], metavar="N",
                         help="architectures, such as 80 (A100), 90 (H100, H200), 100 (B200) or gfx942 (MI300)")  # fmt: skip
     parser.add_argument("--kernel", default="", metavar="TEXT", help="only kernels whose name contains this")
@@ -198,7 +198,3 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
