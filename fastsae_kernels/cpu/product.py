@@ -14,6 +14,7 @@ small: at d_in = 768 it is 0.1 standard deviations of random pre-activations, a 
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 
 import numpy as np
@@ -146,6 +147,14 @@ class AugmentedWeights:
         return rounded
 
 
+@cache
+def _hear_csr_notice() -> None:
+    """PyTorch warns once in a process that CSR tensors are in beta. What is used of them is tested, so it is heard here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), dtype=torch.float32, check_invariants=False)
+
+
 def sampled_dot(offsets: Tensor, tokens: Tensor, features: Tensor, rows: Tensor) -> Tensor:
     """`out[e] = features[j(e)] . rows[tokens[e]]` in fp32 (fp64 for fp64 rows), for entries in feature-major order.
 
@@ -164,6 +173,7 @@ def sampled_dot(offsets: Tensor, tokens: Tensor, features: Tensor, rows: Tensor)
         offsets = torch.cat([offsets[:1], offsets[1:].index_select(0, used)])
         features = features.index_select(0, used)
     shape = (features.shape[0], rows.shape[0])
+    _hear_csr_notice()
     pattern = torch.sparse_csr_tensor(offsets.int(), tokens, values, shape, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, features.to(wide), rows.to(wide).t(), beta=0.0).values()
 
