@@ -1,6 +1,6 @@
-.PHONY: check lint format types test test-slow test-package stale bench bench-full bench-quick bench-gpu bench-compare report
+.PHONY: check lint format imports types test test-slow test-package stale bench bench-full bench-quick bench-gpu bench-compare report
 
-check: lint types stale test-package test  ## what CI runs
+check: lint imports types stale test-package test  ## what CI runs
 
 lint:
 	ruff check .
@@ -9,6 +9,9 @@ lint:
 format:
 	ruff check --fix .
 	ruff format .
+
+imports:  ## which module may import which: the contracts in pyproject.toml
+	lint-imports --no-cache --no-logo
 
 types:
 	mypy

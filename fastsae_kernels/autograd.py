@@ -148,10 +148,12 @@ def list_entries(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, spe
     acts: SparseActs | None
     if _sparse_backend(x) is cpu:
         acts = cpu.encode(x, W_enc, b_enc, threshold, bandwidth=spec.bandwidth, k=spec.k, batch_topk=spec.batch_topk)
-    elif spec.batch_topk and spec.k is not None:
+    elif spec.k is None:
+        acts = _gpu().encode(x, W_enc, b_enc, threshold, bandwidth=spec.bandwidth)
+    elif spec.batch_topk:
         acts = _gpu().encode_batch_topk(x, W_enc, b_enc, threshold, spec.k).acts
     else:
-        acts = _gpu().encode(x, W_enc, b_enc, threshold, bandwidth=spec.bandwidth, k=spec.k)
+        acts = _gpu().encode_topk(x, W_enc, b_enc, threshold, bandwidth=spec.bandwidth, k=spec.k)
     if acts is None:
         raise ValueError(f"x, W_enc, b_enc, threshold: expected finite values, got NaN or Inf {_share_bad(x)}")
     return acts

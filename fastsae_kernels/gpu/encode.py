@@ -142,12 +142,11 @@ def encode(
     threshold: Tensor,
     *,
     bandwidth: float = 0.0,
-    k: int | None = None,
 ) -> SparseActs:
-    """Active (and window) entries of every row, for inference; one host synchronisation, none for top-k without a window.
+    """Active (and window) entries of every row, for inference; one host synchronisation.
 
-    Equivalent to `fastsae_kernels.reference.encode`. Rows are tried with a fixed span; where one has more entries, the
-    call is repeated with exactly the spans that the first one counted.
+    Equivalent to `fastsae_kernels.reference.encode` without `k` (with it: `row_topk.encode_topk`). Rows are tried with a fixed
+    span; where one has more entries, the call is repeated with exactly the spans that the first one counted.
 
     Args:
         x: `[N, d_in]`; fp32, bf16 or fp16. Strides are free, here and below.
@@ -155,7 +154,6 @@ def encode(
         b_enc: `[d_sae]`.
         threshold: `[d_sae]` fp32, >= 0.
         bandwidth: Inactive entries closer than half of it to the threshold are listed with value 0.
-        k: At most the `k` largest active entries of a row survive, ties to the lower index.
 
     Returns:
         Rows sorted by feature index, values fp32.
@@ -164,10 +162,6 @@ def encode(
         TypeError: x is fp64.
     """
     b_enc, threshold = b_enc.contiguous(), threshold.contiguous()
-    if k is not None:
-        from fastsae_kernels.gpu.row_topk import encode_topk  # it is built on `list_entries`
-
-        return encode_topk(x, W_enc, b_enc, threshold, bandwidth, k)
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
     capacity = min(DEFAULT_CAPACITY, d_sae, MAX_SORT)
     row_offsets = padded_offsets(n_tokens, capacity, x.device)

@@ -26,6 +26,7 @@ import triton
 from torch import Tensor
 
 from fastsae_kernels.gpu import topk
+from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.encode import encode, list_entries, padded_offsets
 from fastsae_kernels.gpu.overflow_topk import resolve_overflow_topk
 from fastsae_kernels.sparse_acts import SparseActs
@@ -118,11 +119,16 @@ def list_topk(
     return RowTopK(acts, None if capacity == d_sae else counts > capacity, peaks)
 
 
-def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float, k: int) -> SparseActs:
-    """`encode.encode` with `k`: synchronises with the host only to see whether a row's window overflowed, if there is one.
+@on_device
+def encode_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, k: int, bandwidth: float = 0.0
+) -> SparseActs:
+    """`encode.encode` of which at most the `k` largest active entries of a row survive, ties to the lower index.
 
-    Such rows keep everything that they have, so they are encoded once more on their own, without top-k.
+    It synchronises with the host only to see whether a row's window overflowed, if there is one. Such rows keep everything
+    that they have, so they are encoded once more on their own, without top-k.
     """
+    b_enc, threshold = b_enc.contiguous(), threshold.contiguous()
     rows = list_topk(x, W_enc, b_enc, threshold, k, bandwidth, capacity=0)
     acts = rows.acts
     if rows.flagged is None or not rows.flagged.any():
