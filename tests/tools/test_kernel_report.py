@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tools.kernel_report import report
+from tools.kernel_report import launches, report
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -103,6 +106,52 @@ def test_what_does_not_compile_is_a_finding() -> None:
         "assert row.problem.startswith('does not compile: '), row\n"
     )
     assert done.returncode == 0, done.stderr
+
+
+def fake_launch(name: str) -> launches.Launch:
+    """A launch that only its name tells apart."""
+    kernel = SimpleNamespace(__name__=f"_{name}_kernel")
+    return launches.Launch(kernel, "bf16", (), (), (), ())
+
+
+@pytest.mark.parametrize("cores", [1, 2, 8])
+def test_a_compiler_that_crashes_is_a_red_line_that_names_the_kernel(
+    cores: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Compiling takes the process down on two kernels, with an exit status and with a signal; the report goes on."""
+
+    def compile_launch(launch: launches.Launch, arch: str) -> report.Row:
+        if launch.name == "leaving_kernel":
+            os._exit(3)
+        if launch.name == "crashing_kernel":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return report.Row(arch, launch.name, launch.dtype, "-", 4, 3, 40, 0, 1024, 1, "")
+
+    names = ["first", "leaving", "second", "crashing", "third", "last"]
+    monkeypatch.setattr(report, "collect", lambda arch: [fake_launch(name) for name in names])
+    monkeypatch.setattr(report, "compile_launch", compile_launch)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    assert report.main(["--arch", "90"]) == 1
+    *lines, summary = capfd.readouterr().out.splitlines()[1:]
+    assert summary == "6 kernels compiled, 2 with a problem"
+    assert [line.split()[1] for line in lines] == [f"{name}_kernel" for name in names]
+    assert "does not compile: the compiler died (exit status 3)" in lines[1]
+    assert "does not compile: the compiler died (SIGKILL)" in lines[3]
+    assert sum("does not compile" in line for line in lines) == 2
+    assert not multiprocessing.active_children()
+
+
+def test_what_a_worker_raises_ends_the_report_with_its_message(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def compile_launch(launch: launches.Launch, arch: str) -> report.Row:
+        raise launches.ReportError("cuobjdump: expected on PATH, found nowhere")
+
+    monkeypatch.setattr(report, "collect", lambda arch: [fake_launch(str(i)) for i in range(5)])
+    monkeypatch.setattr(report, "compile_launch", compile_launch)
+    assert report.main(["--arch", "90"]) == 1
+    assert capfd.readouterr().err == "report: cuobjdump: expected on PATH, found nowhere\n"
+    assert not multiprocessing.active_children()
 
 
 def test_exit_status_and_json(
