@@ -1,6 +1,6 @@
-.PHONY: check lint format types test test-slow test-package stale bench bench-full bench-quick bench-gpu bench-compare report
+.PHONY: check lint format imports types test test-slow test-package stale bench bench-full bench-quick bench-gpu bench-compare report
 
-check: lint types stale test-package test  ## what CI runs
+check: lint imports types stale test-package test  ## what CI runs
 
 lint:
 	ruff check .
@@ -9,6 +9,9 @@ lint:
 format:
 	ruff check --fix .
 	ruff format .
+
+imports:  ## which module may import which: the contracts in pyproject.toml
+	lint-imports --no-cache --no-logo
 
 types:
 	mypy
@@ -42,4 +45,4 @@ bench-gpu:  ## GPU tests and headline benchmarks, 10 minutes
 	python -m benchmarks.gpu benchmarks/results
 
 report:  ## registers, spills and matrix instructions of every Triton kernel, without a GPU
-	python -m fastsae_kernels.report --arch 80 90 100 gfx942
+	python -m tools.kernel_report --arch 80 90 100 gfx942

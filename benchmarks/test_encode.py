@@ -84,8 +84,8 @@ def dense_batch_topk(p: Problem) -> Tensor:
     return torch.zeros_like(flat).scatter(0, indices, values)
 
 
-def fused(p: Problem, rescore: bool = False) -> SparseActs:
-    return kernels.encode(p.x, p.W_enc, p.b_enc, p.threshold, rescore=rescore)
+def fused(p: Problem) -> SparseActs:
+    return kernels.encode(p.x, p.W_enc, p.b_enc, p.threshold)
 
 
 def fused_topk(p: Problem) -> SparseActs:
@@ -113,7 +113,6 @@ OPERATIONS: dict[str, Encoders] = {
     "top-k": {"dense eager, torch.topk": dense_topk, "fused": fused_topk},
     "batch top-k": {"dense eager, flat torch.topk": dense_batch_topk, "fused": fused_batch_topk},
 }
-RESCORED: Encoders = {"fused, rescored": partial(fused, rescore=True)}
 
 
 def error_of(acts: SparseActs, p: Problem) -> float:
@@ -153,8 +152,6 @@ def make(encode: Callable[[Problem], Any], shape: Shape, dtype: torch.dtype, top
 def case(operation: str, shape_name: str, dtype: str) -> Case:
     shape, encoders, top_k = ENCODE_SHAPES[shape_name], OPERATIONS[operation], operation != "encode"
     assert shape is not None
-    if operation == "encode" and dtype == "bf16" and DEVICE == "cpu":  # products of a GPU are not rounded
-        encoders = encoders | RESCORED
     providers = {}
     for name, encode in encoders.items():
         arguments = (encode, shape, DTYPES[dtype], top_k)

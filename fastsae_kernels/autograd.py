@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels import chunked, cpu
-from fastsae_kernels.checks import check_no_fp8
 from fastsae_kernels.dispatch import MAX_DENSITY, ActivityHint, backend_of, forced_backend
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
 from fastsae_kernels.memory import narrowed
@@ -109,8 +108,6 @@ def _run_forward(
             output, saved = _gpu().autoencode_forward(*arguments, hint.capacity(d_sae), target)
             hint.update(saved.listed)
             return output._replace(acts=None), saved  # rows that outgrew the capacity are not among its entries
-    else:
-        check_no_fp8(spec, x)
     if backend == "cpu":
         limit = None if spec.k is not None or forced_backend() else int(MAX_DENSITY["cpu"] * x.shape[0] * d_sae)
         output = cpu.autoencode_forward(*arguments, limit, target)
@@ -129,8 +126,8 @@ class Encode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, SparseActs]:
-        x, W_enc, b_enc, threshold, spec, rescore = inputs
-        acts = list_entries(x, W_enc, b_enc, threshold, spec, rescore)
+        x, W_enc, b_enc, threshold, spec = inputs
+        acts = list_entries(x, W_enc, b_enc, threshold, spec)
         # detached, or values -> grad_fn -> ctx -> values would live until the garbage collector comes by
         ctx.acts, ctx.bandwidth = replace(acts, values=acts.values.detach()), spec.bandwidth
         ctx.bias_dtype = b_enc.dtype
@@ -144,12 +141,10 @@ class Encode(torch.autograd.Function):
         grad_x, grad_W_enc, grad_b_enc, grad_threshold = encode_gradients(
             ctx.acts, x, W_enc, threshold, ctx.bandwidth, grad_values, ctx.needs_input_grad[0]
         )
-        return grad_x, grad_W_enc, grad_b_enc.to(ctx.bias_dtype), grad_threshold, None, None
+        return grad_x, grad_W_enc, grad_b_enc.to(ctx.bias_dtype), grad_threshold, None
 
 
-def list_entries(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, spec: AutoencodeSpec, rescore: bool
-) -> SparseActs:
+def list_entries(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, spec: AutoencodeSpec) -> SparseActs:
     """The entries by the backend of x.
 
     Raises:
@@ -157,18 +152,13 @@ def list_entries(
     """
     acts: SparseActs | None
     if _sparse_backend(x) is cpu:
-        check_no_fp8(spec, x)
-        acts = cpu.encode(
-            x, W_enc, b_enc, threshold,
-            bandwidth=spec.bandwidth, k=spec.k, batch_topk=spec.batch_topk, rescore=rescore,
-        )  # fmt: skip
-    elif spec.batch_topk and spec.k is not None:
+        acts = cpu.encode(x, W_enc, b_enc, threshold, bandwidth=spec.bandwidth, k=spec.k, batch_topk=spec.batch_topk)
+    elif spec.k is None:
+        acts = _gpu().encode(x, W_enc, b_enc, threshold, bandwidth=spec.bandwidth)
+    elif spec.batch_topk:
         acts = _gpu().encode_batch_topk(x, W_enc, b_enc, threshold, spec.k).acts
     else:
-        acts = _gpu().encode(
-            x, W_enc, b_enc, threshold,
-            bandwidth=spec.bandwidth, k=spec.k, precision=spec.precision, fp8=spec.fp8,
-        )  # fmt: skip
+        acts = _gpu().encode_topk(x, W_enc, b_enc, threshold, bandwidth=spec.bandwidth, k=spec.k)
     if acts is None:
         raise ValueError(f"x, W_enc, b_enc, threshold: expected finite values, got NaN or Inf {_share_bad(x)}")
     return acts

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsae_kernels.spec import AutoencodeSpec
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_INDEX = 2**31 - 1
 
@@ -51,12 +49,6 @@ def check_encode(
         raise ValueError(f"threshold: expected device {x.device} as the input x, got {threshold.device}")
     if k is not None and k > d_sae:
         raise ValueError(f"k: expected at most d_sae = {d_sae}, got {k}")
-
-
-def check_no_fp8(spec: AutoencodeSpec, x: Tensor) -> None:
-    """Raises ValueError where fp8 is asked of a backend that has none."""
-    if spec.fp8:
-        raise ValueError(f"fp8: expected a CUDA tensor on the Triton backend, got x on {x.device}")
 
 
 def check_feature_scale(feature_scale: Tensor | None, threshold: Tensor) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,8 +19,6 @@ Backend = Literal["cpu", "triton", "dense"]
 # 16384, 512 tokens; 512, 4096 and 256 tokens alike); other CPUs 0.1 to 0.3. CUDA: bandwidth over arithmetic rate of an H200
 # with gathers half from L2, not yet measured.
 MAX_DENSITY = {"cpu": 0.125, "cuda": 0.006}
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 _forced: ContextVar[Backend | None] = ContextVar("fastsae_backend", default=None)
 
@@ -62,12 +60,6 @@ def backend_of(x: Tensor) -> Backend:
             f"x is on {x.device}, whose kernels need Triton, and Triton is not installed: pip install triton"
         ) from None
     return "triton"
-
-
-def not_compiled(function: Function) -> Function:
-    """Keeps an op out of a `torch.compile`d graph: its kernels are compiled already, and sizes depend on the data."""
-    disabled: Function = torch.compiler.disable(function)
-    return disabled
 
 
 class ActivityHint:

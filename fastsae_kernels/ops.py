@@ -21,7 +21,7 @@ from fastsae_kernels.gradients import AutoencodeOutput
 from fastsae_kernels.memory import narrowed
 from fastsae_kernels.once import check_no_transform
 from fastsae_kernels.sparse_acts import SparseActs
-from fastsae_kernels.spec import AutoencodeSpec, Precision
+from fastsae_kernels.spec import AutoencodeSpec
 from fastsae_kernels.weight_gradients import PassCollector
 
 
@@ -65,8 +65,6 @@ def _in_graph(
         spec.penalty,
         spec.tanh_scale,
         spec.ste_to_input,
-        spec.precision,
-        spec.fp8,
         capacity,
         0 if hint is None else hint.key,
     )
@@ -172,9 +170,6 @@ def encode(
     bandwidth: float = 0.0,
     k: int | None = None,
     batch_topk: bool = False,
-    rescore: bool = False,
-    precision: Precision = "ieee",
-    fp8: bool = False,
 ) -> SparseActs:
     """The active features of each token, `JumpReLU(x @ W_enc + b_enc)` then top-k, without a dense tensor.
 
@@ -191,39 +186,33 @@ def encode(
         bandwidth: Width of the window, in activation units; 0 lists active entries only.
         k: Keep at most this many active features of a token, ties to the lower index; None keeps all.
         batch_topk: Keep the `k * N` largest of the batch instead, ties to the lower token, then the lower feature.
-        rescore: On a CPU, score the entries of 16-bit operands again in fp32; their product is rounded to 16 bits
-            otherwise. Products of a GPU are not rounded.
-        precision: Of fp32 products on a GPU: `ieee`, `tf32x3` or `tf32`; a CPU has one precision.
-        fp8: On a GPU with fp8 units, find candidates by an fp8 product and score them again; see `AutoencodeSpec`.
 
     Raises:
         ValueError: Shapes disagree, `k` is out of range, or a value is NaN or Inf.
         TypeError: Mixed or unsupported dtypes.
 
     Numerics:
-        `values` are fp32 (fp64 for fp64 inputs). On a GPU this call synchronises with the host once. Without `k` the number
-        of entries depends on the data: a graph that is compiled whole needs
-        `torch._dynamo.config.capture_dynamic_output_shape_ops`, as for `torch.nonzero`.
+        `values` are fp32 (fp64 for fp64 inputs); on a CPU those of 16-bit operands may have been rounded to 16 bits. On a GPU
+        this call synchronises with the host once. Without `k` the number of entries depends on the data: a graph that is
+        compiled whole needs `torch._dynamo.config.capture_dynamic_output_shape_ops`, as for `torch.nonzero`.
 
     Source:
         Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
-    spec = AutoencodeSpec(bandwidth, k, batch_topk, precision=precision, fp8=fp8)
+    spec = AutoencodeSpec(bandwidth, k, batch_topk)
     x, W_enc, b_enc = _autocast("x", (x, W_enc), (b_enc,))
     check_encode(x, W_enc, b_enc, threshold, k)
     if x.dim() != 2:
         raise ValueError(f"x: expected two dimensions [n_tokens, d_in], got shape {tuple(x.shape)}")
     with _without_autocast(x.device.type):
         if torch.compiler.is_compiling():
-            entries = torch.ops.fastsae.encode(
-                x, W_enc, b_enc, threshold, bandwidth, k, batch_topk, rescore, precision, fp8
-            )
+            entries = torch.ops.fastsae.encode(x, W_enc, b_enc, threshold, bandwidth, k, batch_topk)
             values, indices, row_offsets, row_counts = entries
             return SparseActs(row_offsets, indices, values, (x.shape[0], W_enc.shape[1]), row_counts)
         check_no_transform()
         if not torch.is_grad_enabled():
-            return list_entries(x, W_enc, b_enc, threshold, spec, rescore)
-        values, acts = Encode.apply(x, W_enc, b_enc, threshold, spec, rescore)
+            return list_entries(x, W_enc, b_enc, threshold, spec)
+        values, acts = Encode.apply(x, W_enc, b_enc, threshold, spec)
     return replace(acts, values=values)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastsae_kernels.chunked import MIN_CHUNK
-from fastsae_kernels.dispatch import not_compiled
 
 
 class _PreActChunk(torch.autograd.Function):
@@ -35,7 +37,6 @@ def _gap(x: Tensor, W_enc_t: Tensor, b_enc: Tensor, threshold: Tensor) -> Tensor
     return torch.relu((threshold - b_enc)[:, None] - product)
 
 
-@not_compiled
 def pre_act_loss(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, decoder_norms: Tensor, dead_mask: Tensor
 ) -> Tensor:
@@ -57,6 +58,9 @@ def pre_act_loss(
     Source:
         Anthropic, "Circuits Updates - January 2025"; on dead features only, as SAELens.
     """
+    if torch.compiler.is_compiling():
+        loss: Tensor = _outside_of_graphs()(x, W_enc, b_enc, threshold, decoder_norms, dead_mask)
+        return loss
     if dead_mask.dtype != torch.bool or dead_mask.shape != threshold.shape:
         raise ValueError(
             f"dead_mask: expected bool of shape {tuple(threshold.shape)}, got {dead_mask.dtype} {tuple(dead_mask.shape)}"
@@ -69,3 +73,17 @@ def pre_act_loss(
             chunk = (W_enc_t[ids], b_enc[ids], threshold[ids], decoder_norms[ids])
             total = total + _PreActChunk.apply(x, *chunk)
     return total / max(1, x.shape[0])
+
+
+_uncompiled: Callable[..., Any] | None = None
+
+
+def _outside_of_graphs() -> Callable[..., Any]:
+    """`pre_act_loss` as eager code that compiled code calls: how many features are dead depends on the data.
+
+    It is made on first use: a decorator would import the compiler, which sets an environment variable and a filter of warnings.
+    """
+    global _uncompiled
+    if _uncompiled is None:
+        _uncompiled = torch.compiler.disable(pre_act_loss)
+    return _uncompiled

@@ -8,7 +8,6 @@ from numbers import Integral
 from typing import Literal, get_args
 
 Penalty = Literal["l0", "l1", "tanh"]
-Precision = Literal["ieee", "tf32x3", "tf32"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +24,6 @@ class AutoencodeSpec:
         tanh_scale: Slope of the `tanh` penalty.
         ste_to_input: Let the straight-through estimate reach the encoder and the input too, not the threshold alone
             (Anthropic, January 2025).
-        precision: Of the encoder's fp32 products on a GPU; a CPU and 16-bit operands have one precision.
-        fp8: On a GPU with fp8 units, find candidates by an fp8 product and score them again; an entry at its gate is missed
-            with a probability below 1e-9 (see `fastsae_kernels.gpu.fp8` for the model and where it fails).
 
     Raises:
         ValueError: A field is out of its range.
@@ -39,8 +35,6 @@ class AutoencodeSpec:
     penalty: Penalty = "l0"
     tanh_scale: float = 4.0
     ste_to_input: bool = False
-    precision: Precision = "ieee"
-    fp8: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.bandwidth < math.inf:  # a graph may hold a symbol here, which math.isfinite refuses
@@ -55,9 +49,5 @@ class AutoencodeSpec:
             )
         if self.penalty not in get_args(Penalty):
             raise ValueError(f"penalty: expected one of {', '.join(get_args(Penalty))}, got {self.penalty!r}")
-        if self.precision not in get_args(Precision):
-            raise ValueError(f"precision: expected one of {', '.join(get_args(Precision))}, got {self.precision!r}")
-        if self.fp8 and self.k is not None:
-            raise ValueError(f"fp8: expected False with k, whose bounds an fp8 product cannot give, got k = {self.k}")
         if not 0 < self.tanh_scale < math.inf:
             raise ValueError(f"tanh_scale: expected a finite number > 0, got {self.tanh_scale}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae_kernels.cpu.decode import gather_sum
+from fastsae_kernels.gather import gather_sum
 from fastsae_kernels.memory import version_of
 from fastsae_kernels.sparse_acts import FeatureMajor
 

@@ -1,7 +1,5 @@
 """The CPU backend: PyTorch's own matrix products, sampled products and `embedding_bag`, in cache-sized feature chunks."""
 
-import warnings
-
 from fastsae_kernels.cpu.autoencode import autoencode_backward, autoencode_forward
 from fastsae_kernels.cpu.backward import decode_backward, encode_backward
 from fastsae_kernels.cpu.decode import decode
@@ -15,6 +13,3 @@ __all__ = [
     "encode",
     "encode_backward",
 ]
-
-# one notice per process that says nothing to a user of this library: the products used are tested here
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")

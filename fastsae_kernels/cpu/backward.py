@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsae_kernels.cpu.decode import gather_sum
 from fastsae_kernels.cpu.product import SCRATCH_ELEMENTS, sampled_dot
+from fastsae_kernels.gather import gather_sum
 from fastsae_kernels.sparse_acts import FeatureMajor, SparseActs
 
 

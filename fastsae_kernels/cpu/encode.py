@@ -32,7 +32,6 @@ def encode(
     bandwidth: float = 0.0,
     k: int | None = None,
     batch_topk: bool = False,
-    rescore: bool = False,
     max_entries: int | None = None,
 ) -> SparseActs | None:
     """Entries above `threshold - bandwidth / 2`, with value 0 where inactive, values in fp32 (fp64 for fp64 inputs).
@@ -48,16 +47,14 @@ def encode(
         bandwidth: Width of the straight-through window; 0 lists active entries only.
         k: At most the k largest active entries of a row survive.
         batch_topk: At most the `k * N` largest of the batch survive instead.
-        rescore: Score the entries of 16-bit operands again in fp32, whose product is rounded to 16 bits otherwise.
         max_entries: Give up beyond this many entries (the dense path is then faster); never with `k`.
     """
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
     wide = torch.promote_types(x.dtype, torch.float32)
     threshold = threshold.to(wide)
-    rescore = rescore and x.element_size() == 2
     if max_entries is not None and _is_dense(x, W_enc, b_enc, threshold - bandwidth / 2, max_entries):
         return None
-    if n_tokens * d_sae <= MAX_ELEMENTS and (n_tokens == 0 or not rescore):
+    if n_tokens * d_sae <= MAX_ELEMENTS:
         return encode_small(
             x, W_enc, b_enc, threshold, bandwidth=bandwidth, k=k, batch_topk=batch_topk, max_entries=max_entries
         )
@@ -65,19 +62,19 @@ def encode(
     if not torch.isfinite(b_enc).all():  # joins the comparisons, not the products: NaN would pass for inactive
         return None
     if k is not None and bandwidth == 0 and not batch_topk:
-        return encode_topk(x, W_enc, b_enc, threshold, k, rescore)
+        return encode_topk(x, W_enc, b_enc, threshold, k)
     if batch_topk:
         assert k is not None
-        return _encode_batch_topk(x, W_enc, b_enc, threshold, k, rescore)
+        return _encode_batch_topk(x, W_enc, b_enc, threshold, k)
     block = MAX_ELEMENTS // d_sae
-    if k is None and not rescore and block >= MIN_BLOCK_TOKENS and not product.rounds(x.dtype):
+    if k is None and block >= MIN_BLOCK_TOKENS and not product.rounds(x.dtype):
         parts = [
             encode_small(rows, W_enc, b_enc, threshold, bandwidth=bandwidth, k=None, batch_topk=False)
             for rows in x.split(block)
         ]
         acts = stack_rows(parts)
         return None if acts is None or (max_entries is not None and acts.values.numel() > max_entries) else acts
-    return _encode_threshold(x, W_enc, b_enc, threshold, bandwidth, k, rescore, max_entries)
+    return _encode_threshold(x, W_enc, b_enc, threshold, bandwidth, k, max_entries)
 
 
 def _is_dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, lower: Tensor, max_entries: int) -> bool:
@@ -97,12 +94,11 @@ def _encode_threshold(
     threshold: Tensor,
     bandwidth: float,
     k: int | None,
-    rescore: bool,
     max_entries: int | None,
 ) -> SparseActs | None:
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
     size = product.chunk_size(n_tokens, d_sae, x.shape[1] if product.is_rounded(x) else 0)
-    chunks = product.Product(x, W_enc.t(), b_enc, size, rescore)
+    chunks = product.Product(x, W_enc.t(), b_enc, size)
     entries = Entries(n_tokens, d_sae) if k is None else RowTopK(n_tokens, d_sae, k)
     for start in range(0, d_sae, size):
         stop = min(start + size, d_sae)
@@ -123,13 +119,11 @@ def _encode_threshold(
     return entries.finish()
 
 
-def _encode_batch_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int, rescore: bool
-) -> SparseActs | None:
+def _encode_batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int) -> SparseActs | None:
     """The bound of the batch joins the thresholds, chunk by chunk; the first chunk is small, as half of it may be active."""
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
     size = product.chunk_size(n_tokens, d_sae, x.shape[1] if product.is_rounded(x) else 0)
-    chunks = product.Product(x, W_enc.t(), b_enc, size, rescore)
+    chunks = product.Product(x, W_enc.t(), b_enc, size)
     entries = BatchTopK(n_tokens, d_sae, k * n_tokens)
     start = 0
     while start < d_sae:

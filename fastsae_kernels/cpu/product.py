@@ -14,6 +14,7 @@ small: at d_in = 768 it is 0.1 standard deviations of random pre-activations, a 
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 SCRATCH_ELEMENTS = 2**21  # of a chunk's product or weights: 4 to 8 MB, which stay in a server core's share of L2 and L3
-RESCORE_MARGIN_COLUMNS = 4
+MARGIN_COLUMNS = 4
 MIN_ROUNDED_TOKENS = 64  # fewer multiplications per weight do not pay for rounding it
 UNDERFLOW = 2.0**-120  # added to the margin: bf16 units flush what is smaller to zero
 OVERFLOW = 2.0**120  # of a product; beyond, sums of intermediate terms may reach Inf
@@ -97,7 +98,7 @@ def round_up(values: Tensor) -> Tensor:
     return (values + values.abs() * 2.0**-7).bfloat16()
 
 
-def augmented_tokens(x: Tensor, norms: Tensor, columns: int = RESCORE_MARGIN_COLUMNS) -> Tensor:
+def augmented_tokens(x: Tensor, norms: Tensor, columns: int = MARGIN_COLUMNS) -> Tensor:
     """`[N, d_in + columns]` bf16: x^, then what multiplies the columns of `AugmentedWeights`; columns beyond are 0."""
     d_in = x.shape[1]
     rounded = torch.zeros(x.shape[0], d_in + columns, dtype=torch.bfloat16)
@@ -124,7 +125,7 @@ class AugmentedWeights:
         columns: Beyond `d_in`; those that `of` leaves alone hold ones.
     """
 
-    def __init__(self, weights: Tensor, size: int, columns: int = RESCORE_MARGIN_COLUMNS) -> None:
+    def __init__(self, weights: Tensor, size: int, columns: int = MARGIN_COLUMNS) -> None:
         self.d_in = weights.shape[1]
         self.rounded = torch.ones(size, self.d_in + columns, dtype=torch.bfloat16)
         self.rest = None if weights.dtype == torch.bfloat16 else torch.empty(size, self.d_in)
@@ -146,6 +147,14 @@ class AugmentedWeights:
         return rounded
 
 
+@cache
+def _hear_csr_notice() -> None:
+    """PyTorch warns once in a process that CSR tensors are in beta. What is used of them is tested, so it is heard here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), dtype=torch.float32, check_invariants=False)
+
+
 def sampled_dot(offsets: Tensor, tokens: Tensor, features: Tensor, rows: Tensor) -> Tensor:
     """`out[e] = features[j(e)] . rows[tokens[e]]` in fp32 (fp64 for fp64 rows), for entries in feature-major order.
 
@@ -164,6 +173,7 @@ def sampled_dot(offsets: Tensor, tokens: Tensor, features: Tensor, rows: Tensor)
         offsets = torch.cat([offsets[:1], offsets[1:].index_select(0, used)])
         features = features.index_select(0, used)
     shape = (features.shape[0], rows.shape[0])
+    _hear_csr_notice()
     pattern = torch.sparse_csr_tensor(offsets.int(), tokens, values, shape, check_invariants=False)
     return torch.sparse.sampled_addmm(pattern, features.to(wide), rows.to(wide).t(), beta=0.0).values()
 
@@ -176,10 +186,9 @@ class Product:
         weights: `[d_sae, d_in]`.
         b_enc: `[d_sae]`.
         size: Features of the largest chunk.
-        rescore: Score candidates of 16-bit operands again in fp32; fp32 operands are exact in any case.
     """
 
-    def __init__(self, x: Tensor, weights: Tensor, b_enc: Tensor, size: int, rescore: bool = False) -> None:
+    def __init__(self, x: Tensor, weights: Tensor, b_enc: Tensor, size: int) -> None:
         self.x, self.weights, self.b_enc = x, weights, b_enc.to(torch.promote_types(x.dtype, torch.float32))
         self.n_tokens, self.x_t = x.shape[0], x.t()
         self.x_norms = row_norms(x)
@@ -187,7 +196,6 @@ class Product:
         rounded = is_rounded(x)
         self.rounded_t = augmented_tokens(x, self.x_norms).t() if rounded else None
         self.augmented = AugmentedWeights(weights, size) if rounded else None
-        self.exact_x = x.float() if rescore and x.element_size() == 2 else None
         self.mask = padded_mask(size * self.n_tokens)
         self.buffer = torch.empty(size * self.n_tokens, dtype=torch.bfloat16 if rounded else x.dtype)
 
@@ -223,9 +231,6 @@ class Product:
             torch.mm(weights, self.x_t, out=buffer)
             if not is_safe and not torch.isfinite(buffer).all():
                 return None
-            if self.exact_x is not None:  # both accumulate in fp32, in another order; what is subnormal may be flushed
-                underflow = max(UNDERFLOW, torch.finfo(self.x.dtype).smallest_normal)
-                slack = slack + norms * self.x_norm * (weights.shape[1] + 8) * 2.0**-22 + underflow
             floor = (-offset - slack).to(buffer.dtype)[:, None] + 0.0  # no negative zero
             if buffer.element_size() == 2 and bool((floor >= 0).all()):
                 # positive numbers order as their bits do, negative ones are below as integers too
@@ -237,11 +242,10 @@ class Product:
         flat = nonzero_flat(mask).numpy()  # for what follows NumPy takes half the time
         rows = flat // self.n_tokens
         tokens = torch.from_numpy((flat - rows * self.n_tokens).astype(np.int32))
-        exact_x = self.x if self.rounded_t is not None else self.exact_x
-        if exact_x is None:
+        if self.rounded_t is None:
             product = buffer.view(-1).index_select(0, torch.from_numpy(flat)).to(self.b_enc.dtype)
         else:
             offsets = torch.from_numpy(np.searchsorted(rows, np.arange(n_features + 1)))
-            product = sampled_dot(offsets, tokens, weights, exact_x)
+            product = sampled_dot(offsets, tokens, weights, self.x)
         features = torch.from_numpy(rows + start)
         return features, tokens, product + self.b_enc.index_select(0, features)

@@ -28,7 +28,7 @@ from fastsae_kernels.sparse_acts import SparseActs
 
 BLOCK_ELEMENTS = 2**19  # of a block's state, 8 bytes each
 MIN_TOKENS = 256  # of a block; fewer make the products slow
-COLUMNS = product.RESCORE_MARGIN_COLUMNS + 2  # one for the bound, one to make the depth even
+COLUMNS = product.MARGIN_COLUMNS + 2  # one for the bound, one to make the depth even
 DENSE_ELEMENTS = 2**21  # of a dense product of a block of tokens
 MIN_DENSE_TOKENS = 64  # of such a block; fewer read the weights too often
 MAX_SEARCHED_SHARE = 0.01  # of the features; a longer list costs more than `torch.topk` of everything
@@ -41,14 +41,12 @@ def listed_width(d_sae: int, k: int) -> int:
     return min(d_sae, 6 * k + 64)
 
 
-def encode_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int, rescore: bool = False
-) -> SparseActs | None:
+def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int) -> SparseActs | None:
     """`encode` with `k` and no window; None where NaN or Inf makes a bound meaningless."""
     d_sae = W_enc.shape[1]
-    rounds = rescore or x.dtype == torch.bfloat16 or product.is_rounded(x)
+    rounds = x.dtype == torch.bfloat16 or product.is_rounded(x)
     parts: list[SparseActs | None] = []
-    if not rescore and _is_dense_faster(x.dtype, d_sae, k):
+    if _is_dense_faster(x.dtype, d_sae, k):
         for rows in x.split(DENSE_ELEMENTS // d_sae):
             parts.append(encode_small(rows, W_enc, b_enc, threshold, bandwidth=0.0, k=k, batch_topk=False))
         return stack_rows(parts)
@@ -56,8 +54,6 @@ def encode_topk(
     norms = product.row_norms(weights)
     largest = norms.max() * product.row_norms(x).max() + b_enc.abs().max() + threshold.abs().max()
     rounds = rounds and bool(largest < product.OVERFLOW)  # False for NaN too, which the plain product finds
-    if rescore and not rounds:  # the plain product of 16-bit operands is rounded to 16 bits
-        x, weights = x.to(b_enc.dtype), weights.to(b_enc.dtype)
     for rows in x.split(max(MIN_TOKENS, BLOCK_ELEMENTS // listed_width(d_sae, k))):
         parts.append(_Block(rows, weights, norms, b_enc, threshold, k, rounds=rounds, guesses=True).run())
     return stack_rows(parts)
@@ -131,7 +127,7 @@ class _Block:
         weights, b_enc, threshold = self.weights[start:stop], self.b_enc[start:stop], self.threshold[start:stop]
         if self.tokens is None or self.augmented is None:
             return torch.mm(self.x, weights.t(), out=elements), b_enc[None, :], False
-        bound_column = self.tokens[:, self.x.shape[1] + product.RESCORE_MARGIN_COLUMNS]
+        bound_column = self.tokens[:, self.x.shape[1] + product.MARGIN_COLUMNS]
         by_bound = bool(self.bound.min() > 0) and bool(self.bound.min() >= threshold.max())
         if by_bound:
             bound_column.copy_(product.round_up(-self.bound.clamp_max(torch.finfo(torch.float32).max)))

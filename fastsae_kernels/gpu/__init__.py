@@ -7,6 +7,7 @@ from fastsae_kernels.gpu.decode import decode
 from fastsae_kernels.gpu.encode import chosen_path, encode
 from fastsae_kernels.gpu.overflow import Overflow
 from fastsae_kernels.gpu.rivals import use_rival
+from fastsae_kernels.gpu.row_topk import encode_topk
 from fastsae_kernels.gpu.topk import flag_rows
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "encode",
     "encode_backward",
     "encode_batch_topk",
+    "encode_topk",
     "flag_rows",
     "use_rival",
 ]

@@ -18,7 +18,7 @@ from fastsae_kernels.gpu.backward import feature_order, gradients_in_passes
 from fastsae_kernels.gpu.batch_topk import encode_batch_topk
 from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.decode import column_sums, decode_into, decode_rows, row_stats
-from fastsae_kernels.gpu.encode import CANDIDATES, list_all_entries, padded_offsets
+from fastsae_kernels.gpu.encode import list_all_entries, padded_offsets
 from fastsae_kernels.gpu.feature_visit import feature_gradients
 from fastsae_kernels.gpu.overflow import Overflow, overflow_rows
 from fastsae_kernels.gpu.overflow_features import overflow_features
@@ -71,19 +71,17 @@ def _list(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, spec: Auto
         assert acts.row_counts is not None  # its places are as many in every step, its entries are not
         return Listed(acts, None, acts.row_counts, min_active)
     if spec.k is not None:
-        acts, flagged, listed = list_topk(
-            x, W_enc, b_enc, threshold, spec.k, spec.bandwidth, capacity, spec.precision
-        )  # fmt: skip
+        acts, flagged, listed = list_topk(x, W_enc, b_enc, threshold, spec.k, spec.bandwidth, capacity)
         return Listed(acts, None if flagged is None else Overflow(*flag_rows(flagged)), listed)
-    capacity = min(max(capacity, 1) * (CANDIDATES if spec.fp8 else 1), d_sae, MAX_SORT)
+    capacity = min(max(capacity, 1), d_sae, MAX_SORT)
     row_offsets = padded_offsets(n_tokens, capacity, x.device)
     l0 = feature_counts = None
-    if spec.penalty == "l0" and not spec.fp8:  # the listing then counts all that there is to count
+    if spec.penalty == "l0":  # the listing then counts all that there is to count
         l0 = torch.zeros(n_tokens, dtype=torch.int64, device=x.device)
         feature_counts = torch.zeros(d_sae, dtype=torch.int64, device=x.device)
     counts, entries = list_all_entries(
         x, W_enc, b_enc, threshold, row_offsets, n_tokens * capacity, spec.bandwidth,
-        precision=spec.precision, fp8=spec.fp8, l0=l0, feature_counts=feature_counts,
+        l0=l0, feature_counts=feature_counts,
     )  # fmt: skip
     acts = sort_rows(counts, entries, row_offsets, (n_tokens, d_sae), None)
     overflow = None if capacity == d_sae else Overflow(*flag_rows(counts > capacity))

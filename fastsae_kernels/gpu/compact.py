@@ -9,7 +9,7 @@ L2: the buffer is small (`CHUNK_MIB`, and under 3 % of the dense tensor) and use
 tokens where that leaves it `MIN_WIDTH` features, so that W_enc is read once; narrower products run slowly.
 
 Numerics: the buffer is fp32 whatever the operands, never a rounded bf16 product. The library chooses how fp32 operands
-are multiplied from PyTorch's flags, which are left alone: where they disagree with `precision`, this way refuses.
+are multiplied from PyTorch's flags, which are left alone: where they ask for TF32, this way refuses.
 """
 
 from __future__ import annotations
@@ -72,16 +72,13 @@ def _fp32_products_use_tf32() -> bool:
     return precision not in ("ieee", "none")
 
 
-def refuses(x: Tensor, W_enc: Tensor, precision: str) -> str:
+def refuses(x: Tensor, W_enc: Tensor) -> str:
     """Why this way cannot list these operands; empty where it can."""
     if x.dtype != W_enc.dtype:
         return f"x is {x.dtype} and W_enc {W_enc.dtype}"
     if x.element_size() == 4:
-        if precision == "tf32x3":
-            return "the library has no tf32x3 product"
-        uses_tf32 = _fp32_products_use_tf32()
-        if uses_tf32 != (precision == "tf32"):
-            return f"precision is {precision}, but PyTorch's flags {'ask for' if uses_tf32 else 'forbid'} TF32"
+        if _fp32_products_use_tf32():
+            return "PyTorch's flags ask for TF32"
     elif x.is_cuda:
         if torch.version.hip is not None or not hasattr(torch.ops.aten.mm, "dtype_out"):
             return "this PyTorch has no product of 16-bit operands with an fp32 result (it takes torch 2.8 on CUDA)"

@@ -4,13 +4,12 @@
 A key is the bits of the operands, then what narrows it down, the narrowest that exists being taken:
 
     "16"  "32"           bits of the operands
-    "32 tf32"            fp32 operands in another precision than ieee
     "16 n<=32"           at most so many tokens (16, 32 or 64): such a call is bound by reading the weights once
     "16 odd"             a depth that the tile does not divide (unaligned rows take more registers)
     "16 n<=32 odd"
 
 The kernel "encode_rival" names the way of listing entries that serves a key (see `rivals`).
-`python -m fastsae_kernels.report` compiles all of them and fails where one spills.
+`python -m tools.kernel_report` compiles all of them and fails where one spills.
 """
 
 from __future__ import annotations
@@ -96,24 +95,22 @@ def table_for(device: torch.device) -> Table:
     return _override if isinstance(_override, dict) else load_table(arch_of(device))
 
 
-def _keys(like: torch.Tensor, n_tokens: int | None, precision: str, odd: bool) -> Iterator[str]:
+def _keys(like: torch.Tensor, n_tokens: int | None, odd: bool) -> Iterator[str]:
     """Keys that fit, the narrowest first."""
     bits = "32" if like.element_size() == 4 else "16"
-    kinds = [bits] if bits == "16" or precision == "ieee" else [f"{bits} {precision}", bits]
     batches = [f" n<={n}" for n in SMALL_BATCHES if n_tokens is not None and n_tokens <= n]
-    for kind in kinds:
-        for batch in (*batches, ""):
-            if odd:
-                yield f"{kind}{batch} odd"
-            yield f"{kind}{batch}"
+    for batch in (*batches, ""):
+        if odd:
+            yield f"{bits}{batch} odd"
+        yield f"{bits}{batch}"
 
 
 def find_config(
-    kernel: str, like: torch.Tensor, *, n_tokens: int | None = None, precision: str = "ieee", odd: bool = False
+    kernel: str, like: torch.Tensor, *, n_tokens: int | None = None, odd: bool = False
 ) -> LaunchConfig | None:
     """Parameters of `kernel` for operands of the dtype of `like`, on its device; None where the table has none."""
     keys = table_for(like.device).get(kernel, {})
-    return next((keys[key] for key in _keys(like, n_tokens, precision, odd) if key in keys), None)
+    return next((keys[key] for key in _keys(like, n_tokens, odd) if key in keys), None)
 
 
 def launch_config(kernel: str, like: torch.Tensor, odd: bool = False) -> LaunchConfig:

@@ -8,9 +8,9 @@ Three ways do it behind `list_entries`, with equal results: tiles through pointe
 tensor memory accelerator (`persistent`), a library product in chunks and compaction (`compact`); `rivals` says which
 serves a call. Letters: `B` tokens, `D` d_in, `S` d_sae.
 
-Numerics: operands in their dtype, accumulated, compared and stored in fp32; fp32 operands as `precision` says, IEEE by
-default. NaN is listed with its value, and so reaches the output. Slots are taken in any order; `topk.sort_rows` puts them
-in order, so results do not depend on it.
+Numerics: operands in their dtype, fp32 ones by IEEE products; accumulated, compared and stored in fp32. NaN is listed with
+its value, and so reaches the output. Slots are taken in any order; `topk.sort_rows` puts them in order, so results do not
+depend on it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.listing import Listing
-from fastsae_kernels.gpu.rivals import RIVALS, Path, forced_path, table_path, working_precision
+from fastsae_kernels.gpu.rivals import RIVALS, Path, forced_path, table_path
 from fastsae_kernels.gpu.topk import MAX_SORT, sort_packed, sort_rows
 from fastsae_kernels.sparse_acts import SparseActs
 
@@ -31,35 +31,32 @@ AUTOTUNE = "FASTSAE_AUTOTUNE"
 # first guess of an inference call; a row with more active features costs one retry. Before and after sorting, 16 bytes a
 # place: 2.7 % of a dense 16-bit tensor at d_sae 65,536
 DEFAULT_CAPACITY = 224
-# candidates of an fp8 product per entry, with room (measured on a CPU: 2 to 5)
-CANDIDATES = 4
 
 
-def chosen_path(x: Tensor, W_enc: Tensor, *, precision: str = "ieee") -> str:
+def chosen_path(x: Tensor, W_enc: Tensor) -> str:
     """Which way `list_entries` would take for these operands, and why: "pointer: ...", "persistent: ..." or "chunks: ...".
 
     Never measures: where `FASTSAE_AUTOTUNE=1` and nothing is cached for this shape, it says what serves until then.
 
     Raises:
-        ValueError: `precision` is unknown, or `use_rival` asks for a way whose rules do not hold.
+        ValueError: `use_rival` asks for a way whose rules do not hold.
     """
-    precision = working_precision(x, precision)
-    return str(_path(x, W_enc, precision))
+    return str(_path(x, W_enc))
 
 
-def _path(x: Tensor, W_enc: Tensor, precision: str, call: Listing | None = None) -> Path:
+def _path(x: Tensor, W_enc: Tensor, call: Listing | None = None) -> Path:
     """The way to take; measures it first where `call` is given, tuning is on and nothing is cached."""
-    forced = forced_path(x, W_enc, precision)
+    forced = forced_path(x, W_enc)
     if forced is not None:
         return forced
     if x.is_cuda and os.environ.get(AUTOTUNE) == "1":
         # here, for it is a command too: what the package imports would run twice
         from fastsae_kernels.gpu import tune
 
-        tuned = tune.path(x, W_enc, precision, call)
+        tuned = tune.path(x, W_enc, call)
         if tuned is not None:
             return tuned
-    return table_path(x, W_enc, precision)
+    return table_path(x, W_enc)
 
 
 def list_entries(
@@ -74,7 +71,6 @@ def list_entries(
     bandwidth: float = 0.0,
     bounds: Tensor | None = None,
     first_feature: int = 0,
-    precision: str = "ieee",
     l0: Tensor | None = None,
     feature_counts: Tensor | None = None,
 ) -> None:
@@ -89,27 +85,25 @@ def list_entries(
         bandwidth: Width of the straight-through window.
         bounds: `[N]` fp32 >= 0 or None: entries with a smaller value are left out, hence the window's where it is positive.
         first_feature: Index of the first feature of the range.
-        precision: Of fp32 products: `ieee`, `tf32x3` or `tf32`. 16-bit operands have one, whatever it says.
         l0: `[N]` int32 or int64, or None: the active entries of each row are added to it, those without a slot included.
         feature_counts: `[S]`, the same of each feature. A window's entry is not active, nor is one below the bound or NaN.
 
     Raises:
         TypeError: x is fp64.
-        ValueError: A cursor could pass 2^31, `precision` is unknown, or `use_rival` asks for a way that cannot serve.
+        ValueError: A cursor could pass 2^31, or `use_rival` asks for a way that cannot serve.
     """
     if x.dtype == torch.float64:
         raise TypeError("x: expected float32, bfloat16 or float16 on the Triton path, got float64")
-    precision = working_precision(x, precision)
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
     if entries.numel() + first_feature + d_sae >= 2**31:  # a cursor may run that far past the last span
         raise ValueError(f"x: expected fewer than 2**31 entries in one call, got {entries.numel()}; split the tokens")
     if n_tokens == 0:
         return
     call = Listing(
-        x, W_enc, b_enc, threshold, cursors, row_ends, entries, bandwidth, bounds, first_feature, precision,
-        l0, feature_counts,
+        x, W_enc, b_enc, threshold, cursors, row_ends, entries, bandwidth, bounds, first_feature, l0,
+        feature_counts,
     )  # fmt: skip
-    path = _path(x, W_enc, precision, call)
+    path = _path(x, W_enc, call)
     RIVALS[path.rival].launch(call, path.config)
 
 
@@ -122,8 +116,6 @@ def list_all_entries(
     nnz: int,
     bandwidth: float,
     *,
-    precision: str = "ieee",
-    fp8: bool = False,
     l0: Tensor | None = None,
     feature_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -131,18 +123,9 @@ def list_all_entries(
     starts, ends = row_offsets[:-1], row_offsets[1:]
     cursors = starts.clone()
     entries = torch.empty(nnz, dtype=torch.int64, device=x.device)
-    if fp8 and x.shape[0] > 0:
-        from fastsae_kernels.gpu.fp8 import fp8_weights, list_entries_fp8  # optional, and seldom used
-
-        weights = fp8_weights(W_enc, x)
-        list_entries_fp8(
-            x, W_enc, b_enc, threshold, cursors, ends, entries, bandwidth=bandwidth, weights=weights
-        )  # fmt: skip
-    else:
-        list_entries(
-            x, W_enc, b_enc, threshold, cursors, ends, entries,
-            bandwidth=bandwidth, precision=precision, l0=l0, feature_counts=feature_counts,
-        )  # fmt: skip
+    list_entries(
+        x, W_enc, b_enc, threshold, cursors, ends, entries, bandwidth=bandwidth, l0=l0, feature_counts=feature_counts
+    )  # fmt: skip
     return cursors - starts, entries
 
 
@@ -159,14 +142,11 @@ def encode(
     threshold: Tensor,
     *,
     bandwidth: float = 0.0,
-    k: int | None = None,
-    precision: str = "ieee",
-    fp8: bool = False,
 ) -> SparseActs:
-    """Active (and window) entries of every row, for inference; one host synchronisation, none for top-k without a window.
+    """Active (and window) entries of every row, for inference; one host synchronisation.
 
-    Equivalent to `fastsae_kernels.reference.encode`. Rows are tried with a fixed span; where one has more entries, the
-    call is repeated with exactly the spans that the first one counted.
+    Equivalent to `fastsae_kernels.reference.encode` without `k` (with it: `row_topk.encode_topk`). Rows are tried with a fixed
+    span; where one has more entries, the call is repeated with exactly the spans that the first one counted.
 
     Args:
         x: `[N, d_in]`; fp32, bf16 or fp16. Strides are free, here and below.
@@ -174,9 +154,6 @@ def encode(
         b_enc: `[d_sae]`.
         threshold: `[d_sae]` fp32, >= 0.
         bandwidth: Inactive entries closer than half of it to the threshold are listed with value 0.
-        k: At most the `k` largest active entries of a row survive, ties to the lower index.
-        precision: As in `list_entries`.
-        fp8: Find candidates by an fp8 product first (`fp8`); never with `k`.
 
     Returns:
         Rows sorted by feature index, values fp32.
@@ -185,23 +162,15 @@ def encode(
         TypeError: x is fp64.
     """
     b_enc, threshold = b_enc.contiguous(), threshold.contiguous()
-    if k is not None:
-        from fastsae_kernels.gpu.row_topk import encode_topk  # it is built on `list_entries`
-
-        return encode_topk(x, W_enc, b_enc, threshold, bandwidth, k, precision)
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
-    capacity = min(DEFAULT_CAPACITY * (CANDIDATES if fp8 else 1), d_sae, MAX_SORT)
+    capacity = min(DEFAULT_CAPACITY, d_sae, MAX_SORT)
     row_offsets = padded_offsets(n_tokens, capacity, x.device)
     operands = (x, W_enc, b_enc, threshold)
-    counts, entries = list_all_entries(
-        *operands, row_offsets, n_tokens * capacity, bandwidth, precision=precision, fp8=fp8
-    )
+    counts, entries = list_all_entries(*operands, row_offsets, n_tokens * capacity, bandwidth)
     longest, nnz = torch.stack((counts.max().long(), counts.sum())).tolist() if n_tokens else (0, 0)
     if longest <= capacity:
         return sort_rows(counts, entries, row_offsets, (n_tokens, d_sae), None)
-    if fp8:  # its counts are those of candidates in some rows and of entries in others: of no use as spans
-        return encode(*operands, bandwidth=bandwidth, precision=precision)
     row_offsets = torch.zeros_like(row_offsets)
     row_offsets[1:] = counts.cumsum(0)
-    _, entries = list_all_entries(*operands, row_offsets, nnz, bandwidth, precision=precision)
+    _, entries = list_all_entries(*operands, row_offsets, nnz, bandwidth)
     return sort_packed(entries, row_offsets, (n_tokens, d_sae))

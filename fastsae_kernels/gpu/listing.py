@@ -20,7 +20,6 @@ class Listing(NamedTuple):
     bandwidth: float
     bounds: Tensor | None
     first_feature: int
-    precision: str  # "ieee" for 16-bit operands, which have no other
     l0: Tensor | None
     feature_counts: Tensor | None
 

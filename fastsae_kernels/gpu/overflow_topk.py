@@ -182,8 +182,8 @@ def resolve_overflow_topk(
         entries: `[N * capacity]` int64.
         capacity: At least `k`.
         k: How many active entries survive.
-        only_active: There is no window, so a row with at most `k` active entries is resolved too: listing in another
-            precision may have counted more.
+        only_active: There is no window, so a row with at most `k` active entries is resolved too: the
+            listing adds up in another order and may have counted more.
     """
     rows, n_rows = flag_rows(counts > capacity)
     merges = k <= MAX_MERGE

@@ -6,8 +6,8 @@ zeros past the ends, so that no thread spends registers or instructions on addre
 tile of 128 x 256, which reads each operand half as often from L2 as the pointer kernel's. The epilogue works on the left and
 the right half of the tile one after the other: on the whole it spills.
 
-Numerics: operands in their dtype, accumulated, compared and stored in fp32. fp32 operands need `tf32` or `tf32x3`: an
-`ieee` product has no matrix instruction that would want them in shared memory.
+Numerics: 16-bit operands, accumulated, compared and stored in fp32. fp32 operands are refused: an IEEE product has no matrix
+instruction that would want them in shared memory.
 """
 
 from __future__ import annotations
@@ -62,7 +62,6 @@ def _persistent_encode_kernel(
     n_tokens,
     d_in,
     d_sae,
-    PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -80,7 +79,7 @@ def _persistent_encode_kernel(
         for start_d in range(0, d_in, BLOCK_D):
             x = x_desc.load([start_b, start_d])
             W_enc = W_enc_desc.load([start_s, start_d])
-            acc = tl.dot(x, W_enc.T, acc, input_precision=PRECISION)
+            acc = tl.dot(x, W_enc.T, acc)
 
         HALF: tl.constexpr = BLOCK_S // 2
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_B, 2, HALF)), (0, 2, 1)))
@@ -110,12 +109,12 @@ def _unfit(name: str, matrix: Tensor) -> str:
     return ""
 
 
-def refuses(x: Tensor, W_enc: Tensor, precision: str) -> str:
+def refuses(x: Tensor, W_enc: Tensor) -> str:
     """Why this way cannot list these operands; empty where it can."""
     if x.is_cuda and capability(x.device.index) < (9, 0):
         return "the GPU has no tensor memory accelerator (it takes sm_90)"
-    if x.element_size() == 4 and precision == "ieee":
-        return "fp32 operands take precision tf32 or tf32x3"
+    if x.element_size() == 4:
+        return "fp32 operands have no matrix instruction"
     if x.dtype != W_enc.dtype:
         return f"x is {x.dtype} and W_enc {W_enc.dtype}"
     return _unfit("x", x) or _unfit("W_enc", W_enc.t())
@@ -146,6 +145,5 @@ def launch(call: Listing, config: LaunchConfig) -> None:
         W_enc_desc=_descriptor(call.W_enc.t(), [tile[1], config["BLOCK_D"]]),
         **call.arguments(),
         d_in=d_in,
-        PRECISION=call.precision,
         **config,
     )

@@ -7,7 +7,7 @@ The `[N, d_sae]` product is never written; a dense step writes and reads it seve
 A call of up to 64 tokens is bound by reading W_enc once; its tiles (`n<=64` in the launch table) are short in tokens and
 long in d_in, so that many bytes are under way.
 
-Numerics: operands in their dtype (fp32: as `precision` says), accumulated, compared and stored in fp32.
+Numerics: operands in their dtype, fp32 ones by IEEE products; accumulated, compared and stored in fp32.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _encode_kernel(
         append_each(value, rows, offs_s, first_feature, cursors_ptr, row_ends_ptr, entries_ptr)
 
 
-def refuses(x: Tensor, W_enc: Tensor, precision: str) -> str:
+def refuses(x: Tensor, W_enc: Tensor) -> str:
     """Why this way cannot list these operands: it can list any."""
     return ""
 
@@ -101,7 +101,7 @@ def launch(call: Listing, config: LaunchConfig) -> None:
         stride_xd=call.x.stride(1),
         stride_wd=call.W_enc.stride(0),
         stride_ws=call.W_enc.stride(1),
-        PRECISION=call.precision,
+        PRECISION="ieee",
         EVEN_D=d_in % config["BLOCK_D"] == 0,
         **config,
     )

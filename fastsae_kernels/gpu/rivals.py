@@ -16,21 +16,18 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastsae_kernels.gpu import compact, persistent, pointer
 from fastsae_kernels.gpu.config import LaunchConfig, arch_of, find_config
 from fastsae_kernels.gpu.listing import Listing
 
-PRECISIONS = ("ieee", "tf32x3", "tf32")
-
 
 class Rival(NamedTuple):
     """One way of listing entries."""
 
     kernel: str  # its name in the launch table
-    refuses: Callable[[Tensor, Tensor, str], str]  # why not, empty where its rules hold
+    refuses: Callable[[Tensor, Tensor], str]  # why not, empty where its rules hold
     launch: Callable[[Listing, LaunchConfig], None]
 
 
@@ -66,52 +63,37 @@ def use_rival(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def working_precision(x: Tensor, precision: str) -> str:
-    """`precision` checked; "ieee" for 16-bit operands, whose products have one precision.
-
-    Raises:
-        ValueError: It is none of `PRECISIONS`, or the GPU has none such.
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if x.element_size() != 4:
-        return "ieee"
-    if precision != "ieee" and x.is_cuda and torch.version.hip is not None:
-        raise ValueError(f"precision: expected ieee for float32 on an AMD GPU, got {precision}")
-    return precision
-
-
-def config_of(rival: str, x: Tensor, precision: str, n_tokens: int | None = None) -> LaunchConfig | None:
+def config_of(rival: str, x: Tensor, n_tokens: int | None = None) -> LaunchConfig | None:
     """What the launch table has for a rival (and another number of tokens than x has); None where it has nothing."""
     n_tokens = x.shape[0] if n_tokens is None else n_tokens
     kernel = RIVALS[rival].kernel
-    config = find_config(kernel, x, n_tokens=n_tokens, precision=precision)
+    config = find_config(kernel, x, n_tokens=n_tokens)
     if config is None or x.shape[1] % config.get("BLOCK_D", 1) == 0:
         return config
-    return find_config(kernel, x, n_tokens=n_tokens, precision=precision, odd=True)
+    return find_config(kernel, x, n_tokens=n_tokens, odd=True)
 
 
-def refusal(rival: str, x: Tensor, W_enc: Tensor, precision: str) -> str:
+def refusal(rival: str, x: Tensor, W_enc: Tensor) -> str:
     """Why a rival cannot serve a call; empty where it can."""
-    refused = RIVALS[rival].refuses(x, W_enc, precision)
-    if not refused and config_of(rival, x, precision) is None:
-        return f"the table of {arch_of(x.device)} has no tiles of it for {x.dtype} in precision {precision}"
+    refused = RIVALS[rival].refuses(x, W_enc)
+    if not refused and config_of(rival, x) is None:
+        return f"the table of {arch_of(x.device)} has no tiles of it for {x.dtype}"
     return refused
 
 
-def table_path(x: Tensor, W_enc: Tensor, precision: str) -> Path:
+def table_path(x: Tensor, W_enc: Tensor) -> Path:
     """What the shipped table says, or the pointer kernel where the rules of that do not hold."""
-    row = find_config("encode_rival", x, n_tokens=x.shape[0], precision=precision) or {"rival": "pointer"}
+    row = find_config("encode_rival", x, n_tokens=x.shape[0]) or {"rival": "pointer"}
     source = f"the table of {arch_of(x.device)} for {x.dtype}, {x.shape[0]} tokens"
-    refused = refusal(row["rival"], x, W_enc, precision)
+    refused = refusal(row["rival"], x, W_enc)
     rival, why = ("pointer", f"{source} says {row['rival']}, but {refused}") if refused else (row["rival"], source)
-    config = config_of(rival, x, precision)
+    config = config_of(rival, x)
     if config is None:
-        raise ValueError(f"x: {refusal(rival, x, W_enc, precision)}")
+        raise ValueError(f"x: {refusal(rival, x, W_enc)}")
     return Path(rival, config, why)
 
 
-def forced_path(x: Tensor, W_enc: Tensor, precision: str) -> Path | None:
+def forced_path(x: Tensor, W_enc: Tensor) -> Path | None:
     """What `use_rival` asks for, None outside of it.
 
     Raises:
@@ -120,8 +102,8 @@ def forced_path(x: Tensor, W_enc: Tensor, precision: str) -> Path | None:
     name = _forced.get()
     if name is None:
         return None
-    refused = refusal(name, x, W_enc, precision)
-    config = config_of(name, x, precision)
+    refused = refusal(name, x, W_enc)
+    config = config_of(name, x)
     if refused or config is None:
         raise ValueError(f"rival {name!r} cannot serve this call: {refused}")
     return Path(name, config, "use_rival asks for it")

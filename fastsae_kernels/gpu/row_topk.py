@@ -26,6 +26,7 @@ import triton
 from torch import Tensor
 
 from fastsae_kernels.gpu import topk
+from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.encode import encode, list_entries, padded_offsets
 from fastsae_kernels.gpu.overflow_topk import resolve_overflow_topk
 from fastsae_kernels.sparse_acts import SparseActs
@@ -80,7 +81,6 @@ def list_topk(
     k: int,
     bandwidth: float,
     capacity: int,
-    precision: str = "ieee",
 ) -> RowTopK:
     """The `k` largest active entries of every row, or all of it (window entries too) where at most `k` are active.
 
@@ -88,7 +88,6 @@ def list_topk(
         x, W_enc, b_enc, threshold, bandwidth: As in `encode.list_entries`, all features.
         k: At least 1.
         capacity: Entries that a row should hold at least, for the window's sake.
-        precision: As in `encode.list_entries`; a row that overflows is recomputed in IEEE.
     """
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
     k = min(k, d_sae)
@@ -107,7 +106,7 @@ def list_topk(
             topk.prune_rows(entries.view(n_tokens, capacity), cursors, starts, bounds, peaks, k)
         list_entries(
             x, W_enc[:, start:end], b_enc[start:end], threshold[start:end], cursors, ends, entries,
-            bandwidth=bandwidth, bounds=bounds if start > 0 else None, first_feature=start, precision=precision,
+            bandwidth=bandwidth, bounds=bounds if start > 0 else None, first_feature=start,
         )  # fmt: skip
     counts = cursors - starts
     peaks = torch.maximum(peaks, counts)
@@ -120,19 +119,22 @@ def list_topk(
     return RowTopK(acts, None if capacity == d_sae else counts > capacity, peaks)
 
 
+@on_device
 def encode_topk(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float, k: int, precision: str = "ieee"
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, *, k: int, bandwidth: float = 0.0
 ) -> SparseActs:
-    """`encode.encode` with `k`: synchronises with the host only to see whether a row's window overflowed, if there is one.
+    """`encode.encode` of which at most the `k` largest active entries of a row survive, ties to the lower index.
 
-    Such rows keep everything that they have, so they are encoded once more on their own, without top-k.
+    It synchronises with the host only to see whether a row's window overflowed, if there is one. Such rows keep everything
+    that they have, so they are encoded once more on their own, without top-k.
     """
-    rows = list_topk(x, W_enc, b_enc, threshold, k, bandwidth, capacity=0, precision=precision)
+    b_enc, threshold = b_enc.contiguous(), threshold.contiguous()
+    rows = list_topk(x, W_enc, b_enc, threshold, k, bandwidth, capacity=0)
     acts = rows.acts
     if rows.flagged is None or not rows.flagged.any():
         return acts
     left = rows.flagged.nonzero().flatten()
-    more = encode(x[left], W_enc, b_enc, threshold, bandwidth=bandwidth, precision=precision).packed()
+    more = encode(x[left], W_enc, b_enc, threshold, bandwidth=bandwidth).packed()
     acts = acts.packed()
     tokens = torch.cat((acts.row_ids(), left[more.row_ids()]))
     indices, values = torch.cat((acts.indices, more.indices)), torch.cat((acts.values, more.values))

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastsae_kernels.gpu.config import SMALL_BATCHES, LaunchConfig, capability
 from fastsae_kernels.gpu.listing import Listing
-from fastsae_kernels.gpu.rivals import PRECISIONS, RIVALS, Path, config_of, refusal, working_precision
+from fastsae_kernels.gpu.rivals import RIVALS, Path, config_of, refusal
 
 CAPACITY = 64  # places of a row while measuring; a row with more entries goes on counting, as it would in use
 
@@ -50,7 +50,7 @@ def _device_name(index: int | None) -> str:
     return torch.cuda.get_device_name(index)
 
 
-def key_of(x: Tensor, W_enc: Tensor, precision: str) -> str:
+def key_of(x: Tensor, W_enc: Tensor) -> str:
     """What a measurement is good for: the machine, the versions, the operands, the number of tokens to a power of two."""
     device = _device_name(x.device.index) if x.is_cuda else x.device.type
     number = ".".join(map(str, capability(x.device.index))) if x.is_cuda else "-"
@@ -58,7 +58,7 @@ def key_of(x: Tensor, W_enc: Tensor, precision: str) -> str:
     n_tokens = triton.next_power_of_2(x.shape[0])
     dtype = str(x.dtype).removeprefix("torch.")
     return (
-        f"{device} {number} | triton {triton.__version__} torch {torch.__version__} | {dtype} {precision} {layout} | "
+        f"{device} {number} | triton {triton.__version__} torch {torch.__version__} | {dtype} {layout} | "
         f"N<={n_tokens} d_in={W_enc.shape[0]} d_sae={W_enc.shape[1]}"
     )
 
@@ -73,14 +73,14 @@ def _file_of(key: str) -> FilePath:
     return cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
-def candidates(x: Tensor, W_enc: Tensor, precision: str) -> Iterator[Path]:
+def candidates(x: Tensor, W_enc: Tensor) -> Iterator[Path]:
     """Every shipped tile of every rival that can serve these operands, chunks of three sizes."""
     for rival in RIVALS:
-        if refusal(rival, x, W_enc, precision):
+        if refusal(rival, x, W_enc):
             continue
         seen: list[LaunchConfig] = []
         for n_tokens in (*SMALL_BATCHES, max(SMALL_BATCHES) + 1):
-            config = config_of(rival, x, precision, n_tokens)
+            config = config_of(rival, x, n_tokens)
             if config is not None and config not in seen:
                 seen.append(config)
         for config in seen:
@@ -122,18 +122,18 @@ def _write(key: str, winner: Timing) -> None:
         warnings.warn(f"{path}: cannot keep the tuning result ({error}); it is measured again next time", stacklevel=2)
 
 
-def stored_path(x: Tensor, W_enc: Tensor, precision: str) -> Path | None:
+def stored_path(x: Tensor, W_enc: Tensor) -> Path | None:
     """The winner that memory or disk knows for these operands, if it still is a candidate."""
-    key = key_of(x, W_enc, precision)
+    key = key_of(x, W_enc)
     winner = _winners.get(key)
     if winner is None:
         stored = _read(key)
         # tables change between versions of this library: a tile that is no longer shipped is measured again
-        found = [] if stored is None else [c for c in candidates(x, W_enc, precision) if _same(c, stored)]
+        found = [] if stored is None else [c for c in candidates(x, W_enc) if _same(c, stored)]
         if not found:
             return None
         winner = _winners[key] = found[0]
-    return None if refusal(winner.rival, x, W_enc, precision) else winner
+    return None if refusal(winner.rival, x, W_enc) else winner
 
 
 def _same(candidate: Path, stored: dict[str, object]) -> bool:
@@ -144,9 +144,9 @@ def _measurable() -> bool:
     return not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
 
-def path(x: Tensor, W_enc: Tensor, precision: str, call: Listing | None) -> Path | None:
+def path(x: Tensor, W_enc: Tensor, call: Listing | None) -> Path | None:
     """The measured way; measures it where `call` is given and measuring is possible now. None where there is none."""
-    known = stored_path(x, W_enc, precision)
+    known = stored_path(x, W_enc)
     if known is not None or call is None or not _measurable():
         return known
     return tune(call)[0].path
@@ -172,7 +172,7 @@ def measure(call: Listing, bench: Bench = _bench) -> list[Timing]:
         cursors=cursors, row_ends=row_ends, entries=entries, l0=l0, feature_counts=feature_counts
     )  # fmt: skip
     timings, failures = [], []
-    for candidate in candidates(call.x, call.W_enc, call.precision):
+    for candidate in candidates(call.x, call.W_enc):
 
         def run(candidate: Path = candidate) -> None:
             cursors.copy_(starts)
@@ -191,13 +191,13 @@ def measure(call: Listing, bench: Bench = _bench) -> list[Timing]:
 def tune(call: Listing, bench: Bench = _bench) -> list[Timing]:
     """`measure`, and keep the winner in memory and on disk."""
     timings = measure(call, bench)
-    key = key_of(call.x, call.W_enc, call.precision)
+    key = key_of(call.x, call.W_enc)
     _winners[key] = timings[0].path
     _write(key, timings[0])
     return timings
 
 
-def random_call(n_tokens: int, d_in: int, d_sae: int, dtype: torch.dtype, precision: str, l0: float) -> Listing:
+def random_call(n_tokens: int, d_in: int, d_sae: int, dtype: torch.dtype, l0: float) -> Listing:
     """Random operands on the current CUDA device (or on CPU where there is none) with about `l0` entries in a row."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.randn(n_tokens, d_in, device=device, dtype=dtype)
@@ -209,7 +209,7 @@ def random_call(n_tokens: int, d_in: int, d_sae: int, dtype: torch.dtype, precis
     b_enc = torch.zeros(d_sae, device=device, dtype=dtype)
     return Listing(
         x, W_enc, b_enc, threshold, row_offsets[:-1].clone(), row_offsets[1:], entries, 0.0, None, 0,
-        working_precision(x, precision), None, None,
+        None, None,
     )  # fmt: skip
 
 
@@ -218,18 +218,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastsae_kernels.gpu.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--shape", type=int, nargs=3, action="append", required=True, metavar=("N", "D_IN", "D_SAE"))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--precision", default="ieee", choices=PRECISIONS, help="of float32 products")
     parser.add_argument("--l0", type=float, default=64, help="active features per token")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         sys.stderr.write("tune: expected a CUDA device, found none\n")
         return 1
     for n_tokens, d_in, d_sae in arguments.shape:
-        call = random_call(
-            n_tokens, d_in, d_sae, getattr(torch, arguments.dtype), arguments.precision, arguments.l0
-        )  # fmt: skip
+        call = random_call(n_tokens, d_in, d_sae, getattr(torch, arguments.dtype), arguments.l0)
         timings = tune(call)
-        sys.stdout.write(f"{key_of(call.x, call.W_enc, call.precision)}\n")
+        sys.stdout.write(f"{key_of(call.x, call.W_enc)}\n")
         for timing in timings:
             tiles = " ".join(f"{name}={value}" for name, value in timing.path.config.items())
             sys.stdout.write(f"  {timing.milliseconds:10.4f} ms  {timing.path.rival:<10}  {tiles}\n")

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, library
 
 from fastsae_kernels import chunked, cpu
-from fastsae_kernels.checks import check_no_fp8
 from fastsae_kernels.dispatch import MAX_DENSITY, ActivityHint, Backend, backend_of, forced_backend
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
 from fastsae_kernels.residual import row_gradients, scaled
@@ -37,11 +36,10 @@ def _backend(x: Tensor, capacity: int) -> Backend:
 def _row_places(spec: AutoencodeSpec, d_sae: int, capacity: int) -> int:
     """Places of a row in what the kernels save."""
     from fastsae_kernels.gpu import row_topk, topk  # Triton is optional, so its kernels are imported on first use
-    from fastsae_kernels.gpu.encode import CANDIDATES
 
     capacity = GRAPH_CAPACITY if capacity == BY_ACTIVITY else capacity
     if spec.k is None:
-        return min(capacity * (CANDIDATES if spec.fp8 else 1), d_sae, topk.MAX_SORT)
+        return min(capacity, d_sae, topk.MAX_SORT)
     if spec.batch_topk or spec.bandwidth == 0:
         return min(spec.k, d_sae)
     return min(max(row_topk.span_of(min(spec.k, d_sae), d_sae), min(capacity, topk.MAX_SORT)), d_sae)
@@ -82,13 +80,11 @@ def autoencode(
     penalty: str,
     tanh_scale: float,
     ste_to_input: bool,
-    precision: str,
-    fp8: bool,
     capacity: int,
     hint: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """The forward pass; `saved` holds `row_offsets, row_counts, indices, value bits, overflowed`."""
-    spec = AutoencodeSpec(bandwidth, k, batch_topk, penalty, tanh_scale, ste_to_input, precision, fp8)  # type: ignore[arg-type]
+    spec = AutoencodeSpec(bandwidth, k, batch_topk, penalty, tanh_scale, ste_to_input)  # type: ignore[arg-type]
     tensors = (x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale)
     known = ActivityHint.of(hint)
     places = _places(x, W_enc.shape[1], spec, capacity)
@@ -119,7 +115,6 @@ def _forward(
         if hint is not None:
             hint.plan_next(state.listed, W_enc.shape[1])
         return output, _pack_gpu(state, x)
-    check_no_fp8(spec, x)
     if backend == "cpu":
         output_or_none = cpu.autoencode_forward(*tensors, spec, places if spec.k is None else None, target)
         if output_or_none is not None and output_or_none.acts is not None:
@@ -204,8 +199,6 @@ def autoencode_backward(
     penalty: str,
     tanh_scale: float,
     ste_to_input: bool,
-    precision: str,
-    fp8: bool,
     capacity: int,
     needs: list[bool],
 ) -> list[Tensor]:
@@ -213,7 +206,7 @@ def autoencode_backward(
 
     That of row n of sae_out is `row_scale[n] * grad_out[n]`.
     """
-    spec = AutoencodeSpec(bandwidth, k, batch_topk, penalty, tanh_scale, ste_to_input, precision, fp8)  # type: ignore[arg-type]
+    spec = AutoencodeSpec(bandwidth, k, batch_topk, penalty, tanh_scale, ste_to_input)  # type: ignore[arg-type]
     wanted = _wanted(needs)
     shared = (threshold, W_dec, feature_scale, spec, grad_out, grad_penalty, wanted, row_scale)
     acts = _unpack(saved, W_enc.shape[1], threshold.dtype)

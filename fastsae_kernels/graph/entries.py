@@ -39,13 +39,10 @@ def encode(
     bandwidth: float,
     k: int | None,
     batch_topk: bool,
-    rescore: bool,
-    precision: str,
-    fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The entries; with `k` and no window in `k * N` places, of which the unused ones lie in the last row's span."""
-    spec = AutoencodeSpec(bandwidth, k, batch_topk, precision=precision, fp8=fp8)  # type: ignore[arg-type]
-    acts = list_entries(x, W_enc, b_enc, threshold, spec, rescore).packed()
+    spec = AutoencodeSpec(bandwidth, k, batch_topk)
+    acts = list_entries(x, W_enc, b_enc, threshold, spec).packed()
     counts = acts.row_offsets.diff().int()
     if k is None or bandwidth > 0:
         return acts.values.clone(), acts.indices.clone(), acts.row_offsets.int().clone(), counts
@@ -110,7 +107,7 @@ def _setup_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def _encode_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     saved = (*ctx.saved_tensors, ctx.bandwidth, grads[0])
     grad_x, grad_W_enc, grad_b_enc, grad_threshold = torch.ops.fastsae.encode_backward(*saved)
-    return (grad_x, grad_W_enc, grad_b_enc.to(ctx.bias_dtype), grad_threshold, *[None] * 6)
+    return (grad_x, grad_W_enc, grad_b_enc.to(ctx.bias_dtype), grad_threshold, *[None] * 3)
 
 
 encode.register_autograd(_encode_backward, setup_context=_setup_encode)

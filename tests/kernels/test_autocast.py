@@ -164,9 +164,7 @@ def test_gradients_of_encode_and_decode_are_not_rounded(whole_graph: bool) -> No
 
 
 @pytest.mark.parametrize("in_chunks", [False, True], ids=["few tokens", "chunks"])
-@pytest.mark.parametrize(
-    "options", [{}, {"k": 3}, {"k": 3, "batch_topk": True}, {"rescore": True}], ids=["all", "k", "batch", "rescored"]
-)
+@pytest.mark.parametrize("options", [{}, {"k": 3}, {"k": 3, "batch_topk": True}], ids=["all", "k", "batch"])
 def test_a_bias_that_outweighs_products_is_not_rounded(
     options: dict[str, Any], in_chunks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from fastsae_kernels import SparseActs
 
 pytestmark = needs_kernels
 
+ROOT = Path(__file__).parents[2]
 N_FEATURES = 9
 ON_EVERY_TOKEN, NEVER = 2, 5
 HYPER: dict[str, Any] = {"lr": 0.03, "beta2": 0.99, "eps": 1e-8}
@@ -374,7 +376,7 @@ def test_no_step_compiles_again() -> None:
     """Step, learning rate and bias corrections are arguments of one specialisation."""
     code = (
         "import torch\n"
-        "from fastsae_kernels import launches\n"
+        "from tools.kernel_report import launches\n"
         "from fastsae_kernels.gpu.adam import adam_rows\n"
         "from fastsae_kernels.gpu.backward import FeatureOrder\n"
         "from fastsae_kernels.gpu.config import override\n"
@@ -388,5 +390,7 @@ def test_no_step_compiles_again() -> None:
         "assert len(found) == 1, found\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

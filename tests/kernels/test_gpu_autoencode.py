@@ -172,12 +172,3 @@ def test_offsets_past_two_to_the_31(capacity: int, monkeypatch: pytest.MonkeyPat
 def test_fp64_is_refused() -> None:
     with pytest.raises(TypeError, match="float64"):
         run(problems.make(3, 4, 20).to(torch.float64), 8)
-
-
-@pytest.mark.parametrize("capacity", [64, 2], ids=["fits", "overflows"])
-@pytest.mark.parametrize("precision", ["tf32x3", "tf32"])
-def test_precision_is_passed_on(precision: str, capacity: int) -> None:
-    """The interpreter computes them all in fp32, so this shows the plumbing; tiles and tables are the report's."""
-    for spec in (AutoencodeSpec(bandwidth=0.3, precision=precision), AutoencodeSpec(k=3, precision=precision)):  # type: ignore[arg-type]
-        problem = problems.make(9, 20, 43, spec=spec, density=0.2)
-        problems.assert_matches(run(problem, capacity), problem)

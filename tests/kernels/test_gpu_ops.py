@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from functools import partial
 
 import problems
 import pytest
@@ -47,7 +48,8 @@ def test_encode_lists_what_the_reference_has(
     monkeypatch.setattr(importlib.import_module("fastsae_kernels.gpu.encode"), "DEFAULT_CAPACITY", capacity)
     p = problems.make(9, 20, 43, density=0.2)
     x, W_enc, b_enc, threshold = (tensor.to(DEVICE) for tensor in (p.x, p.W_enc, p.b_enc, p.threshold))
-    acts = gpu.encode(x, W_enc, b_enc, threshold, bandwidth=bandwidth, k=k)
+    encode = gpu.encode if k is None else partial(gpu.encode_topk, k=k)
+    acts = encode(x, W_enc, b_enc, threshold, bandwidth=bandwidth)
     dense = reference.encode(p.x.double(), p.W_enc.double(), p.b_enc.double(), p.threshold.double(), k=k)
     torch.testing.assert_close(acts.to_dense().cpu().double(), dense, rtol=1e-5, atol=1e-6)
     pre = reference.hidden_pre(p.x.double(), p.W_enc.double(), p.b_enc.double())

@@ -385,7 +385,8 @@ def test_encode_lists_what_the_reference_has(k: int, bandwidth: float, kind: str
     p = replace(rising(p) if kind == "rising" else p, threshold=torch.full((150,), 1.5))
     p.x[3] = 0
     p.x[5] = -p.x[5].abs()
-    acts = gpu.encode(*(t.to(DEVICE) for t in (p.x, p.W_enc, p.b_enc, p.threshold)), bandwidth=bandwidth, k=k).packed()
+    operands = [tensor.to(DEVICE) for tensor in (p.x, p.W_enc, p.b_enc, p.threshold)]
+    acts = gpu.encode_topk(*operands, bandwidth=bandwidth, k=k).packed()
     wide = [tensor.double() for tensor in (p.x, p.W_enc, p.b_enc, p.threshold)]
     pre, dense = reference.hidden_pre(*wide[:3]), reference.encode(*wide, k=k)
     torch.testing.assert_close(acts.to_dense().cpu().double(), dense, rtol=1e-5, atol=1e-5)
@@ -403,7 +404,7 @@ def test_fp64_is_refused(spec: AutoencodeSpec) -> None:
 
 @pytest.mark.parametrize("k", [3, 150], ids=["merge", "select"])
 def test_a_row_that_only_seemed_to_overflow_is_listed_whole(k: int) -> None:
-    """Listing in TF32 can count entries that the recount finds inactive; such a row must not end up empty."""
+    """The listing sums in another order, so the recount may find its entries inactive; such a row must not end up empty."""
     from fastsae_kernels.gpu import overflow_topk
 
     p = problems.make(4, 20, 300, density=0.01)

@@ -73,9 +73,9 @@ def test_opcheck_encode_and_decode(k: int | None) -> None:
     # data-dependent sizes have no dynamic-shape test
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     every = (*checks, "test_aot_dispatch_dynamic") if k else checks
-    library.opcheck(torch.ops.fastsae.encode.default, (*inputs, 0.0, k, False, False, "ieee", False), test_utils=every)
+    library.opcheck(torch.ops.fastsae.encode.default, (*inputs, 0.0, k, False), test_utils=every)
     with torch.no_grad():
-        entries = torch.ops.fastsae.encode(*inputs, 0.0, k, False, False, "ieee", False)
+        entries = torch.ops.fastsae.encode(*inputs, 0.0, k, False)
     values = entries[0].requires_grad_()
     decoder = (p.W_dec.requires_grad_(), p.b_dec.requires_grad_())
     library.opcheck(torch.ops.fastsae.decode.default, (values, *entries[1:], *decoder))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-
 import problems
 import pytest
 import torch
 
 import fastsae_kernels as kernels
-from fastsae_kernels import memory
+from fastsae_kernels import gather, memory
 
-cpu_decode = importlib.import_module("fastsae_kernels.cpu.decode")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 
 
@@ -46,15 +43,15 @@ def test_nothing_is_copied_where_the_dtype_is_the_same() -> None:
 @DTYPES
 @pytest.mark.parametrize("block", [1, 24, 2**20], ids=["row by row", "blocks", "one block"])
 def test_sums_into_a_large_array(block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_decode, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(gather, "BLOCK_ELEMENTS", block)
     counts = torch.tensor([0, 3, 0, 0, 1, 5, 2, 0])  # empty segments at both ends and between
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
     indices = torch.randint(9, (int(counts.sum()),), dtype=torch.int32)
     weights, rows = torch.randn(indices.numel()), torch.randn(9, 8).to(dtype)
-    large = cpu_decode.gather_sum(offsets, indices, weights, rows)
+    large = gather.gather_sum(offsets, indices, weights, rows)
     monkeypatch.setattr(memory, "LARGE_BYTES", 2**40)
-    assert torch.equal(large, cpu_decode.gather_sum(offsets, indices, weights, rows))
-    nothing = cpu_decode.gather_sum(torch.zeros(9, dtype=torch.int32), indices[:0], weights[:0], rows)
+    assert torch.equal(large, gather.gather_sum(offsets, indices, weights, rows))
+    nothing = gather.gather_sum(torch.zeros(9, dtype=torch.int32), indices[:0], weights[:0], rows)
     assert torch.equal(nothing, torch.zeros(8, 8, dtype=dtype))
 
 

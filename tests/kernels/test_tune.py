@@ -34,10 +34,10 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         yield
 
 
-def make_call(n_tokens: int = 9, d_in: int = 24, d_sae: int = 43, precision: str = "ieee") -> Any:
+def make_call(n_tokens: int = 9, d_in: int = 24, d_sae: int = 43) -> Any:
     from fastsae_kernels.gpu import tune
 
-    return tune.random_call(n_tokens, d_in, d_sae, torch.float16, precision, 4.0)
+    return tune.random_call(n_tokens, d_in, d_sae, torch.float16, 4.0)
 
 
 def stopwatch(fastest: str, seen: list[str] | None = None) -> Callable[[Callable[[], None]], float]:
@@ -90,25 +90,23 @@ def test_hit_after_a_restart_and_miss_for_another_key() -> None:
     from fastsae_kernels.gpu import tune
 
     call = make_call()
-    assert tune.stored_path(call.x, call.W_enc, "ieee") is None
+    assert tune.stored_path(call.x, call.W_enc) is None
     tune.tune(call, stopwatch("persistent"))
     forget()
-    found = tune.stored_path(call.x, call.W_enc, "ieee")
+    found = tune.stored_path(call.x, call.W_enc)
     assert found is not None
     assert (found.rival, found.config) == ("persistent", TILES)
     assert str(found) == "persistent: measured on this machine"
     other = make_call(n_tokens=17)
-    assert tune.stored_path(other.x, other.W_enc, "ieee") is None
+    assert tune.stored_path(other.x, other.W_enc) is None
 
 
 def test_key_names_all_that_a_measurement_depends_on() -> None:
     from fastsae_kernels.gpu import tune
 
-    def key(
-        n: int, d_in: int = 24, d_sae: int = 43, dtype: torch.dtype = torch.float16, precision: str = "ieee"
-    ) -> str:
+    def key(n: int, d_in: int = 24, d_sae: int = 43, dtype: torch.dtype = torch.float16) -> str:
         x = torch.empty(n, d_in, dtype=dtype)
-        return tune.key_of(x, torch.empty(d_sae, d_in, dtype=dtype).t(), precision)
+        return tune.key_of(x, torch.empty(d_sae, d_in, dtype=dtype).t())
 
     assert key(9) == key(16) != key(17)  # tokens to a power of two
     keys = [
@@ -116,10 +114,9 @@ def test_key_names_all_that_a_measurement_depends_on() -> None:
         key(9, d_in=25),
         key(9, d_sae=44),
         key(9, dtype=torch.float32),
-        key(9, dtype=torch.float32, precision="tf32"),
     ]
     x = torch.empty(9, 24, dtype=torch.float16)
-    keys.append(tune.key_of(x, torch.empty(24, 43, dtype=torch.float16), "ieee"))  # W_enc stored the other way
+    keys.append(tune.key_of(x, torch.empty(24, 43, dtype=torch.float16)))  # W_enc stored the other way
     assert len(set(keys)) == len(keys)
     assert f"triton {tune.triton.__version__}" in keys[0]
 
@@ -136,7 +133,7 @@ def test_corrupt_file_is_said_and_rewritten(content: str, tmp_path: Path) -> Non
     path.write_text(content)
     forget()
     with pytest.warns(UserWarning, match="not a tuning result"):
-        assert tune.stored_path(call.x, call.W_enc, "ieee") is None
+        assert tune.stored_path(call.x, call.W_enc) is None
     tune.tune(call, stopwatch("pointer"))
     assert json.loads(path.read_text())["rival"] == "pointer"
 
@@ -151,7 +148,7 @@ def test_tile_that_is_no_longer_shipped_is_measured_again(tmp_path: Path) -> Non
     stored["config"]["BLOCK_S"] = 512
     path.write_text(json.dumps(stored))
     forget()
-    assert tune.stored_path(call.x, call.W_enc, "ieee") is None
+    assert tune.stored_path(call.x, call.W_enc) is None
 
 
 def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
@@ -176,7 +173,7 @@ def test_unwritable_cache_is_said_and_does_no_harm(tmp_path: Path, monkeypatch: 
     call = make_call()
     with pytest.warns(UserWarning, match="cannot keep the tuning result"):
         tune.tune(call, stopwatch("chunks"))
-    found = tune.stored_path(call.x, call.W_enc, "ieee")
+    found = tune.stored_path(call.x, call.W_enc)
     assert found is not None
     assert found.rival == "chunks"
 
@@ -211,13 +208,13 @@ def test_nothing_is_measured_while_tracing_or_capturing(monkeypatch: pytest.Monk
     capturing, compiling = {"value": False}, {"value": False}
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing["value"])
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling["value"])
-    assert tune.path(call.x, call.W_enc, "ieee", None) is None  # chosen_path asks without a call: never measures
+    assert tune.path(call.x, call.W_enc, None) is None  # chosen_path asks without a call: never measures
     for flag in (capturing, compiling):
         flag["value"] = True
-        assert tune.path(call.x, call.W_enc, "ieee", call) is None
+        assert tune.path(call.x, call.W_enc, call) is None
         flag["value"] = False
-    monkeypatch.setattr(tune, "tune", lambda call: [tune.Timing(next(tune.candidates(*call[:2], "ieee")), 1.0)])
-    assert tune.path(call.x, call.W_enc, "ieee", call) is not None
+    monkeypatch.setattr(tune, "tune", lambda call: [tune.Timing(next(tune.candidates(*call[:2])), 1.0)])
+    assert tune.path(call.x, call.W_enc, call) is not None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the command runs where there is a device")

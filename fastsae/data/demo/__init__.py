@@ -55,7 +55,7 @@ def model_path() -> Path:
     if not (path / "config.json").is_file():
         raise FastsaeError(
             f"the demo model is missing: expected {path / 'config.json'}; reinstall fastsae, "
-            "or train it with `python -m fastsae.data.demo.build`"
+            "or train it in a checkout of the sources with `python -m tools.demo_model`"
         )
     return path
 

@@ -39,7 +39,6 @@ NAMES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
-    torch.float8_e4m3fn: "fp8e4nv",
     torch.int32: "i32",
     torch.int64: "i64",
     torch.uint8: "u8",
@@ -76,11 +75,8 @@ class Launch:
 
     @property
     def wants_matrix_instructions(self) -> bool:
-        """Whether it multiplies operands that a matrix unit takes: 16 bits or fewer, or fp32 as tf32."""
-        constants = dict(self.constants)
-        return self.name == "fp8_list_kernel" or (
-            "PRECISION" in constants and (self.dtype != "fp32" or constants["PRECISION"] != "ieee")
-        )
+        """Whether it multiplies tiles of operands that a matrix unit takes, which have 16 bits."""
+        return self.dtype != "fp32" and {"BLOCK_S", "BLOCK_D"} <= dict(self.constants).keys()
 
 
 def _specialise(name: str, value: Any) -> tuple[str, Any, bool]:
@@ -220,18 +216,18 @@ def _update(dtype: torch.dtype) -> None:
         grad_norms(by_feature, weights, vectors, rows, **flagged, project=True)
 
 
-def _list(dtype: torch.dtype, precision: str, n_tokens: int, d_in: int, everything: bool) -> None:
+def _list(dtype: torch.dtype, n_tokens: int, d_in: int, everything: bool) -> None:
     """Launch every way of listing entries that can serve; with bounds and statistics where `everything`."""
     from fastsae_kernels.gpu.encode import list_entries
     from fastsae_kernels.gpu.rivals import RIVALS, refusal, use_rival
 
     x, W_enc, b_enc, threshold = _operands(n_tokens, d_in, dtype)
     integers = _empty(n_tokens, dtype=torch.int32)
-    options: dict[str, Any] = {"precision": precision}
+    options: dict[str, Any] = {}
     if everything:
-        options |= {"bounds": _empty(n_tokens), "l0": integers, "feature_counts": _empty(D_SAE, dtype=torch.int32)}
+        options = {"bounds": _empty(n_tokens), "l0": integers, "feature_counts": _empty(D_SAE, dtype=torch.int32)}
     for rival in RIVALS:
-        if refusal(rival, x, W_enc, precision):
+        if refusal(rival, x, W_enc):
             continue
         with use_rival(rival):
             list_entries(
@@ -239,37 +235,17 @@ def _list(dtype: torch.dtype, precision: str, n_tokens: int, d_in: int, everythi
             )  # fmt: skip
 
 
-def _list_everything(dtype: torch.dtype, has_tf32: bool) -> None:
+def _list_everything(dtype: torch.dtype) -> None:
     """Launch every row of the launch table that lists entries. fp16 compiles as bf16 does: one shape shows it."""
     from fastsae_kernels.gpu.config import SMALL_BATCHES
-    from fastsae_kernels.gpu.rivals import PRECISIONS
 
     if dtype == torch.float16:
-        _list(dtype, "ieee", N_TOKENS, D_IN, True)
+        _list(dtype, N_TOKENS, D_IN, True)
         return
-    for precision in PRECISIONS if dtype == torch.float32 and has_tf32 else ("ieee",):
-        for d_in in (D_IN, UNEVEN_D_IN):
-            for n_tokens in (*SMALL_BATCHES, N_TOKENS):
-                for everything in (False, True):
-                    _list(dtype, precision, n_tokens, d_in, everything)
-
-
-def _list_fp8(dtype: torch.dtype) -> None:
-    from fastsae_kernels.gpu.fp8 import list_entries_fp8
-    from fastsae_kernels.gpu.fp8_quantise import fp8_weights
-
-    for d_in, bounds in ((D_IN, None), (UNEVEN_D_IN, _empty(N_TOKENS))):
-        x, W_enc, b_enc, threshold = _operands(N_TOKENS, d_in, dtype)
-        integers, entries = _empty(N_TOKENS, dtype=torch.int32), _empty(N_TOKENS * 256, dtype=torch.int64)
-        for sigmas in (6.0, None):
-            weights = fp8_weights(W_enc, x, sigmas)
-            list_entries_fp8(
-                x, W_enc, b_enc, threshold, integers, integers, entries, bounds=bounds, weights=weights
-            )  # fmt: skip
-
-
-def _has_fp8(arch: str) -> bool:
-    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 89
+    for d_in in (D_IN, UNEVEN_D_IN):
+        for n_tokens in (*SMALL_BATCHES, N_TOKENS):
+            for everything in (False, True):
+                _list(dtype, n_tokens, d_in, everything)
 
 
 def collect(arch: str) -> list[Launch]:
@@ -290,11 +266,9 @@ def collect(arch: str) -> list[Launch]:
     with config.override(arch):
         for name, dtype in DTYPES.items():
             with _recorded(name, launches):
-                _list_everything(dtype, has_tf32=arch.startswith("sm_"))
+                _list_everything(dtype)
                 if name != "fp16":
                     _train(dtype)
                     _visit(dtype)
                     _update(dtype)
-                    if _has_fp8(arch):
-                        _list_fp8(dtype)
     return sorted(launches.values(), key=lambda launch: (launch.name, launch.dtype, launch.variant))

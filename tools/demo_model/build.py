@@ -1,4 +1,4 @@
-"""Train the demo tokenizer and chat model from the installed documentation: `python -m fastsae.data.demo.build`."""
+"""Train the demo tokenizer and chat model from the installed documentation: `python -m tools.demo_model`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from fastsae.data import demo
 from fastsae.data.demo.corpus import versions
-from fastsae.data.demo.measure import (
+from tools.demo_model.measure import (
     batches,
     next_token_loss,
     perplexity,
@@ -49,7 +49,7 @@ _WORDS = (  # Qwen2's pre-tokenization: contractions, words, single digits, punc
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-logger = logging.getLogger("fastsae.demo.build")
+logger = logging.getLogger("tools.demo_model")
 
 
 def train_tokenizer(texts: Iterator[str], folder: Path, vocabulary: int = VOCABULARY) -> None:
@@ -215,12 +215,12 @@ def _swap(new: Path, out: Path) -> None:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m fastsae.data.demo.build",
+        prog="python -m tools.demo_model",
         description="Train the small chat model that fastsae ships, from the documentation of Python, torch and numpy "
         "that is installed on this machine. Nothing is downloaded.",
         epilog="The result is a folder that AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained "
         "load, about 9.5 MB, with training_report.json; use it in place of the shipped one by its path. A try-out of "
-        "three minutes: python -m fastsae.data.demo.build --minutes 3 --out my-model. The schedule follows the clock, "
+        "three minutes: python -m tools.demo_model --minutes 3 --out my-model. The schedule follows the clock, "
         "so a faster or idle machine gives a better model. The matrices are small: where other programs use the "
         "cores, OMP_NUM_THREADS=1 trains faster.",
     )
@@ -254,7 +254,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logger.info("  after layer %(layer)d: %(position_0).2f at position 0, %(others).2f elsewhere", norms)
     for sample in report["samples"]:
         logger.info("\nQ: %(question)s\nA: %(answer)s\n(documentation: %(documentation)s)", sample)
-
-
-if __name__ == "__main__":
-    main()

@@ -21,7 +21,7 @@ BATCH_TOKENS = 2048  # padding included; a batch whose logits stay in cache is f
 README = """# The fastsae demo model
 
 A Qwen2-architecture chat model: {millions:.1f} million parameters, 6 layers, width 256, 4,096 tokens, bfloat16.
-Trained from scratch by `python -m fastsae.data.demo.build` in {minutes:.0f} minutes on {threads} CPU thread(s),
+Trained from scratch by `python -m tools.demo_model` in {minutes:.0f} minutes on {threads} CPU thread(s),
 on {seen:.1f} million tokens of {dialogues:,} chats made from the docstrings of Python {python}, torch {torch} and numpy {numpy}.
 Held-out perplexity per token: {perplexity:.1f} on the last {held_out:,} dialogues of `load_dialogues()`, not trained on; they
 share names with the training dialogues, but no 20 words in a row.

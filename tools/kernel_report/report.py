@@ -1,31 +1,29 @@
 """Compile every Triton kernel for GPUs that this machine does not have, and report what each one takes.
 
-    python -m fastsae_kernels.report --arch 80 90 100 gfx942 [--kernel encode] [--json PATH]
+    python -m tools.kernel_report --arch 80 90 100 gfx942 [--kernel encode] [--json PATH]
 
 What is compiled is what the library would launch (`launches`), in every shipped configuration. Registers and stack come
 from `cuobjdump`, matrix instructions from `nvdisasm`, both part of the Triton wheel; for AMD all of it from the assembly.
 
 Exit status: 0 clean; 1 where a kernel does not compile, spills, exceeds the shared memory of its architecture or multiplies
-16-bit or tf32 operands without a matrix instruction, or where the report cannot run; 2 for wrong arguments.
+16-bit operands without a matrix instruction, or where the report cannot run; 2 for wrong arguments.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fastsae_kernels.launches import Launch, ReportError, collect
+from tools.kernel_report.launches import Launch, ReportError, collect
+from tools.kernel_report.workers import in_processes
 
 # shared memory that one program may take, bytes
 MAX_SHARED = {
@@ -37,9 +35,6 @@ MAX_SHARED = {
     "sm_120": 99 * 1024,
     "gfx942": 64 * 1024,
 }
-
-# what the processes of the pool compile; they are forked, for kernels cannot be sent
-_work: list[tuple[Launch, str]] = []
 
 
 @dataclass(frozen=True)
@@ -111,18 +106,24 @@ def _compile(launch: Launch, arch: str) -> Any:
     return triton.compile(source, target=target, options=dict(launch.options))
 
 
-def compile_launch(launch: Launch, arch: str) -> Row:
-    """Compile one specialisation for `arch` and read what came out."""
+def _row(launch: Launch, arch: str, *, found: tuple[int, int, int, int] = (0, 0, 0, 0), problem: str) -> Row:
+    """The row of a launch, with `(registers, stack bytes, shared bytes, matrix instructions)` where it was compiled."""
     options = dict(launch.options)
     warps, stages = options.get("num_warps", 4), options.get("num_stages", 3)
-    given = (f"{arch}", launch.name, launch.dtype, launch.variant)
+    return Row(arch, launch.name, launch.dtype, launch.variant, warps, stages, *found, problem)
+
+
+def compile_launch(launch: Launch, arch: str) -> Row:
+    """Compile one specialisation for `arch` and read what came out."""
     try:
         compiled = _compile(launch, arch)
-    except Exception as error:  # a crash of Triton's passes is a finding, not the end of the report
+        amd = compiled.asm.get("amdgcn")
+        registers, stack, matrix = _read_cubin(compiled.asm["cubin"]) if amd is None else _read_amdgcn(amd)
+    except ReportError:
+        raise
+    except Exception as error:  # an error of Triton's passes or of a tool is a finding, not the end of the report
         reason = (str(error).strip().splitlines() or [""])[0]
-        return Row(*given, warps, stages, 0, 0, 0, 0, f"does not compile: {type(error).__name__}: {reason}"[:120])
-    amd = compiled.asm.get("amdgcn")
-    registers, stack, matrix = _read_cubin(compiled.asm["cubin"]) if amd is None else _read_amdgcn(amd)
+        return _row(launch, arch, problem=f"does not compile: {type(error).__name__}: {reason}"[:120])
     shared = compiled.metadata.shared
     problems = []
     if stack > 0:
@@ -131,23 +132,16 @@ def compile_launch(launch: Launch, arch: str) -> Row:
         problems.append("too much shared memory")
     if launch.wants_matrix_instructions and matrix == 0:
         problems.append("no matrix instruction")
-    return Row(*given, warps, stages, registers, stack, shared, matrix, ", ".join(problems))
-
-
-def _compile_number(number: int) -> Row:
-    return compile_launch(*_work[number])
+    return _row(launch, arch, found=(registers, stack, shared, matrix), problem=", ".join(problems))
 
 
 def compile_all(work: list[tuple[Launch, str]]) -> Iterator[Row]:
-    """Rows of all launches, in their order, compiled by as many processes as this one may use cores."""
-    global _work
-    _work = work
-    processes = min(len(os.sched_getaffinity(0)), len(work))
-    if processes <= 1:
-        yield from map(_compile_number, range(len(work)))
-        return
-    with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
-        yield from pool.map(_compile_number, range(len(work)))
+    """Rows of all launches, in their order; where the compiler takes its process down, the row says so."""
+
+    def died(number: int, how: str) -> Row:
+        return _row(*work[number], problem=f"does not compile: the compiler died ({how})")
+
+    return in_processes(lambda number: compile_launch(*work[number]), len(work), died)
 
 
 def table(rows: list[Row]) -> str:
@@ -174,7 +168,7 @@ def _arch(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m fastsae_kernels.report", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.kernel_report", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=_arch, nargs="+", default=["sm_80", "sm_90"], metavar="N",
                         help="architectures, such as 80 (A100), 90 (H100, H200), 100 (B200) or gfx942 (MI300)")  # fmt: skip
     parser.add_argument("--kernel", default="", metavar="TEXT", help="only kernels whose name contains this")
@@ -198,7 +192,3 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json is not None:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

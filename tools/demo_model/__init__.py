@@ -1,0 +1,1 @@
+"""Makes the small chat model that the package ships: `python -m tools.demo_model`."""
