@@ -70,6 +70,17 @@ BEGUN = re.compile(r"^\S+\.py::.+", re.MULTILINE)
 REASON = re.compile(r"^(?:FAILED|ERROR) .+", re.MULTILINE)
 
 
+def environment() -> dict[str, str]:
+    """The variables under which a part runs."""
+    return {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it cuBLAS refuses to multiply in deterministic mode
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",  # reasons at once,
+        "COLUMNS": "250",  # and in full
+        "PYTEST_XDIST_AUTO_NUM_WORKERS": "0",  # a part is one of several processes
+    }
+
+
 @dataclass
 class Part:
     """One pytest process, and what became of it."""
@@ -88,10 +99,8 @@ class Part:
             return
         started = time.monotonic()
         command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *self.arguments]
-        wide = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "250"}  # reasons in full, and at once
-        wide["PYTEST_XDIST_AUTO_NUM_WORKERS"] = "0"  # this is one of several processes
         with self.log.open("w") as log:
-            process = subprocess.Popen(command, cwd=ROOT, env=wide, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT)
             try:
                 process.wait(seconds)
             except subprocess.TimeoutExpired:

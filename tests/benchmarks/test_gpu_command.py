@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -111,6 +112,13 @@ def test_without_a_device_it_says_what_to_run(
     assert gpu.main([str(tmp_path / "results")]) == 2
     assert capsys.readouterr().err.startswith("no CUDA device: on a CPU run `pytest benchmarks/")
     assert not (tmp_path / "results").exists()
+
+
+def test_cublas_may_multiply_in_deterministic_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")  # of these tests, so of any other
+    assert gpu.environment()["CUBLAS_WORKSPACE_CONFIG"] == os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    assert gpu.environment()["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
