@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import problems
@@ -49,6 +50,26 @@ FEW_PROGRAMS = {
     "overflow_rows": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "BLOCK_O": 32},
     "overflow_features": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "BLOCK_O": 32},
 }
+
+
+SECOND_DEVICE = torch.device("cuda", 1)
+
+
+class TwoDevices:
+    """Two CUDA devices that are not there: they know which one is current, and the first is at first."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = 0
+        monkeypatch.setattr(torch.cuda, "device", self.guard)
+
+    @contextmanager
+    def guard(self, device: torch.device) -> Iterator[None]:
+        """What `torch.cuda.device` does."""
+        before, self.current = self.current, device.index
+        try:
+            yield
+        finally:
+            self.current = before
 
 
 def few_programs_here() -> AbstractContextManager[None]:
