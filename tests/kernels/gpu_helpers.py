@@ -15,6 +15,9 @@ from torch import Tensor
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+HAS_DESCRIPTORS = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+
+
 def why_not() -> str:
     """Why the kernels cannot run here; empty where they can."""
     if importlib.util.find_spec("triton") is None:

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import problems
 import pytest
 import torch
-from gpu_helpers import DEVICE, needs_kernels, on_device
+from gpu_helpers import DEVICE, HAS_DESCRIPTORS, needs_kernels, on_device
 from torch import Tensor
 
 from fastsae_kernels import AutoencodeSpec, reference
 
-HAS_DESCRIPTORS = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
 RIVALS = (
     "pointer",
     pytest.param("persistent", marks=pytest.mark.skipif(not HAS_DESCRIPTORS, reason="needs sm_90 or later")),
