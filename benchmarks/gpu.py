@@ -42,7 +42,7 @@ GROUP_S = 45.0  # about as long as a group of benchmarks takes: none begins late
 LAST_WORDS_S = 10.0  # for what failed so far, when a process is stopped
 NEEDED = {"triton": "triton", "numpy": "numpy", "safetensors": "safetensors", "pytest": "pytest",
           "pytest_benchmark": "pytest-benchmark"}  # fmt: skip
-# what compiles most comes first, or at the end all others would wait for it; of two files, the few tests of Triton's backend
+# what compiles most comes first, or at the end all others would wait for it; of some files, the few tests that use the GPU
 TESTS = {
     **{
         f"tests/kernels/test_{name}.py": ""
@@ -51,8 +51,14 @@ TESTS = {
             "gpu_weight_gradients tune"
         ).split()
     },
+    "tests/test_optim.py": "triton",
+    "tests/test_optim_contract.py": "kernels",
     "tests/kernels/test_residual.py": "triton",
     "tests/kernels/test_graph.py": "triton",
+    "tests/kernels/test_autocast.py": "triton",
+    "tests/sae/test_topk.py": "triton",
+    "tests/train/test_deterministic.py": "triton",
+    "tests/train/test_host_reads.py": "gpu",
 }
 WHOLE, PASSES = "benchmarks/test_whole_step.py", "benchmarks/test_train_step.py"
 ENCODE = "benchmarks/test_encode.py"

@@ -50,6 +50,8 @@ FEW_PROGRAMS = {
     "feature_sums": {"BLOCK_E": 16, "BLOCK_D": 32},
     "feature_visit": {"BLOCK_E": 16, "D_PER_WARP": 512, "CHUNK": 6},
     "join_chunks": {"BLOCK_C": 2, "BLOCK_D": 32},
+    "adam_rows": {"BLOCK_E": 4, "D_PER_WARP": 512},
+    "grad_norms": {"BLOCK_E": 4, "D_PER_WARP": 512},
     "overflow_rows": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "BLOCK_O": 32},
     "overflow_features": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "BLOCK_O": 32},
 }
