@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch import Tensor
 
+from benchmarks.dense import in_tf32
 from benchmarks.shapes import Shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COPY_BYTES = 2**28 if DEVICE == "cpu" else 2**31
 PRODUCT = (4096, 1024, 4096) if DEVICE == "cpu" else (8192, 8192, 8192)
 ROUNDS = 7
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}  # a row's dtype -> its tensors'
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,13 @@ class Work:
     """What an operation cannot do without.
 
     Args:
-        flops: Of its dense products.
-        product_dtype: In which they may run without changing the result.
-        n_bytes: Read and written at least once each.
+        flops: How many its dense products take.
+        product_dtype: The name of the dtype in which they may run without changing the result.
+        n_bytes: How many bytes are read and written, each once.
     """
 
     flops: float
-    product_dtype: torch.dtype
+    product_dtype: str
     n_bytes: float
 
     def floor_s(self) -> float:
@@ -39,25 +42,25 @@ class Work:
         return self.flops / (product_tflop_per_s(self.product_dtype) * 1e12) + self.n_bytes / (copy_gb_per_s() * 1e9)
 
 
-def encode_work(shape: Shape, dtype: torch.dtype) -> Work:
+def encode_work(shape: Shape, dtype: str) -> Work:
     """One product, `x` and `W_enc` read, the entries written."""
-    s, size = shape, dtype.itemsize
+    s, size = shape, DTYPES[dtype].itemsize
     n_bytes = (s.n_tokens + s.d_sae) * s.d_in * size + s.n_tokens * s.l0 * 8
     return Work(2.0 * s.n_tokens * s.d_in * s.d_sae, _fastest(dtype), n_bytes)
 
 
-def step_work(shape: Shape, dtype: torch.dtype, *, adam: bool = False) -> Work:
+def step_work(shape: Shape, dtype: str, *, adam: bool = False) -> Work:
     """One product; `x` and both weights read, the residual and both gradients written; or, with Adam, 6 x 4 bytes a weight."""
-    encode, weights = encode_work(shape, dtype), 2 * shape.d_in * shape.d_sae
-    n_bytes = encode.n_bytes + shape.n_tokens * shape.d_in * dtype.itemsize + weights / 2 * dtype.itemsize
-    return Work(encode.flops, encode.product_dtype, n_bytes + weights * (24 if adam else dtype.itemsize))
+    encode, weights, size = encode_work(shape, dtype), 2 * shape.d_in * shape.d_sae, DTYPES[dtype].itemsize
+    n_bytes = encode.n_bytes + shape.n_tokens * shape.d_in * size + weights / 2 * size
+    return Work(encode.flops, encode.product_dtype, n_bytes + weights * (24 if adam else size))
 
 
-def _fastest(dtype: torch.dtype) -> torch.dtype:
+def _fastest(dtype: str) -> str:
     """A CPU with bf16 units finds the candidates of fp32 operands in bf16 and scores those alone again."""
     from fastsae_kernels.cpu.product import rounds
 
-    return torch.bfloat16 if DEVICE == "cpu" and rounds(dtype) else dtype
+    return "bf16" if DEVICE == "cpu" and rounds(DTYPES[dtype]) else dtype
 
 
 @cache
@@ -69,11 +72,15 @@ def copy_gb_per_s() -> float:
 
 
 @cache
-def product_tflop_per_s(dtype: torch.dtype) -> float:
+def product_tflop_per_s(dtype: str) -> float:
     """Rate of PyTorch's own product of random matrices."""
     n, d, m = PRODUCT
-    left, right = torch.randn(n, d, device=DEVICE).to(dtype), torch.randn(m, d, device=DEVICE).to(dtype)
-    return 2 * n * d * m / _best_seconds(lambda: left @ right.t()) / 1e12
+    left, right = (torch.randn(rows, d, device=DEVICE).to(DTYPES[dtype]) for rows in (n, m))
+
+    def product() -> Tensor:
+        return left @ right.t()
+
+    return 2 * n * d * m / _best_seconds(in_tf32(product) if dtype == "tf32" else product) / 1e12
 
 
 def _best_seconds(call: Callable[[], object]) -> float:

@@ -42,17 +42,23 @@ GROUP_S = 45.0  # about as long as a group of benchmarks takes: none begins late
 LAST_WORDS_S = 10.0  # for what failed so far, when a process is stopped
 NEEDED = {"triton": "triton", "numpy": "numpy", "safetensors": "safetensors", "pytest": "pytest",
           "pytest_benchmark": "pytest-benchmark"}  # fmt: skip
-# what compiles most comes first, or at the end all others would wait for it; of two files, the few tests of Triton's backend
+# what compiles most comes first, or at the end all others would wait for it; of some files, the few tests that use the GPU
 TESTS = {
     **{
         f"tests/kernels/test_{name}.py": ""
         for name in (
-            "gpu_topk gpu_residual gpu_autoencode gpu_graphs gpu_feature_visit gpu_adam gpu_encode gpu_ops "
+            "gpu_topk gpu_residual gpu_autoencode gpu_graphs gpu_feature_visit gpu_adam gpu_encode gpu_ops gpu_overflow "
             "gpu_weight_gradients tune"
         ).split()
     },
+    "tests/test_optim.py": "triton",
+    "tests/test_optim_contract.py": "kernels",
     "tests/kernels/test_residual.py": "triton",
     "tests/kernels/test_graph.py": "triton",
+    "tests/kernels/test_autocast.py": "triton",
+    "tests/sae/test_topk.py": "triton",
+    "tests/train/test_deterministic.py": "triton",
+    "tests/train/test_host_reads.py": "gpu",
 }
 WHOLE, PASSES = "benchmarks/test_whole_step.py", "benchmarks/test_train_step.py"
 ENCODE = "benchmarks/test_encode.py"
@@ -68,6 +74,17 @@ BENCHMARKS = (  # files, and which of their shapes: the most telling first
 OUTCOME = re.compile(r"^(\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
 BEGUN = re.compile(r"^\S+\.py::.+", re.MULTILINE)
 REASON = re.compile(r"^(?:FAILED|ERROR) .+", re.MULTILINE)
+
+
+def environment() -> dict[str, str]:
+    """The variables under which a part runs."""
+    return {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # without it cuBLAS refuses to multiply in deterministic mode
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",  # reasons at once,
+        "COLUMNS": "250",  # and in full
+        "PYTEST_XDIST_AUTO_NUM_WORKERS": "0",  # a part is one of several processes
+    }
 
 
 @dataclass
@@ -88,10 +105,8 @@ class Part:
             return
         started = time.monotonic()
         command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *self.arguments]
-        wide = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "250"}  # reasons in full, and at once
-        wide["PYTEST_XDIST_AUTO_NUM_WORKERS"] = "0"  # this is one of several processes
         with self.log.open("w") as log:
-            process = subprocess.Popen(command, cwd=ROOT, env=wide, stdout=log, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT)
             try:
                 process.wait(seconds)
             except subprocess.TimeoutExpired:

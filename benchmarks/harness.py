@@ -85,7 +85,7 @@ class Case:
     shape: Shape
     providers: dict[str, Provider] = field(hash=False, compare=False)
     dtype: str = ""
-    work: Work | None = None
+    work: Callable[[str], Work] | None = field(default=None, hash=False, compare=False)  # of a dtype
     x: float | None = None  # of a series
 
     @property
@@ -98,9 +98,17 @@ class Case:
         s = self.shape
         return 2 * s.d_in * s.d_sae * 16 * len(self.providers) < MEMORY_SHARE * memory_bytes()
 
+    def dtype_of(self, provider: str) -> str:
+        """The name of the dtype of a provider's products."""
+        return self.providers[provider].dtype or self.dtype
+
+    def work_of(self, provider: str) -> Work | None:
+        """What the operation cannot do without in a provider's dtype; None where nothing is known of that."""
+        return self.work(self.dtype_of(provider)) if self.work else None
+
     def row(self, provider: str) -> dict[str, Any]:
         """What a result file says of a provider before it is timed."""
-        s, dtype = self.shape, self.providers[provider].dtype or self.dtype
+        s, dtype, work = self.shape, self.dtype_of(provider), self.work_of(provider)
         return {
             "operation": self.operation, "group": self.group, "shape": self.shape_name, "is_cut": s.is_cut,
             "n_tokens": s.n_tokens, "d_in": s.d_in, "d_sae": s.d_sae, "l0": s.l0, "dtype": dtype,
@@ -108,7 +116,7 @@ class Case:
             "error": None, "error_limit": None, "median_s": None, "iqr_s": None, "allocator": None, "other_median_s": None,
             "turns": 0, "rounds": 0, "speedup": None, "speedup_iqr": None,
             "peak_mib": None, "dense_tensor_mib": s.n_tokens * s.d_sae * (2 if dtype == "bf16" else 4) / MIB,
-            "least_bytes": self.work.n_bytes if self.work else None, "floor_s": None, "clock_mhz": None, "x": self.x,
+            "least_bytes": work.n_bytes if work else None, "floor_s": None, "clock_mhz": None, "x": self.x,
         }  # fmt: skip
 
 
@@ -166,13 +174,13 @@ class GroupTimer:
             for outcome in group.outcomes.values():
                 outcome.row.update(status="red", reason=reason)
         baseline = next(iter(group.outcomes.values()))
-        for outcome in group.outcomes.values():
+        for name, outcome in group.outcomes.items():
             if outcome.row["status"] != "ok":
                 outcome.row.update(
                     dict.fromkeys(("median_s", "iqr_s", "allocator", "other_median_s", "speedup", "speedup_iqr"))
                 )
             elif outcome.turns:
-                outcome.fill_in(baseline, case.work)
+                outcome.fill_in(baseline, case.work_of(name))
 
 
 def _run_session(case: Case, group: Group, turns: tuple[int, int], providers: Collection[str] | None) -> None:

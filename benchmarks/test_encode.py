@@ -160,7 +160,7 @@ def case(operation: str, shape_name: str, dtype: str) -> Case:
         providers[name] = Provider(
             partial(make, *arguments), partial(check, *arguments) if has_entries else None, dtype
         )
-    return Case(operation, shape_name, shape, providers, dtype, encode_work(shape, DTYPES[dtype]))
+    return Case(operation, shape_name, shape, providers, dtype, partial(encode_work, shape))
 
 
 CASES = [
@@ -192,8 +192,8 @@ def latency() -> Case:
         "copy of W_enc": Provider(copy),
         "fused": Provider(partial(make, *arguments), partial(check, *arguments)),
     }
-    work = Work(0, torch.bfloat16, shape.d_in * shape.d_sae * 2)
-    return Case("latency of encode", "gemma-2-2b 65k, 32 tokens", shape, providers, "bf16", work)
+    work = Work(0, "bf16", shape.d_in * shape.d_sae * 2)
+    return Case("latency of encode", "gemma-2-2b 65k, 32 tokens", shape, providers, "bf16", lambda _: work)
 
 
 @cases_and_providers([latency()] if DEVICE == "cuda" else [])

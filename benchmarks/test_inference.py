@@ -27,7 +27,7 @@ def case(shape_name: str) -> Case:
         **peer_providers(shape, "jumprelu", "reconstruct"),
         "fused fp32": counterpart(shape, "jumprelu", "reconstruct"),
     }
-    return Case("inference", shape_name, shape, providers, work=encode_work(shape, torch.float32))
+    return Case("inference", shape_name, shape, providers, work=partial(encode_work, shape))
 
 
 @cases_and_providers([case(shape_name) for shape_name in INFERENCE_SHAPES])

@@ -85,7 +85,7 @@ def case(operation: str, shape_name: str) -> Case:
         )
         for name, make in STEPS[operation].items()
     }
-    return Case(operation, shape_name, shape, providers, work=step_work(shape, torch.float32, adam=True))
+    return Case(operation, shape_name, shape, providers, work=partial(step_work, shape, adam=True))
 
 
 @cases_and_providers([case(operation, name) for operation in STEPS for name in NAMES])

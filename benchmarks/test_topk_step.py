@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
 from benchmarks.floor import step_work
 from benchmarks.harness import Case, cases_and_providers
@@ -16,7 +16,7 @@ ACTIONS: dict[str, Action] = {"forward+backward, TopK": "loss_and_backward", "wh
 def case(operation: str, shape_name: str) -> Case:
     shape, action = SHAPES[shape_name], ACTIONS[operation]
     peers = peer_providers(shape, "topk", action)
-    work = step_work(shape, torch.float32, adam="step" in action)
+    work = partial(step_work, shape, adam="step" in action)
     return Case(operation, shape_name, shape, peers | {"fused fp32": counterpart(shape, "topk", action)}, work=work)
 
 

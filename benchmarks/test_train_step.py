@@ -120,7 +120,7 @@ def provider(name: str, shape: Shape, make: Callable[[str, Shape], Call] = make)
 
 def case(shape_name: str, shape: Shape, names: Losses) -> Case:
     providers = {name: provider(name, shape) for name in names}
-    return Case("forward+backward", shape_name, shape, providers, work=step_work(shape, torch.float32))
+    return Case("forward+backward", shape_name, shape, providers, work=partial(step_work, shape))
 
 
 def backward_case(shape_name: str) -> Case:

@@ -159,7 +159,7 @@ def case(shape_name: str, shape: Shape) -> Case:
     providers = {name: provider(name, shape_name) for name in names}
     if shape_name in PEER_SHAPES:
         providers |= peer_providers(shape, "jumprelu", "train_step")
-    return Case("whole step", shape_name, shape, providers, work=step_work(shape, torch.float32, adam=True))
+    return Case("whole step", shape_name, shape, providers, work=partial(step_work, shape, adam=True))
 
 
 @cases_and_providers([case(*item) for item in STEP_SHAPES.items()])

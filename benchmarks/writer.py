@@ -42,8 +42,9 @@ def machine() -> Content:
         "cuda": torch.version.cuda,
         "copy_gb_per_s": floor.copy_gb_per_s(),
         "gemm_tflop_per_s": {
-            name: floor.product_tflop_per_s(dtype)
-            for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items()
+            dtype: floor.product_tflop_per_s(dtype)
+            for dtype in ("fp32", "tf32", "bf16")
+            if dtype != "tf32" or torch.cuda.is_available()
         },
     }
 

@@ -79,7 +79,7 @@ class ActivityHint:
         self.mean: float | None = None
         self.largest: int | None = None
         self.plan = 0  # what a graph does next: entries to reserve per row, 0 for the dense path; changes seldom
-        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+        self._pending: tuple[Tensor, torch.cuda.Event, torch.device] | None = None
         self._register()
 
     def _register(self) -> None:
@@ -100,25 +100,30 @@ class ActivityHint:
 
     def update(self, l0: Tensor) -> None:
         """Takes how many entries each token of a pass had, `[N]`; nothing while a CUDA graph is captured."""
-        if l0.numel() == 0 or self._pending is not None or (l0.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if l0.numel() == 0 or self._pending is not None:
             return
-        summary = torch.stack([l0.double().mean(), l0.max().double()])
-        if not summary.is_cuda:
+        if not l0.is_cuda:
+            summary = _mean_and_largest(l0)
             self.mean, self.largest = float(summary[0]), int(summary[1])
             return
-        host = torch.empty(2, dtype=torch.float64, pin_memory=True)
-        host.copy_(summary, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._pending = (host, event)
+        with torch.cuda.device(l0.device):  # an event is recorded on the stream of the current device
+            if torch.cuda.is_current_stream_capturing():
+                return
+            host = torch.empty(2, dtype=torch.float64, pin_memory=True)
+            host.copy_(_mean_and_largest(l0), non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._pending = (host, event, l0.device)
 
     def poll(self) -> None:
         """Reads the pending counts if they have arrived; a query would end the capture of a CUDA graph."""
-        if self._pending is None or torch.cuda.is_current_stream_capturing():
+        if self._pending is None:
             return
-        if self._pending[1].query():
-            self.mean, self.largest = float(self._pending[0][0]), int(self._pending[0][1])
-            self._pending = None
+        host, event, device = self._pending
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing() or not event.query():
+                return
+        self.mean, self.largest, self._pending = float(host[0]), int(host[1]), None
 
     def plan_next(self, counts: Tensor, d_sae: int) -> None:
         """`update` of a compiled graph, which is compiled again where the plan changes."""
@@ -136,3 +141,7 @@ class ActivityHint:
         self.poll()
         wanted = self.UNKNOWN if self.largest is None else max(32, int(self.largest * self.HEADROOM))
         return min(1 << (wanted - 1).bit_length(), d_sae)
+
+
+def _mean_and_largest(counts: Tensor) -> Tensor:
+    return torch.stack([counts.double().mean(), counts.max().double()])

@@ -28,7 +28,8 @@ from fastsae_kernels.weight_gradients import PassCollector
 def _autocast(name: str, factors: tuple[Tensor, ...], biases: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """All tensors; where autocast is on those of products in its dtype, as matrix products take them.
 
-    Biases join sums in fp32, so they and their gradients are not rounded. Thresholds and float64 are never cast.
+    Biases join sums in fp32, so they and their gradients are not rounded. Thresholds are never cast, nor anything beside
+    factors in float64, which PyTorch's autocast leaves alone.
 
     Raises:
         ValueError: The first, of the given name, has a device without autocast, such as meta.
@@ -36,12 +37,11 @@ def _autocast(name: str, factors: tuple[Tensor, ...], biases: tuple[Tensor, ...]
     device_type = factors[0].device.type
     if not torch.amp.is_autocast_available(device_type):
         raise ValueError(f"{name}: expected a tensor of a CPU or a GPU, got device {device_type}")
-    if torch.is_autocast_enabled(device_type):
+    if torch.is_autocast_enabled(device_type) and factors[0].dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         narrow = Tensor.to if torch.compiler.is_compiling() else narrowed
-        kept = (dtype, torch.float64)
-        factors = tuple(tensor if tensor.dtype in kept else narrow(tensor, dtype) for tensor in factors)
-        biases = tuple(bias if bias.dtype in kept else bias.to(torch.float32) for bias in biases)
+        factors = tuple(narrow(tensor, dtype) for tensor in factors)
+        biases = tuple(bias if bias.dtype == dtype else bias.to(torch.float32) for bias in biases)
     return *factors, *biases
 
 

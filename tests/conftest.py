@@ -12,6 +12,8 @@ import torch
 # before anything imports Triton: it decides at decoration whether a function is interpreted
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# without it, cuBLAS refuses to multiply in deterministic mode; it is read when a process first uses the GPU
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 MOST_WORKERS = 16  # each takes a second of imports and half a gigabyte

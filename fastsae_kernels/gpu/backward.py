@@ -172,6 +172,11 @@ class FeatureOrder(NamedTuple):
     tokens: Tensor | None  # [nnz] int64, token of each entry before ordering; None: entry // span
     span: int
 
+    @property
+    def device(self) -> torch.device:
+        """Where the entries lie."""
+        return self.order.device
+
 
 def feature_order(acts: SparseActs, span: int | None = None) -> FeatureOrder:
     """Sort the entries by feature on the device; padding goes behind the last feature.
@@ -248,6 +253,7 @@ def entry_grads(
     return grads, grad_threshold, grad_scale
 
 
+@on_device
 def feature_sums(
     by_feature: FeatureOrder,
     weights: Tensor,

@@ -74,6 +74,9 @@ def _fp32_products_use_tf32() -> bool:
 
 def refuses(x: Tensor, W_enc: Tensor) -> str:
     """Why this way cannot list these operands; empty where it can."""
+    if torch.are_deterministic_algorithms_enabled():
+        # cuBLAS raises an error then, unless CUBLAS_WORKSPACE_CONFIG was set before the process used the GPU
+        return "deterministic algorithms are asked for, and the library's product need not be one"
     if x.dtype != W_enc.dtype:
         return f"x is {x.dtype} and W_enc {W_enc.dtype}"
     if x.element_size() == 4:

@@ -123,10 +123,14 @@ def _overflow_features_kernel(
     grad_W_dec += tl.load(dec_ptrs, mask=dec_mask, other=0.0).to(tl.float32)
     tl.store(dec_ptrs, grad_W_dec.to(grad_W_dec_ptr.dtype.element_ty), mask=dec_mask)
     if pid_o == 0:
-        tl.store(grad_b_enc_ptr + columns, grad_b_enc + tl.load(grad_b_enc_ptr + columns), mask=mask_s)
-        tl.store(grad_threshold_ptr + columns, grad_threshold + tl.load(grad_threshold_ptr + columns), mask=mask_s)
+        # masked, for past the last feature lies what another program writes
+        grad_b_enc += tl.load(grad_b_enc_ptr + offs_s, mask=mask_s, other=0.0)
+        tl.store(grad_b_enc_ptr + offs_s, grad_b_enc, mask=mask_s)
+        grad_threshold += tl.load(grad_threshold_ptr + offs_s, mask=mask_s, other=0.0)
+        tl.store(grad_threshold_ptr + offs_s, grad_threshold, mask=mask_s)
         if grad_scale_ptr is not None:
-            tl.store(grad_scale_ptr + columns, grad_scale + tl.load(grad_scale_ptr + columns), mask=mask_s)
+            grad_scale += tl.load(grad_scale_ptr + offs_s, mask=mask_s, other=0.0)
+            tl.store(grad_scale_ptr + offs_s, grad_scale, mask=mask_s)
 
 
 def overflow_features(

@@ -57,6 +57,8 @@ def key_of(x: Tensor, W_enc: Tensor) -> str:
     layout = "feature-major" if W_enc.stride(0) == 1 else "strided"
     n_tokens = triton.next_power_of_2(x.shape[0])
     dtype = str(x.dtype).removeprefix("torch.")
+    if torch.are_deterministic_algorithms_enabled():  # leaves fewer candidates
+        layout += " deterministic"
     return (
         f"{device} {number} | triton {triton.__version__} torch {torch.__version__} | {dtype} {layout} | "
         f"N<={n_tokens} d_in={W_enc.shape[0]} d_sae={W_enc.shape[1]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -111,6 +112,32 @@ def test_without_a_device_it_says_what_to_run(
     assert gpu.main([str(tmp_path / "results")]) == 2
     assert capsys.readouterr().err.startswith("no CUDA device: on a CPU run `pytest benchmarks/")
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("file", gpu.TESTS)
+def test_every_file_that_it_runs_has_the_tests_that_it_chooses(file: str) -> None:
+    names = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(), re.MULTILINE)
+    parameters = re.findall(r'"(triton)"', (ROOT / file).read_text())
+    assert any(gpu.TESTS[file] in name for name in (*names, *parameters))
+
+
+def test_no_test_of_the_kernels_is_left_out() -> None:
+    """A file that needs the kernels, or a GPU, is run by the command, and under a log of its own."""
+    marks = re.compile(r"needs_kernels|torch\.cuda\.is_available\(\), reason=|DEVICE == .cuda.")
+    paths = {
+        path for folder in ("kernels", "sae", "train", ".") for path in (ROOT / "tests" / folder).glob("test_*.py")
+    }
+    found = {str(path.relative_to(ROOT)) for path in paths if marks.search(path.read_text())}
+    without_a_gpu = {"tests/kernels/test_gpu_memory.py", "tests/kernels/test_gpu_devices.py"}
+    assert found - set(gpu.TESTS) == without_a_gpu
+    assert len({Path(file).stem for file in gpu.TESTS}) == len(gpu.TESTS)
+
+
+def test_cublas_may_multiply_in_deterministic_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")  # of these tests, so of any other
+    assert gpu.environment()["CUBLAS_WORKSPACE_CONFIG"] == os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    assert gpu.environment()["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

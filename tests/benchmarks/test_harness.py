@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import weakref
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,15 +14,18 @@ import pytest
 import torch
 
 import fastsae_kernels as kernels
-from benchmarks import harness, outcome, test_encode, test_train_step
-from benchmarks.floor import Work
+from benchmarks import floor, harness, outcome, test_encode, test_train_step, test_whole_step
+from benchmarks.floor import Work, step_work
 from benchmarks.harness import Case, GroupTimer, Provider
 from benchmarks.memory import peak_mib
 from benchmarks.outcome import Outcome
-from benchmarks.shapes import DEVICE, Shape
+from benchmarks.shapes import DEVICE, SHAPES, Shape
 from benchmarks.writer import ROOT
 
 SHAPE = Shape(n_tokens=48, d_in=16, d_sae=96, l0=8)
+
+
+FLOOR_S = Work.floor_s
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +97,27 @@ def test_a_red_row_fails_its_benchmark_and_a_skipped_one_says_why() -> None:
     with pytest.raises(pytest.skip.Exception, match="absent: it is not installed"):
         harness.report(benchmark, timer, case, "absent")
     assert {row["provider"]: row["status"] for row in timer.rows} == {"wrong": "red", "absent": "skipped", "nan": "red"}
+
+
+def test_the_floor_of_a_row_is_that_of_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H200, where bf16 products are fifteen times as fast as those of fp32."""
+    rates = {"fp32": 52.0, "tf32": 400.0, "bf16": 780.0}
+    monkeypatch.setattr(Work, "floor_s", FLOOR_S)
+    monkeypatch.setattr(floor, "DEVICE", "cuda")
+    monkeypatch.setattr(floor, "product_tflop_per_s", rates.__getitem__)
+    monkeypatch.setattr(floor, "copy_gb_per_s", lambda: 4300.0)
+    gemma = Shape(8192, 2304, 65536, 64)
+    providers = {f"fused {dtype}": Provider(lambda: lambda: None, dtype=dtype) for dtype in rates}
+    timer, case = quick(), Case("whole step", "gemma", gemma, providers, work=partial(step_work, gemma, adam=True))
+    floors = {dtype: 1e3 * timer.outcome(case, f"fused {dtype}").row["floor_s"] for dtype in rates}
+    assert floors == pytest.approx({"fp32": 49.6, "tf32": 8.2, "bf16": 5.0}, rel=0.02)
+
+
+@pytest.mark.parametrize("module", [test_whole_step, test_train_step], ids=lambda module: module.__name__)
+def test_rows_in_bf16_move_fewer_bytes(module: Any) -> None:
+    case = module.case("demo", SHAPES["demo"], *([module.LOSSES] if module is test_train_step else []))
+    fp32, bf16 = (case.row(f"fused {dtype}")["least_bytes"] for dtype in ("fp32", "bf16"))
+    assert 0 < bf16 < fp32
 
 
 def test_a_test_reports_the_samples_of_its_group(benchmark: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import problems
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+HAS_DESCRIPTORS = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
 
 
 def why_not() -> str:
@@ -46,9 +50,31 @@ FEW_PROGRAMS = {
     "feature_sums": {"BLOCK_E": 16, "BLOCK_D": 32},
     "feature_visit": {"BLOCK_E": 16, "D_PER_WARP": 512, "CHUNK": 6},
     "join_chunks": {"BLOCK_C": 2, "BLOCK_D": 32},
+    "adam_rows": {"BLOCK_E": 4, "D_PER_WARP": 512},
+    "grad_norms": {"BLOCK_E": 4, "D_PER_WARP": 512},
     "overflow_rows": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "BLOCK_O": 32},
     "overflow_features": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "BLOCK_O": 32},
 }
+
+
+SECOND_DEVICE = torch.device("cuda", 1)
+
+
+class TwoDevices:
+    """Two CUDA devices that are not there: they know which one is current, and the first is at first."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = 0
+        monkeypatch.setattr(torch.cuda, "device", self.guard)
+
+    @contextmanager
+    def guard(self, device: torch.device) -> Iterator[None]:
+        """What `torch.cuda.device` does."""
+        before, self.current = self.current, device.index
+        try:
+            yield
+        finally:
+            self.current = before
 
 
 def few_programs_here() -> AbstractContextManager[None]:

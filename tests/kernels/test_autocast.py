@@ -10,7 +10,7 @@ from typing import Any
 import problems
 import pytest
 import torch
-from gpu_helpers import FEW_PROGRAMS, needs_kernels
+from gpu_helpers import DEVICE, few_programs_here, needs_kernels
 from torch import Tensor
 
 import fastsae_kernels as kernels
@@ -54,13 +54,14 @@ def compiled(function: Callable) -> Callable:
 
 
 def bias_gradients(
-    problem: problems.Problem, loss: Loss, dtype: torch.dtype | None, *, inside: bool = False
+    problem: problems.Problem, loss: Loss, dtype: torch.dtype | None, *, inside: bool = False, device: str = "cpu"
 ) -> dict[str, Tensor]:
-    """Under autocast to `dtype`; the backward is called `inside` of it, too, or outside."""
+    """Under autocast to `dtype` on a device; the backward is called `inside` of it, too, or outside."""
     pre_bias = torch.linspace(-1, 1, problem.x.shape[1], dtype=problem.x.dtype).requires_grad_()
     _, _, b_enc, _, _, b_dec = inputs = problems.leaves(problem)[:6]
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        value = loss(pre_bias, *inputs)
+    moved = [tensor.to(device) for tensor in (pre_bias, *inputs)]  # type: ignore[union-attr]
+    with torch.autocast(device, dtype, enabled=dtype is not None):
+        value = loss(*moved)
         if inside:
             value.backward()
     if not inside:
@@ -70,14 +71,16 @@ def bias_gradients(
     return grads  # type: ignore[return-value]
 
 
-def assert_as_exact(problem: problems.Problem, loss: Loss, dtype: torch.dtype, *, inside: bool = False) -> None:
+def assert_as_exact(
+    problem: problems.Problem, loss: Loss, dtype: torch.dtype, *, inside: bool = False, device: str = "cpu"
+) -> None:
     """Each bias's gradient is at most 1.05 times as far from fp64, in norm, as that of the dense formula."""
     truth = bias_gradients(problem.to(torch.float64), dense(problem), None)
     errors = [
         {name: float((grad - truth[name]).norm() / truth[name].norm()) for name, grad in grads.items()}
         for grads in (
-            bias_gradients(problem, loss, dtype, inside=inside),
-            bias_gradients(problem, dense(problem), dtype),
+            bias_gradients(problem, loss, dtype, inside=inside, device=device),
+            bias_gradients(problem, dense(problem), dtype, device=device),
         )
     ]
     for name, error in errors[0].items():
@@ -134,13 +137,10 @@ def test_gradients_of_fp16_weights_keep_the_range_of_bf16() -> None:
 @pytest.mark.parametrize("capacity", [64, 2], ids=["fits", "overflows"])
 @DENSITIES
 def test_triton_kernels_take_wide_biases(density: float, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastsae_kernels.gpu import config
-
     monkeypatch.setattr(ActivityHint, "capacity", lambda *_: capacity)
     problem = make(max(density, 0.1), 48, 20, 43)
-    tables = {name: {"16": tiles, "32": tiles} for name, tiles in FEW_PROGRAMS.items()}
-    with kernels.use_backend("triton"), config.override(tables):
-        assert_as_exact(problem, fused(problem), torch.float16)  # the interpreter has no bf16
+    with kernels.use_backend("triton"), few_programs_here():
+        assert_as_exact(problem, fused(problem), torch.float16, device=DEVICE)  # the interpreter has no bf16
 
 
 @GRAPHS

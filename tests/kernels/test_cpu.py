@@ -78,7 +78,7 @@ def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     by_onednn = "oneDNN" in request.param
     if by_onednn and not matmul.has_onednn():
         pytest.skip("this build of PyTorch has no oneDNN")
-    monkeypatch.setattr(matmul, "has_slow_mkl", lambda: by_onednn)
+    monkeypatch.setattr(matmul, "has_half_speed_mkl", lambda: by_onednn)
     monkeypatch.setattr(matmul, "MIN_ROWS", 1)
     monkeypatch.setattr(matmul, "LONGEST_SUM", 5)
     if "tiles" in request.param:

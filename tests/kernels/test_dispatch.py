@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_helpers import SECOND_DEVICE, TwoDevices
 
 from fastsae_kernels import ActivityHint, use_backend
 from fastsae_kernels.dispatch import MAX_DENSITY, backend_of
@@ -58,19 +59,66 @@ def test_capacity_is_a_power_of_two_with_headroom() -> None:
     assert hint.capacity(10_000) == 128
 
 
-def test_pending_counts_are_left_alone_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Event:
-        queries = 0
+class Counts(torch.Tensor):
+    """Counts on the second of two GPUs, as far as one can tell."""
 
-        def query(self) -> bool:
-            self.queries += 1
-            return True
+    is_cuda = True
+    device = SECOND_DEVICE  # type: ignore[assignment]
 
-    hint, event = ActivityHint(), Event()
-    hint._pending = (torch.tensor([5.0, 9.0]), event)  # type: ignore[assignment]
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert hint.is_dense(10_000, "cuda")
-    assert event.queries == 0
+
+class Events:
+    """CUDA events that arrive at once; they remember which device was current at each call."""
+
+    def __init__(self, devices: TwoDevices) -> None:
+        self.devices = devices
+        self.recorded: list[int] = []
+        self.queried: list[int] = []
+
+    def __call__(self) -> Events:
+        return self
+
+    def record(self) -> None:
+        self.recorded.append(self.devices.current)
+
+    def query(self) -> bool:
+        self.queried.append(self.devices.current)
+        return True
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> TwoDevices:
+    devices, empty = TwoDevices(monkeypatch), torch.empty
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options))
+    return devices
+
+
+def test_hint_waits_on_the_device_of_the_counts(devices: TwoDevices, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = Events(devices)
+    monkeypatch.setattr(torch.cuda, "Event", events)
+    hint = ActivityHint()
+    hint.update(torch.tensor([2, 4]).as_subclass(Counts))
+    assert (events.recorded, events.queried, hint.mean) == ([1], [], None)
     assert not hint.is_dense(10_000, "cuda")
-    assert (hint.mean, hint.largest) == (5.0, 9)
+    assert (events.queried, hint.mean, hint.largest) == ([1], 3.0, 4)
+    assert devices.current == 0
+
+
+def test_hint_is_left_alone_while_its_device_captures_a_cuda_graph(
+    devices: TwoDevices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events, hint, capturing = Events(devices), ActivityHint(), [1]
+    monkeypatch.setattr(torch.cuda, "Event", events)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: devices.current in capturing)
+    counts = torch.tensor([2, 4]).as_subclass(Counts)
+    hint.update(counts)
+    assert events.recorded == []
+    capturing[:] = [0]
+    hint.update(counts)
+    assert events.recorded == [1]
+    capturing[:] = [1]
+    assert hint.is_dense(10_000, "cuda")
+    assert events.queried == []
+    capturing[:] = [0]
+    assert not hint.is_dense(10_000, "cuda")
+    assert (hint.mean, hint.largest) == (3.0, 4)

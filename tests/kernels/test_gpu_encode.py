@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import problems
 import pytest
 import torch
-from gpu_helpers import DEVICE, needs_kernels, on_device
+from gpu_helpers import DEVICE, HAS_DESCRIPTORS, needs_kernels, on_device
 from torch import Tensor
 
 from fastsae_kernels import AutoencodeSpec, reference
 
-HAS_DESCRIPTORS = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
 RIVALS = (
     "pointer",
     pytest.param("persistent", marks=pytest.mark.skipif(not HAS_DESCRIPTORS, reason="needs sm_90 or later")),
@@ -301,6 +300,26 @@ def test_chosen_path_says_what_serves_and_why() -> None:
             assert path_of(x, W_enc) == "chunks: use_rival asks for it"
     with config.override("sm_80"):
         assert path_of(x, W_enc).startswith("pointer: the table of sm_80")
+
+
+def test_no_library_product_in_deterministic_mode() -> None:
+    from fastsae_kernels.gpu import config
+    from fastsae_kernels.gpu.rivals import use_rival
+
+    x, W_enc = torch.empty(256, 64, device="meta"), torch.empty(2048, 64, device="meta").t()
+    torch.use_deterministic_algorithms(True)
+    try:
+        for arch in ("sm_80", "sm_90", "sm_100", "default"):
+            with config.override(arch):
+                found = path_of(x, W_enc)
+                assert found.startswith("pointer: ")
+                assert "says chunks, but deterministic algorithms are asked for" in found
+        with config.override("sm_90"), use_rival("chunks"), pytest.raises(ValueError, match="deterministic"):
+            path_of(x, W_enc)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    with config.override("sm_90"):
+        assert path_of(x, W_enc).startswith("chunks: ")
 
 
 def test_fp32_products_follow_pytorchs_flags(monkeypatch: pytest.MonkeyPatch) -> None:

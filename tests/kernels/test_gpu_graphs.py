@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import problems
 import pytest
 import torch
+from gpu_helpers import DEVICE
 from torch import Tensor
 
 import fastsae_kernels as kernels
 from fastsae_kernels import AutoencodeSpec
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 
 SPECS = {
     "l0": AutoencodeSpec(bandwidth=0.3),
@@ -23,15 +25,15 @@ SPECS = {
 
 def step_of(problem: problems.Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """A forward and backward pass on the sparse path, and what it writes: the output and every gradient."""
-    leaves = [None if leaf is None else leaf.detach().cuda().requires_grad_() for leaf in problem.tensors()]
-    grad_out = problem.grad_out.cuda()
+    leaves = [None if leaf is None else leaf.detach().to(DEVICE).requires_grad_() for leaf in problem.tensors()]
+    grad_out = problem.grad_out.to(DEVICE)
     *tensors, _ = leaves
     written = [leaf for leaf in tensors if leaf is not None]
 
     def step() -> Tensor:
         for leaf in written:
             leaf.grad = None
-        with kernels.use_backend("triton"):
+        with kernels.use_backend("triton" if DEVICE == "cuda" else "cpu"):
             output = kernels.autoencode(*tensors, spec=problem.spec)  # type: ignore[arg-type]
             torch.autograd.backward([output.sae_out, output.penalty.sum()], [grad_out, None])
         return output.sae_out
@@ -39,6 +41,31 @@ def step_of(problem: problems.Problem) -> tuple[Callable[[], Tensor], list[Tenso
     return step, written
 
 
+def results_of(step: Callable[[], Tensor], leaves: list[Tensor]) -> list[Tensor]:
+    """Copies of what a step writes; they hold nothing of its autograd graph, which a capture would trip over.
+
+    The output would keep the leaves' AccumulateGrad nodes alive, and with them the stream on which these were made.
+    """
+    out = step().detach().clone()
+    return [out, *[leaf.grad.clone() for leaf in leaves if leaf.grad is not None]]
+
+
+def test_results_of_a_step_keep_no_accumulator_alive() -> None:
+    step, leaves = step_of(problems.make(256, 64, 2048, spec=SPECS["l0"], density=0.01))
+
+    def accumulator() -> Any:
+        return leaves[1].view_as(leaves[1]).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+
+    results = results_of(step, leaves)
+    accumulator().metadata["mark"] = "of a step"
+    assert "mark" not in accumulator().metadata
+    output = step()  # keeps it alive, so the mark is seen
+    accumulator().metadata["mark"] = "of a step"
+    assert "mark" in accumulator().metadata
+    del results, output
+
+
+@needs_cuda
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_replay_of_a_cuda_graph_equals_the_eager_step(spec: AutoencodeSpec) -> None:
     step, leaves = step_of(problems.make(256, 64, 2048, spec=spec, density=0.01))
@@ -47,7 +74,7 @@ def test_replay_of_a_cuda_graph_equals_the_eager_step(spec: AutoencodeSpec) -> N
         for _ in range(3):
             step()
     torch.cuda.synchronize()
-    eager = [step().clone(), *[leaf.grad.clone() for leaf in leaves if leaf.grad is not None]]
+    eager = results_of(step, leaves)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step()
@@ -59,6 +86,7 @@ def test_replay_of_a_cuda_graph_equals_the_eager_step(spec: AutoencodeSpec) -> N
             assert torch.equal(value, expected)
 
 
+@needs_cuda
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_step_never_waits_for_the_device(spec: AutoencodeSpec) -> None:
     step, _ = step_of(problems.make(256, 64, 2048, spec=spec, density=0.01))
@@ -70,18 +98,20 @@ def test_step_never_waits_for_the_device(spec: AutoencodeSpec) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@needs_cuda
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_two_runs_are_bit_equal_in_deterministic_mode(spec: AutoencodeSpec) -> None:
     step, leaves = step_of(problems.make(256, 64, 2048, spec=spec, density=0.01))
     torch.use_deterministic_algorithms(True)
     try:
-        runs = [[step().clone(), *[leaf.grad.clone() for leaf in leaves if leaf.grad is not None]] for _ in range(2)]
+        runs = [results_of(step, leaves) for _ in range(2)]
     finally:
         torch.use_deterministic_algorithms(False)
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first, second)
 
 
+@needs_cuda
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_module_equals_the_eager_one(mode: str) -> None:
     from fastsae import FusedTopKSAE
@@ -93,6 +123,7 @@ def test_compiled_module_equals_the_eager_one(mode: str) -> None:
         torch.testing.assert_close(compiled(x), sae(x))
 
 
+@needs_cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_shipped_tiles_match_reference(spec: AutoencodeSpec, dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ import fastsae_kernels as kernels
 from fastsae.data.buffer import ActivationBatch
 from fastsae.train.config import TrainConfig
 from fastsae.train.trainer import Trainer, build_sae
-from tests.kernels.gpu_helpers import FEW_PROGRAMS, needs_kernels
+from tests.kernels.gpu_helpers import DEVICE, few_programs_here, needs_kernels
 
 D_IN, D_SAE, BATCH, STEPS = 16, 64, 32, 12
 CONFIG = TrainConfig(
@@ -29,16 +29,16 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def batches(config: TrainConfig) -> Iterator[ActivationBatch]:
+def batches(config: TrainConfig, device: str) -> Iterator[ActivationBatch]:
     g = torch.Generator().manual_seed(3)
     nothing = torch.zeros(BATCH, dtype=torch.int64)
     for _ in range(config.steps):
-        yield ActivationBatch(torch.randn(BATCH, D_IN, generator=g), nothing, nothing, nothing)
+        yield ActivationBatch(torch.randn(BATCH, D_IN, generator=g).to(device), nothing, nothing, nothing)
 
 
-def final_state(config: TrainConfig) -> dict[str, Tensor]:
-    trainer = Trainer(build_sae(config, D_IN, torch.device("cpu")), batches(config), config)
-    trainer.initialize(torch.randn(256, D_IN, generator=torch.Generator().manual_seed(4)))
+def final_state(config: TrainConfig, device: str) -> dict[str, Tensor]:
+    trainer = Trainer(build_sae(config, D_IN, torch.device(device)), batches(config, device), config)
+    trainer.initialize(torch.randn(256, D_IN, generator=torch.Generator().manual_seed(4)).to(device))
     trainer.run()
     state = {f"sae.{name}": tensor for name, tensor in trainer.sae.state_dict().items()}
     for i, moments in trainer.optimizer.state_dict()["state"].items():
@@ -46,8 +46,8 @@ def final_state(config: TrainConfig) -> dict[str, Tensor]:
     return state
 
 
-def assert_bit_equal(config: TrainConfig) -> None:
-    first, second = final_state(config), final_state(config)
+def assert_bit_equal(config: TrainConfig, device: str = "cpu") -> None:
+    first, second = final_state(config, device), final_state(config, device)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
@@ -67,8 +67,5 @@ def test_top_k(options: dict[str, Any]) -> None:
 
 @needs_kernels
 def test_triton() -> None:
-    from fastsae_kernels.gpu import config
-
-    tables = config.load_table("default") | {name: {"16": t, "32": t} for name, t in FEW_PROGRAMS.items()}
-    with kernels.use_backend("triton"), config.override(tables):
-        assert_bit_equal(replace(CONFIG, tokens=BATCH * 3))
+    with kernels.use_backend("triton"), few_programs_here():
+        assert_bit_equal(replace(CONFIG, tokens=BATCH * 3), DEVICE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ import fastsae
 from fastsae.data.buffer import ActivationBatch
 from fastsae.train.config import TrainConfig
 from fastsae.train.trainer import DEAD_MASK_EVERY, Trainer, build_sae
+from fastsae_kernels.dispatch import MAX_DENSITY
 
 READS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy")
+SPARSE: dict[str, Any] = {"d_sae": 131072}  # so many that a GPU's steps take the sparse path
 PACKAGE = str(Path(fastsae.__file__).parent)
 
 
@@ -25,8 +28,8 @@ def batches(device: str, n: int = 64, d_in: int = 16) -> Iterator[ActivationBatc
         yield ActivationBatch(torch.randn(n, d_in, generator=g).to(device), *numbers)
 
 
-def trainer(device: str, **options: object) -> Trainer:
-    config = TrainConfig(d_sae=64, batch_size=64, tokens=64 * 100, **options)  # type: ignore[arg-type]
+def trainer(device: str, **options: Any) -> Trainer:
+    config = TrainConfig(**{"d_sae": 64, "batch_size": 64, "tokens": 64 * 100, **options})
     found = Trainer(build_sae(config, 16, torch.device(device)), batches(device), config)
     found.initialize(next(batches(device, 1024)).acts)
     return found
@@ -62,13 +65,21 @@ def test_no_host_reads_outside_the_cpu_backend(
     assert reads  # they are seen where there are some
 
 
+def test_sparse_steps_are_sparse_for_a_gpu() -> None:
+    subject = trainer("cpu", **SPARSE)
+    for _ in range(8):
+        output = subject.train_step(next(subject.batches))
+        assert output.l0.float().mean() < MAX_DENSITY["cuda"] * SPARSE["d_sae"]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose host waits are reported by PyTorch")
 def test_no_host_waits_on_a_gpu() -> None:
-    subject = trainer("cuda")
+    subject = trainer("cuda", **SPARSE)
     for _ in range(5):
         subject.train_step(next(subject.batches))
     ready = [next(subject.batches) for _ in range(3)]
     torch.cuda.synchronize()
+    assert not subject.sae._activity.is_dense(SPARSE["d_sae"], "cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in ready:

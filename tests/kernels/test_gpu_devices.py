@@ -1,0 +1,122 @@
+"""With several GPUs every kernel is launched on the device of its tensors, shown on tensors of a second GPU that is not there."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from gpu_helpers import SECOND_DEVICE, TwoDevices, needs_kernels
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fastsae_kernels import AutoencodeSpec
+from fastsae_kernels.gradients import AutoencodeNeeds
+from fastsae_kernels.weight_gradients import WeightGradients
+
+pytestmark = needs_kernels
+
+N, D_IN, D_SAE, LONG = 1024, 64, 4096, 8200  # a row of that many elements is longer than one program sums
+
+
+class OnSecondDevice(TorchFunctionMode):
+    """Inside, every tensor has a shape and a dtype, no numbers, and says that it lies on the second GPU."""
+
+    ANSWERS: ClassVar = {Tensor.device.__get__: SECOND_DEVICE, Tensor.is_cuda.__get__: True, Tensor.data_ptr: 0}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in self.ANSWERS:
+            return self.ANSWERS[function]
+        kwargs = kwargs or {}
+        return function(*args, **({**kwargs, "device": "meta"} if "device" in kwargs else kwargs))
+
+
+@dataclass
+class Launches:
+    """The kernels that were launched, and those of them on a device other than the second."""
+
+    devices: TwoDevices
+    names: set[str] = field(default_factory=set)
+    misplaced: set[str] = field(default_factory=set)
+
+    def instead(self, kernel: Any) -> Callable[..., None]:
+        """Stands in for `kernel[grid]`."""
+
+        def launch(**arguments: object) -> None:
+            name = kernel.fn.__name__
+            self.names.add(name)
+            if self.devices.current != SECOND_DEVICE.index:
+                self.misplaced.add(name)
+
+        return launch
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
+    """Nothing is launched, on an H100 that is the second GPU of a machine."""
+    from fastsae_kernels.gpu import config, persistent
+
+    found = Launches(TwoDevices(monkeypatch))
+    kernel = next(value for name, value in vars(persistent).items() if name.endswith("_kernel"))
+    monkeypatch.setattr(type(kernel), "__getitem__", lambda kernel, grid: found.instead(kernel))
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    with config.override("sm_90"), OnSecondDevice():
+        yield found
+    for known in (config.capability, persistent._programs):
+        known.cache_clear()
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device=SECOND_DEVICE)
+
+
+def passes(spec: AutoencodeSpec, d_in: int, dtype: torch.dtype) -> tuple[Any, WeightGradients]:
+    """A training pass with and without an optimiser that sums the weight gradients."""
+    from fastsae_kernels import gpu
+
+    x, W_enc, W_dec = empty(N, d_in, dtype=dtype), empty(D_SAE, d_in, dtype=dtype).t(), empty(D_SAE, d_in, dtype=dtype)
+    output, saved = gpu.autoencode_forward(
+        x, W_enc, empty(D_SAE, dtype=dtype), empty(D_SAE), W_dec, empty(d_in, dtype=dtype), None, spec, 32, x
+    )
+    collected = WeightGradients(W_enc, W_dec)
+    for into in (None, collected):
+        gpu.autoencode_backward(saved, output.sae_out, empty(N), AutoencodeNeeds(), empty(N), into)
+    return saved, collected
+
+
+def test_every_kernel_is_launched_on_the_device_of_its_tensors(launches: Launches) -> None:
+    from fastsae_kernels import gpu
+    from fastsae_kernels.gpu.adam import adam_rows, grad_norms
+
+    for spec, d_in, dtype in (
+        (AutoencodeSpec(bandwidth=0.05), D_IN, torch.bfloat16),
+        (AutoencodeSpec(bandwidth=0.05), D_IN, torch.float32),
+        (AutoencodeSpec(penalty="l1"), LONG, torch.bfloat16),
+        (AutoencodeSpec(bandwidth=0.05, k=4), D_IN, torch.bfloat16),
+        (AutoencodeSpec(k=300), D_IN, torch.bfloat16),
+        (AutoencodeSpec(k=4, batch_topk=True), D_IN, torch.bfloat16),
+    ):
+        saved, collected = passes(spec, d_in, dtype)
+    x, W_enc, W_dec, acts = saved.x, saved.W_enc, saved.W_dec, saved.acts
+    gpu.decode(acts, W_dec)
+    gpu.decode_backward(acts, W_dec, x)
+    gpu.encode_backward(acts, x, W_enc, acts.values, True)
+    gpu.encode_topk(x[:8], W_enc, saved.b_enc, saved.threshold, k=4)  # so few that the pointer kernel lists them
+    for sums in collected.gpu or ():
+        assert sums is not None
+        rows = empty(D_SAE, D_IN)
+        adam_rows(*sums[:3], rows, rows, rows, lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, step=1)
+        grad_norms(*sums[:3], rows)
+        sums.dense()
+    modules = [
+        importlib.import_module(f"{gpu.__name__}.{module.name}") for module in pkgutil.iter_modules(gpu.__path__)
+    ]
+    assert launches.names == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
+    assert not launches.misplaced
