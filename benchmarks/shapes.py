@@ -66,6 +66,8 @@ FULL_ONLY: defaultdict[str, tuple[str, ...]] = defaultdict(
         "scaling with d_sae": ("8,192", "32,768"),
         "scaling with L0": ("8", "128", "1,024"),
         "epoch": ("embedded model",),
+        "optimiser": ("pythia-70m", "gemma-2-2b 16k"),
+        "optimiser, clipped and unit norm": ("pythia-70m", "gemma-2-2b 16k", "gemma-2-2b 65k"),
     },
 )  # fmt: skip
 QUICK = ("demo", "demo, half active", "64 tokens", "64 tokens, half active", "one token")
