@@ -85,7 +85,7 @@ class Case:
     shape: Shape
     providers: dict[str, Provider] = field(hash=False, compare=False)
     dtype: str = ""
-    work: Callable[[str], Work] | None = field(default=None, hash=False, compare=False)  # of a dtype
+    work: Callable[[str], Work] | None = field(default=None, hash=False, compare=False)  # takes the dtype of a provider
     x: float | None = None  # of a series
 
     @property

@@ -28,7 +28,7 @@ def shown(value: Any) -> str:
     if isinstance(value, str):
         text = repr(value) if value.isprintable() else ascii(value)
         return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
-    if hasattr(value, "dtype") and hasattr(value, "shape"):  # of PyTorch, which takes seconds to import
+    if hasattr(value, "dtype") and hasattr(value, "shape"):  # a tensor of PyTorch, whose import takes seconds
         return f"a tensor {str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     return _KINDS.get(type(value), type(value).__name__)
 

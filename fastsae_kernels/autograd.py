@@ -57,9 +57,8 @@ class Autoencode(torch.autograd.Function):
         x, W_enc, b_enc, threshold, W_dec, _, feature_scale, residual = ctx.saved_tensors
         asked = list(ctx.needs_input_grad)
         collected = None if ctx.collector is None else ctx.collector.now()
-        if (
-            collected is not None
-        ):  # a parameter that was frozen since the forward pass gets no gradient, as from PyTorch
+        if collected is not None:
+            # PyTorch gives no gradient to a parameter that was frozen since the forward pass, so neither do we
             asked[1] &= collected.matrices[0].requires_grad
             asked[4] &= collected.matrices[1].requires_grad
         # of x too: numbers of bf16 may lie outside of what weights in fp16 can hold

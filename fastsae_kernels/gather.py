@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from fastsae_kernels.memory import is_large, zeros
 
-BLOCK_ELEMENTS = 2**19  # of the sums on their way to a large array, 2 MB that stay in cache
+BLOCK_ELEMENTS = 2**19  # the sums of one block take 2 MB, which stay in cache on their way to a large array
 LONGEST_SUM = 256  # entries that are added up one by one; more of them would lose digits, so they are added in pieces
 
 
@@ -25,7 +25,7 @@ def gather_sum(offsets: Tensor, indices: Tensor, weights: Tensor, rows: Tensor) 
     if not is_large(shape, rows.dtype):
         return _sums(offsets, indices, weights, rows)
     out, ends = zeros(shape, rows.dtype), offsets.numpy()
-    used = np.flatnonzero(np.diff(ends))  # of the other segments not even the memory is touched
+    used = np.flatnonzero(np.diff(ends))  # the memory of segments without entries is not even touched
     for i in range(0, used.size, size := max(1, BLOCK_ELEMENTS // shape[1])):
         block = used[i : i + size]
         first, last = ends[block[0]], ends[block[-1] + 1]
