@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsae_kernels.sparse_acts import FeatureMajor, SparseActs, topk_mask
+from fastsae_kernels.types import FeatureMajor, SparseActs, topk_mask
 
 PRUNE_SLACK = 2**16  # entries beyond 8 k per token before the top k of each are taken
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 from fastsae_kernels.cpu.entries import largest_of_rows
 from fastsae_kernels.cpu.product import has_fast_bf16, nonzero_flat, padded_mask, row_norms, sampled_dot
 from fastsae_kernels.matmul import by_onednn, has_onednn, has_slow_mkl, sums_in_fp32
-from fastsae_kernels.sparse_acts import SparseActs
+from fastsae_kernels.types import SparseActs
 
 MAX_ELEMENTS = 2**20  # of the product: 4 MB in fp32
 MIN_ROUGH_TOKENS = 8  # fewer multiplications per weight do not pay for the weights' norms

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastsae_kernels.cpu import product
 from fastsae_kernels.cpu.entries import largest_of_rows, row_offsets_of, stack_rows
 from fastsae_kernels.cpu.small import MAX_ELEMENTS, encode_small
-from fastsae_kernels.sparse_acts import SparseActs
+from fastsae_kernels.types import SparseActs
 
 BLOCK_ELEMENTS = 2**19  # of a block's state, 8 bytes each
 MIN_TOKENS = 256  # of a block; fewer make the products slow

@@ -13,9 +13,9 @@ from small_products import force_product
 
 import fastsae_kernels as kernels
 from benchmarks.memory import MIB, Peak
-from fastsae_kernels import AutoencodeSpec, chunked
+from fastsae_kernels import AutoencodeSpec, dense
+from fastsae_kernels.backend import BackendName as Backend
 from fastsae_kernels.cpu.product import has_fast_bf16
-from fastsae_kernels.dispatch import Backend
 
 matmul = importlib.import_module("fastsae_kernels.matmul")
 cpu_product = importlib.import_module("fastsae_kernels.cpu.product")
@@ -83,7 +83,7 @@ def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     monkeypatch.setattr(matmul, "LONGEST_SUM", 5)
     if "tiles" in request.param:
         for name, value in {"TILE": 256, "FEATURES": 16, "MIN_CHUNK": 16, "MAX_CHUNK": 32}.items():
-            monkeypatch.setattr(chunked, name, value)
+            monkeypatch.setattr(dense, name, value)
     return str(request.param)
 
 
@@ -173,7 +173,7 @@ def test_path_follows_activity_and_the_numbers_do_not_change() -> None:
 def test_dense_activity_is_known_from_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     sparse = problems.make(200, 16, 2048, density=0.004)
     arguments, limit = (sparse.x, sparse.W_enc, sparse.b_enc), 200 * 2048 // 8
-    acts = cpu_encode.encode(*arguments, sparse.threshold, max_entries=limit)
+    acts = cpu_encode.encode(*arguments, sparse.threshold, AutoencodeSpec(), limit)
     assert acts is not None
     assert acts.values.numel() < limit
     for name in ("encode_small", "_encode_threshold"):
@@ -269,7 +269,7 @@ def test_memory_of_a_step_stays_far_below_one_dense_tensor(monkeypatch: pytest.M
 def test_memory_of_the_dense_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the tiles of 16,384 features and many threads, less than 5 % of such a dense tensor beyond outputs and gradients."""
     n_tokens, d_in, d_sae, smaller = 4096, 768, 1024, 16
-    monkeypatch.setattr(chunked, "MIN_TILES", chunked.MIN_TILES // smaller)
+    monkeypatch.setattr(dense, "MIN_TILES", dense.MIN_TILES // smaller)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     problem = problems.make(n_tokens, d_in, d_sae, density=0.5)
     *tensors, _ = problems.leaves(problem)
