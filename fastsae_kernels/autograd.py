@@ -32,17 +32,20 @@ class _Autoencode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Any, ...]:
-        *tensors, ctx.spec, hint, ctx.collector = arguments
+        *tensors, ctx.spec, hint, ctx.collector, keeps_dense = arguments
         inputs = PassInputs(*tensors)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
         dtype = inputs.x.dtype  # under autocast that of the products
         inputs = inputs._replace(W_enc=narrowed(inputs.W_enc, dtype), W_dec=narrowed(inputs.W_dec, dtype))
         name, capacity = choose(inputs, ctx.spec, hint)
         ctx.backend = backend_module(name)
-        output, ctx.kept = ctx.backend.forward(inputs, ctx.spec, capacity)
-        if hint is not None and ctx.kept.listed is not None:
-            hint.update(ctx.kept.listed, inputs.d_sae)
-        ctx.save_for_backward(*inputs[:7], None if inputs.target is None else output.sae_out)
+        output, kept = ctx.backend.forward(inputs, ctx.spec, capacity, keeps_dense)
+        if hint is not None and kept.listed is not None:
+            hint.update(kept.listed, inputs.d_sae)
+        residual = None if inputs.target is None else output.sae_out
+        # what is large is saved as a tensor, whose memory comes back with the end of the backward
+        ctx.save_for_backward(*inputs[:7], residual, kept.hidden_pre)
+        ctx.kept = kept._replace(hidden_pre=None)
         minimum = () if output.min_active is None else (output.min_active,)
         ctx.mark_non_differentiable(output.l0, output.feature_counts, *minimum)
         ctx.set_materialize_grads(False)
@@ -51,8 +54,11 @@ class _Autoencode(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None, *others: Any) -> tuple[Any, ...]:
-        *tensors, residual = ctx.saved_tensors  # once: non-reentrant checkpointing unpacks a tensor a single time
+        *tensors, residual, hidden_pre = (
+            ctx.saved_tensors
+        )  # once: non-reentrant checkpointing unpacks a tensor a single time
         inputs, asked = PassInputs(*tensors), list(ctx.needs_input_grad)
+        kept = ctx.kept._replace(hidden_pre=hidden_pre)
         collected = None if ctx.collector is None else ctx.collector.now()
         if collected is not None:
             # PyTorch gives no gradient to a parameter that was frozen since the forward pass, so neither do we
@@ -62,10 +68,10 @@ class _Autoencode(torch.autograd.Function):
         weight_dtype = torch.promote_types(torch.promote_types(ctx.dtypes[1], ctx.dtypes[4]), inputs.x.dtype)
         needs = AutoencodeNeeds(x=asked[0], W_enc=asked[1], W_dec=asked[4], weight_dtype=weight_dtype)
         grads = output_grads(inputs, residual, grad_out, grad_penalty, others[-1])
-        results = ctx.backend.backward(inputs, ctx.kept, ctx.spec, grads, needs, collected)
+        results = ctx.backend.backward(inputs, kept, ctx.spec, grads, needs, collected)
         pairs = zip(results, ctx.dtypes[:7], strict=True)
         given = [None if grad is None or dtype is None else grad.to(dtype) for grad, dtype in pairs]
-        return (*given, target_gradient(grads, ctx.dtypes[7]) if asked[7] else None, None, None, None)
+        return (*given, target_gradient(grads, ctx.dtypes[7]) if asked[7] else None, None, None, None, None)
 
 
 def autoencode(
@@ -73,7 +79,9 @@ def autoencode(
 ) -> AutoencodeOutput:
     """`ops.autoencode` of checked tensors."""
     check_no_transform()
-    return AutoencodeOutput(*_Autoencode.apply(*inputs, spec, hint, collector))
+    needs_backward = any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    keeps_dense = needs_backward and torch.is_grad_enabled()  # which it never is inside of the Function
+    return AutoencodeOutput(*_Autoencode.apply(*inputs, spec, hint, collector, keeps_dense))
 
 
 class _Encode(torch.autograd.Function):

@@ -41,7 +41,9 @@ _forced: ContextVar[BackendName | None] = ContextVar("fastsae_backend", default=
 class Backend(Protocol):
     """Runs the training pass."""
 
-    def forward(self, inputs: PassInputs, spec: AutoencodeSpec, capacity: int) -> tuple[AutoencodeOutput, Kept]:
+    def forward(
+        self, inputs: PassInputs, spec: AutoencodeSpec, capacity: int, keeps_dense: bool = False
+    ) -> tuple[AutoencodeOutput, Kept]:
         """`reference.autoencode`, exact whatever the capacity.
 
         Args:
@@ -49,6 +51,7 @@ class Backend(Protocol):
             spec: The options.
             capacity: Entries that a row can hold (on a CPU: that rows can hold on average). Where there are more, the result is
                 the same, and slower.
+            keeps_dense: Whether the dense backend may keep the pre-activations of a small pass for its backward.
         """
 
     def backward(

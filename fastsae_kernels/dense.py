@@ -1,8 +1,8 @@
 """The dense backend, without a dense tensor: products in tiles of features and tokens, on any device.
 
-It serves early training, when half of all features are active and a gather costs more than the product it replaces. The
-forward keeps nothing of a tile; the backward multiplies it again (6 products instead of 5), which is cheaper than
-writing and reading `[N, d_sae]` tensors. It is exact, NaN and Inf included, and does not
+It serves early training, when half of all features are active and a gather costs more than the product it replaces. A small
+pass keeps its pre-activations for the backward. A larger one keeps nothing of a tile and multiplies it again (6 products
+instead of 5), so that no `[N, d_sae]` tensor is ever held. It is exact, NaN and Inf included, and does not
 synchronise with the host.
 """
 
@@ -32,6 +32,7 @@ TILE = 2**17  # elements of a tile for each thread of a CPU: four are alive at a
 MIN_TILES = 512  # of a large pass: with the copies for products one takes up to 4 % of the dense tensor (d_sae 16384)
 MIN_TILES_GPU = 128  # needs larger tiles to fill it, and makes no copies
 FEATURES = 512  # of a tile where tokens are many
+KEPT_ELEMENTS = 2**24  # of the pre-activations that a pass keeps: 64 MB in fp32
 MIN_CHUNK = 128  # features; with fewer the products lose more than the memory is worth
 MAX_CHUNK = 1024  # features, where tokens are few; with more the sums of weight gradients outgrow the tile
 
@@ -53,11 +54,12 @@ def _blocks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _hidden_pre(x: Tensor, W_enc_t: Tensor, b_enc: Tensor) -> Tensor:
+def _hidden_pre(x: Tensor, W_enc_t: Tensor, b_enc: Tensor, out: Tensor | None = None) -> Tensor:
     """`[C, N]` pre-activations in at least fp32, features first: the layout in which every product here is fast."""
-    hidden_pre = b_enc.new_empty(len(W_enc_t), len(x), dtype=torch.promote_types(x.dtype, torch.float32))
-    multiply(W_enc_t, x.t(), hidden_pre)
-    return hidden_pre.add_(b_enc[:, None])
+    if out is None:
+        out = b_enc.new_empty(len(W_enc_t), len(x), dtype=torch.promote_types(x.dtype, torch.float32))
+    multiply(W_enc_t, x.t(), out)
+    return out.add_(b_enc[:, None])
 
 
 def _gate(hidden_pre: Tensor, threshold: Tensor) -> Tensor:
@@ -73,7 +75,9 @@ def kept_size(n_tokens: int, d_sae: int, spec: AutoencodeSpec, capacity: int) ->
     return KeptSize(1, overflows=False)
 
 
-def forward(inputs: PassInputs, spec: AutoencodeSpec, capacity: int) -> tuple[AutoencodeOutput, Kept]:
+def forward(
+    inputs: PassInputs, spec: AutoencodeSpec, capacity: int, keeps_dense: bool = False
+) -> tuple[AutoencodeOutput, Kept]:
     """`reference.autoencode`, tile by tile, whatever the capacity.
 
     Raises:
@@ -87,12 +91,16 @@ def forward(inputs: PassInputs, spec: AutoencodeSpec, capacity: int) -> tuple[Au
     penalty = torch.zeros(x.shape[0], dtype=wide, device=x.device)
     l0 = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     counts = torch.zeros(W_enc.shape[1], dtype=torch.int64, device=x.device)
+    kept = None
+    if keeps_dense and len(x) * inputs.d_sae <= KEPT_ELEMENTS:
+        kept = x.new_empty(inputs.d_sae, len(x), dtype=wide)
     for rows, of_tokens in _tiles(x, W_enc.shape[1]):
         scale = None if feature_scale is None else feature_scale[rows, None]
         for tokens in of_tokens:
-            acts = _hidden_pre(x[tokens], W_enc.t()[rows], b_enc[rows])
-            gate = _gate(acts, threshold[rows, None])
-            acts *= gate
+            out = None if kept is None else kept[rows, tokens]
+            hidden_pre = _hidden_pre(x[tokens], W_enc.t()[rows], b_enc[rows], out)
+            gate = _gate(hidden_pre, threshold[rows, None])
+            acts = torch.mul(hidden_pre, gate, out=hidden_pre if kept is None else None)
             per_token = gate.sum(0)
             l0[tokens] += per_token.long()
             counts[rows] += gate.sum(1).long()
@@ -103,7 +111,7 @@ def forward(inputs: PassInputs, spec: AutoencodeSpec, capacity: int) -> tuple[Au
     if target is not None:
         sae_out, squared_error = subtract_target(sae_out, target)
     output = AutoencodeOutput(sae_out.to(x.dtype), penalty, l0, counts, None, squared_error=squared_error)
-    return output, Kept(None, listed=l0)
+    return output, Kept(None, kept, listed=l0)
 
 
 def backward(
@@ -114,7 +122,7 @@ def backward(
     needs: AutoencodeNeeds,
     collected: WeightGradients | None = None,
 ) -> AutoencodeGrads:
-    """Every gradient of `forward`, those of the weights in any case; multiplies each tile again instead of having kept it."""
+    """Every gradient of `forward`, those of the weights in any case."""
     x, W_enc, b_enc, threshold, W_dec, _, feature_scale, _ = inputs
     grad_out, row_scale, grad_penalty = grads
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -139,12 +147,16 @@ def backward(
         for tokens in of_tokens:
             is_later = tokens.start > 0
             of_rows = scaled(grad_out[tokens], None if row_scale is None else row_scale[tokens])
-            acts = _hidden_pre(x[tokens], W_enc_t[rows], b_enc[rows])
-            window = (
-                (acts - gate_threshold).abs_().lt_(spec.bandwidth / 2) if spec.bandwidth else None
-            )  # 0 and 1, as the gate
-            gate = _gate(acts, gate_threshold)
-            acts *= gate
+            if kept.hidden_pre is None:
+                hidden_pre = _hidden_pre(x[tokens], W_enc_t[rows], b_enc[rows])
+            else:
+                hidden_pre = kept.hidden_pre[rows, tokens]
+            window = None
+            if spec.bandwidth:  # 0 and 1, as the gate
+                window = (hidden_pre - gate_threshold).abs_().lt_(spec.bandwidth / 2)
+            gate = _gate(hidden_pre, gate_threshold)
+            acts = torch.mul(hidden_pre, gate, out=hidden_pre if kept.hidden_pre is None else None)
+            del hidden_pre
             if totals.W_dec is not None:
                 multiply(acts.to(x.dtype), of_rows, totals.W_dec[rows], add=is_later)
             grad_acts = torch.empty_like(acts)

@@ -168,7 +168,7 @@ def _unpack(packed: list[Tensor], inputs: PassInputs, backend: BackendName) -> K
         used = int(row_offsets[-1])
         return Kept(SparseActs(row_offsets, indices[:used], values[:used], shape))
     acts = SparseActs(row_offsets, indices, values, shape, row_counts)
-    return Kept(acts, Overflow(rows, n_rows) if n_rows.numel() else None)
+    return Kept(acts, overflow=Overflow(rows, n_rows) if n_rows.numel() else None)
 
 
 @library.custom_op("fastsae::autoencode_backward", mutates_args=())

@@ -216,7 +216,8 @@ class Overflow(NamedTuple):
 class Kept(NamedTuple):
     """What a forward pass keeps for its backward beside its inputs."""
 
-    acts: SparseActs | None  # None: the dense path ran, which keeps nothing
+    acts: SparseActs | None  # None: the dense backend ran
+    hidden_pre: Tensor | None = None  # [d_sae, N], what the dense backend keeps of a small pass
     overflow: Overflow | None = None  # None: no row can have overflowed
     listed: Tensor | None = None  # [N]: entries that each row wanted to hold, where that sizes the next pass
 

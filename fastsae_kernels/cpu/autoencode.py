@@ -41,7 +41,9 @@ def kept_size(n_tokens: int, d_sae: int, spec: AutoencodeSpec, capacity: int) ->
     return KeptSize(n_tokens * per_row + 1, overflows=False)
 
 
-def forward(inputs: PassInputs, spec: AutoencodeSpec, capacity: int) -> tuple[AutoencodeOutput, Kept]:
+def forward(
+    inputs: PassInputs, spec: AutoencodeSpec, capacity: int, keeps_dense: bool = False
+) -> tuple[AutoencodeOutput, Kept]:
     """`reference.autoencode` over the entries alone, or by `dense` where rows have more than `capacity` on average.
 
     Raises:
@@ -53,7 +55,7 @@ def forward(inputs: PassInputs, spec: AutoencodeSpec, capacity: int) -> tuple[Au
     if acts is None:
         if spec.k is not None:
             raise ValueError("x, W_enc, b_enc: expected finite values where k is given, got NaN or Inf")
-        return dense.forward(inputs, spec, capacity)
+        return dense.forward(inputs, spec, capacity, keeps_dense)
     # a wider bias joins the residual, which is rounded once: the reconstruction itself would be rounded with it before
     late_bias = b_dec if target is not None and b_dec.dtype != W_dec.dtype else None
     sae_out, squared_error = decode(acts, W_dec, b_dec if late_bias is None else None), None

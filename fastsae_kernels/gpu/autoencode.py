@@ -95,7 +95,9 @@ def _row_size(d_sae: int, spec: AutoencodeSpec, capacity: int) -> int:
 
 
 @on_device
-def forward(inputs: PassInputs, spec: AutoencodeSpec, capacity: int) -> tuple[AutoencodeOutput, Kept]:
+def forward(
+    inputs: PassInputs, spec: AutoencodeSpec, capacity: int, keeps_dense: bool = False
+) -> tuple[AutoencodeOutput, Kept]:
     """`reference.autoencode` over active entries only.
 
     Args:
@@ -104,6 +106,7 @@ def forward(inputs: PassInputs, spec: AutoencodeSpec, capacity: int) -> tuple[Au
         spec: The options.
         capacity: Entries that a row can hold (clamped to d_sae and `MAX_SORT`; raised to what top-k needs). A row with more
             is exact too, and slower; `Kept.listed` tells how many each wanted.
+        keeps_dense: Not used here.
 
     Returns:
         The output, and what the backward needs, whose `acts` has no entries in rows that overflowed.
@@ -125,7 +128,7 @@ def forward(inputs: PassInputs, spec: AutoencodeSpec, capacity: int) -> tuple[Au
         )  # fmt: skip
     # rows that outgrew the capacity are not among the entries, so the caller gets none
     output = AutoencodeOutput(sae_out, penalty, l0, feature_counts, None, min_active, squared_error)
-    return output, Kept(acts, overflow, listed)
+    return output, Kept(acts, overflow=overflow, listed=listed)
 
 
 def _contiguous_vectors(inputs: PassInputs) -> PassInputs:
@@ -155,7 +158,7 @@ def backward(
         collected: Takes what the gradients of both weight matrices are sums of, unless it holds another pass's already.
     """
     x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, _ = _contiguous_vectors(inputs)
-    (acts, overflow, _), (grad_out, row_scale, grad_penalty) = kept, grads
+    (acts, _, overflow, _), (grad_out, row_scale, grad_penalty) = kept, grads
     assert acts is not None
     scale = None if spec.penalty == "l0" else feature_scale
     # rows of a BatchTopK have no common span
