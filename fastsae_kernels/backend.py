@@ -93,8 +93,8 @@ class SparseBackend(Backend, Protocol):
 def use_backend(backend: BackendName | None) -> Iterator[None]:
     """Runs ops on one backend inside the `with` block instead of choosing by device; None restores the choice.
 
-    `cpu` and `triton` name the sparse backends (Triton on CPU tensors needs its interpreter), `dense` the chunked dense
-    path.
+    `cpu` and `triton` name the sparse backends (Triton on CPU tensors needs its interpreter), `dense` the products
+    in tiles.
     """
     token = _forced.set(backend)
     try:

@@ -102,10 +102,10 @@ def _encode_threshold(
         if candidates is None:
             return None
         features, tokens, hidden_pre = candidates
-        theta = threshold.index_select(0, features)
-        listed = active = hidden_pre > theta
+        gates = threshold.index_select(0, features)
+        listed = active = hidden_pre > gates
         if bandwidth > 0:
-            listed = active | ((hidden_pre - theta).abs() < bandwidth / 2)
+            listed = active | ((hidden_pre - gates).abs() < bandwidth / 2)
             hidden_pre = torch.where(active, hidden_pre, 0)
         entries.append_listed(listed, features, tokens, hidden_pre)
         # the share seen so far stands for the rest only once it is well above the limit
