@@ -27,10 +27,10 @@ from fastsae_kernels.types import (
     PassInputs,
     SparseActs,
 )
-from fastsae_kernels.weight_gradients import WeightGradients
 
 if TYPE_CHECKING:
     from fastsae_kernels import cpu, dense, gpu
+    from fastsae_kernels.weight_gradients import WeightGradients
 
 BackendName = Literal["cpu", "triton", "dense"]
 _MODULES: dict[BackendName, str] = {"cpu": "cpu", "triton": "gpu", "dense": "dense"}

@@ -9,6 +9,7 @@ synchronise with the host.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,7 +27,9 @@ from fastsae_kernels.types import (
     OutputGrads,
     PassInputs,
 )
-from fastsae_kernels.weight_gradients import WeightGradients
+
+if TYPE_CHECKING:
+    from fastsae_kernels.weight_gradients import WeightGradients
 
 TILE = 2**17  # elements of a tile for each thread of a CPU: four are alive at a time, and stay in its cache
 MIN_TILES = 512  # of a large pass: with the copies for products one takes up to 4 % of the dense tensor (d_sae 16384)
