@@ -36,11 +36,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels.gpu.backward import FeatureOrder
 from fastsae_kernels.gpu.config import launch_config, on_device
-
-# what fits into the registers of one program: 16 elements of each of 512 threads
-MAX_DEPTH = 8192
+from fastsae_kernels.gpu.feature_sums import FeatureOrder
+from fastsae_kernels.gpu.tiles import MAX_DEPTH
 
 
 @triton.jit

@@ -13,20 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae_kernels.gpu.adam import MAX_DEPTH
-from fastsae_kernels.gpu.backward import feature_order, gradients_in_passes
+from fastsae_kernels.gpu.backward import feature_gradients
 from fastsae_kernels.gpu.batch_topk import encode_batch_topk
 from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.decode import column_sums, decode_into, decode_rows, row_stats
 from fastsae_kernels.gpu.encode import list_all_entries, padded_offsets
-from fastsae_kernels.gpu.feature_visit import feature_gradients
+from fastsae_kernels.gpu.feature_sums import feature_order
 from fastsae_kernels.gpu.overflow import Overflow, overflow_rows
 from fastsae_kernels.gpu.overflow_features import overflow_features
 from fastsae_kernels.gpu.row_topk import list_topk
 from fastsae_kernels.gpu.topk import MAX_SORT, flag_rows, sort_rows
 from fastsae_kernels.gpu.weight_gradients import GpuShare, gpu_share
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
-from fastsae_kernels.residual import scaled
 from fastsae_kernels.sparse_acts import SparseActs
 from fastsae_kernels.spec import AutoencodeSpec
 from fastsae_kernels.weight_gradients import WeightGradients
@@ -165,17 +163,11 @@ def autoencode_backward(
     scale = None if spec.penalty == "l0" else feature_scale
     # rows of a BatchTopK have no common span
     by_feature = feature_order(acts, None if spec.batch_topk else acts.indices.numel() // max(x.shape[0], 1))
-    fits = max(x.shape[1], W_dec.shape[1]) <= MAX_DEPTH
-    leaves = fits and weight_gradients is not None and weight_gradients.gpu is None and (needs.W_enc or needs.W_dec)
-    if fits:
-        listed = feature_gradients(
-            by_feature, acts.values, x, W_dec, grad_out, grad_penalty, threshold, scale, spec,
-            row_scale=row_scale, with_weights=not leaves,
-        )  # fmt: skip
-    else:
-        rows = scaled(grad_out, row_scale)
-        listed = gradients_in_passes(by_feature, acts, x, W_dec, rows, grad_penalty, threshold, scale, spec)
-    grad_hidden_pre, grad_W_enc, grad_W_dec, grad_b_enc, grad_threshold, grad_scale = listed
+    leaves = weight_gradients is not None and weight_gradients.gpu is None and (needs.W_enc or needs.W_dec)
+    grad_hidden_pre, grad_W_enc, grad_W_dec, grad_b_enc, grad_threshold, grad_scale = feature_gradients(
+        by_feature, acts.values, x, W_dec, grad_out, grad_penalty, threshold, scale, spec,
+        row_scale=row_scale, with_weights=not leaves,
+    )  # fmt: skip
     if leaves and weight_gradients is not None:
         n_overflow = None if overflow is None else overflow.n_rows
         size = W_dec.shape[0] * (x.shape[1] + W_dec.shape[1])

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels.gpu.backward import FeatureOrder, feature_sums
 from fastsae_kernels.gpu.config import on_device
+from fastsae_kernels.gpu.feature_sums import FeatureOrder, feature_sums
 from fastsae_kernels.memory import version_of
 
 # enough to fill a device where there is something to zero, few enough to leave at once where there is nothing
