@@ -104,7 +104,9 @@ def _run_forward(
             backend = "dense"
         else:
             hint = hint or ActivityHint()
-            output, saved = _gpu().autoencode_forward(*arguments, hint.capacity(d_sae), target)
+            output, saved = _gpu().autoencode_forward(
+                *arguments, hint.capacity(d_sae), target, hint.mean_capacity(d_sae)
+            )
             hint.update(saved.listed)
             return output._replace(acts=None), saved  # rows that outgrew the capacity are not among its entries
     if backend == "cpu":

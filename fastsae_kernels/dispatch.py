@@ -70,7 +70,9 @@ class ActivityHint:
     capacity is computed by the device-side overflow path.
     """
 
-    HEADROOM = 2.0  # capacity over the largest count seen
+    HEADROOM = 1.25  # capacity over the largest count seen, outliers left out
+    MEAN_HEADROOM = 1.5  # capacity of the whole batch over the mean of the counts
+    OUTLIERS = 1024  # one token in so many may have more entries than its capacity: it is computed exactly, and slower
     UNKNOWN = 256  # capacity before any: more than most SAEs have active, 2 KiB a token
     _known: ClassVar[WeakValueDictionary[int, ActivityHint]] = WeakValueDictionary()
     _keys: ClassVar[Iterator[int]] = itertools.count(1)
@@ -103,14 +105,14 @@ class ActivityHint:
         if l0.numel() == 0 or self._pending is not None:
             return
         if not l0.is_cuda:
-            summary = _mean_and_largest(l0)
+            summary = self._mean_and_largest(l0)
             self.mean, self.largest = float(summary[0]), int(summary[1])
             return
         with torch.cuda.device(l0.device):  # an event is recorded on the stream of the current device
             if torch.cuda.is_current_stream_capturing():
                 return
             host = torch.empty(2, dtype=torch.float64, pin_memory=True)
-            host.copy_(_mean_and_largest(l0), non_blocking=True)
+            host.copy_(self._mean_and_largest(l0), non_blocking=True)
             event = torch.cuda.Event()
             event.record()
             self._pending = (host, event, l0.device)
@@ -137,11 +139,18 @@ class ActivityHint:
         return self.mean is None or self.mean > MAX_DENSITY.get(device_type, MAX_DENSITY["cuda"]) * d_sae
 
     def capacity(self, d_sae: int) -> int:
-        """Entries to reserve per row: a power of two above the largest count seen."""
+        """Entries to reserve per row: a power of two above the largest count seen, outliers left out."""
         self.poll()
         wanted = self.UNKNOWN if self.largest is None else max(32, int(self.largest * self.HEADROOM))
         return min(1 << (wanted - 1).bit_length(), d_sae)
 
+    def mean_capacity(self, d_sae: int) -> int:
+        """Entries to reserve for all rows together, per row: so one token with many raises nothing for the others."""
+        capacity = self.capacity(d_sae)
+        if self.mean is None:
+            return capacity
+        return min(32 * (int(self.MEAN_HEADROOM * self.mean) // 32 + 1), capacity)
 
-def _mean_and_largest(counts: Tensor) -> Tensor:
-    return torch.stack([counts.double().mean(), counts.max().double()])
+    def _mean_and_largest(self, counts: Tensor) -> Tensor:
+        largest = counts.topk(counts.numel() // self.OUTLIERS + 1).values[-1]
+        return torch.stack([counts.double().mean(), largest.double()])

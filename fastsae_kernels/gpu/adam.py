@@ -263,7 +263,7 @@ def _launch(
         extra_ptr=extra,
         extra_flag_ptr=extra_flag,
         param_ptr=param,
-        span=by_feature.span,
+        span=by_feature.row_length,
         depth=depth,
         stride_vb=vectors.stride(0),
         stride_vd=vectors.stride(1),

@@ -3,7 +3,8 @@
     forward:   list entries -> sort (and top-k) -> row statistics, decode and its loss -> rows that overflowed
     backward:  entries' gradients row by row -> feature order -> feature sums -> rows that overflowed
 
-Nothing of size `[N, d_sae]` is allocated: entries take `N * capacity * 8` bytes, their gradients as much again.
+Nothing of size `[N, d_sae]` is allocated: while they are listed, entries take `N * capacity * 8` bytes; afterwards they lie
+one behind the other, 8 bytes each, and 44 while they are sorted by feature.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fastsae_kernels.gpu.feature_sums import feature_order
 from fastsae_kernels.gpu.overflow import Overflow, overflow_rows
 from fastsae_kernels.gpu.overflow_features import overflow_features
 from fastsae_kernels.gpu.row_topk import list_topk
-from fastsae_kernels.gpu.topk import MAX_SORT, flag_rows, sort_rows
+from fastsae_kernels.gpu.topk import MAX_SORT, flag_rows, packed_offsets, sort_rows
 from fastsae_kernels.gpu.weight_gradients import GpuShare, gpu_share
 from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
 from fastsae_kernels.sparse_acts import SparseActs
@@ -61,7 +62,15 @@ class Listed(NamedTuple):
     stats: tuple[Tensor, Tensor, Tensor] | None = None  # penalty, l0, feature_counts, where the listing counted them
 
 
-def _list(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, spec: AutoencodeSpec, capacity: int) -> Listed:
+def _list(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    spec: AutoencodeSpec,
+    capacity: int,
+    mean_capacity: int | None,
+) -> Listed:
     """The entries that survive `spec`, in rows sorted by feature; rows that overflowed are empty and flagged."""
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
     if spec.batch_topk and spec.k is not None:
@@ -69,7 +78,7 @@ def _list(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, spec: Auto
         assert acts.row_counts is not None  # its places are as many in every step, its entries are not
         return Listed(acts, None, acts.row_counts, min_active)
     if spec.k is not None:
-        acts, flagged, listed = list_topk(x, W_enc, b_enc, threshold, spec.k, spec.bandwidth, capacity)
+        acts, flagged, listed = list_topk(x, W_enc, b_enc, threshold, spec.k, spec.bandwidth)
         return Listed(acts, None if flagged is None else Overflow(*flag_rows(flagged)), listed)
     capacity = min(max(capacity, 1), d_sae, MAX_SORT)
     row_offsets = padded_offsets(n_tokens, capacity, x.device)
@@ -81,8 +90,11 @@ def _list(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, spec: Auto
         x, W_enc, b_enc, threshold, row_offsets, n_tokens * capacity, spec.bandwidth,
         l0=l0, feature_counts=feature_counts,
     )  # fmt: skip
-    acts = sort_rows(counts, entries, row_offsets, (n_tokens, d_sae), None)
-    overflow = None if capacity == d_sae else Overflow(*flag_rows(counts > capacity))
+    size = n_tokens * min(mean_capacity or capacity, capacity)
+    acts = sort_rows(counts, entries, packed_offsets(counts, capacity, size), (n_tokens, d_sae), None, size)
+    assert acts.row_counts is not None
+    # a row overflows where it has more entries than its capacity, or where the rows before it took all room
+    overflow = None if size == n_tokens * d_sae else Overflow(*flag_rows(acts.row_counts < counts))
     stats = None if l0 is None or feature_counts is None else (l0.float(), l0, feature_counts)
     return Listed(acts, overflow, counts, stats=stats)
 
@@ -99,6 +111,7 @@ def autoencode_forward(
     spec: AutoencodeSpec,
     capacity: int,
     target: Tensor | None = None,
+    mean_capacity: int | None = None,
 ) -> tuple[AutoencodeOutput, Saved]:
     """`reference.autoencode` over active entries only.
 
@@ -111,10 +124,12 @@ def autoencode_forward(
         b_dec: `[d_out]`.
         feature_scale: `[d_sae]` fp32, or None for ones.
         spec: The options.
-        capacity: Entries that a row can hold (clamped to d_sae and `MAX_SORT`; raised to what top-k needs). A row with more
-            is exact too, and slower; `saved.listed` tells how many each wanted.
+        capacity: Entries that a row can hold where no top-k decides it (clamped to d_sae and `MAX_SORT`). A row with more is
+            exact too, and slower; `saved.listed` tells how many each wanted.
         target: `[N, d_out]` in a floating dtype of its own, or None. With one, the output's `sae_out` is the residual
             `sae_out - target`, formed in fp32, and `squared_error` its sum of squares before rounding.
+        mean_capacity: Entries that all rows together can hold, per row, where nothing but the threshold selects; None for
+            `capacity`. Where it is too small, the last rows overflow.
 
     Returns:
         The output, whose `acts` has no entries in rows that overflowed, and what the backward needs.
@@ -124,7 +139,7 @@ def autoencode_forward(
     """
     b_enc, threshold, b_dec = b_enc.contiguous(), threshold.contiguous(), b_dec.contiguous()
     feature_scale = None if feature_scale is None else feature_scale.contiguous()
-    acts, overflow, listed, min_active, counted = _list(x, W_enc, b_enc, threshold, spec, capacity)
+    acts, overflow, listed, min_active, counted = _list(x, W_enc, b_enc, threshold, spec, capacity, mean_capacity)
     penalty, l0, feature_counts = stats = counted or row_stats(acts, feature_scale, spec)
     sae_out, squared_error = decode_rows(acts, acts.values, W_dec, b_dec, x.dtype, target)
     if overflow is not None:
@@ -161,8 +176,9 @@ def autoencode_backward(
     """
     x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, spec, acts, overflow, _ = saved
     scale = None if spec.penalty == "l0" else feature_scale
-    # rows of a BatchTopK have no common span
-    by_feature = feature_order(acts, None if spec.batch_topk else acts.indices.numel() // max(x.shape[0], 1))
+    # only a top-k of each row leaves rows of one length
+    one_length = spec.k is not None and not spec.batch_topk
+    by_feature = feature_order(acts, acts.indices.numel() // max(x.shape[0], 1) if one_length else None)
     leaves = weight_gradients is not None and weight_gradients.gpu is None and (needs.W_enc or needs.W_dec)
     grad_hidden_pre, grad_W_enc, grad_W_dec, grad_b_enc, grad_threshold, grad_scale = feature_gradients(
         by_feature, acts.values, x, W_dec, grad_out, grad_penalty, threshold, scale, spec,

@@ -80,7 +80,7 @@ def _fused_backward_kernel(
     # inputs
     feature_offsets_ptr,  # [S + 1] int64
     order_ptr,  # [nnz] int64: entries by feature, then token
-    tokens_ptr,  # [nnz] int64: token of each entry; None: entry // span
+    tokens_ptr,  # [nnz] int64: token of each entry; None: entry // row_length
     values_ptr,  # [nnz]
     x_ptr,  # [B, I], None without W_enc's gradient
     W_dec_ptr,  # [S, O]
@@ -110,7 +110,7 @@ def _fused_backward_kernel(
     tanh_scale,
     n_slots,  # C
     n_features,  # S
-    span,
+    row_length,
     d_in,
     d_out,
     stride_xb,
@@ -160,7 +160,7 @@ def _fused_backward_kernel(
     offs_e = tl.arange(0, BLOCK_E)
     entry = tl.load(order_ptr + start + offs_e, mask=offs_e < count, other=0)
     value = tl.load(values_ptr + entry, mask=offs_e < count, other=0.0).to(tl.float32)
-    token = token_of(entry, tokens_ptr, span, offs_e < count)
+    token = token_of(entry, tokens_ptr, row_length, offs_e < count)
     for first in range(0, count, BLOCK_E):
         mask_e = first + offs_e < count
         # an inactive entry is listed only where it lies in the window
@@ -179,7 +179,7 @@ def _fused_backward_kernel(
         next_mask = first + BLOCK_E + offs_e < count
         next_entry = tl.load(order_ptr + start + first + BLOCK_E + offs_e, mask=next_mask, other=0)
         next_value = tl.load(values_ptr + next_entry, mask=next_mask, other=0.0).to(tl.float32)
-        next_token = token_of(next_entry, tokens_ptr, span, next_mask)
+        next_token = token_of(next_entry, tokens_ptr, row_length, next_mask)
         if LONG:
             grad_acts = _long_product(
                 grad_out_ptr, token, stride_gb, stride_gd, w_row, stride_wd, d_out, mask_e, BLOCK_E, BLOCK_O1
@@ -301,7 +301,7 @@ def _fused_backward(
         inv_bandwidth=1 / spec.bandwidth if spec.bandwidth > 0 else 0.0,
         tanh_scale=spec.tanh_scale,
         n_features=d_sae,
-        span=by_feature.span,
+        row_length=by_feature.row_length,
         d_in=d_in,
         d_out=d_out,
         stride_xb=0 if x is None else x.stride(0),

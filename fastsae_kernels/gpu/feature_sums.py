@@ -28,8 +28,8 @@ class FeatureOrder(NamedTuple):
 
     offsets: Tensor  # [S + 1] int64; feature j owns order[offsets[j]:offsets[j + 1]]
     order: Tensor  # [nnz] int64, padding last
-    tokens: Tensor | None  # [nnz] int64, token of each entry before ordering; None: entry // span
-    span: int
+    tokens: Tensor | None  # [nnz] int64, token of each entry before ordering; None: entry // row_length
+    row_length: int
 
     @property
     def device(self) -> torch.device:
@@ -37,33 +37,39 @@ class FeatureOrder(NamedTuple):
         return self.order.device
 
 
-def feature_order(acts: SparseActs, span: int | None = None) -> FeatureOrder:
+def feature_order(acts: SparseActs, row_length: int | None = None) -> FeatureOrder:
     """Sort the entries by feature on the device; padding goes behind the last feature.
 
     Args:
         acts: The entries.
-        span: The length of every row, where all have the same; it saves a table of tokens.
+        row_length: The length of every row, where all have the same; it saves a table of tokens.
     """
     d_sae = acts.shape[1]
-    features, tokens = acts.indices, None
-    if span is not None and acts.row_counts is not None:
-        padding = torch.arange(span, device=acts.device) >= acts.row_counts[:, None]
-        features = features.masked_fill(padding.flatten(), d_sae)
-    else:
-        tokens, valid = acts.row_ids(), acts.valid()
-        features = features if valid is None else features.masked_fill(~valid, d_sae)
+    features = acts.indices
+    if acts.row_counts is not None:
+        positions = torch.arange(features.numel(), device=acts.device, dtype=torch.int32)
+        ends = (acts.row_offsets[:-1] + acts.row_counts).int()
+        features = features.masked_fill(positions >= ends[_tokens(acts, positions)], d_sae)
+        del positions
     features, order = torch.sort(features, stable=True)
     bounds = torch.arange(d_sae + 1, device=acts.device, dtype=features.dtype)
-    return FeatureOrder(torch.searchsorted(features, bounds), order, tokens, span or 1)
+    offsets = torch.searchsorted(features, bounds)
+    del features
+    return FeatureOrder(offsets, order, acts.row_ids() if row_length is None else None, row_length or 1)
+
+
+def _tokens(acts: SparseActs, positions: Tensor) -> Tensor:
+    """The token of each entry, int32."""
+    return torch.searchsorted(acts.row_offsets[1:].int(), positions, right=True, out_int32=True)
 
 
 @triton.jit
-def token_of(entry, tokens_ptr, span, mask):
+def token_of(entry, tokens_ptr, row_length, mask):
     """The token of each entry, int64."""
     if tokens_ptr is not None:
         return tl.load(tokens_ptr + entry, mask=mask, other=0)
     else:
-        return (entry.to(tl.int32) // span).to(tl.int64)
+        return (entry.to(tl.int32) // row_length).to(tl.int64)
 
 
 @triton.jit
@@ -71,10 +77,10 @@ def feature_sum(
     start,  # of the feature's entries
     count,
     order_ptr,  # [nnz] int64: entries by feature, then token
-    tokens_ptr,  # [nnz] int64: token of each entry; None: entry // span
+    tokens_ptr,  # [nnz] int64: token of each entry; None: entry // row_length
     weights_ptr,  # [nnz]
     vectors_ptr,  # [B, D]
-    span,
+    row_length,
     stride_vb,
     stride_vd,
     offs_d,
@@ -88,7 +94,7 @@ def feature_sum(
         offs_e = first + tl.arange(0, BLOCK_E)
         mask_e = offs_e < count
         entry = tl.load(order_ptr + start + offs_e, mask=mask_e, other=0)
-        token = token_of(entry, tokens_ptr, span, mask_e)
+        token = token_of(entry, tokens_ptr, row_length, mask_e)
         weight = tl.load(weights_ptr + entry, mask=mask_e, other=0.0).to(tl.float32)
         acc += gather_sum(weight, vectors_ptr, token, stride_vb, stride_vd, offs_d, depth)
     return acc
@@ -105,7 +111,7 @@ def _feature_sums_kernel(
     # output
     sums_ptr,  # [S, D]
     # sizes and strides
-    span,
+    row_length,
     depth,  # D
     stride_vb,
     stride_vd,
@@ -120,7 +126,7 @@ def _feature_sums_kernel(
     start = tl.load(feature_offsets_ptr + feature)
     count = (tl.load(feature_offsets_ptr + feature + 1) - start).to(tl.int32)
     acc = feature_sum(
-        start, count, order_ptr, tokens_ptr, weights_ptr, vectors_ptr, span, stride_vb, stride_vd, offs_d, depth,
+        start, count, order_ptr, tokens_ptr, weights_ptr, vectors_ptr, row_length, stride_vb, stride_vd, offs_d, depth,
         BLOCK_E, BLOCK_D,
     )  # fmt: skip
     out_ptrs = sums_ptr + feature * stride_os + offs_d * stride_od
@@ -146,7 +152,7 @@ def feature_sums(by_feature: FeatureOrder, weights: Tensor, vectors: Tensor, sum
         weights_ptr=weights.contiguous(),
         vectors_ptr=vectors,
         sums_ptr=sums,
-        span=by_feature.span,
+        row_length=by_feature.row_length,
         depth=depth,
         stride_vb=vectors.stride(0),
         stride_vd=vectors.stride(1),

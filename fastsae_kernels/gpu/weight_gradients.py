@@ -127,5 +127,5 @@ def gpu_share(
 def _of_entries(per_token: Tensor, by_feature: FeatureOrder) -> Tensor:
     """`[nnz]`: the token's number at each of its entries, before ordering."""
     if by_feature.tokens is None:
-        return per_token.repeat_interleave(by_feature.span, output_size=by_feature.order.numel())
+        return per_token.repeat_interleave(by_feature.row_length, output_size=by_feature.order.numel())
     return per_token[by_feature.tokens]

@@ -42,7 +42,7 @@ def _row_places(spec: AutoencodeSpec, d_sae: int, capacity: int) -> int:
         return min(capacity, d_sae, topk.MAX_SORT)
     if spec.batch_topk or spec.bandwidth == 0:
         return min(spec.k, d_sae)
-    return min(max(row_topk.span_of(min(spec.k, d_sae), d_sae), min(capacity, topk.MAX_SORT)), d_sae)
+    return row_topk.capacity_of(min(spec.k, d_sae), d_sae)
 
 
 def _never_overflows(spec: AutoencodeSpec, d_sae: int, capacity: int) -> bool:

@@ -104,9 +104,13 @@ def first(problem: problems.Problem, n_tokens: int) -> problems.Problem:
 
 
 def run(
-    problem: problems.Problem, capacity: int, target: Tensor | None = None, row_scale: Tensor | None = None
+    problem: problems.Problem,
+    capacity: int,
+    target: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    mean_capacity: int | None = None,
 ) -> problems.Result:
-    """Forward and every gradient of one pass through the kernels, rows limited to `capacity` entries.
+    """Forward and every gradient of one pass, rows limited to `capacity` entries, all of them to `mean_capacity` on average.
 
     With a target, what comes back into the pass is `row_scale * residual` in place of the problem's gradient.
     """
@@ -115,7 +119,7 @@ def run(
 
     tensors = [None if tensor is None else on_device(tensor) for tensor in problem.tensors()]
     target, row_scale = (None if tensor is None else on_device(tensor) for tensor in (target, row_scale))
-    output, saved = gpu.autoencode_forward(*tensors, problem.spec, capacity, target)  # type: ignore[arg-type]
+    output, saved = gpu.autoencode_forward(*tensors, problem.spec, capacity, target, mean_capacity)  # type: ignore[arg-type]
     grad_out = on_device(problem.grad_out) if target is None else output.sae_out
     grads = gpu.autoencode_backward(saved, grad_out, on_device(problem.grad_penalty), AutoencodeNeeds(), row_scale)
     names = ("sae_out", "penalty", "l0", "feature_counts", *(() if target is None else ("squared_error",)))

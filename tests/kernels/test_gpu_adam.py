@@ -212,7 +212,7 @@ def test_any_strides_and_rows_of_one_span() -> None:
         acts.row_offsets.to(DEVICE), indices.to(DEVICE), acts.values.to(DEVICE), acts.shape, counts.to(DEVICE)
     )
     adam_rows(
-        feature_order(acts, span=3), acts.values, strided(vectors), got, *moments,
+        feature_order(acts, row_length=3), acts.values, strided(vectors), got, *moments,
         beta1=0.9, step=1, extra=strided(extra), copy=copy, **HYPER,
     )  # fmt: skip
     torch.testing.assert_close(got.cpu().double(), truth.param.data, rtol=1e-6, atol=1e-6)

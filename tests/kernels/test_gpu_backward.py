@@ -32,49 +32,49 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def entries(listed: Tensor, values: Tensor, span: int | None = None) -> SparseActs:
-    """The entries where `listed` (`[N, S]` bool), packed or in rows of `span` places."""
+def entries(listed: Tensor, values: Tensor, row_length: int | None = None) -> SparseActs:
+    """The entries where `listed` (`[N, S]` bool), packed or in rows of one length."""
     (n_tokens, _), counts = listed.shape, listed.sum(1)
     rows, indices = listed.nonzero(as_tuple=True)
     values = values[listed].float()
-    if span is None:
+    if row_length is None:
         row_offsets = torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0)))
         acts = SparseActs(row_offsets, indices.int(), values, tuple(listed.shape))
     else:
-        assert n_tokens == 0 or counts.max() <= span
-        places = rows * span + (listed.cumsum(1) - 1)[listed]
-        filled = torch.zeros(n_tokens * span).index_put_((places,), values)
-        indices = torch.zeros(n_tokens * span, dtype=torch.int32).index_put_((places,), indices.int())
-        row_offsets = torch.arange(n_tokens + 1) * span
+        assert n_tokens == 0 or counts.max() <= row_length
+        slots = rows * row_length + (listed.cumsum(1) - 1)[listed]
+        filled = torch.zeros(n_tokens * row_length).index_put_((slots,), values)
+        indices = torch.zeros(n_tokens * row_length, dtype=torch.int32).index_put_((slots,), indices.int())
+        row_offsets = torch.arange(n_tokens + 1) * row_length
         acts = SparseActs(row_offsets, indices, filled, tuple(listed.shape), counts)
     moved = {name: t.to(DEVICE) for name, t in vars(acts).items() if isinstance(t, Tensor)}
     return replace(acts, **moved)
 
 
-def listed_by(problem: problems.Problem, span: int | None = None) -> SparseActs:
+def listed_by(problem: problems.Problem, row_length: int | None = None) -> SparseActs:
     """The entries that the problem's spec lists, decided in fp64."""
     wide, spec = problem.to(torch.float64), problem.spec
     pre = reference.hidden_pre(wide.x, wide.W_enc, wide.b_enc)
     active = pre > wide.threshold
     acts = torch.where(active, pre, 0)
     listed = active | reference.in_window(pre, wide.threshold, spec.bandwidth)
-    return entries(listed & reference.topk_keep(acts, spec.k, spec.batch_topk), acts, span)
+    return entries(listed & reference.topk_keep(acts, spec.k, spec.batch_topk), acts, row_length)
 
 
-def arguments(problem: problems.Problem, acts: SparseActs, span: int | None) -> tuple[Any, ...]:
+def arguments(problem: problems.Problem, acts: SparseActs, row_length: int | None) -> tuple[Any, ...]:
     """What `feature_gradients` takes by position."""
     from fastsae_kernels.gpu.feature_sums import feature_order
 
     names = ("x", "W_dec", "grad_out", "grad_penalty", "threshold", "feature_scale")
     tensors = (getattr(problem, name) for name in names)
     moved = (None if tensor is None else on_device(tensor) for tensor in tensors)
-    return feature_order(acts, span), acts.values, *moved, problem.spec
+    return feature_order(acts, row_length), acts.values, *moved, problem.spec
 
 
-def fused(problem: problems.Problem, acts: SparseActs, span: int | None = None, **options: Any) -> Any:
+def fused(problem: problems.Problem, acts: SparseActs, row_length: int | None = None, **options: Any) -> Any:
     from fastsae_kernels.gpu.backward import feature_gradients
 
-    return feature_gradients(*arguments(problem, acts, span), **options)
+    return feature_gradients(*arguments(problem, acts, row_length), **options)
 
 
 def by_entries(problem: problems.Problem, acts: SparseActs) -> dict[str, Tensor | None]:
@@ -115,13 +115,13 @@ def by_entries(problem: problems.Problem, acts: SparseActs) -> dict[str, Tensor 
     }
 
 
-def assert_true(problem: problems.Problem, span: int | None = None, row_scale: Tensor | None = None) -> None:
+def assert_true(problem: problems.Problem, row_length: int | None = None, row_scale: Tensor | None = None) -> None:
     """Every gradient by name within the error budget of dense eager PyTorch, x's by way of `grad_hidden_pre`."""
     from fastsae_kernels.gpu.decode import decode_into
 
-    acts = listed_by(problem, span)
+    acts = listed_by(problem, row_length)
     scale = None if row_scale is None else on_device(row_scale)
-    grads = fused(problem, acts, span, row_scale=scale)
+    grads = fused(problem, acts, row_length, row_scale=scale)
     got = {"W_enc": grads.W_enc.t(), "b_enc": grads.b_enc, "threshold": grads.threshold, "W_dec": grads.W_dec}
     if problem.feature_scale is not None:
         got["feature_scale"] = grads.scale
@@ -136,9 +136,9 @@ def assert_true(problem: problems.Problem, span: int | None = None, row_scale: T
         problems.assert_within_budget(f"grad of {name}", grad.cpu().double(), truth[name], eager[name])
 
 
-def assert_equals_sums(problem: problems.Problem, acts: SparseActs, span: int | None = None) -> None:
+def assert_equals_sums(problem: problems.Problem, acts: SparseActs, row_length: int | None = None) -> None:
     """To the rounding of fp32."""
-    grads = fused(problem, acts, span)
+    grads = fused(problem, acts, row_length)
     for name, expected in by_entries(problem, acts).items():
         got = getattr(grads, name)
         assert (got is None) == (expected is None), name
@@ -159,12 +159,12 @@ def exact_scales(n_tokens: int) -> Tensor:
     return scales
 
 
-@pytest.mark.parametrize("span", [None, 23], ids=["packed", "padded"])
+@pytest.mark.parametrize("row_length", [None, 23], ids=["packed", "padded"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_matches_reference(spec: AutoencodeSpec, span: int | None) -> None:
+def test_matches_reference(spec: AutoencodeSpec, row_length: int | None) -> None:
     problem = problems.make(13, 20, 23, spec=spec, density=0.2, with_scale=spec.penalty != "l0")
-    assert_true(problem, span, exact_scales(13))
-    assert_equals_sums(problem, listed_by(problem, span), span)
+    assert_true(problem, row_length, exact_scales(13))
+    assert_equals_sums(problem, listed_by(problem, row_length), row_length)
 
 
 @pytest.mark.parametrize("problem", problems.HOSTILE.values(), ids=problems.HOSTILE)
@@ -191,8 +191,8 @@ def features_with(counts: tuple[int, ...], n_tokens: int) -> Tensor:
 
 @pytest.mark.parametrize("block_e", [1, 4])
 @pytest.mark.parametrize(("d_in", "d_out"), [(13, 13), (1, 40), (33, 7)])
-@pytest.mark.parametrize("span", [None, 60], ids=["packed", "padded"])
-def test_features_of_any_length(span: int | None, d_in: int, d_out: int, block_e: int) -> None:
+@pytest.mark.parametrize("row_length", [None, 60], ids=["packed", "padded"])
+def test_features_of_any_length(row_length: int | None, d_in: int, d_out: int, block_e: int) -> None:
     """Chunks exactly full, one entry over, several long features: what one program would sum, several do."""
     from fastsae_kernels.gpu import config
     from fastsae_kernels.gpu.feature_chunks import plan_chunks
@@ -201,15 +201,15 @@ def test_features_of_any_length(span: int | None, d_in: int, d_out: int, block_e
     problem = problems.make(26, d_in, len(COUNTS), spec=SPECS["tanh, ste to input"], with_scale=True)
     problem = replace(problem, W_dec=torch.randn(len(COUNTS), d_out), grad_out=torch.randn(26, d_out))
     values = torch.rand(listed.shape) * torch.randint(0, 4, listed.shape).sign()  # a quarter is in the window alone
-    acts = entries(listed, values, span)
-    by_feature = arguments(problem, acts, span)[0]
+    acts = entries(listed, values, row_length)
+    by_feature = arguments(problem, acts, row_length)[0]
     assert by_feature.offsets.diff().tolist() == list(COUNTS)
     plan = plan_chunks(by_feature.offsets, acts.values.numel(), 26, CHUNK)
     assert (plan.slot_features < len(COUNTS)).any()
-    assert span is None or plan.length == CHUNK
+    assert row_length is None or plan.length == CHUNK
     tiles = {**FEW_PROGRAMS["fused_backward"], "BLOCK_E": block_e}
     with config.override({**FEW_TABLE, "fused_backward": {"32": tiles}}):
-        assert_equals_sums(problem, acts, span)
+        assert_equals_sums(problem, acts, row_length)
 
 
 def test_chunks_cover_every_long_feature_and_fit_their_slots() -> None:
@@ -267,30 +267,30 @@ def test_d_out_other_than_d_in() -> None:
     assert_true(problem, 23, exact_scales(13))
 
 
-@pytest.mark.parametrize("span", [None, 23], ids=["packed", "padded"])
-def test_without_weights_the_rest_is_the_same(span: int | None) -> None:
+@pytest.mark.parametrize("row_length", [None, 23], ids=["packed", "padded"])
+def test_without_weights_the_rest_is_the_same(row_length: int | None) -> None:
     problem = problems.make(13, 20, 23, spec=SPECS["tanh, ste to input"], with_scale=True, density=0.3)
-    acts = listed_by(problem, span)
-    with_weights, without = fused(problem, acts, span), fused(problem, acts, span, with_weights=False)
+    acts = listed_by(problem, row_length)
+    with_weights, without = fused(problem, acts, row_length), fused(problem, acts, row_length, with_weights=False)
     assert without.W_enc is None
     assert without.W_dec is None
     for name in ("grad_hidden_pre", "b_enc", "threshold", "scale"):
         assert torch.equal(getattr(with_weights, name), getattr(without, name)), name
     unread = replace(problem, x=torch.full_like(problem.x, torch.nan))
-    assert torch.equal(fused(unread, acts, span, with_weights=False).b_enc, with_weights.b_enc)
+    assert torch.equal(fused(unread, acts, row_length, with_weights=False).b_enc, with_weights.b_enc)
 
 
-@pytest.mark.parametrize("span", [None, 30], ids=["packed", "padded"])
-def test_nan_goes_where_plain_sums_take_it(span: int | None) -> None:
+@pytest.mark.parametrize("row_length", [None, 30], ids=["packed", "padded"])
+def test_nan_goes_where_plain_sums_take_it(row_length: int | None) -> None:
     problem = problems.make(26, 13, len(COUNTS), spec=SPECS["l0"])
     listed = features_with(COUNTS, 26)
     values = torch.rand(listed.shape)
     values[3] = torch.nan
-    acts = entries(listed, values, span)
+    acts = entries(listed, values, row_length)
     problem.grad_out[7, 2] = torch.nan
     problem.x[3, 4] = torch.nan
-    assert_equals_sums(problem, acts, span)
-    grads = fused(problem, acts, span)
+    assert_equals_sums(problem, acts, row_length)
+    grads = fused(problem, acts, row_length)
     assert grads.W_dec[listed[3].to(DEVICE)].isnan().all()
     assert grads.W_enc[~listed[7].to(DEVICE)].isfinite().all()
 
@@ -349,9 +349,9 @@ def test_offsets_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("d_in", "d_out"), [(13, 20), (20, 7), (40, 33)])
-@pytest.mark.parametrize("span", [None, 60], ids=["packed", "padded"])
+@pytest.mark.parametrize("row_length", [None, 60], ids=["packed", "padded"])
 def test_rows_longer_than_a_program_holds(
-    span: int | None, d_in: int, d_out: int, monkeypatch: pytest.MonkeyPatch
+    row_length: int | None, d_in: int, d_out: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of x, of W_dec or of both; long features among them."""
     from fastsae_kernels import gpu
@@ -362,13 +362,13 @@ def test_rows_longer_than_a_program_holds(
     listed = features_with(COUNTS, 26)
     problem = problems.make(26, d_in, len(COUNTS), spec=SPECS["tanh, ste to input"], with_scale=True)
     problem = replace(problem, W_dec=torch.randn(len(COUNTS), d_out), grad_out=torch.randn(26, d_out))
-    acts = entries(listed, torch.rand(listed.shape), span)
-    assert_equals_sums(problem, acts, span)
+    acts = entries(listed, torch.rand(listed.shape), row_length)
+    assert_equals_sums(problem, acts, row_length)
     scaled = replace(problem, grad_out=problem.grad_out * exact_scales(26)[:, None])
-    grads = fused(problem, acts, span, row_scale=on_device(exact_scales(26)))
+    grads = fused(problem, acts, row_length, row_scale=on_device(exact_scales(26)))
     torch.testing.assert_close(grads.W_dec.cpu().double(), by_entries(scaled, acts)["W_dec"], rtol=1e-5, atol=1e-5)
     grad_values, grad_W_dec = gpu.decode_backward(acts, *map(on_device, (problem.W_dec, problem.grad_out)))
-    torch.testing.assert_close(grad_W_dec, fused(problem, acts, span).W_dec, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad_W_dec, fused(problem, acts, row_length).W_dec, rtol=1e-5, atol=1e-5)
     products = (problem.grad_out[acts.row_ids().cpu()] * problem.W_dec[acts.indices.cpu().long()]).sum(1)
     valid = acts.valid()
     products = products if valid is None else products * valid.cpu()
@@ -385,13 +385,13 @@ def test_slots_take_less_than_2_percent_of_the_dense_tensor(monkeypatch: pytest.
     launched: list[dict[str, Any]] = []
     monkeypatch.undo()  # as many slots as are shipped
     monkeypatch.setattr(KernelInterface, "__getitem__", lambda kernel, grid: lambda **given: launched.append(given))
-    n_tokens, d_in, d_sae, span = 8192, 2304, 65536, 128
+    n_tokens, d_in, d_sae, row_length = 8192, 2304, 65536, 128
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    nnz = n_tokens * span
-    order = FeatureOrder(meta(d_sae + 1, dtype=torch.int64), meta(nnz, dtype=torch.int64), None, span)
+    nnz = n_tokens * row_length
+    order = FeatureOrder(meta(d_sae + 1, dtype=torch.int64), meta(nnz, dtype=torch.int64), None, row_length)
     x, W_dec = meta(n_tokens, d_in, dtype=torch.bfloat16), meta(d_sae, d_in, dtype=torch.bfloat16)
     with config.override("sm_90"):
         backward.feature_gradients(
