@@ -31,7 +31,7 @@ from torch import Tensor
 from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.radix import EXACT, Buffer, Cut, Problem, compact, cut_activations, cut_buffer, list_config
 from fastsae_kernels.gpu.row_topk import feature_ranges
-from fastsae_kernels.gpu.tiles import active_bits, pack_entry
+from fastsae_kernels.gpu.tiles import active_bits, pack_entry, start_of_tile
 from fastsae_kernels.sparse_acts import SparseActs
 
 # candidates per surviving entry: those that survived so far, about as many new ones, and some to spare
@@ -82,13 +82,9 @@ def _batch_list_kernel(
     if overflow_ptr is not None:  # noqa: SIM102 a compile-time branch must stand alone
         if tl.load(overflow_ptr) <= size:
             return
-    pid = tl.program_id(0)
-    tiles_b = tl.cdiv(n_tokens, BLOCK_B)
-    tiles_s = tl.cdiv(d_sae, BLOCK_S)
-    first_b = pid // (GROUP_B * tiles_s) * GROUP_B
-    group = min(tiles_b - first_b, GROUP_B)
-    offs_b = (first_b + pid % (GROUP_B * tiles_s) % group) * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_s = pid % (GROUP_B * tiles_s) // group * BLOCK_S + tl.arange(0, BLOCK_S)
+    first_b, first_s = start_of_tile(tl.program_id(0), n_tokens, d_sae, BLOCK_B, BLOCK_S, GROUP_B)
+    offs_b = first_b + tl.arange(0, BLOCK_B)
+    offs_s = first_s + tl.arange(0, BLOCK_S)
     rows = offs_b % n_tokens  # wrap around rather than mask: the loop stays free of masks
     bits, hidden_pre = active_bits(
         x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, offs_s, stride_wd, stride_ws, b_enc_ptr, threshold_ptr,
@@ -204,7 +200,7 @@ def encode_batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor
         k: At least 1.
 
     Returns:
-        Rows of any length, sorted by feature index; values fp32. The span of the last row takes in the unused places, and
+        Rows of any length, sorted by feature index; values fp32. The last row's offsets take in the unused places, and
         `row_counts` tells where it ends.
 
     Raises:

@@ -15,6 +15,16 @@ MAX_DEPTH = 8192
 
 
 @triton.jit
+def start_of_tile(tile, n_rows, n_columns, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_B: tl.constexpr):
+    """`(first row, first column)` of a tile; GROUP_B row tiles share a column tile before the next one: both stay in L2."""
+    tiles_b = tl.cdiv(n_rows, BLOCK_B)
+    in_group = GROUP_B * tl.cdiv(n_columns, BLOCK_S)
+    first_b = tile // in_group * GROUP_B
+    group = min(tiles_b - first_b, GROUP_B)
+    return (first_b + tile % in_group % group) * BLOCK_B, tile % in_group // group * BLOCK_S
+
+
+@triton.jit
 def tile_product(
     a_ptr,  # [B, D]
     rows,  # [BLOCK_B] row of a

@@ -355,10 +355,11 @@ def test_rows_longer_than_a_program_holds(
 ) -> None:
     """Rows of x, of W_dec or of both; long features among them."""
     from fastsae_kernels import gpu
-    from fastsae_kernels.gpu import backward
+    from fastsae_kernels.gpu import backward, fused_backward
 
     monkeypatch.setattr(backward, "MAX_DEPTH", 16)
-    monkeypatch.setattr(backward, "LONG_ROW_BLOCK", 16)
+    monkeypatch.setattr(fused_backward, "MAX_DEPTH", 16)
+    monkeypatch.setattr(fused_backward, "LONG_ROW_BLOCK", 16)
     listed = features_with(COUNTS, 26)
     problem = problems.make(26, d_in, len(COUNTS), spec=SPECS["tanh, ste to input"], with_scale=True)
     problem = replace(problem, W_dec=torch.randn(len(COUNTS), d_out), grad_out=torch.randn(26, d_out))
