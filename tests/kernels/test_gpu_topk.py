@@ -28,6 +28,7 @@ def small_ranges(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(row_topk, "MIN_CAPACITY", 16)
     monkeypatch.setattr(row_topk, "SMALL_BATCH", 0)
     monkeypatch.setattr(batch_topk, "MIN_RANGE", 4)
+    monkeypatch.setattr(batch_topk, "AGAIN_PROGRAMS", 2)
     monkeypatch.setattr(radix, "BLOCK", 64)
     monkeypatch.setattr(radix, "PROGRAMS", 3)
     if DEVICE == "cuda":
