@@ -10,13 +10,15 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from fastsae_kernels.types import Capacity
+
 # Share of entries above which a gather costs more than the product that it replaces. CPU: forward and backward, forced to
 # either path on one thread of a Zen 5 with bf16 units, take as long at 0.16 in fp32 and at 0.11 in bf16 (d_in 768, d_sae
 # 16384, 512 tokens; 512, 4096 and 256 tokens alike); other CPUs 0.1 to 0.3. CUDA: bandwidth over arithmetic rate of an H200
 # with gathers half from L2, not yet measured.
 MAX_DENSITY = {"cpu": 0.125, "cuda": 0.006}
 
-DENSE = 0  # as a capacity: the dense backend
+DENSE = Capacity(0, 0)  # stands for the dense backend
 
 
 class ActivityHint:
@@ -27,15 +29,17 @@ class ActivityHint:
     capacity is computed by the device-side overflow path.
     """
 
-    HEADROOM = 2.0  # capacity over the largest count seen
-    UNKNOWN = 256  # capacity before any: more than most SAEs have active, 2 KiB a token
+    HEADROOM = 1.25  # capacity over the largest count seen, outliers left out
+    MEAN_HEADROOM = 1.5  # capacity of the whole batch over the mean of the counts
+    OUTLIERS = 1024  # one token in so many may have more entries than its capacity: it is computed exactly, and slower
+    UNKNOWN = Capacity(256, 256)  # before any count: more than most SAEs have active, 2 KiB a token
     _known: ClassVar[WeakValueDictionary[int, ActivityHint]] = WeakValueDictionary()
     _keys: ClassVar[Iterator[int]] = itertools.count(1)
 
     def __init__(self) -> None:
         self.mean: float | None = None
         self.largest: int | None = None
-        self.plan = DENSE  # the capacity in a compiled graph, which is compiled again where this changes
+        self.plan: Capacity = DENSE  # the capacity in a compiled graph, which is compiled again where this changes
         self._pending: tuple[Tensor, torch.cuda.Event, torch.device] | None = None
         self._register()
 
@@ -60,20 +64,21 @@ class ActivityHint:
         self._take(counts)
         if self.mean is not None:
             dense = self.is_dense(d_sae, counts.device.type)
-            self.plan = DENSE if dense else max(self.plan, self.capacity(d_sae))
+            # it only grows, as each change compiles the graph again
+            self.plan = DENSE if dense else Capacity(*map(max, self.plan, self.capacity(d_sae)))
 
     def _take(self, counts: Tensor) -> None:
         if counts.numel() == 0 or self._pending is not None:
             return
         if not counts.is_cuda:
-            summary = _mean_and_largest(counts)
+            summary = self._mean_and_largest(counts)
             self.mean, self.largest = float(summary[0]), int(summary[1])
             return
         with torch.cuda.device(counts.device):  # an event is recorded on the stream of the current device
             if torch.cuda.is_current_stream_capturing():
                 return
             host = torch.empty(2, dtype=torch.float64, pin_memory=True)
-            host.copy_(_mean_and_largest(counts), non_blocking=True)
+            host.copy_(self._mean_and_largest(counts), non_blocking=True)
             event = torch.cuda.Event()
             event.record()
             self._pending = (host, event, counts.device)
@@ -93,12 +98,14 @@ class ActivityHint:
         self.poll()
         return self.mean is None or self.mean > MAX_DENSITY.get(device_type, MAX_DENSITY["cuda"]) * d_sae
 
-    def capacity(self, d_sae: int) -> int:
-        """Entries to reserve per row: a power of two above the largest count seen."""
+    def capacity(self, d_sae: int) -> Capacity:
+        """What to reserve: for a row a power of two above the largest count seen, outliers left out."""
         self.poll()
-        wanted = self.UNKNOWN if self.largest is None else max(32, int(self.largest * self.HEADROOM))
-        return min(1 << (wanted - 1).bit_length(), d_sae)
+        if self.mean is None or self.largest is None:
+            return Capacity(min(self.UNKNOWN.row, d_sae), min(self.UNKNOWN.mean, d_sae))
+        row = min(1 << (max(32, int(self.largest * self.HEADROOM)) - 1).bit_length(), d_sae)
+        return Capacity(row, min(32 * (int(self.MEAN_HEADROOM * self.mean) // 32 + 1), row))
 
-
-def _mean_and_largest(counts: Tensor) -> Tensor:
-    return torch.stack([counts.double().mean(), counts.max().double()])
+    def _mean_and_largest(self, counts: Tensor) -> Tensor:
+        largest = counts.topk(counts.numel() // self.OUTLIERS + 1).values[-1]
+        return torch.stack([counts.double().mean(), largest.double()])

@@ -21,6 +21,7 @@ from fastsae_kernels.types import (
     AutoencodeNeeds,
     AutoencodeOutput,
     AutoencodeSpec,
+    Capacity,
     Kept,
     KeptSize,
     OutputGrads,
@@ -42,15 +43,14 @@ class Backend(Protocol):
     """Runs the training pass."""
 
     def forward(
-        self, inputs: PassInputs, spec: AutoencodeSpec, capacity: int, keeps_dense: bool = False
+        self, inputs: PassInputs, spec: AutoencodeSpec, capacity: Capacity, keeps_dense: bool = False
     ) -> tuple[AutoencodeOutput, Kept]:
         """`reference.autoencode`, exact whatever the capacity.
 
         Args:
             inputs: The tensors.
             spec: The options.
-            capacity: Entries that a row can hold (on a CPU: that rows can hold on average). Where there are more, the result is
-                the same, and slower.
+            capacity: For how many entries there is room.
             keeps_dense: Whether the dense backend may keep the pre-activations of a small pass for its backward.
         """
 
@@ -65,7 +65,7 @@ class Backend(Protocol):
     ) -> AutoencodeGrads:
         """Every gradient that is asked for; those of the weight matrices not, where `collected` takes what they are sums of."""
 
-    def kept_size(self, n_tokens: int, d_sae: int, spec: AutoencodeSpec, capacity: int) -> KeptSize:
+    def kept_size(self, n_tokens: int, d_sae: int, spec: AutoencodeSpec, capacity: Capacity) -> KeptSize:
         """What `forward` keeps at most."""
 
 
@@ -113,7 +113,9 @@ def backend_module(name: BackendName) -> Backend:
     return cast(Backend, import_module(f"fastsae_kernels.{_MODULES[name]}"))
 
 
-def choose(inputs: PassInputs, spec: AutoencodeSpec, capacity: int | ActivityHint | None) -> tuple[BackendName, int]:
+def choose(
+    inputs: PassInputs, spec: AutoencodeSpec, capacity: Capacity | ActivityHint | None
+) -> tuple[BackendName, Capacity]:
     """Who runs a pass, and with which capacity.
 
     Args:
@@ -128,14 +130,14 @@ def choose(inputs: PassInputs, spec: AutoencodeSpec, capacity: int | ActivityHin
     d_sae, forced = inputs.d_sae, _forced.get()
     name = forced or _name_for(inputs.x)
     if capacity == DENSE and forced is None:
-        return "dense", 1
+        return "dense", DENSE
     if name == "cpu":  # rounded up, so that no feature is too few
-        return name, d_sae if forced else int(MAX_DENSITY["cpu"] * d_sae) + 1
+        return name, Capacity(d_sae, d_sae if forced else int(MAX_DENSITY["cpu"] * d_sae) + 1)
     if isinstance(capacity, ActivityHint):
         if forced is None and spec.k is None and capacity.is_dense(d_sae, inputs.device.type):
-            return "dense", 1
+            return "dense", DENSE
         capacity = capacity.capacity(d_sae)
-    return name, capacity or ActivityHint.UNKNOWN
+    return name, capacity if capacity and capacity != DENSE else ActivityHint.UNKNOWN
 
 
 def sparse_backend(x: Tensor) -> SparseBackend:

@@ -22,6 +22,7 @@ from fastsae_kernels.types import (
     AutoencodeNeeds,
     AutoencodeOutput,
     AutoencodeSpec,
+    Capacity,
     Kept,
     KeptSize,
     OutputGrads,
@@ -73,13 +74,13 @@ def _gate(hidden_pre: Tensor, threshold: Tensor) -> Tensor:
     return torch.gt(hidden_pre, threshold, out=torch.empty_like(hidden_pre))
 
 
-def kept_size(n_tokens: int, d_sae: int, spec: AutoencodeSpec, capacity: int) -> KeptSize:
+def kept_size(n_tokens: int, d_sae: int, spec: AutoencodeSpec, capacity: Capacity) -> KeptSize:
     """Nothing; one entry, as an empty tensor would have no memory of its own."""
     return KeptSize(1, overflows=False)
 
 
 def forward(
-    inputs: PassInputs, spec: AutoencodeSpec, capacity: int, keeps_dense: bool = False
+    inputs: PassInputs, spec: AutoencodeSpec, capacity: Capacity, keeps_dense: bool = False
 ) -> tuple[AutoencodeOutput, Kept]:
     """`reference.autoencode`, tile by tile, whatever the capacity.
 

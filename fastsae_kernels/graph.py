@@ -32,6 +32,7 @@ from fastsae_kernels.types import (
     AutoencodeNeeds,
     AutoencodeOutput,
     AutoencodeSpec,
+    Capacity,
     Kept,
     KeptSize,
     OutputGrads,
@@ -53,7 +54,7 @@ def autoencode(
     follows = inputs.x.is_cuda and hint is not None and spec.k is None
     capacity = hint.plan if follows and hint is not None else ActivityHint.UNKNOWN
     key = 0 if hint is None else hint.key
-    results = torch.ops.fastsae.autoencode(*inputs, *_options(spec), capacity, key)
+    results = torch.ops.fastsae.autoencode(*inputs, *_options(spec), *capacity, key)
     sae_out, penalty, l0, feature_counts, min_active, squared_error, _ = results
     min_active = min_active.detach() if spec.batch_topk else None
     squared_error = None if inputs.target is None else squared_error
@@ -76,12 +77,13 @@ def _autoencode(
     penalty: str,
     tanh_scale: float,
     ste_to_input: bool,
-    capacity: int,
+    row_capacity: int,
+    mean_capacity: int,
     hint: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     spec = AutoencodeSpec(bandwidth, k, batch_topk, penalty, tanh_scale, ste_to_input)  # type: ignore[arg-type]
     inputs = PassInputs(x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target)
-    name, capacity = choose(inputs, spec, capacity)
+    name, capacity = choose(inputs, spec, Capacity(row_capacity, mean_capacity))
     backend, known = backend_module(name), ActivityHint.of(hint)
     output, kept = backend.forward(inputs, spec, capacity)
     if known is not None and kept.listed is not None:
@@ -115,10 +117,10 @@ def _options(spec: AutoencodeSpec) -> tuple[Any, ...]:
     return spec.bandwidth, spec.k, spec.batch_topk, spec.penalty, spec.tanh_scale, spec.ste_to_input
 
 
-def _unflattened(arguments: tuple[Any, ...]) -> tuple[PassInputs, AutoencodeSpec, int]:
+def _unflattened(arguments: tuple[Any, ...]) -> tuple[PassInputs, AutoencodeSpec, Capacity]:
     """The arguments of the op without the hint."""
     spec = AutoencodeSpec(*arguments[N_INPUTS : N_INPUTS + N_OPTIONS])
-    return PassInputs(*arguments[:N_INPUTS]), spec, arguments[N_INPUTS + N_OPTIONS]
+    return PassInputs(*arguments[:N_INPUTS]), spec, Capacity(*arguments[N_INPUTS + N_OPTIONS :][:2])
 
 
 def _empty_kept(inputs: PassInputs, size: KeptSize) -> list[Tensor]:
@@ -246,7 +248,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None, *o
     results = torch.ops.fastsae.autoencode_backward(*inputs[:-1], kept, *grads, *_options(ctx.spec), ctx.backend, needs)
     given = [grad if wants else None for grad, wants in zip(results, asked[: N_INPUTS - 1], strict=True)]
     grad_target = target_gradient(grads, ctx.target_dtype) if asked[N_INPUTS - 1] else None
-    return (*given, grad_target, *[None] * (N_OPTIONS + 2))
+    return (*given, grad_target, *[None] * (N_OPTIONS + 3))
 
 
 _autoencode.register_autograd(_backward, setup_context=_setup_context)

@@ -194,6 +194,13 @@ class PassInputs(NamedTuple):
         return self.W_enc.shape[1]
 
 
+class Capacity(NamedTuple):
+    """Entries for which a pass reserves room. Where there are more the result is the same, and slower."""
+
+    row: int  # of a single row
+    mean: int  # of all rows together, per row: so one token with many raises nothing for the others
+
+
 class AutoencodeOutput(NamedTuple):
     """One forward pass over N tokens."""
 

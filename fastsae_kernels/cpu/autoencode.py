@@ -25,6 +25,7 @@ from fastsae_kernels.types import (
     AutoencodeNeeds,
     AutoencodeOutput,
     AutoencodeSpec,
+    Capacity,
     Kept,
     KeptSize,
     OutputGrads,
@@ -33,18 +34,18 @@ from fastsae_kernels.types import (
 from fastsae_kernels.weight_gradients import WeightGradients
 
 
-def kept_size(n_tokens: int, d_sae: int, spec: AutoencodeSpec, capacity: int) -> KeptSize:
-    """Room for the entries of rows with `capacity` of them on average; with `k`, for the k largest and the window's."""
-    per_row = capacity
+def kept_size(n_tokens: int, d_sae: int, spec: AutoencodeSpec, capacity: Capacity) -> KeptSize:
+    """Room for rows with so many entries on average; with `k`, for the k largest and as many of the window."""
+    per_row = capacity.mean
     if spec.k is not None:
-        per_row = min(spec.k if spec.bandwidth == 0 else spec.k + capacity, d_sae)
+        per_row = min(spec.k if spec.bandwidth == 0 else spec.k + capacity.mean, d_sae)
     return KeptSize(n_tokens * per_row + 1, overflows=False)
 
 
 def forward(
-    inputs: PassInputs, spec: AutoencodeSpec, capacity: int, keeps_dense: bool = False
+    inputs: PassInputs, spec: AutoencodeSpec, capacity: Capacity, keeps_dense: bool = False
 ) -> tuple[AutoencodeOutput, Kept]:
-    """`reference.autoencode` over the entries alone, or by `dense` where rows have more than `capacity` on average.
+    """`reference.autoencode` over the entries alone, or by `dense` where there are more than the capacity.
 
     Raises:
         ValueError: A value is NaN or Inf where `k` is given.

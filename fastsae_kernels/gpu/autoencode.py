@@ -3,7 +3,8 @@
     forward:   list entries -> sort (and top-k) -> row statistics, decode and its loss -> rows that overflowed
     backward:  entries' gradients row by row -> feature order -> feature sums -> rows that overflowed
 
-Nothing of size `[N, d_sae]` is allocated: entries take `N * capacity * 8` bytes, their gradients as much again.
+Nothing of size `[N, d_sae]` is allocated: while they are listed, entries take `N * capacity * 8` bytes; afterwards they lie
+one behind the other, 8 bytes each, and 44 while they are sorted by feature.
 """
 
 from __future__ import annotations
@@ -13,25 +14,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae_kernels.gpu.adam import MAX_DEPTH
-from fastsae_kernels.gpu.backward import feature_order, gradients_in_passes
+from fastsae_kernels.gpu.backward import feature_gradients
 from fastsae_kernels.gpu.batch_topk import encode_batch_topk
 from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.decode import column_sums, decode_into, decode_rows, row_stats
 from fastsae_kernels.gpu.encode import encode as encode_active
 from fastsae_kernels.gpu.encode import list_all_entries, padded_offsets
-from fastsae_kernels.gpu.feature_visit import feature_gradients
+from fastsae_kernels.gpu.feature_sums import feature_order
 from fastsae_kernels.gpu.overflow import overflow_rows
 from fastsae_kernels.gpu.overflow_features import overflow_features
-from fastsae_kernels.gpu.row_topk import encode_topk, list_topk, window_capacity
-from fastsae_kernels.gpu.topk import MAX_SORT, flag_rows, sort_rows
+from fastsae_kernels.gpu.row_topk import capacity_of, encode_topk, list_topk
+from fastsae_kernels.gpu.topk import MAX_SORT, flag_rows, packed_offsets, sort_rows
 from fastsae_kernels.gpu.weight_gradients import GpuShare, gpu_share
-from fastsae_kernels.loss_terms import scaled
 from fastsae_kernels.types import (
     AutoencodeGrads,
     AutoencodeNeeds,
     AutoencodeOutput,
     AutoencodeSpec,
+    Capacity,
     Kept,
     KeptSize,
     OutputGrads,
@@ -52,7 +52,9 @@ class Listed(NamedTuple):
     stats: tuple[Tensor, Tensor, Tensor] | None = None  # penalty, l0, feature_counts, where the listing counted them
 
 
-def _list(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, spec: AutoencodeSpec, capacity: int) -> Listed:
+def _list(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, spec: AutoencodeSpec, capacity: Capacity
+) -> Listed:
     """The entries that survive `spec`, in rows sorted by feature; rows that overflowed are empty and flagged."""
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
     if spec.batch_topk and spec.k is not None:
@@ -60,43 +62,46 @@ def _list(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, spec: Auto
         assert acts.row_counts is not None  # its places are as many in every step, its entries are not
         return Listed(acts, None, acts.row_counts, min_active)
     if spec.k is not None:
-        acts, flagged, listed = list_topk(x, W_enc, b_enc, threshold, spec.k, spec.bandwidth, capacity)
+        acts, flagged, listed = list_topk(x, W_enc, b_enc, threshold, spec.k, spec.bandwidth)
         return Listed(acts, None if flagged is None else Overflow(*flag_rows(flagged)), listed)
-    capacity = _row_size(d_sae, spec, capacity)
-    row_offsets = padded_offsets(n_tokens, capacity, x.device)
+    row_capacity = _row_capacity(d_sae, capacity)
+    row_offsets = padded_offsets(n_tokens, row_capacity, x.device)
     l0 = feature_counts = None
     if spec.penalty == "l0":  # the listing then counts all that there is to count
         l0 = torch.zeros(n_tokens, dtype=torch.int64, device=x.device)
         feature_counts = torch.zeros(d_sae, dtype=torch.int64, device=x.device)
     counts, entries = list_all_entries(
-        x, W_enc, b_enc, threshold, row_offsets, n_tokens * capacity, spec.bandwidth,
+        x, W_enc, b_enc, threshold, row_offsets, n_tokens * row_capacity, spec.bandwidth,
         l0=l0, feature_counts=feature_counts,
     )  # fmt: skip
-    acts = sort_rows(counts, entries, row_offsets, (n_tokens, d_sae), None)
-    overflow = None if capacity == d_sae else Overflow(*flag_rows(counts > capacity))
+    size = kept_size(n_tokens, d_sae, spec, capacity)
+    offsets = packed_offsets(counts, row_capacity, size.entries)
+    acts = sort_rows(counts, entries, offsets, (n_tokens, d_sae), None, size.entries)
+    assert acts.row_counts is not None
+    # a row overflows where it has more entries than its capacity, or where the rows before it took all room
+    overflow = Overflow(*flag_rows(acts.row_counts < counts)) if size.overflows else None
     stats = None if l0 is None or feature_counts is None else (l0.float(), l0, feature_counts)
     return Listed(acts, overflow, counts, stats=stats)
 
 
-def kept_size(n_tokens: int, d_sae: int, spec: AutoencodeSpec, capacity: int) -> KeptSize:
-    """Rows of equal size, which cannot overflow where they hold every feature or top-k leaves active entries alone."""
-    per_row = _row_size(d_sae, spec, capacity)
-    only_active = spec.k is not None and spec.bandwidth == 0
-    return KeptSize(n_tokens * per_row, overflows=not only_active and per_row < d_sae)
-
-
-def _row_size(d_sae: int, spec: AutoencodeSpec, capacity: int) -> int:
-    """Entries that a row is kept with."""
+def kept_size(n_tokens: int, d_sae: int, spec: AutoencodeSpec, capacity: Capacity) -> KeptSize:
+    """Room for all rows together; none overflows where there is room for every feature, or for all that top-k leaves."""
     if spec.k is None:
-        return min(max(capacity, 1), d_sae, MAX_SORT)
-    if spec.bandwidth == 0:
-        return min(spec.k, d_sae)
-    return window_capacity(spec.k, d_sae, capacity)
+        per_row = min(capacity.mean, _row_capacity(d_sae, capacity))
+    elif spec.bandwidth == 0:
+        return KeptSize(n_tokens * min(spec.k, d_sae), overflows=False)
+    else:
+        per_row = capacity_of(min(spec.k, d_sae), d_sae)
+    return KeptSize(n_tokens * per_row, overflows=per_row < d_sae)
+
+
+def _row_capacity(d_sae: int, capacity: Capacity) -> int:
+    return min(max(capacity.row, 1), d_sae, MAX_SORT)
 
 
 @on_device
 def forward(
-    inputs: PassInputs, spec: AutoencodeSpec, capacity: int, keeps_dense: bool = False
+    inputs: PassInputs, spec: AutoencodeSpec, capacity: Capacity, keeps_dense: bool = False
 ) -> tuple[AutoencodeOutput, Kept]:
     """`reference.autoencode` over active entries only.
 
@@ -104,8 +109,9 @@ def forward(
         inputs: The tensors, x in fp32, bf16 or fp16. Strides are free. With a target the residual is formed in fp32, and
             `squared_error` is its sum of squares before rounding.
         spec: The options.
-        capacity: Entries that a row can hold (clamped to d_sae and `MAX_SORT`; raised to what top-k needs). A row with more
-            is exact too, and slower; `Kept.listed` tells how many each wanted.
+        capacity: For how many entries there is room where no top-k decides it; that of a row is clamped to d_sae and
+            `MAX_SORT`. Where all rows together have too little, the last ones overflow. `Kept.listed` tells how many entries
+            each row wanted to hold.
         keeps_dense: Not used here.
 
     Returns:
@@ -161,19 +167,14 @@ def backward(
     (acts, _, overflow, _), (grad_out, row_scale, grad_penalty) = kept, grads
     assert acts is not None
     scale = None if spec.penalty == "l0" else feature_scale
-    # rows of a BatchTopK have no common span
-    by_feature = feature_order(acts, None if spec.batch_topk else acts.indices.numel() // max(x.shape[0], 1))
-    fits = max(x.shape[1], W_dec.shape[1]) <= MAX_DEPTH
-    leaves = fits and collected is not None and collected.gpu is None and (needs.W_enc or needs.W_dec)
-    if fits:
-        listed = feature_gradients(
-            by_feature, acts.values, x, W_dec, grad_out, grad_penalty, threshold, scale, spec,
-            row_scale=row_scale, with_weights=not leaves,
-        )  # fmt: skip
-    else:
-        rows = scaled(grad_out, row_scale)
-        listed = gradients_in_passes(by_feature, acts, x, W_dec, rows, grad_penalty, threshold, scale, spec)
-    grad_hidden_pre, grad_W_enc, grad_W_dec, grad_b_enc, grad_threshold, grad_scale = listed
+    # only a top-k of each row leaves rows of one length
+    one_length = spec.k is not None and not spec.batch_topk
+    by_feature = feature_order(acts, acts.indices.numel() // max(x.shape[0], 1) if one_length else None)
+    leaves = collected is not None and collected.gpu is None and (needs.W_enc or needs.W_dec)
+    grad_hidden_pre, grad_W_enc, grad_W_dec, grad_b_enc, grad_threshold, grad_scale = feature_gradients(
+        by_feature, acts.values, x, W_dec, grad_out, grad_penalty, threshold, scale, spec,
+        row_scale=row_scale, with_weights=not leaves,
+    )  # fmt: skip
     if leaves and collected is not None:
         n_overflow = None if overflow is None else overflow.n_rows
         size = W_dec.shape[0] * (x.shape[1] + W_dec.shape[1])

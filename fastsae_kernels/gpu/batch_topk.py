@@ -31,13 +31,15 @@ from torch import Tensor
 from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.radix import EXACT, Buffer, Cut, Problem, compact, cut_activations, cut_buffer, list_config
 from fastsae_kernels.gpu.row_topk import feature_ranges
-from fastsae_kernels.gpu.tiles import active_bits, pack_entry
+from fastsae_kernels.gpu.tiles import active_bits, pack_entry, start_of_tile
 from fastsae_kernels.types import SparseActs
 
 # candidates per surviving entry: those that survived so far, about as many new ones, and some to spare
 HEADROOM = 2.25
 # features of the first range at least, and what ranges are multiples of
 MIN_RANGE = 64
+# programs that list once more after an overflow: enough to fill a device
+AGAIN_PROGRAMS = 1024
 
 
 class BatchTopK(NamedTuple):
@@ -45,6 +47,34 @@ class BatchTopK(NamedTuple):
 
     acts: SparseActs  # min(k, d_sae) * N places; unused ones stand behind the last row's entries
     min_active: Tensor  # [] fp32: the smallest surviving activation, infinite where none is active
+
+
+@triton.jit
+def _list_tile(
+    tile, x_ptr, W_enc_ptr, b_enc_ptr, threshold_ptr, bounds_ptr, cursor_ptr, entries_ptr, tokens_ptr, size, first_feature,
+    n_tokens, d_in, d_sae, stride_xb, stride_xd, stride_wd, stride_ws,
+    PRECISION: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP_B: tl.constexpr,
+):  # fmt: skip
+    """Lists the entries of one tile; arguments as in the kernel."""
+    first_b, first_s = start_of_tile(tile, n_tokens, d_sae, BLOCK_B, BLOCK_S, GROUP_B)
+    offs_b = first_b + tl.arange(0, BLOCK_B)
+    offs_s = first_s + tl.arange(0, BLOCK_S)
+    rows = offs_b % n_tokens  # wrap around rather than mask: the loop stays free of masks
+    bits, hidden_pre = active_bits(
+        x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, offs_s, stride_wd, stride_ws, b_enc_ptr, threshold_ptr,
+        d_in, d_sae, PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+    )  # fmt: skip
+    listed = (bits > 0) & (offs_b < n_tokens)[:, None]
+    if bounds_ptr is not None:
+        listed = listed & (bits >= tl.load(bounds_ptr + rows)[:, None])
+    counts = tl.sum(listed.to(tl.int32), 1)
+    base = tl.atomic_add(cursor_ptr, tl.sum(counts, 0).to(tl.int64), sem="relaxed")
+    first = tl.minimum(base, size).to(tl.int32) + tl.cumsum(counts, 0) - counts
+    slots = first[:, None] + tl.cumsum(listed.to(tl.int32), 1) - 1
+    fits = listed & (slots < size)
+    tl.store(entries_ptr + slots, pack_entry(first_feature + offs_s[None, :], hidden_pre), mask=fits)
+    tl.store(tokens_ptr + slots, rows[:, None] + tl.zeros((BLOCK_B, BLOCK_S), tl.int32), mask=fits)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "first_feature", "size"])
@@ -78,32 +108,23 @@ def _batch_list_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_B: tl.constexpr,  # row tiles that share a column tile before the next one: both stay in L2
 ):
-    """Program owns one tile: BLOCK_B tokens, BLOCK_S features; it lists the entries of that tile."""
-    if overflow_ptr is not None:  # noqa: SIM102 a compile-time branch must stand alone
-        if tl.load(overflow_ptr) <= size:
-            return
-    pid = tl.program_id(0)
-    tiles_b = tl.cdiv(n_tokens, BLOCK_B)
-    tiles_s = tl.cdiv(d_sae, BLOCK_S)
-    first_b = pid // (GROUP_B * tiles_s) * GROUP_B
-    group = min(tiles_b - first_b, GROUP_B)
-    offs_b = (first_b + pid % (GROUP_B * tiles_s) % group) * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_s = pid % (GROUP_B * tiles_s) // group * BLOCK_S + tl.arange(0, BLOCK_S)
-    rows = offs_b % n_tokens  # wrap around rather than mask: the loop stays free of masks
-    bits, hidden_pre = active_bits(
-        x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, offs_s, stride_wd, stride_ws, b_enc_ptr, threshold_ptr,
-        d_in, d_sae, PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
-    )  # fmt: skip
-    listed = (bits > 0) & (offs_b < n_tokens)[:, None]
-    if bounds_ptr is not None:
-        listed = listed & (bits >= tl.load(bounds_ptr + rows)[:, None])
-    counts = tl.sum(listed.to(tl.int32), 1)
-    base = tl.atomic_add(cursor_ptr, tl.sum(counts, 0).to(tl.int64), sem="relaxed")
-    first = tl.minimum(base, size).to(tl.int32) + tl.cumsum(counts, 0) - counts
-    slots = first[:, None] + tl.cumsum(listed.to(tl.int32), 1) - 1
-    fits = listed & (slots < size)
-    tl.store(entries_ptr + slots, pack_entry(first_feature + offs_s[None, :], hidden_pre), mask=fits)
-    tl.store(tokens_ptr + slots, rows[:, None] + tl.zeros((BLOCK_B, BLOCK_S), tl.int32), mask=fits)
+    """Program owns one tile: BLOCK_B tokens, BLOCK_S features; after an overflow it takes every num_programs(0)-th of them."""
+    if overflow_ptr is None:
+        _list_tile(
+            tl.program_id(0),
+            x_ptr, W_enc_ptr, b_enc_ptr, threshold_ptr, bounds_ptr, cursor_ptr, entries_ptr, tokens_ptr, size, first_feature,
+            n_tokens, d_in, d_sae, stride_xb, stride_xd, stride_wd, stride_ws,
+            PRECISION, EVEN_D, BLOCK_B, BLOCK_S, BLOCK_D, GROUP_B,
+        )  # fmt: skip
+    elif tl.load(overflow_ptr) > size:
+        n_tiles = tl.cdiv(n_tokens, BLOCK_B) * tl.cdiv(d_sae, BLOCK_S)
+        for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+            _list_tile(
+                tile,
+                x_ptr, W_enc_ptr, b_enc_ptr, threshold_ptr, bounds_ptr, cursor_ptr, entries_ptr, tokens_ptr, size, first_feature,
+                n_tokens, d_in, d_sae, stride_xb, stride_xd, stride_wd, stride_ws,
+                PRECISION, EVEN_D, BLOCK_B, BLOCK_S, BLOCK_D, GROUP_B,
+            )  # fmt: skip
 
 
 def _append(
@@ -113,8 +134,9 @@ def _append(
     x, W_enc = problem.x, problem.W_enc[:, start:end]
     d_in = x.shape[1]
     config = list_config(x, again=overflow is not None)
-    grid = (triton.cdiv(x.shape[0], config["BLOCK_B"]) * triton.cdiv(end - start, config["BLOCK_S"]),)
-    _batch_list_kernel[grid](
+    tiles = triton.cdiv(x.shape[0], config["BLOCK_B"]) * triton.cdiv(end - start, config["BLOCK_S"])
+    # where nothing overflowed, which is nearly always, few programs leave at once
+    _batch_list_kernel[(tiles if overflow is None else min(tiles, AGAIN_PROGRAMS),)](
         x_ptr=x,
         W_enc_ptr=W_enc,
         b_enc_ptr=problem.b_enc[start:end],
@@ -204,7 +226,7 @@ def encode_batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor
         k: At least 1.
 
     Returns:
-        Rows of any length, sorted by feature index; values fp32. The span of the last row takes in the unused places, and
+        Rows of any length, sorted by feature index; values fp32. The last row's offsets take in the unused places, and
         `row_counts` tells where it ends.
 
     Raises:

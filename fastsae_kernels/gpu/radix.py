@@ -76,11 +76,21 @@ def _descend(hists_ptr, places, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _digit(bits, prefix, LEVEL: tl.constexpr):
-    """`(digit, shares)`: the bin of this level, and whether the bits before it are those of the prefix."""
+def _histogram(bits, mask, prefix, LEVEL: tl.constexpr):
+    """`[2048]`: how many of `[n]` values that share the leading bits found so far have each digit of this level."""
     if LEVEL == 0:
-        return bits >> 20, bits >= 0
-    return (bits >> (20 - 10 * LEVEL)) & 1023, (bits >> (30 - 10 * LEVEL)) == (prefix >> (30 - 10 * LEVEL))
+        return tl.histogram(bits >> 20, 2048, mask=mask)
+    else:
+        shares = (bits >> (30 - 10 * LEVEL)) == (prefix >> (30 - 10 * LEVEL))
+        return tl.histogram((bits >> (20 - 10 * LEVEL)) & 1023, 2048, mask=mask & shares)
+
+
+@triton.jit
+def _add_histogram(hists_ptr, hist, LEVEL: tl.constexpr):
+    """Adds a program's histogram to that of the level; the pass over equal values has none."""
+    if LEVEL < 3:
+        bins = tl.arange(0, 2048)
+        tl.atomic_add(hists_ptr + LEVEL * 2048 + bins, hist.to(tl.int64), mask=hist > 0, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["places", "size"])
@@ -110,14 +120,11 @@ def _buffer_histogram_kernel(
         mask = offs < count
         bits = value_bits(entry_value(tl.load(entries_ptr + offs, mask=mask, other=0)))
         if LEVEL < 3:
-            digit, shares = _digit(bits, prefix, LEVEL)
-            hist += tl.histogram(digit, 2048, mask=mask & shares)
+            hist += _histogram(bits, mask, prefix, LEVEL)
         else:
             tie = mask & (bits == prefix)
             tl.atomic_add(ties_ptr + tl.load(tokens_ptr + offs, mask=tie, other=0), 1, mask=tie, sem="relaxed")
-    if LEVEL < 3:
-        bins = tl.arange(0, 2048)
-        tl.atomic_add(hists_ptr + LEVEL * 2048 + bins, hist.to(tl.int64), mask=hist > 0, sem="relaxed")
+    _add_histogram(hists_ptr, hist, LEVEL)
 
 
 @triton.jit(do_not_specialize=["places", "size", "n_tokens"])
@@ -165,15 +172,12 @@ def _tile_histogram_kernel(
         )  # fmt: skip
         mask = (bits > 0) & (offs_b < n_tokens)[:, None]
         if LEVEL < 3:
-            digit, shares = _digit(bits, prefix, LEVEL)
-            flat = tl.reshape(digit, (BLOCK_B * BLOCK_S,))
-            hist += tl.histogram(flat, 2048, mask=tl.reshape(mask & shares, (BLOCK_B * BLOCK_S,)))
+            flat = tl.reshape(bits, (BLOCK_B * BLOCK_S,))
+            hist += _histogram(flat, tl.reshape(mask, (BLOCK_B * BLOCK_S,)), prefix, LEVEL)
         else:
             ties = tl.sum((mask & (bits == prefix)).to(tl.int32), 1)
             tl.atomic_add(ties_ptr + rows, ties.to(tl.int64), mask=ties > 0, sem="relaxed")
-    if LEVEL < 3:
-        bins = tl.arange(0, 2048)
-        tl.atomic_add(hists_ptr + LEVEL * 2048 + bins, hist.to(tl.int64), mask=hist > 0, sem="relaxed")
+    _add_histogram(hists_ptr, hist, LEVEL)
 
 
 @triton.jit(do_not_specialize=["places", "size", "n_tokens"])

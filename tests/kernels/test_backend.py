@@ -37,22 +37,22 @@ def test_cpu_tensors_run_on_the_cpu_unless_told_otherwise() -> None:
 
 
 def test_rows_on_a_cpu_hold_what_is_sparse_and_everything_where_it_is_forced() -> None:
-    assert choose(inputs(), SPEC, None) == ("cpu", int(MAX_DENSITY["cpu"] * D_SAE) + 1)
-    assert choose(inputs(), SPEC, DENSE) == ("dense", 1)
+    assert choose(inputs(), SPEC, None) == ("cpu", (D_SAE, int(MAX_DENSITY["cpu"] * D_SAE) + 1))
+    assert choose(inputs(), SPEC, DENSE) == ("dense", DENSE)
     with use_backend("cpu"):
-        assert choose(inputs(), SPEC, None) == ("cpu", D_SAE)
+        assert choose(inputs(), SPEC, None) == ("cpu", (D_SAE, D_SAE))
 
 
 def test_a_gpu_takes_the_dense_backend_until_activity_is_known_to_be_sparse() -> None:
     pytest.importorskip("triton")
     hint, on_gpu = ActivityHint(), inputs("meta")
-    assert choose(on_gpu, SPEC, hint) == ("dense", 1)
+    assert choose(on_gpu, SPEC, hint) == ("dense", DENSE)
     assert choose(on_gpu, AutoencodeSpec(k=5), hint) == ("triton", ActivityHint.UNKNOWN)  # a rank needs all features
     with use_backend("triton"):
         assert choose(on_gpu, SPEC, hint) == ("triton", ActivityHint.UNKNOWN)
     hint.update(torch.full((8,), 20), D_SAE)
-    assert choose(on_gpu, SPEC, hint) == ("triton", 64)
-    assert choose(on_gpu, SPEC, DENSE) == ("dense", 1)
+    assert choose(on_gpu, SPEC, hint) == ("triton", (32, 32))
+    assert choose(on_gpu, SPEC, DENSE) == ("dense", DENSE)
     assert choose(on_gpu, SPEC, None) == ("triton", ActivityHint.UNKNOWN)
 
 
@@ -82,14 +82,14 @@ def test_hint_starts_dense_and_follows_activity() -> None:
         assert hint.is_dense(10_000, "cuda") is expected
 
 
-def test_capacity_is_a_power_of_two_with_headroom() -> None:
+def test_capacity_of_a_row_is_a_power_of_two_with_headroom() -> None:
     hint = ActivityHint()
-    assert hint.capacity(10_000) == 256  # nothing is known
+    assert hint.capacity(10_000) == (256, 256)  # nothing is known
     hint.update(torch.tensor([10, 60]), D_SAE)
-    assert hint.capacity(10_000) == 128
-    assert hint.capacity(100) == 100
+    assert hint.capacity(10_000) == (128, 64)
+    assert hint.capacity(100) == (100, 64)
     hint.update(torch.zeros(0), D_SAE)
-    assert hint.capacity(10_000) == 128
+    assert hint.capacity(10_000) == (128, 64)
 
 
 class Counts(torch.Tensor):

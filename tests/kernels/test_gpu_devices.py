@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastsae_kernels import AutoencodeSpec
-from fastsae_kernels.types import AutoencodeNeeds, OutputGrads, PassInputs
+from fastsae_kernels.types import AutoencodeNeeds, Capacity, OutputGrads, PassInputs
 from fastsae_kernels.weight_gradients import WeightGradients
 
 pytestmark = needs_kernels
@@ -83,7 +83,7 @@ def passes(spec: AutoencodeSpec, d_in: int, dtype: torch.dtype) -> tuple[PassInp
 
     x, W_enc, W_dec = empty(N, d_in, dtype=dtype), empty(D_SAE, d_in, dtype=dtype).t(), empty(D_SAE, d_in, dtype=dtype)
     inputs = PassInputs(x, W_enc, empty(D_SAE, dtype=dtype), empty(D_SAE), W_dec, empty(d_in, dtype=dtype), target=x)
-    output, kept = gpu.forward(inputs, spec, 32)
+    output, kept = gpu.forward(inputs, spec, Capacity(32, 32))
     grads = OutputGrads(output.sae_out, empty(N), empty(N))
     collected = WeightGradients(W_enc, W_dec)
     for into in (None, collected):

@@ -12,7 +12,7 @@ from gpu_helpers import DEVICE, FEW_PROGRAMS, needs_kernels, run
 
 import fastsae_kernels as kernels
 from fastsae_kernels import AutoencodeSpec, SparseActs, reference
-from fastsae_kernels.types import AutoencodeNeeds, OutputGrads, PassInputs
+from fastsae_kernels.types import AutoencodeNeeds, Capacity, OutputGrads, PassInputs
 
 pytestmark = needs_kernels
 
@@ -133,7 +133,7 @@ def test_training_pass_never_synchronises() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         inputs = PassInputs(*tensors)  # type: ignore[arg-type]
-        _, kept = gpu.forward(inputs, problem.spec, 16)
+        _, kept = gpu.forward(inputs, problem.spec, Capacity(16, 16))
         gpu.backward(inputs, kept, problem.spec, OutputGrads(grad_out, None, grad_penalty), AutoencodeNeeds())
     finally:
         torch.cuda.set_sync_debug_mode("default")

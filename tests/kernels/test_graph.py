@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import fastsae_kernels as kernels
 from fastsae_kernels import ActivityHint, AutoencodeSpec
 from fastsae_kernels.activity import DENSE
+from fastsae_kernels.types import Capacity
 
 SPECS = {
     name: problems.SPECS[name] for name in ("l0", "tanh, ste to input", "l1", "top-5 of everything", "batch top-3")
@@ -24,8 +25,8 @@ SPECS = {
 CAPACITY = ActivityHint.UNKNOWN
 
 
-def arguments(problem: problems.Problem, capacity: int, target: torch.Tensor | None = None) -> tuple[Any, ...]:
-    return (*problems.leaves(problem), target, *dataclasses.astuple(problem.spec), capacity, 0)
+def arguments(problem: problems.Problem, capacity: Capacity, target: torch.Tensor | None = None) -> tuple[Any, ...]:
+    return (*problems.leaves(problem), target, *dataclasses.astuple(problem.spec), *capacity, 0)
 
 
 def compiled(function: Callable) -> Callable:
@@ -58,7 +59,7 @@ def deterministic() -> Iterator[None]:
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("capacity", [CAPACITY, DENSE], ids=["by activity", "dense"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_opcheck_autoencode(spec: AutoencodeSpec, capacity: int) -> None:
+def test_opcheck_autoencode(spec: AutoencodeSpec, capacity: Capacity) -> None:
     if capacity == DENSE and spec.k is not None:
         pytest.skip("a token's rank needs all features at once")
     problem = problems.make(9, 8, 60, spec=spec, with_scale=spec.penalty != "l0")
@@ -97,7 +98,7 @@ def test_whole_graph_on_hostile_inputs(name: str) -> None:
 @needs_kernels
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_whole_graph_on_the_triton_backend(spec: AutoencodeSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ActivityHint, "UNKNOWN", 4)  # most rows overflow
+    monkeypatch.setattr(ActivityHint, "UNKNOWN", Capacity(4, 4))  # most rows overflow
     problem = problems.make(9, 20, 43, spec=spec, density=0.2, with_scale=spec.penalty != "l0")
     with kernels.use_backend("triton"), few_programs_here():
         problems.assert_matches(run_compiled(problem, DEVICE), problem)
@@ -145,7 +146,7 @@ def test_inside_checkpoint(whole_graph: bool, use_reentrant: bool) -> None:
     def forward(*tensors: torch.Tensor) -> torch.Tensor:
         if not whole_graph:
             return kernels.autoencode(*tensors, spec=p.spec).sae_out
-        inputs = (*tensors, None, None, *dataclasses.astuple(p.spec), CAPACITY, 0)
+        inputs = (*tensors, None, None, *dataclasses.astuple(p.spec), *CAPACITY, 0)
         return torch.ops.fastsae.autoencode(*inputs)[0]
 
     grads = []
