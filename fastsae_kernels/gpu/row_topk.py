@@ -99,7 +99,7 @@ def list_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int
     counts = cursors - starts
     if capacity < d_sae and n_tokens > 0:
         resolve_overflow_topk(x, W_enc, b_enc, threshold, counts, entries, capacity, k, only_active)
-    if only_active:  # there are only active entries, so k places hold whatever a row keeps
+    if only_active:  # there are only active entries, so k slots hold whatever a row keeps
         acts = topk.sort_rows(counts, entries, padded_offsets(n_tokens, k, device), (n_tokens, d_sae), k, n_tokens * k)
         return RowTopK(acts, None, counts)
     acts = topk.sort_rows(counts, entries, row_offsets, (n_tokens, d_sae), k)

@@ -40,7 +40,14 @@ class Bound:
     programs: int  # at once on one multiprocessor
 
 
-BOUNDS = (Bound("sm_90", "persistent_encode_kernel", {"BLOCK_S": 256, "l0_ptr": None}, epilogue=4500, programs=1),)
+ROW_OF_2304 = {"BLOCK_O1": 2048, "BLOCK_O2": 256, "PENALTY": "l0", "scale_ptr": None}
+BOUNDS = (
+    Bound("sm_90", "persistent_encode_kernel", {"BLOCK_S": 256, "l0_ptr": None}, epilogue=4500, programs=1),
+    Bound("sm_90", "decode_kernel", {"BLOCK_D": 512}, epilogue=600, programs=9),
+    Bound("sm_90", "fused_backward_kernel", {**ROW_OF_2304, "GATED": True, "x_ptr": None}, epilogue=550, programs=9),
+    Bound("sm_90", "fused_backward_kernel", {**ROW_OF_2304, "BLOCK_I1": 2048}, epilogue=830, programs=4),
+    Bound("sm_90", "sort_rows_kernel", {"BLOCK_K": 256, "K": 64}, epilogue=4200, programs=16),
+)
 
 
 @pytest.mark.parametrize("bound", BOUNDS, ids=lambda bound: f"{bound.arch}-{bound.kernel}")
