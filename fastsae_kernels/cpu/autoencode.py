@@ -7,7 +7,9 @@ from dataclasses import replace
 import torch
 
 from fastsae_kernels import dense
-from fastsae_kernels.cpu.backward import (
+from fastsae_kernels.cpu.decode import decode
+from fastsae_kernels.cpu.encode import encode
+from fastsae_kernels.cpu.gradients import (
     by_feature,
     count_segments,
     grad_input,
@@ -17,8 +19,6 @@ from fastsae_kernels.cpu.backward import (
     to_rows,
     weight_gradient,
 )
-from fastsae_kernels.cpu.decode import decode
-from fastsae_kernels.cpu.encode import encode
 from fastsae_kernels.loss_terms import gate_backward, penalty_slope, penalty_terms, subtract_target, weighted_sum
 from fastsae_kernels.types import (
     AutoencodeGrads,

@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae_kernels.gpu.backward import feature_gradients
 from fastsae_kernels.gpu.batch_topk import encode_batch_topk
 from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.decode import column_sums, decode_into, decode_rows, row_stats
 from fastsae_kernels.gpu.encode import encode as encode_active
 from fastsae_kernels.gpu.encode import list_all_entries, padded_offsets
 from fastsae_kernels.gpu.feature_sums import feature_order
+from fastsae_kernels.gpu.gradients import feature_gradients
 from fastsae_kernels.gpu.overflow import overflow_rows
 from fastsae_kernels.gpu.overflow_features import overflow_features
 from fastsae_kernels.gpu.row_topk import capacity_of, encode_topk, list_topk

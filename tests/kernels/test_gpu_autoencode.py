@@ -124,9 +124,9 @@ def test_non_contiguous_and_expanded_inputs() -> None:
 @pytest.mark.parametrize("capacity", [64, 2], ids=["fits", "overflows"])
 @pytest.mark.parametrize("spec", [SPECS["tanh, ste to input"], SPECS["batch top-3"]], ids=["tanh", "batch top-3"])
 def test_rows_longer_than_a_program_holds(spec: AutoencodeSpec, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastsae_kernels.gpu import backward, fused_backward
+    from fastsae_kernels.gpu import fused_backward, gradients
 
-    monkeypatch.setattr(backward, "MAX_DEPTH", 8)
+    monkeypatch.setattr(gradients, "MAX_DEPTH", 8)
     monkeypatch.setattr(fused_backward, "MAX_DEPTH", 8)
     monkeypatch.setattr(fused_backward, "LONG_ROW_BLOCK", 8)
     problem = problems.make(9, 20, 43, spec=spec, density=0.2, with_scale=spec.penalty != "l0")

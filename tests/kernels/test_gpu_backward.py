@@ -72,7 +72,7 @@ def arguments(problem: problems.Problem, acts: SparseActs, row_length: int | Non
 
 
 def fused(problem: problems.Problem, acts: SparseActs, row_length: int | None = None, **options: Any) -> Any:
-    from fastsae_kernels.gpu.backward import feature_gradients
+    from fastsae_kernels.gpu.gradients import feature_gradients
 
     return feature_gradients(*arguments(problem, acts, row_length), **options)
 
@@ -355,9 +355,9 @@ def test_rows_longer_than_a_program_holds(
 ) -> None:
     """Rows of x, of W_dec or of both; long features among them."""
     from fastsae_kernels import gpu
-    from fastsae_kernels.gpu import backward, fused_backward
+    from fastsae_kernels.gpu import fused_backward, gradients
 
-    monkeypatch.setattr(backward, "MAX_DEPTH", 16)
+    monkeypatch.setattr(gradients, "MAX_DEPTH", 16)
     monkeypatch.setattr(fused_backward, "MAX_DEPTH", 16)
     monkeypatch.setattr(fused_backward, "LONG_ROW_BLOCK", 16)
     listed = features_with(COUNTS, 26)
@@ -380,7 +380,7 @@ def test_slots_take_less_than_2_percent_of_the_dense_tensor(monkeypatch: pytest.
     """Counted on tensors without data, on which any wait for the device would fail."""
     from triton.runtime.jit import KernelInterface
 
-    from fastsae_kernels.gpu import backward, config
+    from fastsae_kernels.gpu import config, gradients
     from fastsae_kernels.gpu.feature_sums import FeatureOrder
 
     launched: list[dict[str, Any]] = []
@@ -395,7 +395,7 @@ def test_slots_take_less_than_2_percent_of_the_dense_tensor(monkeypatch: pytest.
     order = FeatureOrder(meta(d_sae + 1, dtype=torch.int64), meta(nnz, dtype=torch.int64), None, row_length)
     x, W_dec = meta(n_tokens, d_in, dtype=torch.bfloat16), meta(d_sae, d_in, dtype=torch.bfloat16)
     with config.override("sm_90"):
-        backward.feature_gradients(
+        gradients.feature_gradients(
             order, meta(nnz), x, W_dec, x, meta(n_tokens), meta(d_sae), None, AutoencodeSpec(k=64)
         )
     slots = [tensor for name, tensor in launched[0].items() if name.startswith("slots") and tensor is not None]

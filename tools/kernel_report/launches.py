@@ -158,8 +158,8 @@ def _train(dtype: torch.dtype) -> None:
 
 def _backward(dtype: torch.dtype) -> None:
     """Launch the fused backward, with and without long ones and all that is optional."""
-    from fastsae_kernels.gpu.backward import feature_gradients
     from fastsae_kernels.gpu.feature_sums import FeatureOrder
+    from fastsae_kernels.gpu.gradients import feature_gradients
 
     nnz = N_TOKENS * 128
     offsets, entries = _empty(D_SAE + 1, dtype=torch.int64), _empty(nnz, dtype=torch.int64)
