@@ -1,7 +1,7 @@
 .PHONY: check lint format imports types test test-slow test-package test-shuffle test-ttsem stale bench bench-full bench-quick
 .PHONY: bench-gpu bench-compare report report-matrix
 
-check: lint imports types stale test-package test  ## what CI runs
+check: lint imports types stale test-package test  ## what CI runs, but for the checks of the GPU kernels below
 
 lint:
 	ruff check .
