@@ -193,6 +193,8 @@ def _feature_visit_kernel(
                 enc_2 += tl.sum(grad_hidden_pre[:, None] * x_2, 0)
         entry, value = next_entry, next_value
 
+    # once: where each branch sums for itself, Triton 3.8 dies in LLVM's SLP vectoriser
+    b_enc, grad_threshold, grad_scale = tl.sum(b_enc_sum, 0), tl.sum(threshold_sum, 0), tl.sum(scale_sum, 0)
     if chunk_length_ptr is not None:  # noqa: SIM102 a compile-time branch must stand alone
         if is_chunk:
             if x_ptr is not None:
@@ -203,10 +205,10 @@ def _feature_visit_kernel(
                     store_row(slots_dec_ptr, slot, o_2, d_out, dec_2)
                 if BLOCK_I2 > 0:
                     store_row(slots_enc_ptr, slot, i_2, d_in, enc_2)
-            tl.store(slots_scalar_ptr + pid, tl.sum(b_enc_sum, 0))
-            tl.store(slots_scalar_ptr + n_slots + pid, tl.sum(threshold_sum, 0))
+            tl.store(slots_scalar_ptr + pid, b_enc)
+            tl.store(slots_scalar_ptr + n_slots + pid, grad_threshold)
             if grad_scale_ptr is not None:
-                tl.store(slots_scalar_ptr + 2 * n_slots + pid, tl.sum(scale_sum, 0))
+                tl.store(slots_scalar_ptr + 2 * n_slots + pid, grad_scale)
             return
     if x_ptr is not None:
         store_row(grad_W_dec_ptr, feature, o_1, d_out, dec_1)
@@ -215,10 +217,10 @@ def _feature_visit_kernel(
             store_row(grad_W_dec_ptr, feature, o_2, d_out, dec_2)
         if BLOCK_I2 > 0:
             store_row(grad_W_enc_ptr, feature, i_2, d_in, enc_2)
-    tl.store(grad_b_enc_ptr + feature, tl.sum(b_enc_sum, 0))
-    tl.store(grad_threshold_ptr + feature, tl.sum(threshold_sum, 0))
+    tl.store(grad_b_enc_ptr + feature, b_enc)
+    tl.store(grad_threshold_ptr + feature, grad_threshold)
     if grad_scale_ptr is not None:
-        tl.store(grad_scale_ptr + feature, tl.sum(scale_sum, 0))
+        tl.store(grad_scale_ptr + feature, grad_scale)
 
 
 def _pieces(depth: int) -> tuple[int, int]:
