@@ -4,7 +4,7 @@
         if (reason := peer.why_not()) is None:                  # imports the peer; `not_installed` does not
             made = peer(parameters(shape), shape)
             made.loss_and_backward(x), made.train_step(x), made.encode(x), made.reconstruct(x)
-            ours = peer.counterpart(parameters(shape), shape)   # the same methods
+            mine = peer.ours(parameters(shape), shape)   # the same methods
 
 Only public code of the peers is called, none of it is repeated here. Take one object per measurement: a step changes its
 weights, and its optimiser may keep the gradients. Nothing goes online: they are imported with the Hugging Face Hub and wandb
@@ -27,28 +27,30 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count, repeat
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contestants import (
+from benchmarks.adapters import (
     LINEAR_ENCODER,
     LR,
     MANY_STEPS,
     SAME_NAMES,
     WITH_THRESHOLD,
-    Contestant,
+    Adapter,
     Expected,
     Fused,
     Parameters,
+    check,
     squared_error,
 )
-from benchmarks.shapes import BANDWIDTH, DEVICE, Shape
+from benchmarks.harness import Call, Provider
+from benchmarks.shapes import BANDWIDTH, DEVICE, HEADLINE, Shape, parameters, tokens
 from fastsae_kernels import reference
 
 
@@ -91,7 +93,7 @@ def _import_failure(module: str) -> str | None:
     return None
 
 
-class Peer(Contestant):
+class Peer(Adapter):
     """A library's SAE of an architecture."""
 
     package: ClassVar[str]
@@ -120,7 +122,7 @@ class Peer(Contestant):
         return failure and f"{cls.package} {cls.version()} cannot be imported ({failure})"
 
     @classmethod
-    def counterpart(cls, parameters: Parameters, shape: Shape, **options: Any) -> Fused:
+    def ours(cls, parameters: Parameters, shape: Shape, **options: Any) -> Fused:
         """The same architecture of ours, whose step does the same: clipping and unit norm as the peer's."""
         return Fused(cls.architecture, cls.adam, parameters, shape, **options)
 
@@ -345,3 +347,33 @@ PEERS: tuple[type[Peer], ...] = (
     SparsifyTopKAdam,
     DictionaryLearningTopK,
 )
+
+# peers take as long as dense PyTorch, and their check with fp64 longer
+PEER_SHAPES = {"cpu": (HEADLINE, "demo"), "cuda": ("gpt2-small x32", "gemma-2-2b 16k")}[DEVICE]
+Action = Literal["loss_and_backward", "train_step", "reconstruct"]
+
+
+def _make(adapter: Callable[..., Adapter], shape: Shape, action: Action) -> Call:
+    return partial(getattr(adapter(parameters(shape), shape), action), tokens(shape))
+
+
+def _provider(adapter: Callable[..., Adapter], shape: Shape, action: Action, skip: Any = None) -> Provider:
+    checks = partial(check, adapter, shape, training=action != "reconstruct")
+    return Provider(partial(_make, adapter, shape, action), checks, "fp32", skip)
+
+
+def _label(peer: type[Peer]) -> str:
+    """The name, and the version where there is one."""
+    package, comma, option = peer.name.partition(", ")
+    return peer.name if peer.not_installed() else f"{package} {peer.version()}{comma}{option}"
+
+
+def peer_providers(shape: Shape, architecture: str, action: Action) -> dict[str, Provider]:
+    """Returns every peer that has the architecture, skipped with a reason where it is not installed."""
+    found = [peer for peer in PEERS if peer.architecture == architecture]
+    return {_label(peer): _provider(peer, shape, action, peer.why_not) for peer in found}
+
+
+def our_provider(shape: Shape, architecture: str, action: Action) -> Provider:
+    """Returns ours, with the options of the first such peer."""
+    return _provider(next(peer for peer in PEERS if peer.architecture == architecture).ours, shape, action)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastsae_kernels as kernels
-from benchmarks.floor import Work
+from benchmarks.floor import Work, gathered_bytes
 from benchmarks.harness import Call, Case, Provider, cases_and_providers
 from benchmarks.shapes import DEVICE, HEADLINE, SHAPES, Shape
 from fastsae_kernels import SparseActs
@@ -82,7 +82,8 @@ def check(name: str, s: Shape, dtype: torch.dtype) -> tuple[float, float]:
 
 def work(s: Shape, dtype: str) -> Work:
     """Every decoder row is read once at least, every row of the result written."""
-    return Work(0, dtype, (s.d_sae + s.n_tokens) * s.d_in * DTYPES[dtype].itemsize + s.n_tokens * s.l0 * 8)
+    n_bytes = (s.d_sae + s.n_tokens) * s.d_in * DTYPES[dtype].itemsize + s.n_tokens * s.l0 * 8
+    return Work(0, dtype, n_bytes, gathered_bytes(s, dtype, 1))
 
 
 def case(shape_name: str, dtype: str) -> Case:

@@ -6,10 +6,10 @@ from functools import partial
 
 import torch
 
-from benchmarks.dense import SPEC
+from benchmarks.baselines import SPEC
 from benchmarks.floor import encode_work
 from benchmarks.harness import Call, Case, Provider, cases_and_providers
-from benchmarks.peer_providers import counterpart, peer_providers
+from benchmarks.peers import our_provider, peer_providers
 from benchmarks.shapes import DEVICE, SHAPES, Shape, parameters, tokens
 from fastsae_kernels import reference
 
@@ -25,7 +25,7 @@ def case(shape_name: str) -> Case:
     providers = {
         "dense eager fp32": Provider(partial(dense, shape), dtype="fp32"),
         **peer_providers(shape, "jumprelu", "reconstruct"),
-        "fused fp32": counterpart(shape, "jumprelu", "reconstruct"),
+        "fused fp32": our_provider(shape, "jumprelu", "reconstruct"),
     }
     return Case("inference", shape_name, shape, providers, work=partial(encode_work, shape))
 

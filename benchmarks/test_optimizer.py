@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from benchmarks.dense import L0_COEFFICIENT, relative_errors, worst
+from benchmarks.baselines import L0_COEFFICIENT, relative_errors, worst
 from benchmarks.floor import step_work
 from benchmarks.harness import Case, Provider, cases_and_providers
 from benchmarks.shapes import DEVICE, HEADLINE, SHAPES, Shape, tokens

@@ -6,7 +6,7 @@ from functools import partial
 
 from benchmarks.floor import step_work
 from benchmarks.harness import Case, cases_and_providers
-from benchmarks.peer_providers import Action, counterpart, peer_providers
+from benchmarks.peers import Action, our_provider, peer_providers
 from benchmarks.shapes import DEVICE, SHAPES
 
 TOPK_SHAPES = {"cpu": ("demo", "pythia-70m"), "cuda": ("gpt2-small x32", "gemma-2-2b 16k")}[DEVICE]
@@ -17,7 +17,7 @@ def case(operation: str, shape_name: str) -> Case:
     shape, action = SHAPES[shape_name], ACTIONS[operation]
     peers = peer_providers(shape, "topk", action)
     work = partial(step_work, shape, adam="step" in action)
-    return Case(operation, shape_name, shape, peers | {"fused fp32": counterpart(shape, "topk", action)}, work=work)
+    return Case(operation, shape_name, shape, peers | {"fused fp32": our_provider(shape, "topk", action)}, work=work)
 
 
 CASES = [case("whole step, TopK", shape_name) for shape_name in TOPK_SHAPES]

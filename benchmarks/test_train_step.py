@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastsae_kernels as kernels
-from benchmarks.dense import (
+from benchmarks.baselines import (
     L0_COEFFICIENT,
     SPEC,
     Loss,

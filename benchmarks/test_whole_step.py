@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from benchmarks.dense import (
+from benchmarks.baselines import (
     L0_COEFFICIENT,
     SPEC,
     checked,
@@ -27,7 +27,7 @@ from benchmarks.dense import (
 )
 from benchmarks.floor import step_work
 from benchmarks.harness import Call, Case, Provider, cases_and_providers
-from benchmarks.peer_providers import PEER_SHAPES, peer_providers
+from benchmarks.peers import PEER_SHAPES, peer_providers
 from benchmarks.shapes import BANDWIDTH, DEVICE, HEADLINE, SHAPES, Shape, parameters, tokens, too_large
 from fastsae import FusedJumpReLUSAE, FusedSAEAdam
 from fastsae_kernels import reference

@@ -1,4 +1,4 @@
-"""An SAE with given weights and what is timed or compared of it: the interface of ours and of the peers, and their gate."""
+"""An SAE with given weights and what is timed or compared of it: the interface of ours and of the peers, and their check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.dense import L0_COEFFICIENT, SPEC, checked, clear_tokens, in_fp64, relative_errors, worst
+from benchmarks.baselines import L0_COEFFICIENT, SPEC, checked, clear_tokens, in_fp64, relative_errors, worst
 from benchmarks.shapes import BANDWIDTH, DEVICE, Shape, parameters
 from fastsae import FusedJumpReLUSAE, FusedSAEAdam, FusedTopKSAE, SparseAutoencoder
 from fastsae_kernels import reference
@@ -35,14 +35,14 @@ def squared_error(sae_out: Tensor, x: Tensor) -> Tensor:
     return (sae_out - x).square().sum(-1).mean()
 
 
-class Contestant(ABC):
+class Adapter(ABC):
     """An SAE with given weights, in their dtype, and everything that is timed or compared of it.
 
     Args:
-        parameters: As of `benchmarks.shapes.parameters`; copied.
-        shape: Whose L0 is `k` for TopK.
-        l0_coefficient: Of JumpReLU's penalty.
-        bf16: Run under bf16 autocast, the way the peer's trainer does.
+        parameters: The weights, as `benchmarks.shapes.parameters` names them; they are copied.
+        shape: The shape, whose L0 is `k` for TopK.
+        l0_coefficient: The factor of JumpReLU's penalty.
+        bf16: Whether it runs under bf16 autocast, the way the peer's trainer does.
     """
 
     name: ClassVar[str]
@@ -133,8 +133,8 @@ LINEAR_ENCODER = {"W_enc": "encoder.weight.T", "b_enc": "encoder.bias"}
 WITH_THRESHOLD = {**SAME_NAMES, "threshold": "threshold"}
 
 
-class Fused(Contestant):
-    """Our SAE of an architecture with `FusedSAEAdam`; made by `Peer.counterpart`."""
+class Fused(Adapter):
+    """Our SAE of an architecture with `FusedSAEAdam`; made by `Peer.ours`."""
 
     name = "fused"
 
@@ -172,40 +172,26 @@ class Fused(Contestant):
         return step
 
 
-def expected(contestant: Contestant, x: Tensor, p: Parameters) -> Parameters:
-    """`acts`, `sae_out` and each gradient by name, as `reference` has them."""
+def expected(adapter: Adapter, x: Tensor, p: Parameters) -> Parameters:
+    """Returns `acts`, `sae_out` and each gradient by name, as `reference` has them."""
     leaves = {name: p[name].detach().requires_grad_() for name in p}
-    result = contestant.reference(x, leaves)
-    grads = torch.autograd.grad(result.loss, [leaves[name] for name in contestant.names])
+    result = adapter.reference(x, leaves)
+    grads = torch.autograd.grad(result.loss, [leaves[name] for name in adapter.names])
     forward = {"acts": result.acts.detach(), "sae_out": result.sae_out.detach()}
-    return forward | dict(zip(contestant.names, grads, strict=True))
+    return forward | dict(zip(adapter.names, grads, strict=True))
 
 
-def computed(contestant: Contestant, x: Tensor) -> Parameters:
-    """The same of the contestant itself."""
-    return computed_at_inference(contestant, x) | computed_gradients(contestant, x)
-
-
-def computed_at_inference(contestant: Contestant, x: Tensor) -> Parameters:
-    return {"acts": contestant.densify(contestant.encode(x)), "sae_out": contestant.reconstruct(x)}
-
-
-def computed_gradients(contestant: Contestant, x: Tensor) -> Parameters:
-    """Scaled to be those of `reference`'s loss."""
-    scale = contestant.loss_scale(x)
-    return {name: grad * scale for name, grad in contestant.loss_and_backward(x).items()}
-
-
-def errors(got: Parameters, exact: Parameters) -> dict[str, float]:
-    return relative_errors({name: tensor.double() for name, tensor in got.items()}, exact)
+def computed(adapter: Adapter, x: Tensor, *, training: bool) -> Parameters:
+    """Returns the adapter's own gradients, scaled to be those of `reference`'s loss, or else its `acts` and `sae_out`."""
+    if not training:
+        return {"acts": adapter.densify(adapter.encode(x)), "sae_out": adapter.reconstruct(x)}
+    scale = adapter.loss_scale(x)
+    return {name: grad * scale for name, grad in adapter.loss_and_backward(x).items()}
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Tokens that can be compared, weights and what is expected of them, in fp64; and the errors of dense PyTorch.
-
-    Contestants with the same `reference` share it: in fp64 it takes longer than all of their checks.
-    """
+    """Tokens that can be compared, weights, and what is expected of them in fp64; and the errors of dense PyTorch."""
 
     x: Tensor
     p: Parameters
@@ -213,44 +199,46 @@ class Truth:
     eager_errors: dict[bool, dict[str, float]] = field(default_factory=dict)  # by whether it runs under bf16 autocast
 
 
-_TRUTHS: dict[tuple, Truth] = {}  # the last one: the next would not fit beside it
+_TRUTHS: dict[
+    tuple, Truth
+] = {}  # the last one, which takes longer than all checks that share it: the next would not fit beside it
 
 
-def _truth(contestant: Contestant, shape: Shape) -> Truth:
-    key = (type(contestant).reference, contestant.architecture, contestant.l0_coefficient, shape)
+def _truth(adapter: Adapter, shape: Shape) -> Truth:
+    key = (type(adapter).reference, adapter.architecture, adapter.l0_coefficient, shape)
     if key not in _TRUTHS:
         _TRUTHS.clear()
         x, p = in_fp64(shape)
-        x = x[clear_tokens(x, p, contestant.architecture, contestant.k)]
-        _TRUTHS[key] = Truth(x, p, expected(contestant, x, p))
+        x = x[clear_tokens(x, p, adapter.architecture, adapter.k)]
+        _TRUTHS[key] = Truth(x, p, expected(adapter, x, p))
     return _TRUTHS[key]
 
 
-def _eager_errors(contestant: Contestant, truth: Truth, bf16: bool) -> dict[str, float]:
+def _eager_errors(adapter: Adapter, truth: Truth, bf16: bool) -> dict[str, float]:
     if bf16 not in truth.eager_errors:
         with torch.autocast(DEVICE, torch.bfloat16, bf16):
-            eager = expected(contestant, truth.x.float(), {name: tensor.float() for name, tensor in truth.p.items()})
-        truth.eager_errors[bf16] = errors(eager, truth.exact)
+            eager = expected(adapter, truth.x.float(), {name: tensor.float() for name, tensor in truth.p.items()})
+        truth.eager_errors[bf16] = relative_errors(eager, truth.exact)
     return truth.eager_errors[bf16]
 
 
-def check(make: Callable[..., Contestant], shape: Shape, *, training: bool, bf16: bool = False) -> tuple[float, float]:
-    """The worst error against fp64, of gradients or of inference, and twice that of the dense eager `reference` in that dtype.
+def check(make: Callable[..., Adapter], shape: Shape, *, training: bool, bf16: bool = False) -> tuple[float, float]:
+    """Returns the worst error against fp64, and twice that of the dense eager `reference` in that dtype.
 
     Args:
-        make: A peer or its `counterpart`.
-        shape: Compared in part where it is large.
-        training: Gradients, or else activations and reconstruction.
-        bf16: Under autocast; a peer may be in bf16 without it, see `SparsifyTopK`.
+        make: A peer, or its `ours`.
+        shape: The shape, of which a part is compared where it is large.
+        training: Whether gradients are compared, or else activations and reconstruction.
+        bf16: Whether it runs under autocast; a peer may be in bf16 without it, see `SparsifyTopK`.
     """
     part = checked(shape)
-    contestant = make(parameters(part), part)
-    truth = _truth(contestant, part)
-    eager_errors = _eager_errors(contestant, truth, bf16 or (training and contestant.always_bf16))
-    contestant.bf16 = bf16
+    adapter = make(parameters(part), part)
+    truth = _truth(adapter, part)
+    eager_errors = _eager_errors(adapter, truth, bf16 or (training and adapter.always_bf16))
+    adapter.bf16 = bf16
     if training and DEVICE == "cuda":  # or our first pass would be dense, which is not what is timed
-        contestant.loss_and_backward(truth.x.float())
+        adapter.loss_and_backward(truth.x.float())
         torch.cuda.synchronize()
-    limits = {name: 2 * eager_errors[name] + FLOOR for name in (contestant.names if training else ("acts", "sae_out"))}
-    compute = computed_gradients if training else computed_at_inference
-    return worst(errors(compute(contestant, truth.x.float()), {name: truth.exact[name] for name in limits}), limits)
+    got = computed(adapter, truth.x.float(), training=training)
+    errors = relative_errors(got, {name: truth.exact[name] for name in got})
+    return worst(errors, {name: 2 * eager_errors[name] + FLOOR for name in got})
