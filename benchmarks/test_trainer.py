@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.harness import Call, Case, Provider, cases_and_providers
 from benchmarks.shapes import DEVICE, SHAPES, Shape, tokens
-from benchmarks.test_whole_step import make_sae
+from benchmarks.test_steps import make_sae
 from fastsae import FusedSAEAdam
 from fastsae.data.buffer import ActivationBatch
 from fastsae.train.config import TrainConfig

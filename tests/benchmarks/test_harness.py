@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastsae_kernels as kernels
-from benchmarks import floor, harness, outcome, test_encode, test_train_step, test_whole_step
+from benchmarks import floor, harness, outcome, test_encode, test_steps
 from benchmarks.floor import Work, step_work
 from benchmarks.harness import Case, Group, Provider
 from benchmarks.outcome import Outcome
@@ -30,7 +30,7 @@ FLOOR_S = Work.floor_s
 def soon_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "CALLS_S", 0.0)
     monkeypatch.setattr(Work, "floor_s", lambda self, with_gathers=False: 1e-6)
-    for cached in (test_train_step.exact_gradients, test_train_step.operands, test_train_step.eager_errors):
+    for cached in (test_steps.exact_gradients, test_steps.operands, test_steps.eager_pass_errors):
         cached.cache_clear()
 
 
@@ -46,7 +46,7 @@ def tiny(providers: dict[str, Provider]) -> Case:
 
 
 def step_case(*names: str) -> Case:
-    return Case("forward+backward", "tiny", SHAPE, {name: test_train_step.provider(name, SHAPE) for name in names})
+    return Case("forward+backward", "tiny", SHAPE, {name: test_steps.pass_provider(name, SHAPE) for name in names})
 
 
 def break_the_op(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
@@ -121,11 +121,10 @@ def test_the_floor_of_a_row_is_that_of_its_dtype(monkeypatch: pytest.MonkeyPatch
     assert gathers == pytest.approx({"fp32": gib / 4.3, "tf32": gib / 4.3, "bf16": gib / 8.6})
 
 
-@pytest.mark.parametrize("module", [test_whole_step, test_train_step], ids=lambda module: module.__name__)
-def test_rows_in_bf16_move_fewer_bytes(module: Any) -> None:
-    case = module.case("demo", SHAPES["demo"], *([module.LOSSES] if module is test_train_step else []))
-    fp32, bf16 = (case.row(f"fused {dtype}")["least_bytes"] for dtype in ("fp32", "bf16"))
-    assert 0 < bf16 < fp32
+def test_rows_in_bf16_move_fewer_bytes() -> None:
+    for case in (test_steps.step_case("whole step", "demo"), test_steps.pass_case("demo", SHAPES["demo"])):
+        fp32, bf16 = (case.row(f"fused {dtype}")["least_bytes"] for dtype in ("fp32", "bf16"))
+        assert 0 < bf16 < fp32
 
 
 def test_a_test_reports_the_calls_of_its_group(benchmark: Any) -> None:
@@ -382,7 +381,7 @@ def test_a_shape_that_was_compiled_is_not_compiled_again() -> None:
     with torch._dynamo.config.patch(recompile_limit=2):  # each compilation takes seconds
         shapes = [Shape(n_tokens=8 + n, d_in=4, d_sae=16, l0=4) for n in range(4)]  # more than PyTorch allows by itself
         name = "dense compiled fp32"
-        groups = [Group(tiny({name: test_train_step.provider(name, shape)})) for shape in shapes]
+        groups = [Group(tiny({name: test_steps.pass_provider(name, shape)})) for shape in shapes]
         for group in groups:
             group.measure()
         compiled = counters["stats"]["unique_graphs"]
