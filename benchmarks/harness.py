@@ -100,15 +100,14 @@ class Case:
 
     def row(self, provider: str) -> dict[str, Any]:
         """Returns what a result file says of a provider before it is timed."""
-        s, work = self.shape, self.work_of(provider)
+        s = self.shape
         return {
             "operation": self.operation, "group": self.group, "shape": self.shape_name, "is_cut": s.is_cut,
             "n_tokens": s.n_tokens, "d_in": s.d_in, "d_sae": s.d_sae, "l0": s.l0, "x": self.x,
             "dtype": self.providers[provider].dtype or self.dtype, "provider": provider,
             "baseline": next(iter(self.providers)), "status": "ok", "reason": None, "error": None, "error_limit": None,
             "median_s": None, "iqr_s": None, "allocator": None, "other_median_s": None, "rounds": 0, "calls": 0,
-            "speedup": None, "speedup_iqr": None, "peak_mib": None, "least_bytes": work.n_bytes if work else None,
-            "floor_s": None, "gather_floor_s": None, "clock_mhz": None,
+            "speedup": None, "speedup_iqr": None, "peak_mib": None, "floor_s": None, "gather_floor_s": None, "clock_mhz": None,
         }  # fmt: skip
 
 

@@ -50,7 +50,6 @@ class Row:
     other_median_s: float | None = None  # under the other setting
     speedup: float | None = None  # over the baseline: median of the rounds' ratios
     peak_mib: float | None = None
-    least_bytes: float | None = None
     floor_s: float | None = None
     gather_floor_s: float | None = None
     clock_mhz: float | None = None  # after the group

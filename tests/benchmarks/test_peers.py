@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import adapters, peers
-from benchmarks.adapters import Adapter, Parameters
-from benchmarks.baselines import clear_tokens, relative_errors
+from benchmarks.adapters import Adapter
+from benchmarks.baselines import Parameters, clear_tokens, relative_errors
 from benchmarks.peers import PEERS, Peer
 from benchmarks.shapes import DEVICE, Shape
 
@@ -79,14 +79,10 @@ def test_numbers_are_those_of_the_reference(peer: type[Peer], side: str) -> None
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_the_check_lets_it_through(peer: type[Peer], bf16: bool, training: bool) -> None:
-    # in bf16 many features are chosen otherwise; enough tokens that both flip as often
-    shape = Shape(n_tokens=512, d_in=32, d_sae=256, l0=16)
-    error, limit = adapters.check(peer, shape, training=training, bf16=bf16)
+def test_the_check_lets_it_through(peer: type[Peer], training: bool) -> None:
+    error, limit = adapters.check(peer, SHAPE, training=training)
     assert 0 < error <= limit
-    if not bf16 and DEVICE == "cpu":
-        assert limit < TOLERANCE
+    assert limit < TOLERANCE or DEVICE == "cuda"
 
 
 def test_the_check_fails_where_the_numbers_are_wrong(peer: type[Peer]) -> None:
@@ -99,10 +95,9 @@ def test_the_check_fails_where_the_numbers_are_wrong(peer: type[Peer]) -> None:
 
 
 @pytest.mark.parametrize("side", ["peer", "ours"])
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_a_step_changes_all_weights(peer: type[Peer], bf16: bool, side: str) -> None:
+def test_a_step_changes_all_weights(peer: type[Peer], side: str) -> None:
     x, p = problem()
-    made = (peer if side == "peer" else peer.ours)(p, SHAPE, bf16=bf16)
+    made = (peer if side == "peer" else peer.ours)(p, SHAPE)
     for _ in range(3):
         made.train_step(x)
     for name, tensor in made.weights().items():
