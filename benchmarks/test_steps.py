@@ -34,10 +34,11 @@ from benchmarks.baselines import (
 from benchmarks.floor import step_work
 from benchmarks.harness import Call, Case, Prepared, Provider, cases_and_providers
 from benchmarks.peers import PEER_SHAPES, peer_providers
-from benchmarks.shapes import BANDWIDTH, DEVICE, EARLY_SHAPES, HEADLINE, SHAPES, Shape, parameters, tokens, too_large
+from benchmarks.shapes import DEVICE, EARLY_SHAPES, HEADLINE, SHAPES, Shape, parameters, tokens, too_large
+from benchmarks.steps import MAX_GRAD_NORM, Step, fused_step, make_sae, plain_step
 from fastsae import FusedJumpReLUSAE, FusedSAEAdam
 
-LR, MAX_GRAD_NORM = 1e-4, 1.0
+LR = 1e-4
 SUM_ROUNDING = 2e-6  # of a relative error: sums over 4,096 tokens in another order
 SIGN_ROUNDING = (
     1e-3  # of a change of parameters: the first step of Adam is the sign of the gradient, however small that is
@@ -185,65 +186,20 @@ def test_scaling(timed, case: Case, provider: str) -> None:  # type: ignore[no-u
 
 # ---- whole steps
 
-Step = Callable[[Tensor], None]
 MakeStep = Callable[[FusedJumpReLUSAE], Step]
-
-
-def make_sae(shape: Shape) -> FusedJumpReLUSAE:
-    sae = FusedJumpReLUSAE(shape.d_in, shape.d_sae, BANDWIDTH, device=DEVICE)
-    sae.load_state_dict({name: tensor.detach() for name, tensor in parameters(shape).items()})
-    return sae
-
-
-def plain_step(
-    sae: FusedJumpReLUSAE,
-    forward: Callable[[Tensor], Tensor],
-    optimizer: torch.optim.Optimizer | None = None,
-    clipped: bool = False,
-) -> Step:
-    """Returns a step that finds gradients in `.grad`.
-
-    Args:
-        sae: The SAE that it trains.
-        forward: Returns the loss.
-        optimizer: The optimiser; by default `torch.optim.Adam`.
-        clipped: Whether projection, clipping and unit norm are done around it, as one writes them.
-    """
-    adam = optimizer or torch.optim.Adam(sae.parameters(), lr=LR, fused=True)
-
-    def step(x: Tensor) -> None:
-        adam.zero_grad()
-        forward(x).backward()
-        if clipped:
-            assert sae.W_dec.grad is not None
-            with torch.no_grad():
-                sae.W_dec.grad -= (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), MAX_GRAD_NORM)
-        adam.step()
-        if clipped:
-            sae.normalize_decoder_()
-
-    return step
 
 
 def dense_step(loss: Loss, clipped: bool, sae: FusedJumpReLUSAE) -> Step:
     p = {name: getattr(sae, name) for name in ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")}
-    return plain_step(sae, lambda x: loss(x, p), clipped=clipped)
+    return plain_step(sae, lambda x: loss(x, p), torch_adam(sae), clipped)
 
 
 def our_loss(sae: FusedJumpReLUSAE) -> Callable[[Tensor], Tensor]:
     return lambda x: sae.training_forward(x, L0_COEFFICIENT).loss
 
 
-def fused_step(sae: FusedJumpReLUSAE, optimizer: FusedSAEAdam, in_dtype: Callable = lambda function: function) -> Step:
-    forward = in_dtype(our_loss(sae))
-
-    def step(x: Tensor) -> None:
-        optimizer.zero_grad()
-        optimizer.backward(forward(x))
-        optimizer.step()
-
-    return step
+def torch_adam(sae: FusedJumpReLUSAE) -> torch.optim.Adam:
+    return torch.optim.Adam(sae.parameters(), lr=LR, fused=True)
 
 
 def adam_of(sae: FusedJumpReLUSAE, clipped: bool = False) -> FusedSAEAdam:
@@ -254,14 +210,13 @@ def adam_of(sae: FusedJumpReLUSAE, clipped: bool = False) -> FusedSAEAdam:
 def optimiser_steps(clipped: bool) -> dict[str, MakeStep]:
     """Returns steps with our passes that differ in the optimiser alone: Adam by itself, or as `fastsae train` wants it."""
     return {
-        "torch.optim.Adam": lambda sae: plain_step(sae, our_loss(sae), clipped=clipped),
+        "torch.optim.Adam": lambda sae: plain_step(sae, our_loss(sae), torch_adam(sae), clipped),
         "FusedSAEAdam, loss.backward()": lambda sae: plain_step(sae, our_loss(sae), adam_of(sae, clipped)),
-        "FusedSAEAdam, optimizer.backward(loss)": lambda sae: fused_step(sae, adam_of(sae, clipped)),
+        "FusedSAEAdam, optimizer.backward(loss)": lambda sae: fused_step(our_loss(sae), adam_of(sae, clipped)),
     }
 
 
 CLIPPED = "optimiser, clipped and unit norm"
-BF16_ADAM = {"lr": LR, "compute_dtype": torch.bfloat16}
 STEPS: dict[str, dict[str, MakeStep]] = {
     "whole step": {
         **{
@@ -269,9 +224,11 @@ STEPS: dict[str, dict[str, MakeStep]] = {
             for name, loss in DENSE.items()
             if name != "dense eager tf32"
         },
-        "fused, torch.optim.Adam fp32": lambda sae: plain_step(sae, our_loss(sae)),
-        "fused fp32": lambda sae: fused_step(sae, adam_of(sae)),
-        "fused bf16": lambda sae: fused_step(sae, FusedSAEAdam(sae, **BF16_ADAM), in_bf16),
+        "fused, torch.optim.Adam fp32": lambda sae: plain_step(sae, our_loss(sae), torch_adam(sae)),
+        "fused fp32": lambda sae: fused_step(our_loss(sae), adam_of(sae)),
+        "fused bf16": lambda sae: fused_step(
+            in_bf16(our_loss(sae)), FusedSAEAdam(sae, lr=LR, compute_dtype=torch.bfloat16)
+        ),
     },
     "optimiser": optimiser_steps(clipped=False),
     CLIPPED: optimiser_steps(clipped=True),
