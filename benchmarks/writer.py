@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import floor
+from benchmarks.outcome import is_unsteady
 
 ROOT, CPUINFO = Path(__file__).parents[1], Path("/proc/cpuinfo")
 SMI = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
@@ -90,6 +91,7 @@ def line(row: Content) -> str:
     memory = "" if row["peak_mib"] is None else f"  peak {row['peak_mib']:7.1f} MiB"
     share = f"  {row['floor_s'] / row['median_s']:4.0%} of the floor" if row["floor_s"] else ""
     times = f"{row['median_s'] * 1e3:9.3f} ms  IQR {(row['iqr_s'] or 0) * 1e3:8.3f}"
+    times += " (unsteady)" * is_unsteady(row["median_s"], row["iqr_s"])
     return f"{row['group']:44} {row['provider']:30} {times} {speedup}  error {error}{memory}{share}"
 
 

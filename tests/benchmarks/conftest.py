@@ -128,3 +128,17 @@ def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Bench:
 @pytest.fixture
 def make_row() -> Callable[..., Content]:
     return row
+
+
+@pytest.fixture
+def bench_file(tmp_path: Path) -> Callable[[str], Path]:
+    """Makes a file of benchmarks, with the options and fixtures of the real ones beside it."""
+
+    def make(code: str) -> Path:
+        path = tmp_path / "bench" / "test_tiny.py"
+        path.parent.mkdir()
+        path.write_text(code)
+        path.with_name("conftest.py").write_text("from benchmarks.conftest import *\n")
+        return path
+
+    return make

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,8 @@ def test_tiny(timed, case, provider):
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    """A file of benchmarks, with the options and fixtures of the real ones."""
-    path = tmp_path / "bench" / "test_tiny.py"
-    path.parent.mkdir()
-    path.write_text(BENCHMARKS)
-    path.with_name("conftest.py").write_text("from benchmarks.conftest import *\n")
-    return path
+def tiny(bench_file: Callable[[str], Path]) -> Path:
+    return bench_file(BENCHMARKS)
 
 
 def run(path: Path, chosen: str, *options: str) -> tuple[int, str, list[dict[str, Any]]]:

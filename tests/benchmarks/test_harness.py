@@ -20,7 +20,7 @@ from benchmarks.harness import Case, Group, Provider
 from benchmarks.outcome import Outcome
 from benchmarks.peak import process_peak_mib
 from benchmarks.shapes import DEVICE, Shape
-from benchmarks.writer import ROOT
+from benchmarks.writer import ROOT, line
 
 SHAPE = Shape(n_tokens=48, d_in=16, d_sae=96, l0=8)
 FLOOR_S = Work.floor_s
@@ -207,7 +207,7 @@ def peak_of(call: Any) -> float:
 
 @pytest.mark.parametrize("is_fragmented", [False, True])
 def test_peak_is_that_of_the_calls(is_fragmented: bool) -> None:
-    """Of two calls, for what the allocator and the kernel add is the same for both; holes of the heap are neither used nor counted."""
+    """The difference of two calls, since the allocator and the system add the same to both; holes of the heap do not count."""
     held = [torch.ones(2**21) for _ in range(12)]  # 8 MiB, which glibc takes from its heap or maps, as it has learnt to
     del held[:: 2 if is_fragmented else 1]
     small, large = (peak_of(lambda n=n: torch.ones(n * 2**18).sum().item()) for n in (16, 144))
@@ -296,6 +296,7 @@ def test_the_spread_is_that_of_all_rounds(monkeypatch: pytest.MonkeyPatch) -> No
     assert (row["median_s"], row["iqr_s"]) == pytest.approx((0.04, 0.04))
     assert (row["speedup"], row["speedup_iqr"]) == pytest.approx((4.0, 0.0))
     assert group.unsteady() == ["dense", "fused"]
+    assert " (unsteady)   4.00x" in line(row)
 
 
 def test_slow_calls_have_every_second_round(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,14 +150,6 @@ def test_tiny(timed, case, provider):
 """
 
 
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    """A folder of benchmarks, with the options and fixtures of the real ones."""
-    (tmp_path / "test_tiny.py").write_text(BENCHMARKS)
-    (tmp_path / "conftest.py").write_text("from benchmarks.conftest import *\n")
-    return tmp_path
-
-
 def measured(*arguments: str | Path) -> tuple[int, str]:
     """Exit status and what was printed; seconds are those of torch's import."""
     command = [sys.executable, "-m", "pytest", "--benchmark-disable", "-rs", *map(str, arguments)]
@@ -166,19 +159,20 @@ def measured(*arguments: str | Path) -> tuple[int, str]:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU measures all groups")
-def test_the_most_telling_groups_are_the_default_and_all_are_at_hand(tiny: Path) -> None:
-    status, printed = measured(tiny)
+def test_the_most_telling_groups_are_the_default_and_all_are_at_hand(bench_file: Callable[[str], Path]) -> None:
+    tiny = bench_file(BENCHMARKS)
+    status, printed = measured(tiny.parent)
     assert status == 0
     assert "3 passed, 2 deselected" in printed
     assert "2 groups are left out; `--full` measures them too" in printed
-    assert "5 passed" in measured(tiny, "--full")[1]
-    assert "1 passed" in measured(tiny / "test_tiny.py", "-k", "128")[1]
+    assert "5 passed" in measured(tiny.parent, "--full")[1]
+    assert "1 passed" in measured(tiny, "-k", "128")[1]
 
 
-def test_benchmarks_run_in_one_process(tiny: Path) -> None:
+def test_benchmarks_run_in_one_process(bench_file: Callable[[str], Path]) -> None:
     """Though the options ask for several, as the tests do: they would measure each other."""
     pytest.importorskip("xdist")
-    status, printed = measured(tiny, "-n", "2")
+    status, printed = measured(bench_file(BENCHMARKS), "-n", "2")
     assert status == 0, printed
 
 
