@@ -130,6 +130,11 @@ def _grad_norms_kernel(
     tl.store(norms_ptr + feature, tl.sum(g * g, 0))
 
 
+@triton.jit
+def _row(ptrs, mask_d):
+    return tl.load(ptrs, mask=mask_d, other=0.0).to(tl.float32)
+
+
 # a step of 1 or a multiple of 16 must not compile again
 @triton.jit(do_not_specialize=["step"])
 def _adam_rows_kernel(
@@ -177,6 +182,7 @@ def _adam_rows_kernel(
     UNIT_NORM: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr,  # 16 divides D: loads take 16 bytes, which leaves registers for more of them under way
 ):
     """Program owns one feature: its gradient, both moments, its row."""
     feature = tl.program_id(0).to(tl.int64)
@@ -194,31 +200,43 @@ def _adam_rows_kernel(
         # ahead of the row: between its loads this costs spilled registers
         missed = step - 1 - tl.load(last_step_ptr + feature)
         catching_up = tl.exp2(missed.to(tl.float32) * log2_beta2)
+    p_ptrs = param_ptr + feature * stride_ps + offs_d * stride_pd
+    q_ptrs = exp_avg_sq_ptr + feature * stride_qs + offs_d * stride_qd
+    if exp_avg_ptr is not None:
+        m_ptrs = exp_avg_ptr + feature * stride_ms + offs_d * stride_md
+    if EVEN:  # the row and its moments arrive during the gather
+        p, v = _row(p_ptrs, mask_d), _row(q_ptrs, mask_d)
+        if exp_avg_ptr is not None:
+            m_before = _row(m_ptrs, mask_d)
     g = _row_gradient(
         feature, start, count, order_ptr, tokens_ptr, weights_ptr, vectors_ptr, extra_ptr, extra_depth, offs_d, mask_d,
         span, stride_vb, stride_vd, stride_xs, stride_xd, BLOCK_E, BLOCK_D,
     )  # fmt: skip
-    p_ptrs = param_ptr + feature * stride_ps + offs_d * stride_pd
-    p = tl.load(p_ptrs, mask=mask_d, other=0.0)
+    if not EVEN:
+        p, v = _row(p_ptrs, mask_d), _row(q_ptrs, mask_d)
+        if exp_avg_ptr is not None:
+            m_before = _row(m_ptrs, mask_d)
     if PROJECT:
         g -= tl.sum(g * p, 0) * p
     if scale_ptr is not None:
         g *= tl.load(scale_ptr)
-    q_ptrs = exp_avg_sq_ptr + feature * stride_qs + offs_d * stride_qd
-    v = tl.load(q_ptrs, mask=mask_d, other=0.0).to(tl.float32)
     if last_step_ptr is not None:
         v *= catching_up
     v = v * beta2 + beta2_rest * g * g
     m = g
     if exp_avg_ptr is not None:
-        m_ptrs = exp_avg_ptr + feature * stride_ms + offs_d * stride_md
-        m = tl.load(m_ptrs, mask=mask_d, other=0.0).to(tl.float32)
-        m += beta1_rest * (g - m)
-    p -= step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root2) + eps)
+        m = m_before + beta1_rest * (g - m_before)
+    if EVEN:
+        # to 2 units in the last place; correctly rounded, each would call a slow path where v is 0
+        p -= step_size * (m / (tl.sqrt(v) / root2 + eps))
+    else:
+        # in line, a division of elements that are loaded one by one spills registers
+        p -= step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root2) + eps)
     if UNIT_NORM:
         # with eps = 0 the lanes behind the row are 0 / 0
         norm = tl.sqrt_rn(tl.sum(tl.where(mask_d, p * p, 0.0), 0))
-        p = tl.div_rn(p, tl.maximum(norm, 1e-8, propagate_nan=tl.PropagateNan.ALL))
+        norm = tl.maximum(norm, 1e-8, propagate_nan=tl.PropagateNan.ALL)
+        p = p / norm if EVEN else tl.div_rn(p, norm)
     # last_step, and an element of a short row, is read by several threads and written by one
     tl.debug_barrier()
     tl.store(p_ptrs, p, mask=mask_d)
@@ -382,4 +400,5 @@ def adam_rows(
         stride_cs=stride_cs,
         stride_cd=stride_cd,
         UNIT_NORM=unit_norm,
+        EVEN=param.shape[1] % 16 == 0,
     )
