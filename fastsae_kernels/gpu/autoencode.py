@@ -21,8 +21,7 @@ from fastsae_kernels.gpu.encode import encode as encode_active
 from fastsae_kernels.gpu.encode import list_all_entries, padded_offsets
 from fastsae_kernels.gpu.feature_sums import feature_order
 from fastsae_kernels.gpu.gradients import feature_gradients
-from fastsae_kernels.gpu.overflow import overflow_rows
-from fastsae_kernels.gpu.overflow_features import overflow_features
+from fastsae_kernels.gpu.overflow import overflow_features, overflow_rows
 from fastsae_kernels.gpu.row_topk import capacity_of, encode_topk, list_topk
 from fastsae_kernels.gpu.topk import MAX_SORT, flag_rows, packed_offsets, sort_rows
 from fastsae_kernels.gpu.weight_gradients import GpuShare, gpu_share
