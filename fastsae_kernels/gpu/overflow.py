@@ -33,6 +33,8 @@ from fastsae_kernels.types import AutoencodeSpec, Overflow
 
 # how many programs have a scratch; enough to read the weights at a good part of a device's rate
 SCRATCH_PROGRAMS = 64
+# the same in the pass over features, whose scratch is larger: 9 MB where rows have 2 x 2,304 elements
+FEATURE_SCRATCHES = 16
 # how many programs share the features while one block holds all rows, which takes no scratch: enough to fill a device
 FEATURE_PROGRAMS = 256
 # the tile of sums that are added together: splits and columns
@@ -341,7 +343,7 @@ def overflow_features(
     operands = operands_of(overflow, x, W_enc, b_enc, threshold, feature_scale, spec)
     upstream = upstream_of(grad_out, W_dec, grad_penalty, row_scale, spec)
     programs = min(FEATURE_PROGRAMS, triton.cdiv(operands.d_sae, config["BLOCK_S"]))
-    shape = (min(SCRATCH_PROGRAMS, programs), config["BLOCK_S"], operands.d_in + upstream.d_out)
+    shape = (min(FEATURE_SCRATCHES, programs), config["BLOCK_S"], operands.d_in + upstream.d_out)
     _overflow_features_kernel[(programs,)](
         operands=operands,
         upstream=upstream,
@@ -353,6 +355,6 @@ def overflow_features(
         grad_scale_ptr=grad_scale,
         PENALTY=spec.penalty,
         STE_TO_INPUT=spec.ste_to_input,
-        SCRATCHES=SCRATCH_PROGRAMS,
+        SCRATCHES=FEATURE_SCRATCHES,
         **config,
     )
