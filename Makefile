@@ -1,6 +1,7 @@
-.PHONY: check lint format imports types test test-slow test-package stale bench bench-full bench-quick bench-gpu bench-compare report
+.PHONY: check lint format imports types test test-slow test-package test-shuffle test-ttsem stale bench bench-full bench-quick
+.PHONY: bench-gpu bench-compare report report-matrix
 
-check: lint imports types stale test-package test  ## what CI runs
+check: lint imports types stale test-package test  ## what CI runs, but for the checks of the GPU kernels below
 
 lint:
 	ruff check .
@@ -25,6 +26,12 @@ test-slow:  ## many more inputs for the fuzzers, every moment for kill -9; half 
 test-package:  ## builds the package, installs it on Python 3.10 and 3.13, and trains with it
 	pytest -n 0 -m package
 
+test-shuffle:  ## the GPU kernels in the interpreter, the programs of every launch in a random order
+	pytest --program-order shuffle tests/kernels
+
+test-ttsem:  ## the GPU kernels as Triton 3.8.0 compiles them, every access checked, on a CPU; makes its environment in build/
+	tools/ttsem.sh
+
 stale:  ## fails where tables and plots are not those of the committed results
 	python -m benchmarks.report --check
 
@@ -46,3 +53,6 @@ bench-gpu:  ## GPU tests and headline benchmarks, 10 minutes
 
 report:  ## registers, spills and matrix instructions of every Triton kernel, without a GPU
 	python -m tools.kernel_report --arch 80 90 100 gfx942
+
+report-matrix:  ## the same under Triton 3.6.0, 3.8.0 and 3.9.0 for sm_80, sm_90 and sm_100; an hour on 2 cores
+	tools/report_matrix.sh

@@ -16,6 +16,8 @@ if not torch.cuda.is_available():
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+pytest_plugins = ["race_detector"]  # does nothing where kernels are compiled
+
 MOST_WORKERS = 16  # each takes a second of imports and half a gigabyte
 
 

@@ -95,7 +95,7 @@ def _product(x: Tensor, W_enc: Tensor, out: Tensor) -> None:
     """`x @ W_enc` in fp32 into `out`."""
     if x.dtype == torch.float32:
         torch.mm(x, W_enc, out=out)
-    elif x.device.type == "cpu":  # no such product there: operands are widened, which rounds nothing
+    elif not x.is_cuda or torch.version.cuda is None:  # no such product: operands are widened, which rounds nothing
         torch.mm(x.float(), W_enc.float(), out=out)
     else:
         torch.mm(x, W_enc, out_dtype=torch.float32, out=out)

@@ -128,7 +128,7 @@ def test_no_test_of_the_kernels_is_left_out() -> None:
         path for folder in ("kernels", "sae", "train", ".") for path in (ROOT / "tests" / folder).glob("test_*.py")
     }
     found = {str(path.relative_to(ROOT)) for path in paths if marks.search(path.read_text())}
-    without_a_gpu = {"tests/kernels/test_gpu_memory.py", "tests/kernels/test_gpu_devices.py"}
+    without_a_gpu = {f"tests/kernels/test_{name}.py" for name in ("gpu_memory", "gpu_devices", "race_detector")}
     assert found - set(gpu.TESTS) == without_a_gpu
     assert len({Path(file).stem for file in gpu.TESTS}) == len(gpu.TESTS)
 

@@ -1,8 +1,15 @@
-"""Makes two slow spots of Triton's interpreter fast; tests/conftest.py turns it on."""
+"""Makes two slow spots of Triton's interpreter fast, where tests/conftest.py turned it on; memory that shows when it is read."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
 
 
 def _speed_up_interpreter() -> None:
@@ -41,3 +48,25 @@ def _speed_up_interpreter() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     _speed_up_interpreter()
+if "ttsem" in sys.modules:
+    # it says that there is a GPU; PyTorch's builds for CPUs cannot answer this. While a graph is captured nothing waits for
+    # the device, which is what a CPU can do here
+    torch.cuda.is_current_stream_capturing = lambda: True
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody wrote holds NaN, or an integer that is no index."""
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def filled(*args: Any, **kwargs: Any) -> Tensor:
+            made = make(*args, **kwargs)
+            if made.is_floating_point():
+                return made.fill_(float("nan"))
+            return made.fill_(-(2**30) if made.element_size() >= 4 else 1)
+
+        return filled
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))

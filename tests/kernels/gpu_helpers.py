@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -13,6 +14,11 @@ import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CHECKED = "ttsem" in sys.modules  # a CPU runs the compiled kernels, checks each access, and says that it is a GPU
+ON_GPU = DEVICE == "cuda" and not CHECKED
+NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: its streams, graphs and synchronisation")
+NEEDS_ROUNDING = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cuts fp32 off to bf16, a GPU rounds")
+NARROW = [torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_ROUNDING)]
 
 
 HAS_DESCRIPTORS = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
@@ -77,10 +83,10 @@ class TwoDevices:
 
 
 def few_programs_here() -> AbstractContextManager[None]:
-    """Those tiles in the interpreter; a GPU runs the shipped ones."""
+    """Those tiles on a CPU; a GPU runs the shipped ones."""
     from fastsae_kernels.gpu import config
 
-    if DEVICE == "cuda":
+    if ON_GPU:
         return nullcontext()
     return config.override({name: {"16": tiles, "32": tiles} for name, tiles in FEW_PROGRAMS.items()})
 

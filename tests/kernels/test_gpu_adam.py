@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_helpers import DEVICE, needs_kernels
+from gpu_helpers import DEVICE, NARROW, ON_GPU, needs_kernels
 from problems import assert_within_budget
 from torch import Tensor
 
@@ -25,15 +25,13 @@ ROOT = Path(__file__).parents[2]
 N_FEATURES = 9
 ON_EVERY_TOKEN, NEVER = 2, 5
 HYPER: dict[str, Any] = {"lr": 0.03, "beta2": 0.99, "eps": 1e-8}
-NEEDS_ROUNDING = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cuts fp32 off to bf16, a GPU rounds")
-NARROW = pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_ROUNDING)], ids=str)
 
 
 @pytest.fixture(autouse=True)
 def few_programs() -> Iterator[None]:
     from fastsae_kernels.gpu import config
 
-    if DEVICE == "cuda":
+    if ON_GPU:
         yield
         return
     tiles = {key: {"BLOCK_E": 4, "D_PER_WARP": 512} for key in ("16", "32")}
@@ -309,7 +307,7 @@ def test_state_is_interchangeable_with_torch() -> None:
         torch.testing.assert_close(trained.param.data.cpu(), fused.param.cpu(), rtol=1e-5, atol=1e-6)
 
 
-@NARROW
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_narrow_moments_are_rounded_to_nearest(dtype: torch.dtype) -> None:
     """Only what is stored is narrower: one step from the same state gives the same row, and moments rounded once."""
     wide = Fused(unit_rows(), 0.9)
@@ -329,7 +327,7 @@ def test_narrow_moments_are_rounded_to_nearest(dtype: torch.dtype) -> None:
         torch.testing.assert_close(getattr(narrow, name).float(), getattr(wide, name), **half_a_unit)
 
 
-@NARROW
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_copy_is_the_row_rounded(dtype: torch.dtype) -> None:
     fused = Fused(unit_rows(), 0.9)
     copy = torch.full((N_FEATURES, 13), torch.nan, dtype=dtype, device=DEVICE)

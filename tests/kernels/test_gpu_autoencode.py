@@ -12,7 +12,7 @@ from dataclasses import replace
 import problems
 import pytest
 import torch
-from gpu_helpers import DEVICE, FEW_PROGRAMS, first, needs_kernels, run
+from gpu_helpers import DEVICE, FEW_PROGRAMS, NARROW, ON_GPU, first, needs_kernels, run
 
 from fastsae_kernels import AutoencodeSpec
 
@@ -25,7 +25,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles that suit the interpreter, several of them even on small problems; a GPU runs the shipped ones."""
     from fastsae_kernels.gpu import config, overflow
 
-    if DEVICE == "cuda":
+    if ON_GPU:
         yield
         return
     monkeypatch.setattr(overflow, "MAX_SPLITS", 3)
@@ -134,23 +134,14 @@ def test_rows_longer_than_a_program_holds(spec: AutoencodeSpec, capacity: int, m
 
 
 @pytest.mark.parametrize("capacity", [40, 4], ids=["fits", "overflows"])
-def test_fp16(capacity: int) -> None:
-    problem = first(problems.on_the_edges(SPECS["ste to input"]), 9).to(torch.float16)
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_16_bits(dtype: torch.dtype, capacity: int) -> None:
+    problem = first(problems.on_the_edges(SPECS["ste to input"]), 9).to(dtype)
     problems.assert_matches(run(problem, capacity), problem)
 
 
 @pytest.mark.parametrize("capacity", [43, 2], ids=["fits", "overflows"])
-def test_uninitialised_memory_never_shows(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(make):  # type: ignore[no-untyped-def]
-        def filled(*args, **kwargs):  # type: ignore[no-untyped-def]
-            made = make(*args, **kwargs)
-            return made.fill_(float("nan") if made.is_floating_point() else -(2**30))
-
-        return filled
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+def test_uninitialised_memory_never_shows(capacity: int, poisoned_memory: None) -> None:
     problem = problems.make(9, 20, 43, spec=SPECS["tanh, ste to input"], with_scale=True)
     problems.assert_matches(run(problem, capacity), problem)
 

@@ -9,7 +9,7 @@ from typing import Any
 import problems
 import pytest
 import torch
-from gpu_helpers import DEVICE, FEW_PROGRAMS, needs_kernels, on_device
+from gpu_helpers import DEVICE, FEW_PROGRAMS, NARROW, needs_kernels, on_device
 from torch import Tensor
 
 from fastsae_kernels import AutoencodeSpec, SparseActs, reference
@@ -173,7 +173,7 @@ def test_on_hostile_inputs(problem: problems.Problem) -> None:
     assert_true(problem, problem.W_dec.shape[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
 @pytest.mark.parametrize("spec", [SPECS["ste to input"], SPECS["top-3"]], ids=["ste to input", "top-3"])
 def test_on_threshold_and_window_edges(spec: AutoencodeSpec, dtype: torch.dtype) -> None:
     problem = problems.on_the_edges(spec).to(dtype)
@@ -295,17 +295,7 @@ def test_nan_goes_where_plain_sums_take_it(row_length: int | None) -> None:
     assert grads.W_enc[~listed[7].to(DEVICE)].isfinite().all()
 
 
-def test_uninitialised_memory_never_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(make: Any) -> Any:
-        def filled(*args: Any, **kwargs: Any) -> Tensor:
-            made: Tensor = make(*args, **kwargs)
-            return made.fill_(float("nan") if made.is_floating_point() else -(2**30))
-
-        return filled
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+def test_uninitialised_memory_never_shows(poisoned_memory: None) -> None:
     problem = problems.make(26, 20, 23, spec=SPECS["tanh, ste to input"], with_scale=True, density=0.3)
     assert_true(problem)
     assert_true(problem, 23)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import problems
 import pytest
 import torch
-from gpu_helpers import DEVICE, HAS_DESCRIPTORS, needs_kernels, on_device
+from gpu_helpers import DEVICE, HAS_DESCRIPTORS, NARROW, ON_GPU, needs_kernels, on_device
 from torch import Tensor
 
 from fastsae_kernels import AutoencodeSpec, reference
@@ -34,7 +34,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Several tiles and chunks on small problems; a GPU runs the shipped ones."""
     from fastsae_kernels.gpu import compact, config
 
-    if DEVICE == "cuda":
+    if ON_GPU:
         yield
         return
     monkeypatch.setattr(compact, "MIN_WIDTH", 32)
@@ -127,7 +127,7 @@ def storable(p: problems.Problem, rival: str) -> problems.Problem:
 
 OUT_OF_FP16 = ("tiny", "subnormal", "squares", "vanish", "huge", "large", "one large row", "all dead")
 HOSTILE = {
-    name: p for name, p in problems.HOSTILE.items() if DEVICE == "cpu" or not any(word in name for word in OUT_OF_FP16)
+    name: p for name, p in problems.HOSTILE.items() if not ON_GPU or not any(word in name for word in OUT_OF_FP16)
 }
 
 
@@ -140,12 +140,12 @@ def test_on_hostile_inputs(name: str, rival: str) -> None:
     assert_matches(run(rival, problem), problem)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW], ids=str)
 def test_ways_agree_on_exact_numbers(dtype: torch.dtype) -> None:
     """Small integers: sums are exact in any order, and many sit on thresholds and window edges."""
     problem = problems.on_the_edges(problems.SPECS["l0"]).to(dtype)
     bounds = torch.arange(64).remainder(5).float() - 1.0
-    ways = ["pointer", "chunks", *(["persistent"] if HAS_DESCRIPTORS and dtype == torch.float16 else [])]
+    ways = ["pointer", "chunks", *(["persistent"] if HAS_DESCRIPTORS and dtype != torch.float32 else [])]
     for options in ({}, {"bounds": bounds.to(DEVICE)}):
         for way in ways:
             got = run(way, problem, **options)
@@ -156,8 +156,9 @@ def test_ways_agree_on_exact_numbers(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("rival", RIVALS)
 @pytest.mark.parametrize("n_tokens", [1, 16, 17, 33, 64, 65])
-def test_fp16_with_few_tokens(n_tokens: int, rival: str) -> None:
-    problem = problems.make(n_tokens, 24, 83, density=0.2).to(torch.float16)
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_16_bits_with_few_tokens(dtype: torch.dtype, n_tokens: int, rival: str) -> None:
+    problem = problems.make(n_tokens, 24, 83, density=0.2).to(dtype)
     assert_matches(run(rival, problem), problem)
 
 

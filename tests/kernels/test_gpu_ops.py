@@ -9,7 +9,7 @@ from functools import partial
 import problems
 import pytest
 import torch
-from gpu_helpers import DEVICE, FEW_PROGRAMS, needs_kernels, run
+from gpu_helpers import DEVICE, FEW_PROGRAMS, NEEDS_GPU, ON_GPU, needs_kernels, run
 
 import fastsae_kernels as kernels
 from fastsae_kernels import SparseActs, reference
@@ -22,7 +22,7 @@ pytestmark = needs_kernels
 def few_programs() -> Iterator[None]:
     from fastsae_kernels.gpu import config
 
-    if DEVICE == "cuda":
+    if ON_GPU:
         yield
         return
     with config.override({name: {"16": tiles, "32": tiles} for name, tiles in FEW_PROGRAMS.items()}):
@@ -124,7 +124,7 @@ def test_public_encode_and_decode_are_differentiable() -> None:
             torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device: a CPU has nothing to synchronise with")
+@NEEDS_GPU
 def test_training_pass_never_synchronises() -> None:
     problem = problems.make(64, 32, 256, spec=problems.SPECS["l0"])
     tensors = [None if tensor is None else tensor.to(DEVICE) for tensor in problem.tensors()]

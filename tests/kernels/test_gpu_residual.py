@@ -12,7 +12,7 @@ from importlib import import_module
 import problems
 import pytest
 import torch
-from gpu_helpers import DEVICE, FEW_PROGRAMS, first, needs_kernels, run
+from gpu_helpers import FEW_PROGRAMS, NARROW, ON_GPU, first, needs_kernels, run
 from torch import Tensor
 
 from fastsae_kernels import AutoencodeSpec
@@ -30,7 +30,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles that suit the interpreter, several of them even on small problems; a GPU runs the shipped ones."""
     from fastsae_kernels.gpu import config, overflow
 
-    if DEVICE == "cuda":
+    if ON_GPU:
         yield
         return
     monkeypatch.setattr(overflow, "MAX_SPLITS", 3)
@@ -139,14 +139,15 @@ def test_non_contiguous_and_expanded(n_tokens: int, capacity: int) -> None:
     assert_matches(problem, capacity, target.mean().expand_as(target), row_scale.mean().expand_as(row_scale))
 
 
-@pytest.mark.parametrize("target_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("wide_target", [False, True])
 @pytest.mark.parametrize("capacity", [40, 4], ids=["fits", "overflows"])
 @pytest.mark.parametrize("name", ["ste to input", "batch top-3"])
-def test_fp16(name: str, capacity: int, target_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_16_bits(dtype: torch.dtype, name: str, capacity: int, wide_target: bool) -> None:
     """A target of more digits than the input keeps them: residuals are formed in fp32."""
-    problem = first(problems.on_the_edges(SPECS[name]), 9).to(torch.float16)
+    problem = first(problems.on_the_edges(SPECS[name]), 9).to(dtype)
     target, row_scale = operands(problem)
-    assert_matches(problem, capacity, target.to(target_dtype) * 1.0001, row_scale)
+    assert_matches(problem, capacity, target.to(torch.float32 if wide_target else dtype) * 1.0001, row_scale)
 
 
 @pytest.mark.parametrize("capacity", [40, 4], ids=["fits", "overflows"])
@@ -163,17 +164,7 @@ def test_squared_error_is_not_of_rounded_values(capacity: int) -> None:
 
 @pytest.mark.parametrize("capacity", [43, 2], ids=["fits", "overflows"])
 @pytest.mark.parametrize("name", ["tanh, ste to input", "batch top-2, tanh"])
-def test_uninitialised_memory_never_shows(name: str, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(make):  # type: ignore[no-untyped-def]
-        def filled(*args, **kwargs):  # type: ignore[no-untyped-def]
-            made = make(*args, **kwargs)
-            return made.fill_(float("nan") if made.is_floating_point() else -(2**30))
-
-        return filled
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+def test_uninitialised_memory_never_shows(name: str, capacity: int, poisoned_memory: None) -> None:
     assert_matches(problems.make(9, 20, 43, spec=SPECS[name], with_scale=True), capacity)
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import problems
 import pytest
 import torch
-from gpu_helpers import DEVICE, FEW_PROGRAMS, needs_kernels, run
+from gpu_helpers import DEVICE, FEW_PROGRAMS, NARROW, ON_GPU, needs_kernels, run
 from torch import Tensor
 
 from fastsae_kernels import AutoencodeSpec, reference
@@ -31,7 +31,7 @@ def small_ranges(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(batch_topk, "AGAIN_PROGRAMS", 2)
     monkeypatch.setattr(radix, "BLOCK", 64)
     monkeypatch.setattr(radix, "PROGRAMS", 3)
-    if DEVICE == "cuda":
+    if ON_GPU:
         yield
         return
     with config.override({name: {"16": tiles, "32": tiles} for name, tiles in FEW_PROGRAMS.items()}):
@@ -223,8 +223,9 @@ def test_k_of_all_features(spec: AutoencodeSpec) -> None:
 
 
 @BOTH
-def test_fp16(spec: AutoencodeSpec) -> None:
-    problem = integers(9, 6, 70, spec).to(torch.float16)
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+def test_16_bits(spec: AutoencodeSpec, dtype: torch.dtype) -> None:
+    problem = integers(9, 6, 70, spec).to(dtype)
     problems.assert_matches(run(problem, 32), problem)
 
 
@@ -263,18 +264,7 @@ def test_two_runs_are_bit_equal(spec: AutoencodeSpec, overflowing: bool) -> None
 
 @BOTH
 @pytest.mark.parametrize("overflowing", [False, True])
-def test_uninitialised_memory_never_shows(
-    spec: AutoencodeSpec, overflowing: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def poisoned(make):  # type: ignore[no-untyped-def]
-        def filled(*args, **kwargs):  # type: ignore[no-untyped-def]
-            made = make(*args, **kwargs)
-            return made.fill_(float("nan") if made.is_floating_point() else -(2**30))
-
-        return filled
-
-    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+def test_uninitialised_memory_never_shows(spec: AutoencodeSpec, overflowing: bool, poisoned_memory: None) -> None:
     problem = rising(half_active(spec)) if overflowing else half_active(spec)
     problems.assert_matches(run(problem, 32), problem)
 
