@@ -201,7 +201,7 @@ def _fused_backward_kernel(
         entry, value, token = next_entry, next_value, next_token
 
     # once: where each branch sums for itself, Triton 3.8 dies in LLVM's SLP vectoriser
-    b_enc, grad_threshold, grad_scale = tl.sum(b_enc_sum, 0), tl.sum(threshold_sum, 0), tl.sum(scale_sum, 0)
+    b_enc, threshold_total, scale_total = tl.sum(b_enc_sum, 0), tl.sum(threshold_sum, 0), tl.sum(scale_sum, 0)
     if chunk_length_ptr is not None:  # noqa: SIM102 a compile-time branch must stand alone
         if pid < n_slots:
             slot = pid.to(tl.int64)
@@ -210,18 +210,18 @@ def _fused_backward_kernel(
             if x_ptr is not None:
                 _store_pieces(slots_enc_ptr, slot, i_1, i_2, d_in, enc_1, enc_2)
             tl.store(slots_scalar_ptr + slot, b_enc)
-            tl.store(slots_scalar_ptr + n_slots + slot, grad_threshold)
+            tl.store(slots_scalar_ptr + n_slots + slot, threshold_total)
             if grad_scale_ptr is not None:
-                tl.store(slots_scalar_ptr + 2 * n_slots + slot, grad_scale)
+                tl.store(slots_scalar_ptr + 2 * n_slots + slot, scale_total)
             return
     if grad_W_dec_ptr is not None:
         _store_pieces(grad_W_dec_ptr, feature, o_1, o_2, d_out, dec_1, dec_2)
     if x_ptr is not None:
         _store_pieces(grad_W_enc_ptr, feature, i_1, i_2, d_in, enc_1, enc_2)
     tl.store(grad_b_enc_ptr + feature, b_enc)
-    tl.store(grad_threshold_ptr + feature, grad_threshold)
+    tl.store(grad_threshold_ptr + feature, threshold_total)
     if grad_scale_ptr is not None:
-        tl.store(grad_scale_ptr + feature, grad_scale)
+        tl.store(grad_scale_ptr + feature, scale_total)
 
 
 class FeatureGradients(NamedTuple):
