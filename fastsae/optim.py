@@ -224,7 +224,7 @@ class FusedSAEAdam(torch.optim.Adam):
         return found if found and self._kernel_can_update(list(found)) else {}
 
     def _kernel_can_update(self, weights: list[nn.Parameter]) -> bool:
-        from fastsae_kernels.gpu.adam import MAX_DEPTH  # Triton is optional: it is here where its kernels ran
+        from fastsae_kernels.gpu.tiles import MAX_DEPTH  # Triton is optional: it is here where its kernels ran
 
         group = self.param_groups[0]
         plain = not group["maximize"] and group["weight_decay"] == 0 and not isinstance(group["lr"], Tensor)

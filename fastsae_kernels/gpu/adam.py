@@ -36,11 +36,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels.gpu.backward import FeatureOrder
 from fastsae_kernels.gpu.config import launch_config, on_device
-
-# what fits into the registers of one program: 16 elements of each of 512 threads
-MAX_DEPTH = 8192
+from fastsae_kernels.gpu.feature_sums import FeatureOrder
+from fastsae_kernels.gpu.tiles import MAX_DEPTH
 
 
 @triton.jit
@@ -265,7 +263,7 @@ def _launch(
         extra_ptr=extra,
         extra_flag_ptr=extra_flag,
         param_ptr=param,
-        span=by_feature.span,
+        span=by_feature.row_length,
         depth=depth,
         stride_vb=vectors.stride(0),
         stride_vd=vectors.stride(1),

@@ -31,20 +31,50 @@ from torch import Tensor
 from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.radix import EXACT, Buffer, Cut, Problem, compact, cut_activations, cut_buffer, list_config
 from fastsae_kernels.gpu.row_topk import feature_ranges
-from fastsae_kernels.gpu.tiles import active_bits, pack_entry
-from fastsae_kernels.sparse_acts import SparseActs
+from fastsae_kernels.gpu.tiles import active_bits, pack_entry, start_of_tile
+from fastsae_kernels.types import SparseActs
 
 # candidates per surviving entry: those that survived so far, about as many new ones, and some to spare
 HEADROOM = 2.25
 # features of the first range at least, and what ranges are multiples of
 MIN_RANGE = 64
+# programs that list once more after an overflow: enough to fill a device
+AGAIN_PROGRAMS = 1024
 
 
 class BatchTopK(NamedTuple):
     """What survives of a batch."""
 
-    acts: SparseActs  # min(k, d_sae) * N places; unused ones stand behind the last row's entries
+    acts: SparseActs  # min(k, d_sae) * N slots; unused ones stand behind the last row's entries
     min_active: Tensor  # [] fp32: the smallest surviving activation, infinite where none is active
+
+
+@triton.jit
+def _list_tile(
+    tile, x_ptr, W_enc_ptr, b_enc_ptr, threshold_ptr, bounds_ptr, cursor_ptr, entries_ptr, tokens_ptr, size, first_feature,
+    n_tokens, d_in, d_sae, stride_xb, stride_xd, stride_wd, stride_ws,
+    PRECISION: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP_B: tl.constexpr,
+):  # fmt: skip
+    """Lists the entries of one tile; arguments as in the kernel."""
+    first_b, first_s = start_of_tile(tile, n_tokens, d_sae, BLOCK_B, BLOCK_S, GROUP_B)
+    offs_b = first_b + tl.arange(0, BLOCK_B)
+    offs_s = first_s + tl.arange(0, BLOCK_S)
+    rows = offs_b % n_tokens  # wrap around rather than mask: the loop stays free of masks
+    bits, hidden_pre = active_bits(
+        x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, offs_s, stride_wd, stride_ws, b_enc_ptr, threshold_ptr,
+        d_in, d_sae, PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+    )  # fmt: skip
+    listed = (bits > 0) & (offs_b < n_tokens)[:, None]
+    if bounds_ptr is not None:
+        listed = listed & (bits >= tl.load(bounds_ptr + rows)[:, None])
+    counts = tl.sum(listed.to(tl.int32), 1)
+    base = tl.atomic_add(cursor_ptr, tl.sum(counts, 0).to(tl.int64), sem="relaxed")
+    first = tl.minimum(base, size).to(tl.int32) + tl.cumsum(counts, 0) - counts
+    slots = first[:, None] + tl.cumsum(listed.to(tl.int32), 1) - 1
+    fits = listed & (slots < size)
+    tl.store(entries_ptr + slots, pack_entry(first_feature + offs_s[None, :], hidden_pre), mask=fits)
+    tl.store(tokens_ptr + slots, rows[:, None] + tl.zeros((BLOCK_B, BLOCK_S), tl.int32), mask=fits)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "first_feature", "size"])
@@ -78,32 +108,23 @@ def _batch_list_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_B: tl.constexpr,  # row tiles that share a column tile before the next one: both stay in L2
 ):
-    """Program owns one tile: BLOCK_B tokens, BLOCK_S features; it lists the entries of that tile."""
-    if overflow_ptr is not None:  # noqa: SIM102 a compile-time branch must stand alone
-        if tl.load(overflow_ptr) <= size:
-            return
-    pid = tl.program_id(0)
-    tiles_b = tl.cdiv(n_tokens, BLOCK_B)
-    tiles_s = tl.cdiv(d_sae, BLOCK_S)
-    first_b = pid // (GROUP_B * tiles_s) * GROUP_B
-    group = min(tiles_b - first_b, GROUP_B)
-    offs_b = (first_b + pid % (GROUP_B * tiles_s) % group) * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_s = pid % (GROUP_B * tiles_s) // group * BLOCK_S + tl.arange(0, BLOCK_S)
-    rows = offs_b % n_tokens  # wrap around rather than mask: the loop stays free of masks
-    bits, hidden_pre = active_bits(
-        x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, offs_s, stride_wd, stride_ws, b_enc_ptr, threshold_ptr,
-        d_in, d_sae, PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
-    )  # fmt: skip
-    listed = (bits > 0) & (offs_b < n_tokens)[:, None]
-    if bounds_ptr is not None:
-        listed = listed & (bits >= tl.load(bounds_ptr + rows)[:, None])
-    counts = tl.sum(listed.to(tl.int32), 1)
-    base = tl.atomic_add(cursor_ptr, tl.sum(counts, 0).to(tl.int64), sem="relaxed")
-    first = tl.minimum(base, size).to(tl.int32) + tl.cumsum(counts, 0) - counts
-    slots = first[:, None] + tl.cumsum(listed.to(tl.int32), 1) - 1
-    fits = listed & (slots < size)
-    tl.store(entries_ptr + slots, pack_entry(first_feature + offs_s[None, :], hidden_pre), mask=fits)
-    tl.store(tokens_ptr + slots, rows[:, None] + tl.zeros((BLOCK_B, BLOCK_S), tl.int32), mask=fits)
+    """Program owns one tile: BLOCK_B tokens, BLOCK_S features; after an overflow it takes every num_programs(0)-th of them."""
+    if overflow_ptr is None:
+        _list_tile(
+            tl.program_id(0),
+            x_ptr, W_enc_ptr, b_enc_ptr, threshold_ptr, bounds_ptr, cursor_ptr, entries_ptr, tokens_ptr, size, first_feature,
+            n_tokens, d_in, d_sae, stride_xb, stride_xd, stride_wd, stride_ws,
+            PRECISION, EVEN_D, BLOCK_B, BLOCK_S, BLOCK_D, GROUP_B,
+        )  # fmt: skip
+    elif tl.load(overflow_ptr) > size:
+        n_tiles = tl.cdiv(n_tokens, BLOCK_B) * tl.cdiv(d_sae, BLOCK_S)
+        for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+            _list_tile(
+                tile,
+                x_ptr, W_enc_ptr, b_enc_ptr, threshold_ptr, bounds_ptr, cursor_ptr, entries_ptr, tokens_ptr, size, first_feature,
+                n_tokens, d_in, d_sae, stride_xb, stride_xd, stride_wd, stride_ws,
+                PRECISION, EVEN_D, BLOCK_B, BLOCK_S, BLOCK_D, GROUP_B,
+            )  # fmt: skip
 
 
 def _append(
@@ -113,8 +134,9 @@ def _append(
     x, W_enc = problem.x, problem.W_enc[:, start:end]
     d_in = x.shape[1]
     config = list_config(x, again=overflow is not None)
-    grid = (triton.cdiv(x.shape[0], config["BLOCK_B"]) * triton.cdiv(end - start, config["BLOCK_S"]),)
-    _batch_list_kernel[grid](
+    tiles = triton.cdiv(x.shape[0], config["BLOCK_B"]) * triton.cdiv(end - start, config["BLOCK_S"])
+    # where nothing overflowed, which is nearly always, few programs leave at once
+    _batch_list_kernel[(tiles if overflow is None else min(tiles, AGAIN_PROGRAMS),)](
         x_ptr=x,
         W_enc_ptr=W_enc,
         b_enc_ptr=problem.b_enc[start:end],
@@ -139,8 +161,8 @@ def _append(
     )
 
 
-def _candidates(problem: Problem, places: int, size: int) -> tuple[Buffer, Cut]:
-    """At most `size` entries, the `places` largest among them, and what tells these apart."""
+def _candidates(problem: Problem, n_kept: int, size: int) -> tuple[Buffer, Cut]:
+    """At most `size` entries, the `n_kept` largest among them, and what tells these apart."""
     n_tokens, d_sae = problem.x.shape[0], problem.W_enc.shape[1]
     buffer, spare = Buffer.empty(size, problem.x.device), Buffer.empty(size, problem.x.device)
     whole = size == n_tokens * d_sae
@@ -148,27 +170,27 @@ def _candidates(problem: Problem, places: int, size: int) -> tuple[Buffer, Cut]:
     bounds = None
     for start, end in feature_ranges(first, d_sae):
         if start > 0:
-            bounds = cut_buffer(buffer, n_tokens, places, levels=2).bounds
+            bounds = cut_buffer(buffer, n_tokens, n_kept, levels=2).bounds
             buffer, spare = compact(buffer, spare, bounds), buffer
         _append(problem, start, end, buffer, bounds)
     if not whole:
-        bounds = cut_activations(problem, buffer, places).bounds
+        bounds = cut_activations(problem, buffer, n_kept).bounds
         again = buffer._replace(cursor=torch.zeros_like(buffer.cursor))
         _append(problem, 0, d_sae, again, bounds, overflow=buffer.cursor)
         buffer = again._replace(cursor=torch.where(buffer.cursor > size, again.cursor, buffer.cursor))
-    return buffer, cut_buffer(buffer, n_tokens, places, EXACT)
+    return buffer, cut_buffer(buffer, n_tokens, n_kept, EXACT)
 
 
-def _survivors(problem: Problem, places: int, size: int) -> tuple[Buffer, Cut]:
-    """The `places` largest entries, and those that equal the last of them in its token; and what tells these apart."""
-    buffer, cut = _candidates(problem, places, size)
-    # one token may have more entries that equal the last one than find a place
-    into = Buffer.empty(min(size, places + problem.W_enc.shape[1]), buffer.entries.device)
+def _survivors(problem: Problem, n_kept: int, size: int) -> tuple[Buffer, Cut]:
+    """The `n_kept` largest entries, and those that equal the last of them in its token; and what tells these apart."""
+    buffer, cut = _candidates(problem, n_kept, size)
+    # one token may have more entries that equal the last one than are kept
+    into = Buffer.empty(min(size, n_kept + problem.W_enc.shape[1]), buffer.entries.device)
     return compact(buffer, into, cut.bounds), cut
 
 
-def _in_rows(buffer: Buffer, cut: Cut, shape: tuple[int, int], places: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`(row_offsets, indices, values)` of the candidates that survive the cut, `places` long, by token and feature."""
+def _in_rows(buffer: Buffer, cut: Cut, shape: tuple[int, int], n_kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`(row_offsets, indices, values)` of the candidates that survive the cut, `n_kept` long, by token and feature."""
     (n_tokens, d_sae), device = shape, buffer.entries.device
     valid = torch.arange(buffer.entries.numel(), device=device) < buffer.cursor
     dtype = torch.int32 if n_tokens * d_sae < 2**31 else torch.int64  # sorting takes several times the keys
@@ -179,14 +201,14 @@ def _in_rows(buffer: Buffer, cut: Cut, shape: tuple[int, int], places: int) -> t
     # NaNs have more than one pattern, and one rank
     tie = valid & (torch.where(bits.view(torch.float32).isnan(), 0x7FC00000, bits) == kth)
     kept = valid & (~tie | (tie.cumsum(0) <= left))
-    slots = torch.where(kept, kept.cumsum(0) - 1, places)  # what is dropped shares the place behind the last
+    slots = torch.where(kept, kept.cumsum(0) - 1, n_kept)  # what is dropped shares the slot behind the last
 
-    def place(values: Tensor, unused: int) -> Tensor:
-        return torch.full((places + 1,), unused, dtype=values.dtype, device=device).scatter_(0, slots, values)
+    def in_slots(values: Tensor, unused: int) -> Tensor:
+        return torch.full((n_kept + 1,), unused, dtype=values.dtype, device=device).scatter_(0, slots, values)
 
-    rows = place((key // d_sae).int(), n_tokens)[:places]
+    rows = in_slots((key // d_sae).int(), n_tokens)[:n_kept]
     row_offsets = torch.searchsorted(rows, torch.arange(n_tokens + 1, device=device, dtype=torch.int32), out_int32=True)
-    indices, values = place((key % d_sae).int(), 0)[:places], place(bits, 0)[:places].view(torch.float32)
+    indices, values = in_slots((key % d_sae).int(), 0)[:n_kept], in_slots(bits, 0)[:n_kept].view(torch.float32)
     return row_offsets, indices, values
 
 
@@ -204,7 +226,7 @@ def encode_batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor
         k: At least 1.
 
     Returns:
-        Rows of any length, sorted by feature index; values fp32. The span of the last row takes in the unused places, and
+        Rows of any length, sorted by feature index; values fp32. The last row's offsets take in the unused slots, and
         `row_counts` tells where it ends.
 
     Raises:
@@ -215,18 +237,18 @@ def encode_batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor
         raise TypeError("x: expected float32, bfloat16 or float16 on the Triton path, got float64")
     problem = Problem(x, W_enc, b_enc.contiguous(), threshold.contiguous())
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
-    places = min(k, d_sae) * n_tokens
+    n_kept = min(k, d_sae) * n_tokens
     if n_tokens == 0:
         offsets = torch.zeros(1, dtype=torch.int32, device=x.device)
         empty = torch.empty(0, dtype=torch.int32, device=x.device)
         infinity = torch.full((), float("inf"), device=x.device)
         return BatchTopK(SparseActs(offsets, empty, empty.float(), (0, d_sae), empty), infinity)
-    size = min(max(int(HEADROOM * places), MIN_RANGE * n_tokens) + d_sae, n_tokens * d_sae)
+    size = min(max(int(HEADROOM * n_kept), MIN_RANGE * n_tokens) + d_sae, n_tokens * d_sae)
     if size >= 2**30:
         raise ValueError(f"x: expected fewer than 2**30 candidates in one call, got {size}; split the tokens")
-    kept, cut = _survivors(problem, places, size)
-    row_offsets, indices, values = _in_rows(kept, cut, (n_tokens, d_sae), places)
+    kept, cut = _survivors(problem, n_kept, size)
+    row_offsets, indices, values = _in_rows(kept, cut, (n_tokens, d_sae), n_kept)
     row_counts = row_offsets.diff()
-    row_offsets[-1] = places
+    row_offsets[-1] = n_kept
     min_active = torch.where(values > 0, values, float("inf")).amin()
     return BatchTopK(SparseActs(row_offsets, indices, values, (n_tokens, d_sae), row_counts), min_active)

@@ -20,9 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae_kernels.gpu.config import launch_config, on_device
-from fastsae_kernels.gpu.tiles import penalty_terms
-from fastsae_kernels.sparse_acts import SparseActs
-from fastsae_kernels.spec import AutoencodeSpec
+from fastsae_kernels.gpu.tiles import gather_rows, gather_sum, penalty_terms, store_row
+from fastsae_kernels.types import AutoencodeSpec, SparseActs
 
 # programs that share the rows of a column sum; bounds its scratch to MAX_ROW_SPLITS x d_out
 MAX_ROW_SPLITS = 128
@@ -66,11 +65,8 @@ def _decode_kernel(
         mask_e = offs_e < count
         index = tl.load(indices_ptr + start + offs_e, mask=mask_e, other=0).to(tl.int64)
         value = tl.load(values_ptr + start + offs_e, mask=mask_e, other=0.0).to(tl.float32)
-        w_ptrs = W_dec_ptr + index[:, None] * stride_ws + offs_d[None, :] * stride_wd
         # entries of the window alone are worth nothing here, so their rows are not read
-        used = mask_e & (value != 0.0)
-        w = tl.load(w_ptrs, mask=used[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
-        acc += tl.sum(value[:, None] * w, 0)
+        acc += gather_sum(value, W_dec_ptr, index, stride_ws, stride_wd, offs_d, d_out)
     if target_ptr is not None:
         acc -= tl.load(target_ptr + row * stride_tb + offs_d * stride_td, mask=mask_d, other=0.0).to(tl.float32)
         # an infinite value makes NaN of the zeros beyond the last column
@@ -99,16 +95,14 @@ def _column_sums_kernel(
     """Program (w, i) adds columns i * BLOCK_D .. of every num_programs(0)-th block of BLOCK_E rows."""
     split = tl.program_id(0)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
-    mask_d = offs_d < depth
     acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for first in range(split * BLOCK_E, n_tokens, tl.num_programs(0) * BLOCK_E):
         rows = first + tl.arange(0, BLOCK_E).to(tl.int64)
         mask_b = rows < n_tokens
         weight = tl.load(weights_ptr + rows * stride_weight, mask=mask_b, other=0.0).to(tl.float32)
-        v_ptrs = vectors_ptr + rows[:, None] * stride_vb + offs_d[None, :] * stride_vd
-        vectors = tl.load(v_ptrs, mask=mask_b[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
-        acc += tl.sum(weight[:, None] * vectors, 0)
-    tl.store(partial_ptr + split.to(tl.int64) * depth + offs_d, acc, mask=mask_d)
+        # a weight of 0 counts: the row may hold what is not finite
+        acc += tl.sum(weight[:, None] * gather_rows(vectors_ptr, rows, stride_vb, stride_vd, offs_d, depth, mask_b), 0)
+    store_row(partial_ptr, split.to(tl.int64), offs_d, depth, acc)
 
 
 @triton.jit
@@ -128,7 +122,7 @@ def _row_stats_kernel(
     PENALTY: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Program owns one row: its penalty, its L0, its votes in the features' firing counts."""
+    """Program owns one row: its penalty, its L0, and its part of the features' firing counts."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.load(row_offsets_ptr + row).to(tl.int64)
     count = tl.load(row_counts_ptr + row).to(tl.int32)

@@ -19,8 +19,6 @@ the weights' dtype for the product, as in a dense step.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -28,17 +26,10 @@ from torch import Tensor
 
 from fastsae_kernels.gpu.config import launch_config
 from fastsae_kernels.gpu.tiles import gate, gate_gradients, penalty_terms, tile_product
-from fastsae_kernels.spec import AutoencodeSpec
+from fastsae_kernels.types import AutoencodeSpec, Overflow
 
 # programs that share the features when few rows overflow; bounds the scratch to MAX_SPLITS x BLOCK_B x d_out
 MAX_SPLITS = 64
-
-
-class Overflow(NamedTuple):
-    """Which rows overflowed, on the device."""
-
-    rows: Tensor  # [N] int64: the overflowing rows first
-    n_rows: Tensor  # [1] int32: how many they are
 
 
 @triton.jit

@@ -7,9 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae_kernels.gpu.config import launch_config
-from fastsae_kernels.gpu.overflow import Overflow
 from fastsae_kernels.gpu.tiles import gate, gate_gradients, tile_product
-from fastsae_kernels.spec import AutoencodeSpec
+from fastsae_kernels.types import AutoencodeSpec, Overflow
 
 
 @triton.jit

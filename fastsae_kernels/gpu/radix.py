@@ -3,7 +3,7 @@
 Activations are non-negative, so their bits order as they do (`tiles.value_bits`). Level by level, 11 + 10 + 10 bits, a
 histogram of the values that share the leading bits found so far tells the next ones; every program of a level reads the
 histograms of the levels before it and descends for itself. Two levels give a bound that is at most 2^-13 below the n-th
-value; three give the value and how many equal ones still find a place. Those go to the lower tokens: a fourth pass counts
+value; three give the value and how many equal ones are kept. Those go to the lower tokens: a fourth pass counts
 the equal values of each token, which makes a bound per token.
 
 The values lie in a `Buffer` of candidates, or, where a buffer overflowed, are computed tile by tile once more. Counts are
@@ -53,22 +53,22 @@ class Problem(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """What lies among the n largest: values above the bound of their token, equal ones as far as `places` go."""
+    """What lies among the n largest: values above the bound of their token, and of the equal ones the first."""
 
     bounds: Tensor  # [N] int32, bits of the smallest value that can be among them
-    kth: Tensor  # [2] int64: bits of the n-th value, and how many values equal to it have a place
+    kth: Tensor  # [2] int64: bits of the n-th value, and how many values equal to it are kept
 
 
 @triton.jit
-def _descend(hists_ptr, places, LEVELS: tl.constexpr):
-    """`(bits, places)`: the leading bits of the `places`-th largest value, and its place among those that share them."""
+def _descend(hists_ptr, n_kept, LEVELS: tl.constexpr):
+    """`(bits, left)`: the leading bits of the `n_kept`-th largest value, and its rank among those that share them."""
     bins = tl.arange(0, 2048)
     bits = tl.full((), 0, tl.int32)
-    left = tl.full((), 0, tl.int64) + places
+    left = tl.full((), 0, tl.int64) + n_kept
     for level in tl.static_range(LEVELS):
         counts = tl.load(hists_ptr + level * 2048 + bins)
         at_least = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
-        # fewer values than places: the bound is 0
+        # fewer values than are wanted: the bound is 0
         digit = tl.maximum(tl.sum((at_least >= left).to(tl.int32), 0) - 1, 0)
         left -= tl.sum(tl.where(bins > digit, counts, 0), 0)
         bits = bits | (digit << (20 - 10 * level))
@@ -76,14 +76,24 @@ def _descend(hists_ptr, places, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _digit(bits, prefix, LEVEL: tl.constexpr):
-    """`(digit, shares)`: the bin of this level, and whether the bits before it are those of the prefix."""
+def _histogram(bits, mask, prefix, LEVEL: tl.constexpr):
+    """`[2048]`: how many of `[n]` values that share the leading bits found so far have each digit of this level."""
     if LEVEL == 0:
-        return bits >> 20, bits >= 0
-    return (bits >> (20 - 10 * LEVEL)) & 1023, (bits >> (30 - 10 * LEVEL)) == (prefix >> (30 - 10 * LEVEL))
+        return tl.histogram(bits >> 20, 2048, mask=mask)
+    else:
+        shares = (bits >> (30 - 10 * LEVEL)) == (prefix >> (30 - 10 * LEVEL))
+        return tl.histogram((bits >> (20 - 10 * LEVEL)) & 1023, 2048, mask=mask & shares)
 
 
-@triton.jit(do_not_specialize=["places", "size"])
+@triton.jit
+def _add_histogram(hists_ptr, hist, LEVEL: tl.constexpr):
+    """Adds a program's histogram to that of the level; the pass over equal values has none."""
+    if LEVEL < 3:
+        bins = tl.arange(0, 2048)
+        tl.atomic_add(hists_ptr + LEVEL * 2048 + bins, hist.to(tl.int64), mask=hist > 0, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["n_kept", "size"])
 def _buffer_histogram_kernel(
     # inputs
     entries_ptr,  # [size] int64
@@ -93,7 +103,7 @@ def _buffer_histogram_kernel(
     hists_ptr,  # [3, 2048] int64: those of the levels before are read, that of this level is added to
     ties_ptr,  # [B] int64, added to by the last pass
     # sizes
-    places,
+    n_kept,
     size,
     LEVEL: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -103,24 +113,21 @@ def _buffer_histogram_kernel(
     start = tl.program_id(0) * BLOCK
     if (count > size) | (start >= count):
         return
-    prefix, _left = _descend(hists_ptr, places, LEVEL)
+    prefix, _left = _descend(hists_ptr, n_kept, LEVEL)
     hist = tl.zeros((2048,), dtype=tl.int32)
     for first in range(start, count.to(tl.int32), tl.num_programs(0) * BLOCK):
         offs = first + tl.arange(0, BLOCK)
         mask = offs < count
         bits = value_bits(entry_value(tl.load(entries_ptr + offs, mask=mask, other=0)))
         if LEVEL < 3:
-            digit, shares = _digit(bits, prefix, LEVEL)
-            hist += tl.histogram(digit, 2048, mask=mask & shares)
+            hist += _histogram(bits, mask, prefix, LEVEL)
         else:
             tie = mask & (bits == prefix)
             tl.atomic_add(ties_ptr + tl.load(tokens_ptr + offs, mask=tie, other=0), 1, mask=tie, sem="relaxed")
-    if LEVEL < 3:
-        bins = tl.arange(0, 2048)
-        tl.atomic_add(hists_ptr + LEVEL * 2048 + bins, hist.to(tl.int64), mask=hist > 0, sem="relaxed")
+    _add_histogram(hists_ptr, hist, LEVEL)
 
 
-@triton.jit(do_not_specialize=["places", "size", "n_tokens"])
+@triton.jit(do_not_specialize=["n_kept", "size", "n_tokens"])
 def _tile_histogram_kernel(
     # inputs
     x_ptr,  # [B, D]
@@ -132,7 +139,7 @@ def _tile_histogram_kernel(
     hists_ptr,  # [3, 2048] int64
     ties_ptr,  # [B] int64
     # sizes
-    places,
+    n_kept,
     size,
     n_tokens,
     d_in,
@@ -152,7 +159,7 @@ def _tile_histogram_kernel(
     """The same over recomputed activations: program takes every num_programs(0)-th tile."""
     if tl.load(cursor_ptr) <= size:
         return
-    prefix, _left = _descend(hists_ptr, places, LEVEL)
+    prefix, _left = _descend(hists_ptr, n_kept, LEVEL)
     hist = tl.zeros((2048,), dtype=tl.int32)
     tiles_b = tl.cdiv(n_tokens, BLOCK_B)
     for tile in range(tl.program_id(0), tiles_b * tl.cdiv(d_sae, BLOCK_S), tl.num_programs(0)):
@@ -165,18 +172,15 @@ def _tile_histogram_kernel(
         )  # fmt: skip
         mask = (bits > 0) & (offs_b < n_tokens)[:, None]
         if LEVEL < 3:
-            digit, shares = _digit(bits, prefix, LEVEL)
-            flat = tl.reshape(digit, (BLOCK_B * BLOCK_S,))
-            hist += tl.histogram(flat, 2048, mask=tl.reshape(mask & shares, (BLOCK_B * BLOCK_S,)))
+            flat = tl.reshape(bits, (BLOCK_B * BLOCK_S,))
+            hist += _histogram(flat, tl.reshape(mask, (BLOCK_B * BLOCK_S,)), prefix, LEVEL)
         else:
             ties = tl.sum((mask & (bits == prefix)).to(tl.int32), 1)
             tl.atomic_add(ties_ptr + rows, ties.to(tl.int64), mask=ties > 0, sem="relaxed")
-    if LEVEL < 3:
-        bins = tl.arange(0, 2048)
-        tl.atomic_add(hists_ptr + LEVEL * 2048 + bins, hist.to(tl.int64), mask=hist > 0, sem="relaxed")
+    _add_histogram(hists_ptr, hist, LEVEL)
 
 
-@triton.jit(do_not_specialize=["places", "size", "n_tokens"])
+@triton.jit(do_not_specialize=["n_kept", "size", "n_tokens"])
 def _bounds_kernel(
     # inputs
     hists_ptr,  # [3, 2048] int64
@@ -186,7 +190,7 @@ def _bounds_kernel(
     bounds_ptr,  # [B] int32
     kth_ptr,  # [2] int64
     # sizes
-    places,
+    n_kept,
     size,
     n_tokens,
     CLOSES: tl.constexpr,  # past an overflowing buffer nothing is listed any more
@@ -194,7 +198,7 @@ def _bounds_kernel(
     BLOCK: tl.constexpr,
 ):
     """Program owns the bounds of BLOCK tokens."""
-    bits, left = _descend(hists_ptr, places, LEVELS)
+    bits, left = _descend(hists_ptr, n_kept, LEVELS)
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = rows < n_tokens
     bounds = tl.zeros((BLOCK,), tl.int32) + bits
@@ -241,7 +245,7 @@ def _compact_kernel(
         tl.store(to_tokens_ptr + slots, token, mask=kept)
 
 
-def _cut(buffer: Buffer, n_tokens: int, places: int, histogram, levels: int, closes: bool) -> Cut:
+def _cut(buffer: Buffer, n_tokens: int, n_kept: int, histogram, levels: int, closes: bool) -> Cut:
     """Runs the passes of `histogram(level, hists, ties)` and turns their counts into bounds."""
     device = buffer.entries.device
     hists = torch.zeros(3, BINS, dtype=torch.int64, device=device)
@@ -256,7 +260,7 @@ def _cut(buffer: Buffer, n_tokens: int, places: int, histogram, levels: int, clo
         cursor_ptr=buffer.cursor,
         bounds_ptr=bounds,
         kth_ptr=kth,
-        places=places,
+        n_kept=n_kept,
         size=buffer.entries.numel(),
         n_tokens=n_tokens,
         CLOSES=closes,
@@ -266,8 +270,8 @@ def _cut(buffer: Buffer, n_tokens: int, places: int, histogram, levels: int, clo
     return Cut(bounds, kth)
 
 
-def cut_buffer(buffer: Buffer, n_tokens: int, places: int, levels: int) -> Cut:
-    """The `places` largest candidates; with less than `EXACT` levels a lower bound that lets in few more."""
+def cut_buffer(buffer: Buffer, n_tokens: int, n_kept: int, levels: int) -> Cut:
+    """The `n_kept` largest candidates; with less than `EXACT` levels a lower bound that lets in few more."""
 
     def histogram(level: int, hists: Tensor, ties: Tensor) -> None:
         _buffer_histogram_kernel[(_programs(buffer),)](
@@ -276,13 +280,13 @@ def cut_buffer(buffer: Buffer, n_tokens: int, places: int, levels: int) -> Cut:
             cursor_ptr=buffer.cursor,
             hists_ptr=hists,
             ties_ptr=ties,
-            places=places,
+            n_kept=n_kept,
             size=buffer.entries.numel(),
             LEVEL=level,
             BLOCK=BLOCK,
         )
 
-    return _cut(buffer, n_tokens, places, histogram, levels, closes=True)
+    return _cut(buffer, n_tokens, n_kept, histogram, levels, closes=True)
 
 
 def list_config(x: Tensor, again: bool) -> LaunchConfig:
@@ -292,8 +296,8 @@ def list_config(x: Tensor, again: bool) -> LaunchConfig:
     return dict(launch_config(name, x, odd=x.shape[1] % config["BLOCK_D"] != 0))
 
 
-def cut_activations(problem: Problem, buffer: Buffer, places: int) -> Cut:
-    """The `places` largest activations of all, recomputed; does nothing on the device unless the buffer overflowed."""
+def cut_activations(problem: Problem, buffer: Buffer, n_kept: int) -> Cut:
+    """The `n_kept` largest activations of all, recomputed; does nothing on the device unless the buffer overflowed."""
     x, W_enc, b_enc, threshold = problem
     config = list_config(x, again=True)  # as the pass that lists what is found here: equal tiles have equal sums
     config.pop("GROUP_B")
@@ -308,7 +312,7 @@ def cut_activations(problem: Problem, buffer: Buffer, places: int) -> Cut:
             cursor_ptr=buffer.cursor,
             hists_ptr=hists,
             ties_ptr=ties,
-            places=places,
+            n_kept=n_kept,
             size=buffer.entries.numel(),
             n_tokens=x.shape[0],
             d_in=x.shape[1],
@@ -323,7 +327,7 @@ def cut_activations(problem: Problem, buffer: Buffer, places: int) -> Cut:
             **config,
         )
 
-    return _cut(buffer, x.shape[0], places, histogram, EXACT, closes=False)
+    return _cut(buffer, x.shape[0], n_kept, histogram, EXACT, closes=False)
 
 
 def compact(buffer: Buffer, into: Buffer, bounds: Tensor) -> Buffer:

@@ -1,4 +1,4 @@
-"""Pieces that several kernels share: the product of one tile, the gate, the penalty and the gate's gradients.
+"""Pieces that several kernels share: the product of one tile, the gather of rows, the gate, the penalty, their gradients.
 
 Letters: `B` tokens (rows of x), `D` d_in or d_out, `S` d_sae. Everything is fp32 but the operands of `tl.dot`, which keep
 their dtype and accumulate in fp32. Two kernels that recompute the same `hidden_pre` call the same function, so the
@@ -9,6 +9,19 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+# the longest row that one program can hold in its registers: 16 elements of each of 512 threads
+MAX_DEPTH = 8192
+
+
+@triton.jit
+def start_of_tile(tile, n_rows, n_columns, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_B: tl.constexpr):
+    """`(first row, first column)` of a tile; GROUP_B row tiles share a column tile before the next one: both stay in L2."""
+    tiles_b = tl.cdiv(n_rows, BLOCK_B)
+    in_group = GROUP_B * tl.cdiv(n_columns, BLOCK_S)
+    first_b = tile // in_group * GROUP_B
+    group = min(tiles_b - first_b, GROUP_B)
+    return (first_b + tile % in_group % group) * BLOCK_B, tile % in_group // group * BLOCK_S
 
 
 @triton.jit
@@ -46,6 +59,25 @@ def tile_product(
         a_ptrs += BLOCK_D * stride_ad
         b_ptrs += BLOCK_D * stride_bd
     return acc
+
+
+@triton.jit
+def gather_rows(ptr, rows, stride_b, stride_d, offs_d, depth, used):
+    """`[BLOCK_E, BLOCK_D]` fp32: rows of a matrix at some columns; zero where a row is not used, and past the last column."""
+    ptrs = ptr + rows[:, None] * stride_b + offs_d[None, :] * stride_d
+    return tl.load(ptrs, mask=used[:, None] & (offs_d < depth)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gather_sum(weight, ptr, rows, stride_b, stride_d, offs_d, depth):
+    """`[BLOCK_D]` fp32: the sum of weight * row over some rows of a matrix; those of weight 0 are not read."""
+    return tl.sum(weight[:, None] * gather_rows(ptr, rows, stride_b, stride_d, offs_d, depth, weight != 0.0), 0)
+
+
+@triton.jit
+def store_row(ptr, row, offs_d, depth, values):
+    """Columns of one row of a contiguous matrix, in its dtype."""
+    tl.store(ptr + row * depth + offs_d, values.to(ptr.dtype.element_ty), mask=offs_d < depth)
 
 
 @triton.jit

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels.gpu.backward import FeatureOrder, feature_sums
 from fastsae_kernels.gpu.config import on_device
+from fastsae_kernels.gpu.feature_sums import FeatureOrder, feature_sums
 from fastsae_kernels.memory import version_of
 
 # enough to fill a device where there is something to zero, few enough to leave at once where there is nothing
@@ -127,5 +127,5 @@ def gpu_share(
 def _of_entries(per_token: Tensor, by_feature: FeatureOrder) -> Tensor:
     """`[nnz]`: the token's number at each of its entries, before ordering."""
     if by_feature.tokens is None:
-        return per_token.repeat_interleave(by_feature.span, output_size=by_feature.order.numel())
+        return per_token.repeat_interleave(by_feature.row_length, output_size=by_feature.order.numel())
     return per_token[by_feature.tokens]

@@ -52,9 +52,8 @@ FEW_PROGRAMS = {
     "batch_again": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "GROUP_B": 2},
     "decode": {"BLOCK_E": 64, "BLOCK_D": 32},
     "row_stats": {"BLOCK_E": 64},
-    "entry_grads": {"BLOCK_E": 32, "BLOCK_D": 32},
     "feature_sums": {"BLOCK_E": 16, "BLOCK_D": 32},
-    "feature_visit": {"BLOCK_E": 16, "D_PER_WARP": 512, "CHUNK": 6},
+    "fused_backward": {"BLOCK_E": 16, "D_PER_WARP": 512, "CHUNK": 6},
     "join_chunks": {"BLOCK_C": 2, "BLOCK_D": 32},
     "adam_rows": {"BLOCK_E": 4, "D_PER_WARP": 512},
     "grad_norms": {"BLOCK_E": 4, "D_PER_WARP": 512},
@@ -111,20 +110,26 @@ def first(problem: problems.Problem, n_tokens: int) -> problems.Problem:
 
 
 def run(
-    problem: problems.Problem, capacity: int, target: Tensor | None = None, row_scale: Tensor | None = None
+    problem: problems.Problem,
+    capacity: int,
+    target: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    mean_capacity: int | None = None,
 ) -> problems.Result:
-    """Forward and every gradient of one pass through the kernels, rows limited to `capacity` entries.
+    """Forward and every gradient of one pass, rows limited to `capacity` entries, all of them to `mean_capacity` on average.
 
     With a target, what comes back into the pass is `row_scale * residual` in place of the problem's gradient.
     """
     from fastsae_kernels import gpu
-    from fastsae_kernels.gradients import AutoencodeNeeds
+    from fastsae_kernels.types import AutoencodeNeeds, Capacity, OutputGrads, PassInputs
 
     tensors = [None if tensor is None else on_device(tensor) for tensor in problem.tensors()]
     target, row_scale = (None if tensor is None else on_device(tensor) for tensor in (target, row_scale))
-    output, saved = gpu.autoencode_forward(*tensors, problem.spec, capacity, target)  # type: ignore[arg-type]
+    inputs = PassInputs(*tensors, target=target)  # type: ignore[arg-type]
+    output, kept = gpu.forward(inputs, problem.spec, Capacity(capacity, mean_capacity or capacity))
     grad_out = on_device(problem.grad_out) if target is None else output.sae_out
-    grads = gpu.autoencode_backward(saved, grad_out, on_device(problem.grad_penalty), AutoencodeNeeds(), row_scale)
+    output_grads = OutputGrads(grad_out, row_scale, on_device(problem.grad_penalty))
+    grads = gpu.backward(inputs, kept, problem.spec, output_grads, AutoencodeNeeds())
     names = ("sae_out", "penalty", "l0", "feature_counts", *(() if target is None else ("squared_error",)))
     named = {name: getattr(output, name) for name in names}
     assert (output.squared_error is None) == (target is None)

@@ -19,6 +19,7 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.live: dict[int, int] = {}
         self.peak = 0
+        self.history: list[tuple[dict[int, int], int]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -35,4 +36,10 @@ class Meter(TorchDispatchMode):
         sorting = given[0].numel() * (8 + 8 + given[0].element_size()) if on_cuda else 0
         arrays = tracemalloc.get_traced_memory()[0]
         self.peak = max(self.peak, sum(self.live.values()) + sorting + arrays)
+        self.history.append((dict(self.live), sorting + arrays))
         return result
+
+    def peak_beside(self, *returned: Tensor) -> int:
+        """The peak of everything but some tensors that still live."""
+        left_out = {tensor.untyped_storage()._cdata for tensor in returned}
+        return max(sum(n for key, n in live.items() if key not in left_out) + more for live, more in self.history)

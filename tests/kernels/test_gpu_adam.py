@@ -57,7 +57,7 @@ class Batch:
 
     def operands(self) -> tuple[Any, Tensor, Tensor]:
         """`(by_feature, weights, vectors)`."""
-        from fastsae_kernels.gpu.backward import feature_order
+        from fastsae_kernels.gpu.feature_sums import feature_order
 
         row_offsets = torch.cat((torch.zeros(1, dtype=torch.int64), self.fires.sum(1).cumsum(0)))
         indices = self.fires.nonzero()[:, 1].int()
@@ -189,7 +189,7 @@ def test_norms_of_short_zero_and_broken_rows() -> None:
 def test_any_strides_and_rows_of_one_span() -> None:
     """Column-major tensors, and entries whose token follows from their place, padding among them."""
     from fastsae_kernels.gpu.adam import adam_rows
-    from fastsae_kernels.gpu.backward import feature_order
+    from fastsae_kernels.gpu.feature_sums import feature_order
 
     param, vectors, extra = torch.randn(N_FEATURES, 7), torch.randn(4, 7), torch.randn(N_FEATURES, 7)
     indices, values = torch.tensor([1, 4, 0, 0, 1, 7, 0, 0, 0, 2, 3, 4], dtype=torch.int32), torch.randn(12)
@@ -210,7 +210,7 @@ def test_any_strides_and_rows_of_one_span() -> None:
         acts.row_offsets.to(DEVICE), indices.to(DEVICE), acts.values.to(DEVICE), acts.shape, counts.to(DEVICE)
     )
     adam_rows(
-        feature_order(acts, span=3), acts.values, strided(vectors), got, *moments,
+        feature_order(acts, row_length=3), acts.values, strided(vectors), got, *moments,
         beta1=0.9, step=1, extra=strided(extra), copy=copy, **HYPER,
     )  # fmt: skip
     torch.testing.assert_close(got.cpu().double(), truth.param.data, rtol=1e-6, atol=1e-6)
@@ -376,7 +376,7 @@ def test_no_step_compiles_again() -> None:
         "import torch\n"
         "from tools.kernel_report import launches\n"
         "from fastsae_kernels.gpu.adam import adam_rows\n"
-        "from fastsae_kernels.gpu.backward import FeatureOrder\n"
+        "from fastsae_kernels.gpu.feature_sums import FeatureOrder\n"
         "from fastsae_kernels.gpu.config import override\n"
         "def meta(*shape, dtype=torch.float32): return torch.empty(*shape, dtype=dtype, device='meta')\n"
         "order = FeatureOrder(meta(9, dtype=torch.int64), meta(50, dtype=torch.int64), None, 5)\n"

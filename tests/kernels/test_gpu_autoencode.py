@@ -54,6 +54,31 @@ def test_on_hostile_inputs(problem: problems.Problem) -> None:
     problems.assert_matches(run(problem, 32), problem)
 
 
+@pytest.mark.parametrize("mean_capacity", [1, 8], ids=["none fits", "some fit"])
+@pytest.mark.parametrize("spec", [SPECS["l0"], SPECS["tanh, ste to input"]], ids=["l0", "tanh, ste to input"])
+def test_rows_that_find_no_room_are_exact(spec: AutoencodeSpec, mean_capacity: int) -> None:
+    """Rows lie one behind the other; those behind the end of the memory, and the one across it, overflow."""
+    problem = problems.make(9, 20, 43, spec=spec, density=0.3, with_scale=spec.penalty != "l0")
+    problems.assert_matches(run(problem, 43, mean_capacity=mean_capacity), problem)
+
+
+def test_one_row_with_many_entries_takes_no_room_of_others() -> None:
+    from fastsae_kernels.gpu.topk import packed_offsets, sort_rows
+
+    counts = torch.tensor([2, 9, 0, 4, 3, 1], dtype=torch.int32, device=DEVICE)
+    entries = torch.arange(24, device=DEVICE).view(6, 4) % 4 + 1 << 32  # feature and value bits
+    for size, kept in ((6, [2, 0, 0, 4, 0, 0]), (9, [2, 0, 0, 4, 3, 0]), (24, [2, 0, 0, 4, 3, 1]), (1, [0] * 6)):
+        offsets = packed_offsets(counts, 4, size)
+        acts = sort_rows(counts, entries.flatten() + 1, offsets, (6, 5), None, size)
+        assert acts.row_counts is not None
+        assert acts.row_counts.tolist() == kept
+        assert (offsets[0].item(), offsets[-1].item(), acts.indices.numel()) == (0, size, size)
+        packed = acts.packed()
+        assert packed.indices.tolist() == [j + 1 for n in kept for j in range(n)]
+        assert (packed.values > 0).all()
+        assert acts.values.count_nonzero() == sum(kept)
+
+
 def test_one_row_overflows_among_others() -> None:
     problem = problems.make(20, 7, 129, spec=SPECS["tanh, ste to input"], with_scale=True, density=0.03)
     problem = replace(problem, x=problem.x * (1 + 50.0 * (torch.arange(20) == 11))[:, None])
@@ -99,9 +124,11 @@ def test_non_contiguous_and_expanded_inputs() -> None:
 @pytest.mark.parametrize("capacity", [64, 2], ids=["fits", "overflows"])
 @pytest.mark.parametrize("spec", [SPECS["tanh, ste to input"], SPECS["batch top-3"]], ids=["tanh", "batch top-3"])
 def test_rows_longer_than_a_program_holds(spec: AutoencodeSpec, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastsae_kernels.gpu import autoencode
+    from fastsae_kernels.gpu import fused_backward, gradients
 
-    monkeypatch.setattr(autoencode, "MAX_DEPTH", 8)
+    monkeypatch.setattr(gradients, "MAX_DEPTH", 8)
+    monkeypatch.setattr(fused_backward, "MAX_DEPTH", 8)
+    monkeypatch.setattr(fused_backward, "LONG_ROW_BLOCK", 8)
     problem = problems.make(9, 20, 43, spec=spec, density=0.2, with_scale=spec.penalty != "l0")
     problems.assert_matches(run(problem, capacity), problem)
 

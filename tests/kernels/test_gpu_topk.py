@@ -1,4 +1,4 @@
-"""Top-k and BatchTopK on the GPU path: exact among ties, over many ranges of features, and where spans or buffers overflow.
+"""Top-k and BatchTopK on the GPU path: exact among ties, over many ranges of features, and where rows or buffers overflow.
 
 Problems of small integers make every pre-activation exact, so that results must equal the fp64 reference, with ties at
 nearly every cut.
@@ -22,12 +22,13 @@ pytestmark = needs_kernels
 
 @pytest.fixture(autouse=True)
 def small_ranges(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Spans of a few entries, hence many ranges of features on small problems."""
+    """Rows that hold few entries, hence many ranges of features on small problems."""
     from fastsae_kernels.gpu import batch_topk, config, radix, row_topk
 
     monkeypatch.setattr(row_topk, "MIN_CAPACITY", 16)
     monkeypatch.setattr(row_topk, "SMALL_BATCH", 0)
     monkeypatch.setattr(batch_topk, "MIN_RANGE", 4)
+    monkeypatch.setattr(batch_topk, "AGAIN_PROGRAMS", 2)
     monkeypatch.setattr(radix, "BLOCK", 64)
     monkeypatch.setattr(radix, "PROGRAMS", 3)
     if ON_GPU:
@@ -128,7 +129,7 @@ def test_many_ranges_without_an_overflow(
 
 
 @pytest.mark.parametrize(("k", "small_batch"), [(1, 0), (64, 0), (100, 0), (64, 64)])
-def test_shipped_spans_do_not_overflow(
+def test_shipped_capacities_do_not_overflow(
     k: int, small_batch: int, monkeypatch: pytest.MonkeyPatch, overflows: list[int]
 ) -> None:
     """Half of all features active, in no particular order: the overflow path has nothing to do."""
@@ -138,7 +139,7 @@ def test_shipped_spans_do_not_overflow(
     monkeypatch.setattr(row_topk, "SMALL_BATCH", small_batch)
     problem = half_active(AutoencodeSpec(k=k), n_tokens=16, d_sae=5000)
     acts = row_topk.list_topk(
-        *(tensor.to(DEVICE) for tensor in (problem.x, problem.W_enc, problem.b_enc, problem.threshold)), k, 0.0, 32
+        *(tensor.to(DEVICE) for tensor in (problem.x, problem.W_enc, problem.b_enc, problem.threshold)), k, 0.0
     ).acts
     assert overflows == [0]
     dense = reference.encode(problem.x, problem.W_enc, problem.b_enc, problem.threshold, k=k)
@@ -164,7 +165,7 @@ def test_rising_activity_overflows_and_stays_exact(spec: AutoencodeSpec, overflo
 def test_overflowing_rows_among_ties(
     k: int, bandwidth: float, merge: bool, monkeypatch: pytest.MonkeyPatch, overflows: list[int]
 ) -> None:
-    """Spans with no room to spare: nearly every row overflows; both ways to resolve it."""
+    """No room to spare: nearly every row overflows; both ways to resolve it."""
     from fastsae_kernels.gpu import overflow_topk, row_topk
 
     monkeypatch.setattr(row_topk, "MIN_CAPACITY", 1)
@@ -280,22 +281,22 @@ def test_ranges_cover_every_feature_once(first: int, growth: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("k", "span"), [(1, 256), (5, 256), (32, 256), (64, 256), (64, 1024), (600, 2048), (2048, 6144)]
+    ("k", "capacity"), [(1, 256), (5, 256), (32, 256), (64, 256), (64, 1024), (600, 2048), (2048, 6144)]
 )
-def test_growth_leaves_room(k: int, span: int) -> None:
+def test_growth_leaves_room(k: int, capacity: int) -> None:
     """Simulated: how many of the features up to the end of a range exceed the k-th of those before it."""
     from fastsae_kernels.gpu.row_topk import growth_of
 
-    growth = growth_of(k, span)
+    growth = growth_of(k, capacity)
     assert growth >= 2
     g = torch.Generator().manual_seed(0)
-    features = torch.rand(200, growth * span, generator=g)
-    kth = features[:, :span].topk(k).values[:, -1:]
+    features = torch.rand(200, growth * capacity, generator=g)
+    kth = features[:, :capacity].topk(k).values[:, -1:]
     most = int((features > kth).sum(1).max()) + 1
-    assert k < most <= span
+    assert k < most <= capacity
 
 
-def test_as_many_features_as_a_span_holds_need_one_range(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_many_features_as_a_row_can_hold_need_one_range(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastsae_kernels.gpu import row_topk
 
     def never(*args: object) -> None:
@@ -309,13 +310,14 @@ def test_as_many_features_as_a_span_holds_need_one_range(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    ("k", "span"), [(1, 256), (64, 256), (65, 512), (512, 2048), (600, 2048), (683, 2304), (2048, 6144), (9000, 10000)]
+    ("k", "capacity"),
+    [(1, 256), (64, 256), (65, 512), (512, 2048), (600, 2048), (683, 2304), (2048, 6144), (9000, 10000)],
 )
-def test_span_of(k: int, span: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capacity_of(k: int, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastsae_kernels.gpu import row_topk
 
     monkeypatch.setattr(row_topk, "MIN_CAPACITY", 256)
-    assert row_topk.span_of(k, 10000) == span
+    assert row_topk.capacity_of(k, 10000) == capacity
 
 
 @pytest.mark.parametrize("n_tokens", [0, 1, 13])
@@ -367,7 +369,7 @@ def test_backward_of_a_batch_counts_no_unused_place() -> None:
 @pytest.mark.parametrize("bandwidth", [0.0, 0.4, 8.0])
 @pytest.mark.parametrize("k", [1, 3, 40])
 def test_encode_lists_what_the_reference_has(k: int, bandwidth: float, kind: str) -> None:
-    """Window entries only in rows with at most k active; among them rows whose window outgrows every span."""
+    """Window entries only in rows with at most k active; among them rows whose window outgrows every capacity."""
     from fastsae_kernels import gpu
 
     spec = AutoencodeSpec()
@@ -376,7 +378,7 @@ def test_encode_lists_what_the_reference_has(k: int, bandwidth: float, kind: str
     p.x[3] = 0
     p.x[5] = -p.x[5].abs()
     operands = [tensor.to(DEVICE) for tensor in (p.x, p.W_enc, p.b_enc, p.threshold)]
-    acts = gpu.encode_topk(*operands, bandwidth=bandwidth, k=k).packed()
+    acts = gpu.encode(*operands, AutoencodeSpec(bandwidth, k)).packed()
     wide = [tensor.double() for tensor in (p.x, p.W_enc, p.b_enc, p.threshold)]
     pre, dense = reference.hidden_pre(*wide[:3]), reference.encode(*wide, k=k)
     torch.testing.assert_close(acts.to_dense().cpu().double(), dense, rtol=1e-5, atol=1e-5)

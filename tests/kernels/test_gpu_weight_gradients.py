@@ -56,7 +56,7 @@ def test_clears_where_the_flag_is_set(dtype: torch.dtype, n: int, monkeypatch: p
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled rows"])
 def test_share_is_the_dense_gradient(scaled: bool, span: int | None, n_overflow: int | None) -> None:
     """Whatever an earlier step left in the buffer."""
-    from fastsae_kernels.gpu.backward import feature_order
+    from fastsae_kernels.gpu.feature_sums import feature_order
     from fastsae_kernels.gpu.weight_gradients import gpu_share
 
     acts, x, grad_out = make_acts(), torch.randn(N_TOKENS, D_IN), torch.randn(N_TOKENS, D_IN + 1)

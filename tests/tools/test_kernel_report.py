@@ -19,8 +19,8 @@ from tools.kernel_report import launches, report
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 ROOT = Path(__file__).parents[2]
-CLEAN = report.Row("sm_90", "encode_kernel", "bf16", "-", 8, 4, 255, 0, 131072, 4, "")
-SPILLING = report.Row("sm_90", "encode_kernel", "bf16", "-", 8, 4, 255, 1104, 131072, 4, "spills")
+CLEAN = report.Row("sm_90", "encode_kernel", "bf16", "-", 8, 4, 255, 0, 131072, 4, 900, 400, 1, "")
+SPILLING = report.Row("sm_90", "encode_kernel", "bf16", "-", 8, 4, 255, 1104, 131072, 4, 900, 400, 1, "spills")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -125,7 +125,7 @@ def test_a_compiler_that_crashes_is_a_red_line_that_names_the_kernel(
             os._exit(3)
         if launch.name == "crashing_kernel":
             os.kill(os.getpid(), signal.SIGKILL)
-        return report.Row(arch, launch.name, launch.dtype, "-", 4, 3, 40, 0, 1024, 1, "")
+        return report.Row(arch, launch.name, launch.dtype, "-", 4, 3, 40, 0, 1024, 1, 90, 40, 12, "")
 
     names = ["first", "leaving", "second", "crashing", "third", "last"]
     monkeypatch.setattr(report, "collect", lambda arch: [fake_launch(name) for name in names])

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae_kernels.gradients import AutoencodeNeeds
-from fastsae_kernels.spec import AutoencodeSpec
+from fastsae_kernels.types import AutoencodeNeeds, AutoencodeSpec, Capacity, OutputGrads, PassInputs
 
 # the size of a typical SAE; it matters through its divisibility alone
 N_TOKENS, D_IN, D_SAE = 4096, 2304, 65536
@@ -148,18 +147,19 @@ def _train(dtype: torch.dtype) -> None:
         W_dec, b_dec = _empty(D_SAE, d_in, dtype=dtype), _empty(d_in, dtype=dtype)
         scale = None if spec.penalty == "l0" else _empty(D_SAE)
         for target, row_scale in ((None, None), (x, _empty(N_TOKENS))):
-            output, saved = gpu.autoencode_forward(
-                x, W_enc, b_enc, threshold, W_dec, b_dec, scale, spec, capacity, target
-            )  # fmt: skip
-            gpu.autoencode_backward(saved, output.sae_out, _empty(N_TOKENS), AutoencodeNeeds(), row_scale=row_scale)
-    gpu.decode(saved.acts, W_dec)
-    gpu.decode_backward(saved.acts, W_dec, output.sae_out)
+            inputs = PassInputs(x, W_enc, b_enc, threshold, W_dec, b_dec, scale, target)
+            output, kept = gpu.forward(inputs, spec, Capacity(capacity, capacity))
+            grads = OutputGrads(output.sae_out, row_scale, _empty(N_TOKENS))
+            gpu.backward(inputs, kept, spec, grads, AutoencodeNeeds())
+    assert kept.acts is not None
+    gpu.decode(kept.acts, W_dec)
+    gpu.decode_backward(kept.acts, W_dec, output.sae_out)
 
 
-def _visit(dtype: torch.dtype) -> None:
-    """Launch the visit of every feature, with and without long ones and all that is optional."""
-    from fastsae_kernels.gpu.backward import FeatureOrder
-    from fastsae_kernels.gpu.feature_visit import feature_gradients
+def _backward(dtype: torch.dtype) -> None:
+    """Launch the fused backward, with and without long ones and all that is optional."""
+    from fastsae_kernels.gpu.feature_sums import FeatureOrder
+    from fastsae_kernels.gpu.gradients import feature_gradients
 
     nnz = N_TOKENS * 128
     offsets, entries = _empty(D_SAE + 1, dtype=torch.int64), _empty(nnz, dtype=torch.int64)
@@ -169,6 +169,7 @@ def _visit(dtype: torch.dtype) -> None:
         (UNEVEN_D_IN, UNEVEN_D_IN, 128, None),
         (LONGEST_ROW - 1, LONGEST_ROW - 1, N_TOKENS, None),
         (LONGEST_ROW, LONGEST_ROW, N_TOKENS, entries),
+        (2 * LONGEST_ROW, 2 * LONGEST_ROW, N_TOKENS, None),
     ):
         x, grad_out = _empty(n_tokens, d_in, dtype=dtype), _empty(n_tokens, d_out, dtype=dtype)
         rows, features = _empty(n_tokens), _empty(D_SAE)
@@ -186,7 +187,7 @@ def _visit(dtype: torch.dtype) -> None:
 def _update(dtype: torch.dtype) -> None:
     """Launch the update of encoder and decoder rows with and without all that is optional."""
     from fastsae_kernels.gpu.adam import adam_rows, grad_norms
-    from fastsae_kernels.gpu.backward import FeatureOrder
+    from fastsae_kernels.gpu.feature_sums import FeatureOrder
     from fastsae_kernels.gpu.weight_gradients import clear_where
 
     flag = _empty(1, dtype=torch.int32)
@@ -269,6 +270,6 @@ def collect(arch: str) -> list[Launch]:
                 _list_everything(dtype)
                 if name != "fp16":
                     _train(dtype)
-                    _visit(dtype)
+                    _backward(dtype)
                     _update(dtype)
     return sorted(launches.values(), key=lambda launch: (launch.name, launch.dtype, launch.variant))

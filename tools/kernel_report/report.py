@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tools.kernel_report.launches import Launch, ReportError, collect
 from tools.kernel_report.workers import in_processes
@@ -35,6 +35,11 @@ MAX_SHARED = {
     "sm_120": 99 * 1024,
     "gfx942": 64 * 1024,
 }
+# what one multiprocessor has for all its programs: registers, warps, bytes of shared memory, of which each program takes
+# 1 KiB more than it asks for
+REGISTERS, RESERVED_SHARED = 65536, 1024
+WARPS = {"sm_86": 48, "sm_89": 48, "sm_120": 48}
+MOST_WARPS, MOST_PROGRAMS = 64, 32
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,9 @@ class Row:
     stack_bytes: int  # spilled registers and local arrays, per thread
     shared_bytes: int
     matrix: int  # matrix instructions: HGMMA (Hopper), UTC*MMA (Blackwell), HMMA (Ampere, and small tiles), MFMA (AMD)
+    instructions: int  # all of them, without padding; 0 on AMD
+    epilogue: int  # those that stand behind the last matrix instruction; all of them where there is none
+    programs: int  # that one multiprocessor runs at once; 0 on AMD
     problem: str
 
 
@@ -71,23 +79,51 @@ def _call(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _read_cubin(cubin: bytes) -> tuple[int, int, int]:
-    """`(registers, stack bytes, matrix instructions)`."""
+class Found(NamedTuple):
+    """What the compiled code of one kernel says."""
+
+    registers: int = 0
+    stack_bytes: int = 0
+    matrix: int = 0
+    instructions: int = 0
+    epilogue: int = 0
+
+
+def _read_cubin(cubin: bytes) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _call(_tool("cuobjdump"), "--dump-resource-usage", str(path))
         assembly = _call(_tool("nvdisasm"), "-c", str(path))
     resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    matrix = len(re.findall(r"\b(?:[HQI]G?MMA|UTC\w*MMA)\b", assembly))
-    return resources["REG"], resources["STACK"] + resources["LOCAL"], matrix
+    instructions = [line for line in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", assembly) if "NOP" not in line]
+    matrix = [n for n, line in enumerate(instructions, 1) if re.search(r"\b(?:[HQI]G?MMA|UTC\w*MMA)\b", line)]
+    return Found(
+        registers=resources["REG"],
+        stack_bytes=resources["STACK"] + resources["LOCAL"],
+        matrix=len(matrix),
+        instructions=len(instructions),
+        epilogue=len(instructions) - max(matrix, default=0),
+    )
 
 
-def _read_amdgcn(assembly: str) -> tuple[int, int, int]:
+def _read_amdgcn(assembly: str) -> Found:
     """The same of AMD's assembly: vector registers, scratch bytes, MFMA."""
     numbers = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)", assembly)}
     scratch = max(numbers["private_segment_fixed_size"], 4 * numbers["vgpr_spill_count"])
-    return numbers["vgpr_count"], scratch, len(re.findall(r"\bv_mfma_", assembly))
+    return Found(numbers["vgpr_count"], scratch, len(re.findall(r"\bv_mfma_", assembly)))
+
+
+def programs_per_multiprocessor(arch: str, registers: int, num_warps: int, shared_bytes: int) -> int:
+    """How many programs of that size one multiprocessor runs at once; 0 on AMD, where it is not known."""
+    if not arch.startswith("sm_"):
+        return 0
+    registers = -(-max(registers, 1) // 8) * 8  # a warp gets them in units of 8 a thread
+    shared = MAX_SHARED[arch] + RESERVED_SHARED
+    by_warps = WARPS.get(arch, MOST_WARPS) // num_warps
+    return min(
+        MOST_PROGRAMS, by_warps, REGISTERS // (registers * 32 * num_warps), shared // (shared_bytes + RESERVED_SHARED)
+    )
 
 
 def _compile(launch: Launch, arch: str) -> Any:
@@ -106,11 +142,15 @@ def _compile(launch: Launch, arch: str) -> Any:
     return triton.compile(source, target=target, options=dict(launch.options))
 
 
-def _row(launch: Launch, arch: str, *, found: tuple[int, int, int, int] = (0, 0, 0, 0), problem: str) -> Row:
-    """The row of a launch, with `(registers, stack bytes, shared bytes, matrix instructions)` where it was compiled."""
+def _row(launch: Launch, arch: str, *, found: Found | None = None, shared: int = 0, problem: str) -> Row:
+    """The row of a launch, with what was found where it was compiled."""
     options = dict(launch.options)
     warps, stages = options.get("num_warps", 4), options.get("num_stages", 3)
-    return Row(arch, launch.name, launch.dtype, launch.variant, warps, stages, *found, problem)
+    programs = 0 if found is None else programs_per_multiprocessor(arch, found.registers, warps, shared)
+    return Row(
+        arch, launch.name, launch.dtype, launch.variant, warps, stages,
+        shared_bytes=shared, programs=programs, problem=problem, **(found or Found())._asdict(),
+    )  # fmt: skip
 
 
 def compile_launch(launch: Launch, arch: str) -> Row:
@@ -118,7 +158,7 @@ def compile_launch(launch: Launch, arch: str) -> Row:
     try:
         compiled = _compile(launch, arch)
         amd = compiled.asm.get("amdgcn")
-        registers, stack, matrix = _read_cubin(compiled.asm["cubin"]) if amd is None else _read_amdgcn(amd)
+        found = _read_cubin(compiled.asm["cubin"]) if amd is None else _read_amdgcn(amd)
     except ReportError:
         raise
     except Exception as error:  # an error of Triton's passes or of a tool is a finding, not the end of the report
@@ -126,13 +166,13 @@ def compile_launch(launch: Launch, arch: str) -> Row:
         return _row(launch, arch, problem=f"does not compile: {type(error).__name__}: {reason}"[:120])
     shared = compiled.metadata.shared
     problems = []
-    if stack > 0:
+    if found.stack_bytes > 0:
         problems.append("spills")
     if shared > MAX_SHARED[arch]:
         problems.append("too much shared memory")
-    if launch.wants_matrix_instructions and matrix == 0:
+    if launch.wants_matrix_instructions and found.matrix == 0:
         problems.append("no matrix instruction")
-    return _row(launch, arch, found=(registers, stack, shared, matrix), problem=", ".join(problems))
+    return _row(launch, arch, found=found, shared=shared, problem=", ".join(problems))
 
 
 def compile_all(work: list[tuple[Launch, str]]) -> Iterator[Row]:
@@ -146,10 +186,12 @@ def compile_all(work: list[tuple[Launch, str]]) -> Iterator[Row]:
 
 def table(rows: list[Row]) -> str:
     """The rows as aligned text."""
-    head = ("arch", "kernel", "dtype", "warps", "stages", "regs", "stack B", "smem KiB", "matrix", "problem", "variant")
+    head = ("arch", "kernel", "dtype", "warps", "stages", "regs", "stack B", "smem KiB", "matrix", "instr", "epilogue",
+            "programs", "problem", "variant")  # fmt: skip
     body = [
         (row.arch, row.kernel, row.dtype, row.num_warps, row.num_stages, row.registers, row.stack_bytes,
-         f"{row.shared_bytes / 1024:.1f}", row.matrix, row.problem or "-", row.variant)
+         f"{row.shared_bytes / 1024:.1f}", row.matrix, row.instructions, row.epilogue, row.programs, row.problem or "-",
+         row.variant)
         for row in rows
     ]  # fmt: skip
     lines = [tuple(map(str, line)) for line in (head, *body)]

@@ -1,0 +1,337 @@
+"""Every gradient that a feature has, in one kernel: its decoder row stays in registers while its tokens pass once.
+
+    grad_acts[e]  = row_scale[token_e] * (grad_out[token_e] . W_dec[j])     for each entry e of feature j
+    grad_hidden_pre[e], and the shares of grad_threshold[j], grad_scale[j]  `tiles.gate_gradients`
+    grad_W_dec[j] = sum over e of value_e * row_scale[token_e] * grad_out[token_e]
+    grad_W_enc[j] = sum over e of grad_hidden_pre[e] * x[token_e]
+    grad_b_enc[j] = sum over e of grad_hidden_pre[e]
+
+Letters: `B` tokens, `I` d_in, `O` d_out, `S` d_sae, `C` slots. A row is held in two pieces, powers of two, so that few lanes
+idle: 2304 is 2048 and 256. Of a row longer than `MAX_DEPTH`, which no program can hold, the product alone is formed here,
+piece by piece; `backward` then has `feature_sums` add up the weights' gradients.
+
+Traffic, counted and not measured: an entry moves a row of grad_out and one of x, a feature with entries its decoder row once.
+For 16 bits, d = 2304, 8,192 tokens of 64 entries and 65,536 features that is 5.1 GB. Each gradient is written once.
+
+A feature with more entries than a chunk is shared by several programs, see `feature_chunks`.
+
+Numerics: cast to fp32 after loading, accumulated in fp32 in an order that the entries alone decide: deterministic, no
+atomics. Gradients are stored in the dtype of their parameter, `grad_W_enc` feature-major (`[d_sae, d_in]` storage).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastsae_kernels.gpu.config import launch_config
+from fastsae_kernels.gpu.feature_chunks import join_chunks, plan_chunks, program_entries
+from fastsae_kernels.gpu.feature_sums import FeatureOrder, token_of
+from fastsae_kernels.gpu.tiles import MAX_DEPTH, gate_gradients, gather_rows, store_row
+from fastsae_kernels.types import AutoencodeSpec
+
+# columns of a row longer than MAX_DEPTH that are multiplied at a time
+LONG_ROW_BLOCK = 2048
+
+
+@triton.jit
+def _columns(BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr):
+    """The columns of a row's two pieces."""
+    return tl.arange(0, BLOCK_1).to(tl.int64), BLOCK_1 + tl.arange(0, BLOCK_2).to(tl.int64)
+
+
+@triton.jit
+def _gather_pieces(ptr, rows, stride_b, stride_d, columns_1, columns_2, depth, used):
+    """Both pieces of some rows, `[BLOCK_E, BLOCK_1]` and `[BLOCK_E, BLOCK_2]` fp32."""
+    piece_1 = gather_rows(ptr, rows, stride_b, stride_d, columns_1, depth, used)
+    piece_2 = gather_rows(ptr, rows, stride_b, stride_d, columns_2, depth, used)
+    return piece_1, piece_2
+
+
+@triton.jit
+def _store_pieces(ptr, row, columns_1, columns_2, depth, piece_1, piece_2):
+    """Both pieces of one row of a contiguous matrix, in its dtype."""
+    store_row(ptr, row, columns_1, depth, piece_1)
+    store_row(ptr, row, columns_2, depth, piece_2)
+
+
+@triton.jit
+def _long_product(
+    ptr, rows, stride_b, stride_d, w_row, stride_wd, depth, used, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """`[BLOCK_E]` fp32: the products of some rows with one of W_dec, all of them too long for the registers."""
+    products = tl.zeros((BLOCK_E, BLOCK_D), dtype=tl.float32)
+    for first in range(0, depth, BLOCK_D):
+        offs_d = first + tl.arange(0, BLOCK_D).to(tl.int64)
+        w = tl.load(w_row + offs_d * stride_wd, mask=offs_d < depth, other=0.0).to(tl.float32)
+        products += gather_rows(ptr, rows, stride_b, stride_d, offs_d, depth, used) * w[None, :]
+    return tl.sum(products, 1)
+
+
+@triton.jit
+def _fused_backward_kernel(
+    # inputs
+    feature_offsets_ptr,  # [S + 1] int64
+    order_ptr,  # [nnz] int64: entries by feature, then token
+    tokens_ptr,  # [nnz] int64: token of each entry; None: entry // row_length
+    values_ptr,  # [nnz]
+    x_ptr,  # [B, I], None without W_enc's gradient
+    W_dec_ptr,  # [S, O]
+    grad_out_ptr,  # [B, O]
+    row_scale_ptr,  # [B] fp32 or None
+    grad_penalty_ptr,  # [B] fp32
+    threshold_ptr,  # [S] fp32
+    scale_ptr,  # [S] fp32 or None
+    # the plan of the chunks, None where no feature can be long
+    chunk_length_ptr,  # int64
+    slot_ends_ptr,  # [S] int64
+    slot_features_ptr,  # [C] int64
+    # outputs
+    grad_entries_ptr,  # [nnz] fp32
+    grad_W_enc_ptr,  # [S, I] or None
+    grad_W_dec_ptr,  # [S, O] or None
+    grad_b_enc_ptr,  # [S] fp32
+    grad_threshold_ptr,  # [S] fp32
+    grad_scale_ptr,  # [S] fp32 or None
+    # outputs of chunks
+    slots_enc_ptr,  # [C, I] fp32 or None
+    slots_dec_ptr,  # [C, O] fp32 or None
+    slots_scalar_ptr,  # [3, C] fp32
+    # scalars, sizes, strides
+    half_bandwidth,
+    inv_bandwidth,
+    tanh_scale,
+    n_slots,  # C
+    n_features,  # S
+    row_length,
+    d_in,
+    d_out,
+    stride_xb,
+    stride_xd,
+    stride_ws,
+    stride_wd,
+    stride_gb,
+    stride_gd,
+    stride_row_scale,
+    stride_penalty,
+    GATED: tl.constexpr,  # without a gate every entry passes its gradient on
+    PENALTY: tl.constexpr,
+    STE_TO_INPUT: tl.constexpr,
+    LONG: tl.constexpr,  # rows of W_dec and grad_out are too long for the registers
+    BLOCK_E: tl.constexpr,
+    BLOCK_I1: tl.constexpr,  # a row of x in two pieces
+    BLOCK_I2: tl.constexpr,
+    BLOCK_O1: tl.constexpr,  # a row of grad_out
+    BLOCK_O2: tl.constexpr,
+):
+    """Program p < C owns the chunk of slot p, program C + j feature j unless it is cut into chunks."""
+    pid = tl.program_id(0)
+    feature, start, count = program_entries(
+        pid, feature_offsets_ptr, chunk_length_ptr, slot_ends_ptr, slot_features_ptr, n_slots, n_features
+    )  # fmt: skip
+    if count < 0:
+        return
+
+    o_1, o_2 = _columns(BLOCK_O1, BLOCK_O2)
+    i_1, i_2 = _columns(BLOCK_I1, BLOCK_I2)
+    w_row = W_dec_ptr + feature * stride_ws
+    if not LONG:
+        # a feature without entries needs no decoder row
+        w_depth = tl.where(count > 0, d_out, 0)
+        w_1 = tl.load(w_row + o_1 * stride_wd, mask=o_1 < w_depth, other=0.0)
+        w_2 = tl.load(w_row + o_2 * stride_wd, mask=o_2 < w_depth, other=0.0)
+    dec_1 = tl.zeros((BLOCK_O1,), dtype=tl.float32)
+    dec_2 = tl.zeros((BLOCK_O2,), dtype=tl.float32)
+    enc_1 = tl.zeros((BLOCK_I1,), dtype=tl.float32)
+    enc_2 = tl.zeros((BLOCK_I2,), dtype=tl.float32)
+    threshold = tl.load(threshold_ptr + feature)
+    scale = tl.load(scale_ptr + feature) if scale_ptr is not None else 1.0
+    b_enc_sum = tl.zeros((BLOCK_E,), dtype=tl.float32)
+    threshold_sum = tl.zeros((BLOCK_E,), dtype=tl.float32)
+    scale_sum = tl.zeros((BLOCK_E,), dtype=tl.float32)
+    # entry, value and token are read one block ahead, for gathers wait for them
+    offs_e = tl.arange(0, BLOCK_E)
+    entry = tl.load(order_ptr + start + offs_e, mask=offs_e < count, other=0)
+    value = tl.load(values_ptr + entry, mask=offs_e < count, other=0.0).to(tl.float32)
+    token = token_of(entry, tokens_ptr, row_length, offs_e < count)
+    for first in range(0, count, BLOCK_E):
+        mask_e = first + offs_e < count
+        # an inactive entry is listed only where it lies in the window
+        active = value > 0.0 if GATED else mask_e
+        window = mask_e & ((value == 0.0) | (tl.abs(value - threshold) < half_bandwidth))
+        # every gather stands ahead of the product, which decides the weight of x: all are on their way at once
+        if not LONG:
+            g_1, g_2 = _gather_pieces(grad_out_ptr, token, stride_gb, stride_gd, o_1, o_2, d_out, mask_e)
+        if x_ptr is not None:
+            used = active | window if STE_TO_INPUT else active
+            x_1, x_2 = _gather_pieces(x_ptr, token, stride_xb, stride_xd, i_1, i_2, d_in, used)
+        grad_penalty = tl.load(grad_penalty_ptr + token * stride_penalty, mask=mask_e, other=0.0)
+        row_scale = tl.full((BLOCK_E,), 1.0, tl.float32)
+        if row_scale_ptr is not None:
+            row_scale = tl.load(row_scale_ptr + token * stride_row_scale, mask=mask_e, other=0.0)
+        next_mask = first + BLOCK_E + offs_e < count
+        next_entry = tl.load(order_ptr + start + first + BLOCK_E + offs_e, mask=next_mask, other=0)
+        next_value = tl.load(values_ptr + next_entry, mask=next_mask, other=0.0).to(tl.float32)
+        next_token = token_of(next_entry, tokens_ptr, row_length, next_mask)
+        if LONG:
+            grad_acts = _long_product(
+                grad_out_ptr, token, stride_gb, stride_gd, w_row, stride_wd, d_out, mask_e, BLOCK_E, BLOCK_O1
+            )  # fmt: skip
+        else:
+            grad_acts = tl.sum(g_1 * w_1[None, :].to(tl.float32), 1) + tl.sum(g_2 * w_2[None, :].to(tl.float32), 1)
+        grad_hidden_pre, grad_threshold, grad_scale = gate_gradients(
+            value, active, window, row_scale * grad_acts, grad_penalty, threshold, scale,
+            inv_bandwidth, tanh_scale, PENALTY, STE_TO_INPUT,
+        )  # fmt: skip
+        tl.store(grad_entries_ptr + entry, grad_hidden_pre, mask=mask_e)
+        b_enc_sum += grad_hidden_pre
+        threshold_sum += grad_threshold
+        scale_sum += grad_scale
+        if grad_W_dec_ptr is not None:
+            weight = value * row_scale
+            dec_1 += tl.sum(weight[:, None] * g_1, 0)
+            dec_2 += tl.sum(weight[:, None] * g_2, 0)
+        if x_ptr is not None:
+            enc_1 += tl.sum(grad_hidden_pre[:, None] * x_1, 0)
+            enc_2 += tl.sum(grad_hidden_pre[:, None] * x_2, 0)
+        entry, value, token = next_entry, next_value, next_token
+
+    # once: where each branch sums for itself, Triton 3.8 dies in LLVM's SLP vectoriser
+    b_enc, grad_threshold, grad_scale = tl.sum(b_enc_sum, 0), tl.sum(threshold_sum, 0), tl.sum(scale_sum, 0)
+    if chunk_length_ptr is not None:  # noqa: SIM102 a compile-time branch must stand alone
+        if pid < n_slots:
+            slot = pid.to(tl.int64)
+            if grad_W_dec_ptr is not None:
+                _store_pieces(slots_dec_ptr, slot, o_1, o_2, d_out, dec_1, dec_2)
+            if x_ptr is not None:
+                _store_pieces(slots_enc_ptr, slot, i_1, i_2, d_in, enc_1, enc_2)
+            tl.store(slots_scalar_ptr + slot, b_enc)
+            tl.store(slots_scalar_ptr + n_slots + slot, grad_threshold)
+            if grad_scale_ptr is not None:
+                tl.store(slots_scalar_ptr + 2 * n_slots + slot, grad_scale)
+            return
+    if grad_W_dec_ptr is not None:
+        _store_pieces(grad_W_dec_ptr, feature, o_1, o_2, d_out, dec_1, dec_2)
+    if x_ptr is not None:
+        _store_pieces(grad_W_enc_ptr, feature, i_1, i_2, d_in, enc_1, enc_2)
+    tl.store(grad_b_enc_ptr + feature, b_enc)
+    tl.store(grad_threshold_ptr + feature, grad_threshold)
+    if grad_scale_ptr is not None:
+        tl.store(grad_scale_ptr + feature, grad_scale)
+
+
+class FeatureGradients(NamedTuple):
+    """Gradients of one pass over listed entries; those of the weights are None where nobody asked for them."""
+
+    grad_hidden_pre: Tensor  # [nnz] fp32, zero on padding
+    W_enc: Tensor | None  # [S, d_in]
+    W_dec: Tensor | None  # [S, d_out]
+    b_enc: Tensor  # [S] fp32
+    threshold: Tensor  # [S] fp32
+    scale: Tensor | None  # [S] fp32
+
+
+def _pieces(depth: int) -> tuple[int, int]:
+    """A row as two powers of two that leave few lanes idle: 2304 is 2048 and 256, 1024 is twice 512."""
+    first = max(triton.next_power_of_2(depth) // 2, 1)
+    return first, triton.next_power_of_2(max(depth - first, 1))
+
+
+def fused_backward(
+    by_feature: FeatureOrder,
+    values: Tensor,
+    x: Tensor | None,
+    W_dec: Tensor,
+    grad_out: Tensor,
+    grad_penalty: Tensor,
+    threshold: Tensor,
+    feature_scale: Tensor | None,
+    spec: AutoencodeSpec,
+    row_scale: Tensor | None,
+    with_W_dec: bool,
+    gated: bool = True,
+) -> FeatureGradients:
+    """The gradients of the module, from entries by feature; arguments as in `backward.feature_gradients`.
+
+    Args:
+        x: `[N, d_in]` where the gradient of W_enc is asked for, else None.
+        with_W_dec: Whether the gradient of W_dec is asked for.
+        gated: Whether the entries went through the gate; otherwise each passes its gradient on, whatever its value.
+
+    A gradient of the weights takes rows of at most `MAX_DEPTH`.
+    """
+    (d_sae, d_out), nnz, device = W_dec.shape, values.numel(), W_dec.device
+    d_in = 1 if x is None else x.shape[1]
+    config = launch_config("fused_backward", W_dec, odd=d_in % 16 != 0 or d_out % 16 != 0)
+    plan = plan_chunks(by_feature.offsets, nnz, grad_out.shape[0], config["CHUNK"])
+
+    def per_feature() -> Tensor:
+        return torch.empty(d_sae, dtype=torch.float32, device=device)
+
+    grads = FeatureGradients(
+        torch.zeros(nnz, dtype=torch.float32, device=device),
+        None if x is None else torch.empty(d_sae, d_in, dtype=x.dtype, device=device),
+        torch.empty(d_sae, d_out, dtype=W_dec.dtype, device=device) if with_W_dec else None,
+        per_feature(),
+        per_feature(),
+        None if feature_scale is None else per_feature(),
+    )
+    outputs = {
+        "grad_W_enc_ptr": grads.W_enc,
+        "grad_W_dec_ptr": grads.W_dec,
+        "grad_b_enc_ptr": grads.b_enc,
+        "grad_threshold_ptr": grads.threshold,
+        "grad_scale_ptr": grads.scale,
+    }
+    chunks = plan.arguments(d_in if x is not None else 0, d_out if with_W_dec else 0)
+    is_long = d_out > MAX_DEPTH
+    blocks_i, blocks_o = _pieces(d_in), (LONG_ROW_BLOCK, 1) if is_long else _pieces(d_out)
+    lanes = max(sum(blocks_i) if x is not None else 1, sum(blocks_o))
+    _fused_backward_kernel[(plan.n_slots + d_sae,)](
+        feature_offsets_ptr=by_feature.offsets,
+        order_ptr=by_feature.order,
+        tokens_ptr=by_feature.tokens,
+        values_ptr=values,
+        x_ptr=x,
+        W_dec_ptr=W_dec,
+        grad_out_ptr=grad_out,
+        row_scale_ptr=row_scale,
+        grad_penalty_ptr=grad_penalty,
+        threshold_ptr=threshold,
+        scale_ptr=feature_scale,
+        grad_entries_ptr=grads.grad_hidden_pre,
+        half_bandwidth=spec.bandwidth / 2,
+        inv_bandwidth=1 / spec.bandwidth if spec.bandwidth > 0 else 0.0,
+        tanh_scale=spec.tanh_scale,
+        n_features=d_sae,
+        row_length=by_feature.row_length,
+        d_in=d_in,
+        d_out=d_out,
+        stride_xb=0 if x is None else x.stride(0),
+        stride_xd=0 if x is None else x.stride(1),
+        stride_ws=W_dec.stride(0),
+        stride_wd=W_dec.stride(1),
+        stride_gb=grad_out.stride(0),
+        stride_gd=grad_out.stride(1),
+        stride_row_scale=0 if row_scale is None else row_scale.stride(0),
+        stride_penalty=grad_penalty.stride(0),
+        GATED=gated,
+        PENALTY=spec.penalty,
+        STE_TO_INPUT=spec.ste_to_input,
+        LONG=is_long,
+        BLOCK_E=config["BLOCK_E"],
+        BLOCK_I1=blocks_i[0],
+        BLOCK_I2=blocks_i[1],
+        BLOCK_O1=blocks_o[0],
+        BLOCK_O2=blocks_o[1],
+        num_warps=triton.next_power_of_2(triton.cdiv(lanes, config["D_PER_WARP"])),
+        **outputs,
+        **chunks,
+    )
+    if plan.n_slots:
+        join_chunks(by_feature.offsets, d_in, d_out, outputs, chunks, like=W_dec)
+    return grads
