@@ -96,20 +96,22 @@ def fused_batch_topk(p: Problem) -> SparseActs:
     return kernels.encode(p.x, p.W_enc, p.b_enc, p.threshold, k=p.k, batch_topk=True)
 
 
-def by_rival(name: str, p: Problem) -> SparseActs:
-    """The fused op, forced to one of a GPU's ways to list entries."""
-    from fastsae_kernels.gpu.rivals import use_rival
+def by_kernel(name: str, p: Problem) -> SparseActs:
+    """The fused op, forced to one of a GPU's kernels that list entries."""
+    from fastsae_kernels.gpu.choice import use_listing
 
-    with use_rival(name):
+    with use_listing(name):
         return fused(p)
 
 
 # operation -> its providers, the first of which the ratios refer to
 Encoders = dict[str, Callable[[Problem], Any]]
-RIVALS = {f"fused, {name}": partial(by_rival, name) for name in ("pointer", "persistent", "chunks")}
+LISTINGS = {
+    f"fused, {name}": partial(by_kernel, name) for name in ("list_pointers", "list_descriptors", "list_products")
+}
 OPERATIONS: dict[str, Encoders] = {
     "encode": {"product alone": product, "dense eager": dense_threshold, "fused": fused}
-    | (RIVALS if DEVICE == "cuda" else {}),
+    | (LISTINGS if DEVICE == "cuda" else {}),
     "top-k": {"dense eager, torch.topk": dense_topk, "fused": fused_topk},
     "batch top-k": {"dense eager, flat torch.topk": dense_batch_topk, "fused": fused_batch_topk},
 }

@@ -3,10 +3,10 @@
 from fastsae_kernels.gpu.autoencode import Saved, autoencode_backward, autoencode_forward
 from fastsae_kernels.gpu.backward import decode_backward, encode_backward
 from fastsae_kernels.gpu.batch_topk import encode_batch_topk
+from fastsae_kernels.gpu.choice import use_listing
 from fastsae_kernels.gpu.decode import decode
-from fastsae_kernels.gpu.encode import chosen_path, encode
+from fastsae_kernels.gpu.encode import chosen_listing, encode
 from fastsae_kernels.gpu.overflow import Overflow
-from fastsae_kernels.gpu.rivals import use_rival
 from fastsae_kernels.gpu.row_topk import encode_topk
 from fastsae_kernels.gpu.topk import flag_rows
 
@@ -15,7 +15,7 @@ __all__ = [
     "Saved",
     "autoencode_backward",
     "autoencode_forward",
-    "chosen_path",
+    "chosen_listing",
     "decode",
     "decode_backward",
     "encode",
@@ -23,5 +23,5 @@ __all__ = [
     "encode_batch_topk",
     "encode_topk",
     "flag_rows",
-    "use_rival",
+    "use_listing",
 ]

@@ -60,7 +60,6 @@ class Listed(NamedTuple):
     overflow: Overflow | None
     listed: Tensor
     min_active: Tensor | None = None
-    stats: tuple[Tensor, Tensor, Tensor] | None = None  # penalty, l0, feature_counts, where the listing counted them
 
 
 def _list(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, spec: AutoencodeSpec, capacity: int) -> Listed:
@@ -75,18 +74,12 @@ def _list(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, spec: Auto
         return Listed(acts, None if flagged is None else Overflow(*flag_rows(flagged)), listed)
     capacity = min(max(capacity, 1), d_sae, MAX_SORT)
     row_offsets = padded_offsets(n_tokens, capacity, x.device)
-    l0 = feature_counts = None
-    if spec.penalty == "l0":  # the listing then counts all that there is to count
-        l0 = torch.zeros(n_tokens, dtype=torch.int64, device=x.device)
-        feature_counts = torch.zeros(d_sae, dtype=torch.int64, device=x.device)
     counts, entries = list_all_entries(
-        x, W_enc, b_enc, threshold, row_offsets, n_tokens * capacity, spec.bandwidth,
-        l0=l0, feature_counts=feature_counts,
+        x, W_enc, b_enc, threshold, row_offsets, n_tokens * capacity, spec.bandwidth
     )  # fmt: skip
     acts = sort_rows(counts, entries, row_offsets, (n_tokens, d_sae), None)
     overflow = None if capacity == d_sae else Overflow(*flag_rows(counts > capacity))
-    stats = None if l0 is None or feature_counts is None else (l0.float(), l0, feature_counts)
-    return Listed(acts, overflow, counts, stats=stats)
+    return Listed(acts, overflow, counts)
 
 
 @on_device
@@ -126,12 +119,10 @@ def autoencode_forward(
     """
     b_enc, threshold, b_dec = b_enc.contiguous(), threshold.contiguous(), b_dec.contiguous()
     feature_scale = None if feature_scale is None else feature_scale.contiguous()
-    acts, overflow, listed, min_active, counted = _list(x, W_enc, b_enc, threshold, spec, capacity)
-    penalty, l0, feature_counts = stats = counted or row_stats(acts, feature_scale, spec)
+    acts, overflow, listed, min_active = _list(x, W_enc, b_enc, threshold, spec, capacity)
+    penalty, l0, feature_counts = stats = row_stats(acts, feature_scale, spec)
     sae_out, squared_error = decode_rows(acts, acts.values, W_dec, b_dec, x.dtype, target)
     if overflow is not None:
-        if counted:  # overflowing rows are among them already, so what is added goes nowhere
-            stats = (penalty, torch.zeros_like(l0), torch.zeros_like(feature_counts))
         overflow_rows(
             overflow, x, W_enc, b_enc, threshold, feature_scale, spec, sae_out, W_dec,
             b_out=b_dec, stats=stats, target=target, squared_error=squared_error,

@@ -71,7 +71,6 @@ def _batch_list_kernel(
     stride_xd,
     stride_wd,
     stride_ws,
-    PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -92,7 +91,7 @@ def _batch_list_kernel(
     rows = offs_b % n_tokens  # wrap around rather than mask: the loop stays free of masks
     bits, hidden_pre = active_bits(
         x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, offs_s, stride_wd, stride_ws, b_enc_ptr, threshold_ptr,
-        d_in, d_sae, PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+        d_in, d_sae, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
     )  # fmt: skip
     listed = (bits > 0) & (offs_b < n_tokens)[:, None]
     if bounds_ptr is not None:
@@ -133,7 +132,6 @@ def _append(
         stride_xd=x.stride(1),
         stride_wd=W_enc.stride(0),
         stride_ws=W_enc.stride(1),
-        PRECISION="ieee",
         EVEN_D=d_in % config["BLOCK_D"] == 0,
         **config,
     )

@@ -99,7 +99,6 @@ def _overflow_rows_kernel(
     GRAD: tl.constexpr,  # False: sae_out and statistics; True: grad_x
     PENALTY: tl.constexpr,
     STE_TO_INPUT: tl.constexpr,
-    PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -133,7 +132,7 @@ def _overflow_rows_kernel(
         inside = mask_r[:, None] & (offs_s < d_sae)[None, :]
         hidden_pre = tile_product(
             x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, columns, stride_wd, stride_ws, d_in,
-            PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+            BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
         )  # fmt: skip
         hidden_pre += tl.load(b_enc_ptr + columns).to(tl.float32)[None, :]
         threshold = tl.load(threshold_ptr + columns)[None, :]
@@ -146,7 +145,7 @@ def _overflow_rows_kernel(
         if GRAD:
             grad_acts = tile_product(
                 grad_out_ptr, rows, stride_gb, stride_gd, W_dec_ptr, columns, stride_dd, stride_ds, d_dec,
-                PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, False,
+                BLOCK_B, BLOCK_S, BLOCK_D, False,
             )  # fmt: skip
             if row_scale_ptr is not None:
                 grad_acts *= row_scale
@@ -162,7 +161,7 @@ def _overflow_rows_kernel(
             tl.atomic_add(feature_counts_ptr + columns, firings, mask=firings > 0, sem="relaxed")
         w_ptrs = W_out_ptr + columns.to(tl.int64)[:, None] * stride_os + offs_o[None, :] * stride_od
         w = tl.load(w_ptrs, mask=(offs_s < d_sae)[:, None] & mask_o[None, :], other=0.0)
-        acc = tl.dot(tile.to(w.dtype), w, acc, input_precision=PRECISION)
+        acc = tl.dot(tile.to(w.dtype), w, acc, input_precision="ieee")
 
     if not GRAD:  # noqa: SIM102 a compile-time branch must stand alone
         if pid_o == 0:
@@ -350,7 +349,6 @@ def overflow_rows(
         GRAD=grads is not None,
         PENALTY=spec.penalty,
         STE_TO_INPUT=spec.ste_to_input,
-        PRECISION="ieee",
         EVEN_D=d_in % config["BLOCK_D"] == 0,
         MAX_SPLITS=MAX_SPLITS,
         **config,

@@ -52,7 +52,6 @@ def _overflow_features_kernel(
     stride_scale,
     PENALTY: tl.constexpr,
     STE_TO_INPUT: tl.constexpr,
-    PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -85,11 +84,11 @@ def _overflow_features_kernel(
         inside = mask_r[:, None] & mask_s[None, :]
         hidden_pre = bias + tile_product(
             x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, columns, stride_wd, stride_ws, d_in,
-            PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+            BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
         )  # fmt: skip
         grad_acts = tile_product(
             grad_out_ptr, rows, stride_gb, stride_gd, W_dec_ptr, columns, stride_dd, stride_ds, d_dec,
-            PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, False,
+            BLOCK_B, BLOCK_S, BLOCK_D, False,
         )  # fmt: skip
         if row_scale_ptr is not None:
             row_scale = tl.load(row_scale_ptr + rows * stride_scale)[:, None]
@@ -106,10 +105,10 @@ def _overflow_features_kernel(
             tile *= row_scale
         x_ptrs = x_ptr + rows[:, None] * stride_xb + offs_o[None, :] * stride_xd
         x = tl.load(x_ptrs, mask=mask_r[:, None] & (offs_o < d_in)[None, :], other=0.0)
-        grad_W_enc = tl.dot(tl.trans(grad_hidden_pre).to(x.dtype), x, grad_W_enc, input_precision=PRECISION)
+        grad_W_enc = tl.dot(tl.trans(grad_hidden_pre).to(x.dtype), x, grad_W_enc, input_precision="ieee")
         g_ptrs = grad_out_ptr + rows[:, None] * stride_gb + offs_o[None, :] * stride_gd
         grad_out = tl.load(g_ptrs, mask=mask_r[:, None] & (offs_o < d_dec)[None, :], other=0.0)
-        grad_W_dec = tl.dot(tl.trans(tile).to(grad_out.dtype), grad_out, grad_W_dec, input_precision=PRECISION)
+        grad_W_dec = tl.dot(tl.trans(tile).to(grad_out.dtype), grad_out, grad_W_dec, input_precision="ieee")
         grad_b_enc += tl.sum(grad_hidden_pre, 0)
         grad_threshold += tl.sum(threshold_terms, 0)
         grad_scale += tl.sum(scale_terms, 0)
@@ -203,7 +202,6 @@ def overflow_features(
         stride_scale=0 if row_scale is None else row_scale.stride(0),
         PENALTY=spec.penalty,
         STE_TO_INPUT=spec.ste_to_input,
-        PRECISION="ieee",
         EVEN_D=d_in % config["BLOCK_D"] == 0,
         **config,
     )

@@ -45,7 +45,6 @@ def _overflow_topk_kernel(
     stride_xd,
     stride_wd,
     stride_ws,
-    PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
     K: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -66,7 +65,7 @@ def _overflow_topk_kernel(
         columns = offs_s % d_sae
         hidden_pre = tile_product(
             x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, columns, stride_wd, stride_ws, d_in,
-            PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+            BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
         )  # fmt: skip
         hidden_pre += tl.load(b_enc_ptr + columns).to(tl.float32)[None, :]
         active, _ = gate(hidden_pre, tl.load(threshold_ptr + columns)[None, :], 0.0)
@@ -107,7 +106,6 @@ def _overflow_select_kernel(
     stride_xd,
     stride_wd,
     stride_ws,
-    PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -131,7 +129,7 @@ def _overflow_select_kernel(
         for start in range(0, d_sae, BLOCK_S):
             bits, _hidden_pre = active_bits(
                 x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, start + tl.arange(0, BLOCK_S), stride_wd, stride_ws,
-                b_enc_ptr, threshold_ptr, d_in, d_sae, PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+                b_enc_ptr, threshold_ptr, d_in, d_sae, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
             )  # fmt: skip
             bits = bits.to(tl.uint32)
             ones += (bits >= one[:, None]).to(tl.int32)
@@ -150,7 +148,7 @@ def _overflow_select_kernel(
         offs_s = start + tl.arange(0, BLOCK_S)
         bits, hidden_pre = active_bits(
             x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, offs_s, stride_wd, stride_ws,
-            b_enc_ptr, threshold_ptr, d_in, d_sae, PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+            b_enc_ptr, threshold_ptr, d_in, d_sae, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
         )  # fmt: skip
         n_active += tl.sum((bits > 0).to(tl.int32), 1)
         tie = (bits == kth[:, None]).to(tl.int32)
@@ -211,7 +209,6 @@ def resolve_overflow_topk(
         stride_xd=x.stride(1),
         stride_wd=W_enc.stride(0),
         stride_ws=W_enc.stride(1),
-        PRECISION="ieee",
         EVEN_D=x.shape[1] % config["BLOCK_D"] == 0,
         least=-1 if only_active else k,
         **{"K" if merges else "k": k},

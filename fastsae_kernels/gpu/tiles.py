@@ -12,6 +12,16 @@ import triton.language as tl
 
 
 @triton.jit
+def start_of_tile(tile, n_rows, n_columns, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_B: tl.constexpr):
+    """`(first row, first column)` of a tile; GROUP_B row tiles share a column tile before the next one: both stay in L2."""
+    tiles_b = tl.cdiv(n_rows, BLOCK_B)
+    in_group = GROUP_B * tl.cdiv(n_columns, BLOCK_S)
+    first_b = tile // in_group * GROUP_B
+    group = min(tiles_b - first_b, GROUP_B)
+    return (first_b + tile % in_group % group) * BLOCK_B, tile % in_group // group * BLOCK_S
+
+
+@triton.jit
 def tile_product(
     a_ptr,  # [B, D]
     rows,  # [BLOCK_B] row of a
@@ -22,7 +32,6 @@ def tile_product(
     stride_bd,
     stride_bs,
     depth,  # D
-    PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -42,7 +51,7 @@ def tile_product(
             mask_d = start + offs_d < depth
             a = tl.load(a_ptrs, mask=mask_d[None, :], other=0.0)
             b = tl.load(b_ptrs, mask=mask_d[:, None], other=0.0)
-        acc = tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
+        acc = tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
         a_ptrs += BLOCK_D * stride_ad
         b_ptrs += BLOCK_D * stride_bd
     return acc
@@ -155,7 +164,6 @@ def active_bits(
     threshold_ptr,  # [S] fp32
     d_in,
     d_sae,
-    PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -165,7 +173,7 @@ def active_bits(
     columns = offs_s % d_sae
     hidden_pre = tile_product(
         x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, columns, stride_wd, stride_ws, d_in,
-        PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+        BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
     )  # fmt: skip
     hidden_pre += tl.load(b_enc_ptr + columns).to(tl.float32)[None, :]
     active, _ = gate(hidden_pre, tl.load(threshold_ptr + columns)[None, :], 0.0)

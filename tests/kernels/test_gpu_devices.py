@@ -59,17 +59,17 @@ class Launches:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     """Nothing is launched, on an H100 that is the second GPU of a machine."""
-    from fastsae_kernels.gpu import config, persistent
+    from fastsae_kernels.gpu import config, list_descriptors
 
     found = Launches(TwoDevices(monkeypatch))
-    kernel = next(value for name, value in vars(persistent).items() if name.endswith("_kernel"))
+    kernel = next(value for name, value in vars(list_descriptors).items() if name.endswith("_kernel"))
     monkeypatch.setattr(type(kernel), "__getitem__", lambda kernel, grid: found.instead(kernel))
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     with config.override("sm_90"), OnSecondDevice():
         yield found
-    for known in (config.capability, persistent._programs):
+    for known in (config.capability, list_descriptors._multiprocessors):
         known.cache_clear()
 
 
@@ -108,7 +108,7 @@ def test_every_kernel_is_launched_on_the_device_of_its_tensors(launches: Launche
     gpu.decode(acts, W_dec)
     gpu.decode_backward(acts, W_dec, x)
     gpu.encode_backward(acts, x, W_enc, acts.values, True)
-    gpu.encode_topk(x[:8], W_enc, saved.b_enc, saved.threshold, k=4)  # so few that the pointer kernel lists them
+    gpu.encode_topk(x[:8], W_enc, saved.b_enc, saved.threshold, k=4)  # so few that tiles through pointers list them
     for sums in collected.gpu or ():
         assert sums is not None
         rows = empty(D_SAE, D_IN)
