@@ -94,6 +94,14 @@ def _pick(values, at):
 
 
 @triton.jit
+def _in_strips(tile, RUN: tl.constexpr, LANES: tl.constexpr):
+    """`[BLOCK_B, BLOCK_S]` as `[BLOCK_B * LANES, BLOCK_S / LANES]`; what one thread holds of a row stays with it."""
+    WIDTH: tl.constexpr = tile.shape[1] // LANES
+    strips = tl.permute(tl.reshape(tile, (tile.shape[0], WIDTH // RUN, LANES, RUN)), (0, 2, 1, 3))
+    return tl.reshape(strips, (tile.shape[0] * LANES, WIDTH))
+
+
+@triton.jit
 def list_tile(
     product,  # [BLOCK_B, BLOCK_S] fp32, x @ W_enc
     start_b,  # its first token
@@ -119,29 +127,32 @@ def list_tile(
     BITS: tl.constexpr = min(WORD, WIDTH)
     WORDS: tl.constexpr = WIDTH // BITS
 
-    columns = tl.minimum(start_s + tl.arange(0, BLOCK_S), d_sae - 1)
+    offs_s = tl.arange(0, BLOCK_S)
+    columns = tl.minimum(start_s + offs_s, d_sae - 1)
     hidden_pre = product + tl.load(b_enc_ptr + columns).to(tl.float32)[None, :]
     threshold = tl.load(threshold_ptr + columns)
     # a NaN of hidden_pre is listed, one of the threshold is not
     threshold = tl.where(threshold != threshold, float("inf"), threshold)[None, :]
     _, window = gate(hidden_pre, threshold, half_bandwidth)
     value = tl.where(hidden_pre <= threshold, tl.where(window, 0.0, NOT_LISTED), hidden_pre)
-    value = tl.reshape(value, (BLOCK_B, WIDTH // RUN, LANES, RUN))
-    value = tl.reshape(tl.permute(value, (0, 2, 1, 3)), (STRIPS, WIDTH))
+    bound = LOWEST
+    if bounds_ptr is not None:
+        bound = tl.load(bounds_ptr + tl.minimum(start_b + tl.arange(0, BLOCK_B), n_tokens - 1))[:, None]
+    bit = 1 << (offs_s // (RUN * LANES) * RUN + offs_s % RUN) % BITS
+    bits = tl.where(value < bound, 0.0, bit.to(tl.float32)[None, :])  # NaN stays
+    # a sum of fp32, for LLVM would gather one of integers by way of the stack
+    words = tl.sum(tl.reshape(_in_strips(bits, RUN, LANES), (STRIPS, WORDS, BITS)), 2).to(tl.int32)
+    value = _in_strips(value, RUN, LANES)
 
     strip = tl.arange(0, STRIPS)
     offs_b = start_b + strip // LANES
     rows = tl.minimum(offs_b, n_tokens - 1)
     column = strip % LANES * RUN  # first column of the strip
-    bound = LOWEST if bounds_ptr is None else tl.load(bounds_ptr + rows)[:, None]
-    # as a sum of fp32: LLVM would gather a sum of integers by way of the stack
-    bit = (1 << tl.arange(0, WIDTH) % BITS).to(tl.float32)[None, :]
-    bits = tl.where(value < bound, 0.0, bit)  # NaN stays
-    words = tl.sum(tl.reshape(bits, (STRIPS, WORDS, BITS)), 2).to(tl.int32)
     inside = tl.maximum(d_sae - start_s - column, 0)
     inside = inside // (RUN * LANES) * RUN + tl.minimum(inside % (RUN * LANES), RUN)
     inside = tl.where(offs_b < n_tokens, inside, 0)
     first_bit = (tl.arange(0, WORDS) * BITS)[None, :]
+    # what lies past the last token or feature is cleared
     words &= (1 << tl.minimum(tl.maximum(inside[:, None] - first_bit, 0), BITS)) - 1
 
     count = tl.sum(_popcount(words), 1)

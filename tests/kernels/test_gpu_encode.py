@@ -208,6 +208,27 @@ def test_nan_is_listed(kernel: str) -> None:
     assert got.values[3].isnan().all()
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nan_threshold_lists_nothing(kernel: str) -> None:
+    problem = storable(problems.make(5, 24, 43, density=0.5), kernel)
+    problem.threshold[[0, 7, 42]] = float("nan")
+    assert_matches(run(kernel, problem), problem)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs the shipped tiles")
+@pytest.mark.parametrize(("run_length", "lanes"), [(64, 1), (2, 1), (32, 2), (1, 2), (2, 16), (4, 16), (1, 64)])
+def test_strips_of_any_shape_list_the_same(run_length: int, lanes: int) -> None:
+    """From one strip of four masks in a row to one for each feature; every feature of the first row is active."""
+    from fastsae_kernels.gpu import config
+
+    problem = problems.make(9, 24, 150, density=0.5)
+    problem.x[0], problem.threshold[:] = 0.0, 0.25
+    problem.b_enc[:] = problem.b_enc.abs() + 0.5
+    tiles = {"BLOCK_B": 16, "BLOCK_S": 64, "BLOCK_D": 16, "GROUP_B": 2, "RUN": run_length, "LANES": lanes}
+    with config.override({"list_pointers": {"32": tiles}}):
+        assert_matches(run("list_pointers", problem), problem)
+
+
 def test_strides_are_free() -> None:
     """Non-contiguous, expanded, and W_enc stored either way."""
     p = problems.make(9, 21, 43, density=0.2)
