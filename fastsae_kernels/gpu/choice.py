@@ -64,25 +64,26 @@ def tiles_of(kernel: str, x: Tensor, n_tokens: int | None = None) -> list[Launch
     return find_configs(kernel, x, n_tokens=n_tokens, odd=True)
 
 
-def refusal(kernel: str, x: Tensor, W_enc: Tensor) -> str:
-    """Why a kernel cannot serve a call; empty where it can."""
+def serve(kernel: str, x: Tensor, W_enc: Tensor) -> tuple[list[LaunchConfig], str]:
+    """The tiles with which a kernel can serve a call, and an empty string; or none, and why it cannot."""
     refused: str = KERNELS[kernel].refuses(x, W_enc)
-    if not refused and not tiles_of(kernel, x):
-        return f"the table of {arch_of(x.device)} has no tiles of it for {x.dtype}"
-    return refused
+    tiles = [] if refused else tiles_of(kernel, x)
+    if not refused and not tiles:
+        refused = f"the table of {arch_of(x.device)} has no tiles of it for {x.dtype}"
+    return tiles, refused
 
 
 def from_table(x: Tensor, W_enc: Tensor) -> Choice:
     """What the shipped table says, or `list_pointers` where the rules of that do not hold."""
     (row,) = find_configs("listing", x, n_tokens=x.shape[0]) or [{"kernel": "list_pointers"}]
     kernel, why = row["kernel"], f"the table of {arch_of(x.device)} for {x.dtype}, {x.shape[0]} tokens"
-    refused = refusal(kernel, x, W_enc)
-    if refused:
+    tiles, refused = serve(kernel, x, W_enc)
+    if refused and kernel != "list_pointers":
         kernel, why = "list_pointers", f"{why} says {kernel}, but {refused}"
-    found = tiles_of(kernel, x)
-    if not found:
-        raise ValueError(f"x: {refusal(kernel, x, W_enc)}")
-    return Choice(kernel, found[0], why)
+        tiles, refused = serve(kernel, x, W_enc)
+    if refused:
+        raise ValueError(f"x: {refused}")
+    return Choice(kernel, tiles[0], why)
 
 
 def forced(x: Tensor, W_enc: Tensor) -> Choice | None:
@@ -94,7 +95,7 @@ def forced(x: Tensor, W_enc: Tensor) -> Choice | None:
     kernel = _forced.get()
     if kernel is None:
         return None
-    refused = refusal(kernel, x, W_enc)
+    tiles, refused = serve(kernel, x, W_enc)
     if refused:
         raise ValueError(f"{kernel} cannot serve this call: {refused}")
-    return Choice(kernel, tiles_of(kernel, x)[0], "use_listing asks for it")
+    return Choice(kernel, tiles[0], "use_listing asks for it")

@@ -27,7 +27,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastsae_kernels.gpu.choice import KERNELS, Choice, refusal, tiles_of
+from fastsae_kernels.gpu.choice import KERNELS, Choice, serve, tiles_of
 from fastsae_kernels.gpu.config import SMALL_BATCHES, LaunchConfig, capability
 from fastsae_kernels.gpu.listing import Listing
 
@@ -78,20 +78,17 @@ def _file_of(key: str) -> Path:
 def candidates(x: Tensor, W_enc: Tensor) -> Iterator[Choice]:
     """Every shipped tile of every kernel that can serve these operands, chunks of three sizes."""
     for kernel in KERNELS:
-        if refusal(kernel, x, W_enc):
+        if serve(kernel, x, W_enc)[1]:
             continue
         seen: list[LaunchConfig] = []
         for n_tokens in (*SMALL_BATCHES, max(SMALL_BATCHES) + 1):
-            seen += [tiles for tiles in tiles_of(kernel, x, n_tokens) if tiles not in seen]
-        for tiles in seen:
-            yield from (Choice(kernel, sized, "measured on this machine") for sized in _chunk_sizes(tiles))
-
-
-def _chunk_sizes(config: LaunchConfig) -> list[LaunchConfig]:
-    """The size of a chunk is no constant of a kernel: other sizes compile to the same."""
-    if "CHUNK_MIB" not in config:
-        return [config]
-    return [{**config, "CHUNK_MIB": config["CHUNK_MIB"] * factor} for factor in (1, 0.5, 2)]
+            for tiles in tiles_of(kernel, x, n_tokens):
+                # the size of a chunk is no constant of a kernel: other sizes compile to the same
+                sizes = [tiles["CHUNK_MIB"] * factor for factor in (1, 0.5, 2)] if "CHUNK_MIB" in tiles else []
+                seen += [{**tiles, "CHUNK_MIB": size} for size in sizes] or [tiles]
+        for number, tiles in enumerate(seen):
+            if tiles not in seen[:number]:
+                yield Choice(kernel, tiles, "measured on this machine")
 
 
 def _read(key: str) -> dict[str, object] | None:
@@ -122,22 +119,19 @@ def _write(key: str, winner: Timing) -> None:
         warnings.warn(f"{path}: cannot keep the tuning result ({error}); it is measured again next time", stacklevel=2)
 
 
-def stored(x: Tensor, W_enc: Tensor) -> Choice | None:
+def known(x: Tensor, W_enc: Tensor) -> Choice | None:
     """The winner that memory or disk knows for these operands, if it still is a candidate."""
     key = key_of(x, W_enc)
     winner = _winners.get(key)
     if winner is None:
         stored = _read(key)
         # tables change between versions of this library: a tile that is no longer shipped is measured again
-        found = [] if stored is None else [c for c in candidates(x, W_enc) if _same(c, stored)]
-        if not found:
+        kept = (stored["kernel"], stored["config"]) if stored is not None else None
+        winner = next((choice for choice in candidates(x, W_enc) if choice[:2] == kept), None)
+        if winner is None:
             return None
-        winner = _winners[key] = found[0]
-    return None if refusal(winner.kernel, x, W_enc) else winner
-
-
-def _same(candidate: Choice, stored: dict[str, object]) -> bool:
-    return (candidate.kernel, candidate.config) == (stored["kernel"], stored["config"])
+        _winners[key] = winner
+    return None if serve(winner.kernel, x, W_enc)[1] else winner
 
 
 def _measurable() -> bool:
@@ -146,9 +140,9 @@ def _measurable() -> bool:
 
 def tuned(x: Tensor, W_enc: Tensor, call: Listing | None) -> Choice | None:
     """The measured way; measures it where `call` is given and measuring is possible now. None where there is none."""
-    known = stored(x, W_enc)
-    if known is not None or call is None or not _measurable():
-        return known
+    choice = known(x, W_enc)
+    if choice is not None or call is None or not _measurable():
+        return choice
     return tune(call)[0].choice
 
 

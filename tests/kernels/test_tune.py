@@ -105,15 +105,15 @@ def test_hit_after_a_restart_and_miss_for_another_key(has_descriptors: bool) -> 
 
     fastest = "list_descriptors" if has_descriptors else "list_pointers"
     call = make_call()
-    assert tune.stored(call.x, call.W_enc) is None
+    assert tune.known(call.x, call.W_enc) is None
     tune.tune(call, stopwatch(fastest))
     forget()
-    found = tune.stored(call.x, call.W_enc)
+    found = tune.known(call.x, call.W_enc)
     assert found is not None
     assert (found.kernel, found.config) in ((fastest, TILES), (fastest, WIDE), (fastest, LONG))
     assert str(found) == f"{fastest}: measured on this machine"
     other = make_call(n_tokens=17)
-    assert tune.stored(other.x, other.W_enc) is None
+    assert tune.known(other.x, other.W_enc) is None
 
 
 def test_key_names_all_that_a_measurement_depends_on() -> None:
@@ -153,7 +153,7 @@ def test_corrupt_file_is_said_and_rewritten(content: str, tmp_path: Path) -> Non
     path.write_text(content)
     forget()
     with pytest.warns(UserWarning, match="not a tuning result"):
-        assert tune.stored(call.x, call.W_enc) is None
+        assert tune.known(call.x, call.W_enc) is None
     tune.tune(call, stopwatch("list_pointers"))
     assert json.loads(path.read_text())["kernel"] == "list_pointers"
 
@@ -168,7 +168,7 @@ def test_tile_that_is_no_longer_shipped_is_measured_again(tmp_path: Path) -> Non
     stored["config"]["BLOCK_S"] = 512
     path.write_text(json.dumps(stored))
     forget()
-    assert tune.stored(call.x, call.W_enc) is None
+    assert tune.known(call.x, call.W_enc) is None
 
 
 def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_unwritable_cache_is_said_and_does_no_harm(tmp_path: Path, monkeypatch: 
     call = make_call()
     with pytest.warns(UserWarning, match="cannot keep the tuning result"):
         tune.tune(call, stopwatch("list_products"))
-    found = tune.stored(call.x, call.W_enc)
+    found = tune.known(call.x, call.W_enc)
     assert found is not None
     assert found.kernel == "list_products"
 
