@@ -107,7 +107,7 @@ def gated_tile(
     hidden_pre = tile_product(
         operands.x, rows, operands.stride_xb, operands.stride_xd,
         operands.W_enc, columns, operands.stride_wd, operands.stride_ws, operands.d_in,
-        "ieee", BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+        BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
     )  # fmt: skip
     hidden_pre += tl.load(operands.b_enc + columns).to(tl.float32)[None, :]
     threshold = tl.load(operands.threshold + columns)[None, :]
@@ -123,7 +123,7 @@ def gated_tile(
         grad_acts = tile_product(
             upstream.grad_out, rows, upstream.stride_gb, upstream.stride_gd,
             upstream.W_dec, columns, upstream.stride_dd, upstream.stride_ds, upstream.d_out,
-            "ieee", BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+            BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
         )  # fmt: skip
         weighted = acts
         if upstream.row_scale is not None:

@@ -32,7 +32,7 @@ def _active_bits(
     return active_bits(
         operands.x, rows, operands.stride_xb, operands.stride_xd,
         operands.W_enc, offs_s, operands.stride_wd, operands.stride_ws,
-        operands.b_enc, operands.threshold, operands.d_in, operands.d_sae, "ieee", BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+        operands.b_enc, operands.threshold, operands.d_in, operands.d_sae, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
     )  # fmt: skip
 
 

@@ -63,10 +63,10 @@ class Launches:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     """Nothing is launched, on an H100 that is the second GPU of a machine."""
-    from fastsae_kernels.gpu import config, persistent
+    from fastsae_kernels.gpu import config, list_descriptors
 
     found = Launches(TwoDevices(monkeypatch))
-    kernel = next(value for name, value in vars(persistent).items() if name.endswith("_kernel"))
+    kernel = next(value for name, value in vars(list_descriptors).items() if name.endswith("_kernel"))
     monkeypatch.setattr(type(kernel), "__getitem__", lambda kernel, grid: found.instead(kernel))
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
@@ -76,7 +76,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: found.recorded.append(tensor))
     with config.override("sm_90"), OnSecondDevice():
         yield found
-    for known in (config.capability, persistent._programs):
+    for known in (config.capability, list_descriptors._multiprocessors):
         known.cache_clear()
 
 
@@ -115,7 +115,7 @@ def test_every_kernel_is_launched_on_the_device_of_its_tensors(launches: Launche
     gpu.decode(acts, W_dec)
     gpu.decode_backward(acts, W_dec, x)
     gpu.encode_backward(acts, x, W_enc, acts.values, True)
-    gpu.encode(x[:8], W_enc, b_enc, threshold, AutoencodeSpec(k=4))  # so few that the pointer kernel lists them
+    gpu.encode(x[:8], W_enc, b_enc, threshold, AutoencodeSpec(k=4))  # so few that tiles through pointers list them
     for sums in collected.gpu or ():
         assert sums is not None
         rows = empty(D_SAE, D_IN)

@@ -46,9 +46,9 @@ def test_every_kernel_is_collected_without_a_device() -> None:
         "defined = {name for m in modules for name in vars(m) if name.endswith('_kernel')}\n"
         "launched = {(launch.kernel.__name__, launch.dtype) for launch in collect('sm_90')}\n"
         "assert {name for name, _ in launched} == defined, {name for name, _ in launched} ^ defined\n"
-        "ways = ('_encode_kernel', '_persistent_encode_kernel', '_compact_chunk_kernel')\n"
+        "ways = ('_list_pointers_kernel', '_list_descriptors_kernel', '_list_products_kernel')\n"
         "wanted = {(way, dtype) for way in ways for dtype in ('bf16', 'fp16', 'fp32')}\n"
-        "assert wanted - launched == {('_persistent_encode_kernel', 'fp32')}\n"  # it has no fp32 product
+        "assert wanted - launched == {('_list_descriptors_kernel', 'fp32')}\n"  # it has no fp32 product
     )
     assert done.returncode == 0, done.stderr
 
@@ -80,13 +80,14 @@ def test_every_shipped_tile_that_lists_entries_is_compiled() -> None:
         "from fastsae_kernels.gpu.config import load_table\n"
         "for arch in ('sm_80', 'sm_90', 'sm_100', 'gfx942'):\n"
         "    launches = collect(arch)\n"
-        "    for table in ('encode', 'encode_persistent'):\n"
-        "        for key, tile in load_table(arch).get(table, {}).items():\n"
-        "            wanted = {(k, v) for k, v in tile.items() if k.isupper()}\n"
-        "            options = {(k, v) for k, v in tile.items() if not k.isupper()}\n"
-        "            dtype = 'fp32' if key.startswith('32') else 'bf16'\n"
-        "            found = [l for l in launches if l.dtype == dtype and wanted <= set(l.constants)]\n"
-        "            assert any(options <= set(l.options) for l in found), (arch, table, key)\n"
+        "    for table in ('list_pointers', 'list_descriptors'):\n"
+        "        for key, tiles in load_table(arch).get(table, {}).items():\n"
+        "            for tile in tiles if isinstance(tiles, list) else [tiles]:\n"
+        "                wanted = {(k, v) for k, v in tile.items() if k.isupper() and k != 'PROGRAMS'}\n"
+        "                options = {(k, v) for k, v in tile.items() if not k.isupper()}\n"
+        "                dtype = 'fp32' if key.startswith('32') else 'bf16'\n"
+        "                found = [l for l in launches if l.dtype == dtype and wanted <= set(l.constants)]\n"
+        "                assert any(options <= set(l.options) for l in found), (arch, table, key)\n"
     )
     assert done.returncode == 0, done.stderr
 
@@ -94,19 +95,20 @@ def test_every_shipped_tile_that_lists_entries_is_compiled() -> None:
 @needs_triton
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 def test_large_tiles_that_list_entries_are_clean(arch: str) -> None:
-    """With bounds and statistics, which take the most registers; the report compiles the others."""
+    """With bounds, which take the most registers; the report compiles the others."""
     done = python(
         "import json, dataclasses\n"
         "from tools.kernel_report import report\n"
-        f"launches = [l for l in report.collect('{arch}') if 'encode_kernel' in l.name and l.dtype == 'bf16'\n"
+        "names = ('list_pointers_kernel', 'list_descriptors_kernel')\n"
+        f"launches = [l for l in report.collect('{arch}') if l.name in names and l.dtype == 'bf16'\n"
         "             and 'BLOCK_B=128' in l.variant and 'EVEN_D=False' not in l.variant and 'without' not in l.variant]\n"
-        f"print(json.dumps([dataclasses.asdict(report.compile_launch(l, '{arch}')) for l in launches[:2]]))\n"
+        f"print(json.dumps([dataclasses.asdict(report.compile_launch(l, '{arch}')) for l in launches]))\n"
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert {row["kernel"] for row in rows} == {
-        "encode_kernel",
-        *(["persistent_encode_kernel"] if arch == "sm_90" else []),
+        "list_pointers_kernel",
+        *(["list_descriptors_kernel"] if arch == "sm_90" else []),
     }
     for row in rows:
         assert row["problem"] == ""

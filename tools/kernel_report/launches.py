@@ -228,36 +228,29 @@ def _update(dtype: torch.dtype) -> None:
         grad_norms(by_feature, weights, vectors, rows, **flagged, project=True)
 
 
-def _list(dtype: torch.dtype, n_tokens: int, d_in: int, everything: bool) -> None:
-    """Launch every way of listing entries that can serve; with bounds and statistics where `everything`."""
-    from fastsae_kernels.gpu.encode import list_entries
-    from fastsae_kernels.gpu.rivals import RIVALS, refusal, use_rival
+def _list(dtype: torch.dtype, d_in: int, with_bounds: bool) -> None:
+    """Launch every kernel that can list entries with each of its tiles."""
+    from fastsae_kernels.gpu.choice import KERNELS
+    from fastsae_kernels.gpu.listing import Listing
+    from fastsae_kernels.gpu.tune import candidates
 
-    x, W_enc, b_enc, threshold = _operands(n_tokens, d_in, dtype)
-    integers = _empty(n_tokens, dtype=torch.int32)
-    options: dict[str, Any] = {}
-    if everything:
-        options = {"bounds": _empty(n_tokens), "l0": integers, "feature_counts": _empty(D_SAE, dtype=torch.int32)}
-    for rival in RIVALS:
-        if refusal(rival, x, W_enc):
-            continue
-        with use_rival(rival):
-            list_entries(
-                x, W_enc, b_enc, threshold, integers, integers, _empty(n_tokens * 128, dtype=torch.int64), **options
-            )  # fmt: skip
+    operands = _operands(N_TOKENS, d_in, dtype)
+    integers, entries = _empty(N_TOKENS, dtype=torch.int32), _empty(N_TOKENS * 128, dtype=torch.int64)
+    bounds = _empty(N_TOKENS) if with_bounds else None
+    for choice in candidates(*operands[:2]):
+        KERNELS[choice.kernel].launch(
+            Listing(*operands, integers, integers, entries, 0.0, bounds, 0), choice.config
+        )  # fmt: skip
 
 
 def _list_everything(dtype: torch.dtype) -> None:
-    """Launch every row of the launch table that lists entries. fp16 compiles as bf16 does: one shape shows it."""
-    from fastsae_kernels.gpu.config import SMALL_BATCHES
-
+    """Launch every tile of the launch table that lists entries. fp16 compiles as bf16 does: one shape shows it."""
     if dtype == torch.float16:
-        _list(dtype, N_TOKENS, D_IN, True)
+        _list(dtype, D_IN, True)
         return
     for d_in in (D_IN, UNEVEN_D_IN):
-        for n_tokens in (*SMALL_BATCHES, N_TOKENS):
-            for everything in (False, True):
-                _list(dtype, n_tokens, d_in, everything)
+        for with_bounds in (False, True):
+            _list(dtype, d_in, with_bounds)
 
 
 def collect(arch: str) -> list[Launch]:
