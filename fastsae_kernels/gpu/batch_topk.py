@@ -30,8 +30,8 @@ from torch import Tensor
 
 from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.radix import EXACT, Buffer, Cut, Problem, compact, cut_activations, cut_buffer, list_config
-from fastsae_kernels.gpu.row_topk import feature_ranges
 from fastsae_kernels.gpu.tiles import active_bits, pack_entry, start_of_tile
+from fastsae_kernels.gpu.topk import feature_ranges
 from fastsae_kernels.types import SparseActs
 
 # candidates per surviving entry: those that survived so far, about as many new ones, and some to spare
