@@ -31,12 +31,11 @@ from torch import Tensor
 from fastsae_kernels.gpu.overflow_tile import add_product, gated_tile, operands_of, tile_config, upstream_of
 from fastsae_kernels.types import AutoencodeSpec, Overflow
 
-# how many programs have a scratch; enough to read the weights at a good part of a device's rate
+# how many programs work on rows, each with a scratch; enough to read the weights at a good part of a device's rate
 SCRATCH_PROGRAMS = 64
-# the same in the pass over features, whose scratch is larger: 9 MB where rows have 2 x 2,304 elements
-FEATURE_SCRATCHES = 16
-# how many programs share the features while one block holds all rows, which takes no scratch: enough to fill a device
+# how many programs work on features while one block holds all rows, which takes no scratch: enough to fill a device
 FEATURE_PROGRAMS = 256
+FEATURE_SCRATCHES = 16  # how many do where there are more rows: 9 MB where rows have 2 x 2,304 elements
 # the tile of sums that are added together: splits and columns
 SPLITS_AT_ONCE, COLUMNS_AT_ONCE = 16, 128
 
