@@ -74,7 +74,6 @@ def test_any_number_of_programs_gives_the_same_sums(programs: int, monkeypatch: 
     from fastsae_kernels.gpu import overflow
 
     monkeypatch.setattr(overflow, "SCRATCH_PROGRAMS", programs)
-    monkeypatch.setattr(overflow, "FEATURE_SCRATCHES", programs)
     monkeypatch.setattr(overflow, "FEATURE_PROGRAMS", programs)
     monkeypatch.setattr(overflow, "FEATURE_SCRATCHES", (programs + 1) // 2)
     grids: dict[str, set[tuple[int, ...]]] = defaultdict(set)
