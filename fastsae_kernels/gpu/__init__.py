@@ -5,7 +5,7 @@ from fastsae_kernels.gpu.backward import decode_backward, encode_backward
 from fastsae_kernels.gpu.batch_topk import encode_batch_topk
 from fastsae_kernels.gpu.decode import decode
 from fastsae_kernels.gpu.encode import chosen_path, encode
-from fastsae_kernels.gpu.overflow import Overflow
+from fastsae_kernels.gpu.overflow_tile import Overflow
 from fastsae_kernels.gpu.rivals import use_rival
 from fastsae_kernels.gpu.row_topk import encode_topk
 from fastsae_kernels.gpu.topk import flag_rows

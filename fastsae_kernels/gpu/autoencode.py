@@ -20,8 +20,8 @@ from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.decode import column_sums, decode_into, decode_rows, row_stats
 from fastsae_kernels.gpu.encode import list_all_entries, padded_offsets
 from fastsae_kernels.gpu.feature_visit import feature_gradients
-from fastsae_kernels.gpu.overflow import Overflow, overflow_rows
-from fastsae_kernels.gpu.overflow_features import overflow_features
+from fastsae_kernels.gpu.overflow import overflow_features, overflow_rows
+from fastsae_kernels.gpu.overflow_tile import Overflow
 from fastsae_kernels.gpu.row_topk import list_topk
 from fastsae_kernels.gpu.topk import MAX_SORT, flag_rows, sort_rows
 from fastsae_kernels.gpu.weight_gradients import GpuShare, gpu_share

@@ -94,7 +94,9 @@ class Batch:
         return feature_order(acts), acts.values, self.vectors.to(DEVICE)
 
 
-def make_batch(n_tokens: int = 11, depth: int | None = None, *, extra: bool = False, awake: Tensor | None = None) -> Batch:
+def make_batch(
+    n_tokens: int = 11, depth: int | None = None, *, extra: bool = False, awake: Tensor | None = None
+) -> Batch:
     """Random entries; one feature fires on every token, one never, those outside of `awake` neither."""
     fires = torch.rand(n_tokens, N_FEATURES) < 0.4
     fires[:, ON_EVERY_TOKEN], fires[:, NEVER] = True, False

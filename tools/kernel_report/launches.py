@@ -56,9 +56,9 @@ class Launch:
 
     kernel: Any
     dtype: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[int, ...]  # arguments divisible by 16
+    signature: tuple[tuple[str, Any], ...]  # type of each argument, of a named tuple a named tuple of types
+    constants: tuple[tuple[str, Any], ...]  # "argument" or "argument.field"
+    aligned: tuple[str, ...]  # arguments and fields divisible by 16
     options: tuple[tuple[str, int], ...]
 
     @property
@@ -69,9 +69,15 @@ class Launch:
     @property
     def variant(self) -> str:
         """The compile-time flags that tell specialisations of a kernel apart."""
-        flags = [f"{key}={value}" for key, value in self.constants if key.isupper() and key != "MAX_SPLITS"]
-        missing = [key.removesuffix("_ptr") for key, value in self.constants if value is None]
+        flags = [f"{key}={value}" for key, value in self.constants if key.isupper()]
+        missing = [key.removesuffix("_ptr").split(".")[-1] for key, value in self.constants if value is None]
         return " ".join(flags) + (f" without {','.join(missing)}" if missing else "")
+
+    def path(self, name: str) -> tuple[int, ...]:
+        """Where an argument, or the field of one, stands among the arguments."""
+        argument, _, field = name.partition(".")
+        number = [known for known, _ in self.signature].index(argument)
+        return (number, self.signature[number][1]._fields.index(field)) if field else (number,)
 
     @property
     def wants_matrix_instructions(self) -> bool:
@@ -103,20 +109,25 @@ def _recorded(dtype: str, launches: dict[tuple, Launch]) -> Iterator[None]:
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         signature, constants, aligned = [], [], []
-        for parameter in self.params:
-            value = kwargs.pop(parameter.name, parameter.default)
-            if parameter.is_constexpr:
-                kind, constant, divisible = "constexpr", value, False
-            else:
-                kind, constant, divisible = _specialise(parameter.name, value)
-                if parameter.do_not_specialize:
-                    kind = "i32" if constant == 1 else kind
-                    divisible = False
-            signature.append((parameter.name, kind))
+
+        def kind_of(name: str, value: Any, is_constexpr: bool, specialise: bool) -> str:
+            kind, constant, divisible = ("constexpr", value, False) if is_constexpr else _specialise(name, value)
+            if not specialise:
+                kind, divisible = "i32" if constant == 1 else kind, False
             if kind == "constexpr":
-                constants.append((parameter.name, constant))
+                constants.append((name, constant))
             elif divisible:
-                aligned.append(parameter.num)
+                aligned.append(name)
+            return kind
+
+        for parameter in self.params:
+            name, value = parameter.name, kwargs.pop(parameter.name, parameter.default)
+            if isinstance(value, tuple):
+                fields = zip(value._fields, value, strict=True)
+                kinds = type(value)(*(kind_of(f"{name}.{field}", item, False, True) for field, item in fields))
+            else:
+                kinds = kind_of(name, value, parameter.is_constexpr, not parameter.do_not_specialize)
+            signature.append((name, kinds))
         options = sorted(kwargs.items())
         launch = Launch(self, dtype, tuple(signature), tuple(constants), tuple(aligned), tuple(options))
         launches.setdefault((self.__name__, launch.signature, launch.constants, launch.aligned, launch.options), launch)
