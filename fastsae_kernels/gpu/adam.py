@@ -29,7 +29,7 @@ beta2 = 0.999 it does not decay any more: keep v in fp32.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -38,73 +38,72 @@ from torch import Tensor
 
 from fastsae_kernels.gpu.backward import FeatureOrder
 from fastsae_kernels.gpu.config import launch_config, on_device
+from fastsae_kernels.gpu.weight_gradients import keep_for_this_stream
 
 # what fits into the registers of one program: 16 elements of each of 512 threads
 MAX_DEPTH = 8192
 
 
+class Entries(NamedTuple):
+    """What the gradient of each row is the sum of; a kernel sees pointers in place of tensors."""
+
+    offsets: Tensor  # [S + 1] int64
+    order: Tensor  # [nnz] int64: entries by feature, then token
+    tokens: Tensor | None  # [nnz] int64: token of each entry; None: entry // span
+    weights: Tensor  # [nnz]
+    vectors: Tensor  # [B, D]
+    extra: Tensor | None  # [S, D]
+    extra_flag: Tensor | None  # [1] int32: extra counts where it is not 0; None: it counts
+    span: int
+    depth: int  # D
+    stride_vb: int
+    stride_vd: int
+    stride_xs: int
+    stride_xd: int
+
+
+@triton.jit
+def _extent(entries, feature):
+    """`(start, count, extra_depth)`: where a feature's entries lie, and D, or 0 where extra does not count."""
+    start = tl.load(entries.offsets + feature)
+    count = (tl.load(entries.offsets + feature + 1) - start).to(tl.int32)
+    extra_depth = 0 if entries.extra is None else entries.depth
+    if entries.extra_flag is not None:
+        extra_depth = tl.where(tl.load(entries.extra_flag) != 0, entries.depth, 0)
+    return start, count, extra_depth
+
+
 @triton.jit
 def _row_gradient(
-    feature,
-    start,  # of the feature's entries
-    count,
-    order_ptr,
-    tokens_ptr,
-    weights_ptr,
-    vectors_ptr,
-    extra_ptr,
-    extra_depth,  # D, or 0 where extra does not count
-    offs_d,
-    mask_d,
-    span,
-    stride_vb,
-    stride_vd,
-    stride_xs,
-    stride_xd,
-    BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    entries, feature, start, count, extra_depth, offs_d, mask_d, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
     """`[BLOCK_D]` fp32: the sum of weight * vector over a feature's entries, and its extra gradient."""
     acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for first in range(0, count, BLOCK_E):
         offs_e = first + tl.arange(0, BLOCK_E)
         mask_e = offs_e < count
-        entry = tl.load(order_ptr + start + offs_e, mask=mask_e, other=0)
-        if tokens_ptr is not None:
-            token = tl.load(tokens_ptr + entry, mask=mask_e, other=0)
+        entry = tl.load(entries.order + start + offs_e, mask=mask_e, other=0)
+        if entries.tokens is not None:
+            token = tl.load(entries.tokens + entry, mask=mask_e, other=0)
         else:
-            token = (entry.to(tl.int32) // span).to(tl.int64)
-        weight = tl.load(weights_ptr + entry, mask=mask_e, other=0.0).to(tl.float32)
-        v_ptrs = vectors_ptr + token[:, None] * stride_vb + offs_d[None, :] * stride_vd
+            token = (entry.to(tl.int32) // entries.span).to(tl.int64)
+        weight = tl.load(entries.weights + entry, mask=mask_e, other=0.0).to(tl.float32)
+        v_ptrs = entries.vectors + token[:, None] * entries.stride_vb + offs_d[None, :] * entries.stride_vd
         used = mask_e & (weight != 0.0)
         vectors = tl.load(v_ptrs, mask=used[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
         acc += tl.sum(weight[:, None] * vectors, 0)
-    if extra_ptr is not None:
-        x_ptrs = extra_ptr + feature * stride_xs + offs_d * stride_xd
+    if entries.extra is not None:
+        x_ptrs = entries.extra + feature * entries.stride_xs + offs_d * entries.stride_xd
         acc += tl.load(x_ptrs, mask=offs_d < extra_depth, other=0.0).to(tl.float32)
     return acc
 
 
 @triton.jit
 def _grad_norms_kernel(
-    # inputs
-    feature_offsets_ptr,  # [S + 1] int64
-    order_ptr,  # [nnz] int64: entries by feature, then token
-    tokens_ptr,  # [nnz] int64: token of each entry; None: entry // span
-    weights_ptr,  # [nnz]
-    vectors_ptr,  # [B, D]
-    extra_ptr,  # [S, D] or None
-    extra_flag_ptr,  # [1] int32: extra counts where it is not 0; None: it counts
+    entries,  # Entries
     param_ptr,  # [S, D] fp32
     # output
     norms_ptr,  # [S] fp32
-    # sizes and strides
-    span,
-    depth,  # D
-    stride_vb,
-    stride_vd,
-    stride_xs,
-    stride_xd,
     stride_ps,
     stride_pd,
     PROJECT: tl.constexpr,
@@ -114,16 +113,9 @@ def _grad_norms_kernel(
     """Program owns one feature: the squared norm of its gradient."""
     feature = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask_d = offs_d < depth
-    start = tl.load(feature_offsets_ptr + feature)
-    count = (tl.load(feature_offsets_ptr + feature + 1) - start).to(tl.int32)
-    extra_depth = depth
-    if extra_flag_ptr is not None:
-        extra_depth = tl.where(tl.load(extra_flag_ptr) != 0, depth, 0)
-    g = _row_gradient(
-        feature, start, count, order_ptr, tokens_ptr, weights_ptr, vectors_ptr, extra_ptr, extra_depth, offs_d, mask_d,
-        span, stride_vb, stride_vd, stride_xs, stride_xd, BLOCK_E, BLOCK_D,
-    )  # fmt: skip
+    mask_d = offs_d < entries.depth
+    start, count, extra_depth = _extent(entries, feature)
+    g = _row_gradient(entries, feature, start, count, extra_depth, offs_d, mask_d, BLOCK_E, BLOCK_D)
     if PROJECT:
         p = tl.load(param_ptr + feature * stride_ps + offs_d * stride_pd, mask=mask_d, other=0.0)
         g -= tl.sum(g * p, 0) * p
@@ -138,14 +130,7 @@ def _row(ptrs, mask_d):
 # a step of 1 or a multiple of 16 must not compile again
 @triton.jit(do_not_specialize=["step"])
 def _adam_rows_kernel(
-    # inputs
-    feature_offsets_ptr,  # [S + 1] int64
-    order_ptr,  # [nnz] int64: entries by feature, then token
-    tokens_ptr,  # [nnz] int64: token of each entry; None: entry // span
-    weights_ptr,  # [nnz]
-    vectors_ptr,  # [B, D]
-    extra_ptr,  # [S, D] or None
-    extra_flag_ptr,  # [1] int32: extra counts where it is not 0; None: it counts
+    entries,  # Entries
     scale_ptr,  # fp32 or None
     # inputs and outputs
     param_ptr,  # [S, D] fp32
@@ -163,13 +148,7 @@ def _adam_rows_kernel(
     root2,  # sqrt(1 - beta2^t)
     eps,
     step,
-    # sizes and strides
-    span,
-    depth,  # D
-    stride_vb,
-    stride_vd,
-    stride_xs,
-    stride_xd,
+    # strides
     stride_ps,
     stride_pd,
     stride_ms,
@@ -187,12 +166,8 @@ def _adam_rows_kernel(
     """Program owns one feature: its gradient, both moments, its row."""
     feature = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask_d = offs_d < depth
-    start = tl.load(feature_offsets_ptr + feature)
-    count = (tl.load(feature_offsets_ptr + feature + 1) - start).to(tl.int32)
-    extra_depth = depth if extra_ptr is not None else 0
-    if extra_flag_ptr is not None:
-        extra_depth = tl.where(tl.load(extra_flag_ptr) != 0, depth, 0)
+    mask_d = offs_d < entries.depth
+    start, count, extra_depth = _extent(entries, feature)
     if last_step_ptr is not None:  # noqa: SIM102 a compile-time branch must stand alone
         if (count == 0) & (extra_depth == 0):
             return
@@ -208,10 +183,7 @@ def _adam_rows_kernel(
         p, v = _row(p_ptrs, mask_d), _row(q_ptrs, mask_d)
         if exp_avg_ptr is not None:
             m_before = _row(m_ptrs, mask_d)
-    g = _row_gradient(
-        feature, start, count, order_ptr, tokens_ptr, weights_ptr, vectors_ptr, extra_ptr, extra_depth, offs_d, mask_d,
-        span, stride_vb, stride_vd, stride_xs, stride_xd, BLOCK_E, BLOCK_D,
-    )  # fmt: skip
+    g = _row_gradient(entries, feature, start, count, extra_depth, offs_d, mask_d, BLOCK_E, BLOCK_D)
     if not EVEN:
         p, v = _row(p_ptrs, mask_d), _row(q_ptrs, mask_d)
         if exp_avg_ptr is not None:
@@ -273,22 +245,13 @@ def _launch(
         raise ValueError(f"param: expected rows of at most {MAX_DEPTH} elements, got {depth}")
     config = launch_config(table, vectors, odd=depth % 16 != 0)
     block_d = triton.next_power_of_2(depth)
-    stride_xs, stride_xd = _strides(extra)
+    entries = Entries(
+        *by_feature[:3], weights.contiguous(), vectors, extra, extra_flag, by_feature.span, depth,
+        *vectors.stride(), *_strides(extra),
+    )  # fmt: skip
     kernel[(n_rows,)](
-        feature_offsets_ptr=by_feature.offsets,
-        order_ptr=by_feature.order,
-        tokens_ptr=by_feature.tokens,
-        weights_ptr=weights.contiguous(),
-        vectors_ptr=vectors,
-        extra_ptr=extra,
-        extra_flag_ptr=extra_flag,
+        entries=entries,
         param_ptr=param,
-        span=by_feature.span,
-        depth=depth,
-        stride_vb=vectors.stride(0),
-        stride_vd=vectors.stride(1),
-        stride_xs=stride_xs,
-        stride_xd=stride_xd,
         stride_ps=param.stride(0),
         stride_pd=param.stride(1),
         PROJECT=project,
@@ -297,6 +260,7 @@ def _launch(
         num_warps=max(1, block_d // config["D_PER_WARP"]),
         **others,
     )
+    keep_for_this_stream(*entries[:7])
 
 
 def grad_norms(

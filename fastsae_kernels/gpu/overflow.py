@@ -35,7 +35,8 @@ from fastsae_kernels.spec import AutoencodeSpec
 SCRATCH_PROGRAMS = 64
 # how many programs share the features while one block holds all rows, which takes no scratch: enough to fill a device
 FEATURE_PROGRAMS = 256
-SPLITS_AT_ONCE = 16  # splits whose sums are added together
+# the tile of sums that are added together: splits and columns
+SPLITS_AT_ONCE, COLUMNS_AT_ONCE = 16, 128
 
 
 class RowOutputs(NamedTuple):
@@ -301,7 +302,7 @@ def overflow_rows(
         BLOCK_B=config["BLOCK_B"],
         BLOCK_S=config["BLOCK_S"],
         BLOCK_N=SPLITS_AT_ONCE,
-        BLOCK_O=config["BLOCK_O"],
+        BLOCK_O=COLUMNS_AT_ONCE,
     )
 
 
