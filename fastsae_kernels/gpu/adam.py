@@ -246,8 +246,8 @@ def _launch(
     config = launch_config(table, vectors, odd=depth % 16 != 0)
     block_d = triton.next_power_of_2(depth)
     entries = Entries(
-        *by_feature[:3], weights.contiguous(), vectors, extra, extra_flag, by_feature.span, depth,
-        *vectors.stride(), *_strides(extra),
+        by_feature.offsets, by_feature.order, by_feature.tokens, weights.contiguous(), vectors, extra, extra_flag,
+        by_feature.span, depth, vectors.stride(0), vectors.stride(1), *_strides(extra),
     )  # fmt: skip
     kernel[(n_rows,)](
         entries=entries,

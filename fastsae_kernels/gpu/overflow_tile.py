@@ -75,8 +75,8 @@ def operands_of(
     """The operands of a pass; without a spec those of its active entries alone."""
     half_bandwidth, tanh_scale = (0.0, 1.0) if spec is None else (spec.bandwidth / 2, spec.tanh_scale)
     return Operands(
-        x, W_enc, b_enc, threshold, feature_scale, *overflow, *W_enc.shape, *x.stride(), *W_enc.stride(),
-        half_bandwidth, tanh_scale,
+        x, W_enc, b_enc, threshold, feature_scale, overflow.rows, overflow.n_rows, W_enc.shape[0], W_enc.shape[1],
+        x.stride(0), x.stride(1), W_enc.stride(0), W_enc.stride(1), half_bandwidth, tanh_scale,
     )  # fmt: skip
 
 
@@ -85,7 +85,8 @@ def upstream_of(
 ) -> Upstream:
     """What comes back into a pass."""
     return Upstream(
-        grad_out, W_dec, grad_penalty, row_scale, W_dec.shape[1], *grad_out.stride(), *W_dec.stride(),
+        grad_out, W_dec, grad_penalty, row_scale, W_dec.shape[1],
+        grad_out.stride(0), grad_out.stride(1), W_dec.stride(0), W_dec.stride(1),
         grad_penalty.stride(0), 0 if row_scale is None else row_scale.stride(0),
         1 / spec.bandwidth if spec.bandwidth > 0 else 0.0,
     )  # fmt: skip

@@ -123,8 +123,8 @@ def _recorded(dtype: str, launches: dict[tuple, Launch]) -> Iterator[None]:
         for parameter in self.params:
             name, value = parameter.name, kwargs.pop(parameter.name, parameter.default)
             if isinstance(value, tuple):
-                fields = zip(value._fields, value, strict=True)
-                kinds = type(value)(*(kind_of(f"{name}.{field}", item, False, True) for field, item in fields))
+                fields = value._asdict().items()  # type: ignore[attr-defined]
+                kinds: Any = type(value)(*(kind_of(f"{name}.{field}", item, False, True) for field, item in fields))
             else:
                 kinds = kind_of(name, value, parameter.is_constexpr, not parameter.do_not_specialize)
             signature.append((name, kinds))
