@@ -30,9 +30,10 @@ CLEARED_BLOCK = 4096
 
 def keep_for_this_stream(*tensors: Tensor | None) -> None:
     """Hold the memory of tensors that another stream made until this one has run what it was given so far."""
-    for tensor in tensors:
-        if tensor is not None and tensor.is_cuda:
-            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+    if torch.cuda.is_initialized():  # as it is where any tensor lies on a GPU
+        for tensor in tensors:
+            if tensor is not None and tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 class RowSums(NamedTuple):

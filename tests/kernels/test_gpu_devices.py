@@ -68,6 +68,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: found.recorded.append(tensor))
     with config.override("sm_90"), OnSecondDevice():
