@@ -31,10 +31,11 @@ from torch import Tensor
 from fastsae_kernels.gpu.overflow_tile import Overflow, add_product, gated_tile, operands_of, tile_config, upstream_of
 from fastsae_kernels.spec import AutoencodeSpec
 
-# how many programs have a scratch; enough to read the weights at a good part of a device's rate
+# how many programs work on rows, each with a scratch; enough to read the weights at a good part of a device's rate
 SCRATCH_PROGRAMS = 64
-# how many programs share the features while one block holds all rows, which takes no scratch: enough to fill a device
+# how many programs work on features while one block holds all rows, which takes no scratch: enough to fill a device
 FEATURE_PROGRAMS = 256
+FEATURE_SCRATCHES = 32  # how many do where there are more rows
 # the tile of sums that are added together: splits and columns
 SPLITS_AT_ONCE, COLUMNS_AT_ONCE = 16, 128
 
@@ -341,7 +342,7 @@ def overflow_features(
     operands = operands_of(overflow, x, W_enc, b_enc, threshold, feature_scale, spec)
     upstream = upstream_of(grad_out, W_dec, grad_penalty, row_scale, spec)
     programs = min(FEATURE_PROGRAMS, triton.cdiv(operands.d_sae, config["BLOCK_S"]))
-    shape = (min(SCRATCH_PROGRAMS, programs), config["BLOCK_S"], operands.d_in + upstream.d_out)
+    shape = (min(FEATURE_SCRATCHES, programs), config["BLOCK_S"], operands.d_in + upstream.d_out)
     _overflow_features_kernel[(programs,)](
         operands=operands,
         upstream=upstream,
@@ -353,6 +354,6 @@ def overflow_features(
         grad_scale_ptr=grad_scale,
         PENALTY=spec.penalty,
         STE_TO_INPUT=spec.ste_to_input,
-        SCRATCHES=SCRATCH_PROGRAMS,
+        SCRATCHES=FEATURE_SCRATCHES,
         **config,
     )

@@ -126,6 +126,7 @@ def test_any_number_of_programs_gives_the_same_sums(programs: int, monkeypatch: 
 
     monkeypatch.setattr(overflow, "SCRATCH_PROGRAMS", programs)
     monkeypatch.setattr(overflow, "FEATURE_PROGRAMS", programs)
+    monkeypatch.setattr(overflow, "FEATURE_SCRATCHES", (programs + 1) // 2)
     grids: dict[str, set[tuple[int, ...]]] = defaultdict(set)
     kernel = type(overflow._overflow_rows_kernel)
     launch = kernel.__getitem__
