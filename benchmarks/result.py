@@ -197,7 +197,7 @@ def fastest(rows: list[Row]) -> Row | None:
 
 def max_density(machine: Machine) -> float:
     """Share of active features up to which the ops of a step take the sparse path."""
-    from fastsae_kernels.dispatch import MAX_DENSITY
+    from fastsae_kernels.activity import MAX_DENSITY
 
     return MAX_DENSITY["cuda" if machine.gpu else "cpu"]
 

@@ -294,7 +294,7 @@ def where_dense_wins(result: Result) -> str:
 
     Rows that are unsteady are left out, and counted.
     """
-    from fastsae_kernels.dispatch import MAX_DENSITY
+    from fastsae_kernels.activity import MAX_DENSITY
 
     parts = ["### Where dense wins\n"]
     lost = lost_cases(result)

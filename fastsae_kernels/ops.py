@@ -1,4 +1,4 @@
-"""The public, differentiable ops: check the arguments, flatten, run in eager form or as one op of a compiled graph.
+"""The public, differentiable ops: they check the arguments, flatten, and hand over to the driver of eager code or of graphs.
 
 Legend: N tokens, D d_in, S d_sae. Leading dimensions are flattened here, outside of what is compiled for a GPU, so that a
 rank never compiles a kernel again.
@@ -7,21 +7,15 @@ rank never compiles a kernel again.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsae_kernels import graph
-from fastsae_kernels.autograd import Autoencode, Decode, Encode, decode_entries, list_entries
+from fastsae_kernels import autograd, graph
+from fastsae_kernels.activity import ActivityHint
 from fastsae_kernels.checks import check_decode, check_encode, check_feature_scale, check_target
-from fastsae_kernels.dispatch import ActivityHint
-from fastsae_kernels.gradients import AutoencodeOutput
 from fastsae_kernels.memory import narrowed
-from fastsae_kernels.once import check_no_transform
-from fastsae_kernels.sparse_acts import SparseActs
-from fastsae_kernels.spec import AutoencodeSpec
+from fastsae_kernels.types import AutoencodeOutput, AutoencodeSpec, PassInputs, SparseActs
 from fastsae_kernels.weight_gradients import PassCollector
 
 
@@ -48,28 +42,6 @@ def _autocast(name: str, factors: tuple[Tensor, ...], biases: tuple[Tensor, ...]
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
     # entering autocast takes longer than all checks together
     return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
-
-
-def _in_graph(
-    tensors: tuple[Any, ...], spec: AutoencodeSpec, hint: ActivityHint | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, None, Tensor | None, Tensor | None]:
-    """The pass as one op of a compiled graph."""
-    capacity = graph.BY_ACTIVITY
-    if tensors[0].is_cuda and hint is not None and spec.k is None:
-        capacity = hint.plan
-    *outputs, min_active, squared_error, _ = torch.ops.fastsae.autoencode(
-        *tensors,
-        spec.bandwidth,
-        spec.k,
-        spec.batch_topk,
-        spec.penalty,
-        spec.tanh_scale,
-        spec.ste_to_input,
-        capacity,
-        0 if hint is None else hint.key,
-    )
-    has_target = tensors[-1] is not None
-    return (*outputs, None, min_active.detach() if spec.batch_topk else None, squared_error if has_target else None)
 
 
 def autoencode(
@@ -135,8 +107,6 @@ def autoencode(
         Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
     compiling = torch.compiler.is_compiling()
-    if not compiling:
-        check_no_transform()
     x, b_enc, b_dec = _autocast("x", (x,), (b_enc, b_dec))
     if compiling:  # else inside the pass, whose gradients of the weights then are not rounded
         W_enc, W_dec = _autocast("W_enc", (W_enc, W_dec), ())
@@ -147,11 +117,10 @@ def autoencode(
     if target is not None:
         check_target(target, (*x.shape[:-1], W_dec.shape[1]), x.device)
         target = target.reshape(-1, W_dec.shape[1])
-    flat = x.reshape(-1, x.shape[-1])
+    inputs = PassInputs(x.reshape(-1, x.shape[-1]), W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target)
+    driver = graph if compiling else autograd
     with _without_autocast(x.device.type):
-        tensors = (flat, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target)
-        outputs = _in_graph(tensors, spec, hint) if compiling else Autoencode.apply(*tensors, spec, hint, collector)
-    output = AutoencodeOutput(*outputs)
+        output = driver.autoencode(inputs, spec, hint, collector)
     leading = x.shape[:-1]
     return output._replace(
         sae_out=output.sae_out.reshape(*leading, W_dec.shape[1]),
@@ -204,16 +173,9 @@ def encode(
     check_encode(x, W_enc, b_enc, threshold, k)
     if x.dim() != 2:
         raise ValueError(f"x: expected two dimensions [n_tokens, d_in], got shape {tuple(x.shape)}")
+    driver = graph if torch.compiler.is_compiling() else autograd
     with _without_autocast(x.device.type):
-        if torch.compiler.is_compiling():
-            entries = torch.ops.fastsae.encode(x, W_enc, b_enc, threshold, bandwidth, k, batch_topk)
-            values, indices, row_offsets, row_counts = entries
-            return SparseActs(row_offsets, indices, values, (x.shape[0], W_enc.shape[1]), row_counts)
-        check_no_transform()
-        if not torch.is_grad_enabled():
-            return list_entries(x, W_enc, b_enc, threshold, spec)
-        values, acts = Encode.apply(x, W_enc, b_enc, threshold, spec)
-    return replace(acts, values=values)
+        return driver.encode(x, W_enc, b_enc, threshold, spec)
 
 
 def decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
@@ -237,14 +199,5 @@ def decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tens
     W_dec, *bias = _autocast("W_dec", (W_dec,), () if b_dec is None else (b_dec,))
     b_dec = bias[0] if bias else None
     check_decode(acts.shape[1], W_dec.dtype, acts.device, W_dec, b_dec)
-    out: Tensor
-    if torch.compiler.is_compiling():
-        counts = acts.row_offsets.diff() if acts.row_counts is None else acts.row_counts
-        out = torch.ops.fastsae.decode(acts.values, acts.indices, acts.row_offsets, counts, W_dec, b_dec)
-        return out
-    check_no_transform()
-    if not torch.is_grad_enabled():
-        out = decode_entries(acts, W_dec, b_dec)
-    else:
-        out = Decode.apply(acts.values, W_dec, b_dec, replace(acts, values=acts.values.detach()))
-    return out
+    driver = graph if torch.compiler.is_compiling() else autograd
+    return driver.decode(acts, W_dec, b_dec)

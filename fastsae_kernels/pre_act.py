@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae_kernels.chunked import MIN_CHUNK
+from fastsae_kernels.dense import MIN_CHUNK
 
 
 class _PreActChunk(torch.autograd.Function):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsae_kernels.loss_terms import weighted_sum
 from fastsae_kernels.once import differentiable_once
-from fastsae_kernels.residual import weighted_sum
 
 
 class _PreBias(torch.autograd.Function):

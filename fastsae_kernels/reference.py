@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae_kernels.spec import AutoencodeSpec
+from fastsae_kernels.types import AutoencodeSpec
 
 
 def in_window(hidden_pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastsae_kernels.gather import gather_sum
 from fastsae_kernels.memory import version_of
-from fastsae_kernels.sparse_acts import FeatureMajor
+from fastsae_kernels.types import FeatureMajor
 
 if TYPE_CHECKING:
     from fastsae_kernels.gpu.weight_gradients import GpuShare, RowSums

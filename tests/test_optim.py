@@ -24,7 +24,7 @@ from fastsae import (
     SparseAutoencoder,
     UsageError,
 )
-from fastsae_kernels.dispatch import Backend
+from fastsae_kernels.backend import BackendName as Backend
 
 D_IN, D_SAE, N = 12, 40, 64
 

@@ -162,27 +162,16 @@ class SparseAutoencoder(nn.Module, ABC):
         return x.to(self.dtype)
 
     def _sae_in(self, x: Tensor) -> Tensor:
-        x = self._checked(x)
         return x - self.b_dec if self.apply_b_dec_to_input else x
 
     def _encoder_inputs(
         self, x: Tensor, scale: Tensor | None, ids: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the ops encode, `W_enc` and `b_enc`; only together do they give every gradient."""
-        x, (W_enc, b_enc) = self._checked(x), self._encoder(scale, ids)
+        W_enc, b_enc = self._encoder(scale, ids)
         if self.apply_b_dec_to_input:
             x, b_enc = kernels.subtract_pre_bias(x, self.b_dec, W_enc, b_enc)
         return x, self._for_products(W_enc), b_enc  # the bias took the weight itself, in its own dtype
-
-    def _training_pass(
-        self,
-        x: Tensor,
-        spec: AutoencodeSpec | None = None,
-        feature_scale: Tensor | None = None,
-        threshold: Tensor | None = None,
-    ) -> AutoencodeOutput:
-        """`_autoencode` with x as the target: its first output is the residual, and the squared errors come with it."""
-        return self._autoencode(x, spec, feature_scale, threshold, target=self._checked(x))
 
     def _autoencode(
         self,
@@ -192,6 +181,7 @@ class SparseAutoencoder(nn.Module, ABC):
         threshold: Tensor | None = None,
         target: Tensor | None = None,
     ) -> AutoencodeOutput:
+        """One pass over a checked x. In training x is the target too, and the first output is the residual."""
         scale = self._rescaling()
         return kernels.autoencode(
             *self._encoder_inputs(x, scale),
@@ -218,7 +208,7 @@ class SparseAutoencoder(nn.Module, ABC):
             ValueError: The last dimension of `x` is not `d_in`.
             TypeError: `x` is not floating-point.
         """
-        return self._autoencode(x).sae_out
+        return self._autoencode(self._checked(x)).sae_out
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations as a dense tensor, `[..., d_sae]`; differentiable. Allocates what it returns."""
@@ -227,7 +217,7 @@ class SparseAutoencoder(nn.Module, ABC):
     def _encode_dense(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
         spec, threshold = self._spec(), self.gate_threshold()
         acts = reference.encode(
-            self._sae_in(x),
+            self._sae_in(self._checked(x)),
             *self._encoder(self._rescaling(ids), ids),
             threshold if ids is None else threshold.index_select(0, ids),
             bandwidth=spec.bandwidth,
@@ -246,7 +236,7 @@ class SparseAutoencoder(nn.Module, ABC):
     def _encode_sparse(
         self, x: Tensor, k: int | None, threshold: Tensor | None = None, *, batch_topk: bool = False
     ) -> SparseActs:
-        x, W_enc, b_enc = self._encoder_inputs(x, self._rescaling())
+        x, W_enc, b_enc = self._encoder_inputs(self._checked(x), self._rescaling())
         threshold = self.gate_threshold() if threshold is None else threshold
         return kernels.encode(x.reshape(-1, self.d_in), W_enc, b_enc, threshold, k=k, batch_topk=batch_topk)
 
@@ -318,7 +308,7 @@ class SparseAutoencoder(nn.Module, ABC):
         with torch.no_grad():
             fvu = fraction_of_variance_unexplained(per_token, x.reshape(-1, self.d_in), self._wide())
         return TrainOutput(
-            target=self._checked(x),
+            target=x,
             residual=output.sae_out,
             loss=torch.stack(list(losses.values())).sum(),
             losses=losses,

@@ -113,7 +113,8 @@ class FusedBatchTopKSAE(TopKFamily):
             ValueError: A shape is wrong, or `dead_mask` is not bool.
         """
         spec = AutoencodeSpec(k=self.k, batch_topk=True)
-        output = self._training_pass(x, spec, threshold=super().gate_threshold())
+        x = self._checked(x)
+        output = self._autoencode(x, spec, threshold=super().gate_threshold(), target=x)
         assert output.min_active is not None  # the op gives it with batch_topk
         self._move_threshold(output.min_active)
         return self._train_output_with_aux(x, output, dead_mask, aux_loss_coefficient)

@@ -142,11 +142,12 @@ class FusedJumpReLUSAE(SparseAutoencoder):
             raise ValueError(f"sparsity: expected one of {', '.join(get_args(Sparsity))}, got {sparsity!r}")
         if sparsity == "quadratic" and not (target_l0 is not None and target_l0 > 0):
             raise ValueError(f"target_l0: expected a number > 0 with sparsity='quadratic', got {target_l0}")
+        x = self._checked(x)
         self.threshold.data.clamp_(min=0)  # .data: an earlier pass may still wait for its backward
         if sparsity == "tanh":
-            output = self._training_pass(x, self._spec("tanh"), self.decoder_norms())
+            output = self._autoencode(x, self._spec("tanh"), self.decoder_norms(), target=x)
         else:
-            output = self._training_pass(x)
+            output = self._autoencode(x, target=x)
         penalty = output.penalty
         if sparsity == "quadratic":
             assert target_l0 is not None

@@ -52,5 +52,6 @@ class FusedReLUSAE(SparseAutoencoder):
             scale_by_decoder_norm: Multiply each activation by its decoder row's norm, as SAELens does; without it a free
                 decoder escapes the penalty by growing.
         """
-        output = self._training_pass(x, self._spec("l1"), self.decoder_norms() if scale_by_decoder_norm else None)
+        x, scale = self._checked(x), self.decoder_norms() if scale_by_decoder_norm else None
+        output = self._autoencode(x, self._spec("l1"), scale, target=x)
         return self._train_output(x, output, {"l1_loss": l1_coefficient * output.penalty.mean()})

@@ -142,4 +142,5 @@ class FusedTopKSAE(TopKFamily):
             TypeError: `x` is not floating-point, or `dead_mask` no tensor.
             ValueError: A shape is wrong, or `dead_mask` is not bool.
         """
-        return self._train_output_with_aux(x, self._training_pass(x), dead_mask, aux_loss_coefficient)
+        x = self._checked(x)
+        return self._train_output_with_aux(x, self._autoencode(x, target=x), dead_mask, aux_loss_coefficient)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
+from fastsae_kernels import dense
 from fastsae_kernels.cpu.backward import (
     by_feature,
     count_segments,
@@ -19,47 +19,50 @@ from fastsae_kernels.cpu.backward import (
 )
 from fastsae_kernels.cpu.decode import decode
 from fastsae_kernels.cpu.encode import encode
-from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput, gate_backward
-from fastsae_kernels.penalty import penalty_slope, penalty_terms
-from fastsae_kernels.residual import subtract_target, weighted_sum
-from fastsae_kernels.sparse_acts import SparseActs
-from fastsae_kernels.spec import AutoencodeSpec
+from fastsae_kernels.loss_terms import gate_backward, penalty_slope, penalty_terms, subtract_target, weighted_sum
+from fastsae_kernels.types import (
+    AutoencodeGrads,
+    AutoencodeNeeds,
+    AutoencodeOutput,
+    AutoencodeSpec,
+    Kept,
+    KeptSize,
+    OutputGrads,
+    PassInputs,
+)
 from fastsae_kernels.weight_gradients import WeightGradients
 
 
-def autoencode_forward(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    threshold: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    feature_scale: Tensor | None,
-    spec: AutoencodeSpec,
-    max_entries: int | None,
-    target: Tensor | None = None,
-) -> AutoencodeOutput | None:
-    """`reference.autoencode` over the entries alone; None where there are more than `max_entries` of them."""
-    acts = encode(
-        x,
-        W_enc,
-        b_enc,
-        threshold,
-        bandwidth=spec.bandwidth,
-        k=spec.k,
-        batch_topk=spec.batch_topk,
-        max_entries=max_entries,
-    )
+def kept_size(n_tokens: int, d_sae: int, spec: AutoencodeSpec, capacity: int) -> KeptSize:
+    """Room for the entries of rows with `capacity` of them on average; with `k`, for the k largest and the window's."""
+    per_row = capacity
+    if spec.k is not None:
+        per_row = min(spec.k if spec.bandwidth == 0 else spec.k + capacity, d_sae)
+    return KeptSize(n_tokens * per_row + 1, overflows=False)
+
+
+def forward(
+    inputs: PassInputs, spec: AutoencodeSpec, capacity: int, keeps_dense: bool = False
+) -> tuple[AutoencodeOutput, Kept]:
+    """`reference.autoencode` over the entries alone, or by `dense` where rows have more than `capacity` on average.
+
+    Raises:
+        ValueError: A value is NaN or Inf where `k` is given.
+    """
+    x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target = inputs
+    max_entries = kept_size(len(x), inputs.d_sae, spec, capacity).entries if spec.k is None else None
+    acts = encode(x, W_enc, b_enc, threshold, spec, max_entries)
     if acts is None:
-        return None
+        if spec.k is not None:
+            raise ValueError("x, W_enc, b_enc: expected finite values where k is given, got NaN or Inf")
+        return dense.forward(inputs, spec, capacity, keeps_dense)
     # a wider bias joins the residual, which is rounded once: the reconstruction itself would be rounded with it before
     late_bias = b_dec if target is not None and b_dec.dtype != W_dec.dtype else None
     sae_out, squared_error = decode(acts, W_dec, b_dec if late_bias is None else None), None
     if target is not None:
         sae_out, squared_error = subtract_target(sae_out, target, late_bias)
     values = acts.values
-    active = values > 0
-    l0 = count_segments(active, acts.row_offsets)
+    l0 = count_segments(values > 0, acts.row_offsets)
     if spec.penalty == "l0":
         penalty = l0.to(values.dtype)
     else:
@@ -67,7 +70,7 @@ def autoencode_forward(
         penalty = sum_segments(penalty_terms(values, scale, spec), acts.row_offsets)
     entries = by_feature(acts)
     smallest = values.new_full((), float("inf")) if values.numel() == 0 else values.min()
-    return AutoencodeOutput(
+    output = AutoencodeOutput(
         sae_out=sae_out,
         penalty=penalty,
         l0=l0,
@@ -76,26 +79,23 @@ def autoencode_forward(
         min_active=smallest if spec.batch_topk else None,
         squared_error=squared_error,
     )
+    return output, Kept(acts)
 
 
-def autoencode_backward(
-    acts: SparseActs,
-    x: Tensor,
-    W_enc: Tensor,
-    threshold: Tensor,
-    W_dec: Tensor,
-    feature_scale: Tensor | None,
+def backward(
+    inputs: PassInputs,
+    kept: Kept,
     spec: AutoencodeSpec,
-    grad_out: Tensor,
-    grad_penalty: Tensor,
+    grads: OutputGrads,
     needs: AutoencodeNeeds,
-    row_scale: Tensor | None = None,
-    weight_gradients: WeightGradients | None = None,
+    collected: WeightGradients | None = None,
 ) -> AutoencodeGrads:
-    """Every gradient of `autoencode_forward` from its entries; those of the weights not, where somebody collects them.
-
-    The gradient of row n of sae_out is `row_scale[n] * grad_out[n]`.
-    """
+    """Every gradient of `forward` from its entries; those of the weights not, where somebody collects them."""
+    acts = kept.acts
+    if acts is None:
+        return dense.backward(inputs, kept, spec, grads, needs, collected)
+    x, W_enc, _, threshold, W_dec, _, feature_scale, _ = inputs
+    grad_out, row_scale, grad_penalty = grads
     entries = by_feature(acts)
     offsets, tokens, values = entries
     grad_acts = grad_of_acts(entries, W_dec, grad_out)
@@ -111,14 +111,14 @@ def autoencode_backward(
             grad_scaled *= scale
         grad_acts += grad_scaled
 
-    theta = of_entries(threshold, offsets)
-    window = (values == 0) | (values - theta < spec.bandwidth / 2)
-    grad_hidden_pre, grad_theta = gate_backward(values > 0, window, theta, grad_acts, penalty_of_tokens, spec)
-    del theta, window, penalty_of_tokens  # each as large as a column of the entries, as is what follows
+    of_entry = of_entries(threshold, offsets)
+    window = (values == 0) | (values - of_entry < spec.bandwidth / 2)
+    grad_hidden_pre, grad_threshold = gate_backward(values > 0, window, of_entry, grad_acts, penalty_of_tokens, spec)
+    del of_entry, window, penalty_of_tokens  # each as large as a column of the entries, as is what follows
     decoded = values if row_scale is None else row_scale.index_select(0, tokens).mul_(values)
     of_weights = needs.weight_dtype or x.dtype
-    if weight_gradients is not None:
-        weight_gradients.add(
+    if collected is not None:
+        collected.add(
             entries,
             grad_hidden_pre if needs.W_enc else None,
             x,
@@ -131,7 +131,7 @@ def autoencode_backward(
         x=grad_input(acts, to_rows(acts, grad_hidden_pre), W_enc) if needs.x else None,
         W_enc=weight_gradient(entries, grad_hidden_pre, x.to(of_weights)).t() if needs.W_enc else None,
         b_enc=sum_segments(grad_hidden_pre, offsets),
-        threshold=torch.zeros_like(threshold) if grad_theta is None else sum_segments(grad_theta, offsets),
+        threshold=torch.zeros_like(threshold) if grad_threshold is None else sum_segments(grad_threshold, offsets),
         W_dec=weight_gradient(entries, decoded, grad_out.to(of_weights)) if needs.W_dec else None,
         b_dec=weighted_sum(row_scale, grad_out),
         feature_scale=grad_scale,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastsae_kernels.cpu.product import SCRATCH_ELEMENTS, sampled_dot
 from fastsae_kernels.gather import gather_sum
-from fastsae_kernels.sparse_acts import FeatureMajor, SparseActs
+from fastsae_kernels.types import FeatureMajor, SparseActs
 
 
 def by_feature(acts: SparseActs) -> FeatureMajor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastsae_kernels.gather import gather_sum
-from fastsae_kernels.sparse_acts import SparseActs
+from fastsae_kernels.types import SparseActs
 
 
 def decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:

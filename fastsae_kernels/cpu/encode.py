@@ -17,7 +17,7 @@ from fastsae_kernels.cpu import product
 from fastsae_kernels.cpu.entries import BatchTopK, Entries, RowTopK, stack_rows
 from fastsae_kernels.cpu.small import MAX_ELEMENTS, encode_small
 from fastsae_kernels.cpu.topk import encode_topk
-from fastsae_kernels.sparse_acts import SparseActs
+from fastsae_kernels.types import AutoencodeSpec, SparseActs
 
 MIN_BLOCK_TOKENS = 256  # of a product that has all features; fewer read the weights too often
 SAMPLE = (32, 128)  # tokens and features, whose product takes no time beside the rest
@@ -28,10 +28,7 @@ def encode(
     W_enc: Tensor,
     b_enc: Tensor,
     threshold: Tensor,
-    *,
-    bandwidth: float = 0.0,
-    k: int | None = None,
-    batch_topk: bool = False,
+    spec: AutoencodeSpec,
     max_entries: int | None = None,
 ) -> SparseActs | None:
     """Entries above `threshold - bandwidth / 2`, with value 0 where inactive, values in fp32 (fp64 for fp64 inputs).
@@ -44,12 +41,11 @@ def encode(
         W_enc: `[d_in, d_sae]`; fastest when stored feature-major.
         b_enc: `[d_sae]`.
         threshold: `[d_sae]` fp32, >= 0.
-        bandwidth: Width of the straight-through window; 0 lists active entries only.
-        k: At most the k largest active entries of a row survive.
-        batch_topk: At most the `k * N` largest of the batch survive instead.
+        spec: Bandwidth and top-k; without a bandwidth active entries alone are listed.
         max_entries: Give up beyond this many entries (the dense path is then faster); never with `k`.
     """
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
+    bandwidth, k, batch_topk = spec.bandwidth, spec.k, spec.batch_topk
     wide = torch.promote_types(x.dtype, torch.float32)
     threshold = threshold.to(wide)
     if max_entries is not None and _is_dense(x, W_enc, b_enc, threshold - bandwidth / 2, max_entries):
@@ -106,10 +102,10 @@ def _encode_threshold(
         if candidates is None:
             return None
         features, tokens, hidden_pre = candidates
-        theta = threshold.index_select(0, features)
-        listed = active = hidden_pre > theta
+        gates = threshold.index_select(0, features)
+        listed = active = hidden_pre > gates
         if bandwidth > 0:
-            listed = active | ((hidden_pre - theta).abs() < bandwidth / 2)
+            listed = active | ((hidden_pre - gates).abs() < bandwidth / 2)
             hidden_pre = torch.where(active, hidden_pre, 0)
         entries.append_listed(listed, features, tokens, hidden_pre)
         # the share seen so far stands for the rest only once it is well above the limit

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsae_kernels.sparse_acts import FeatureMajor, SparseActs, topk_mask
+from fastsae_kernels.types import FeatureMajor, SparseActs, topk_mask
 
 PRUNE_SLACK = 2**16  # entries beyond 8 k per token before the top k of each are taken
 
@@ -137,27 +137,27 @@ class RowTopK(Entries):
 
 
 class BatchTopK(Entries):
-    """Keeps the `places` largest entries of the batch, ties to the lower token, then the lower feature.
+    """Keeps the `n_kept` largest entries of the batch, ties to the lower token, then the lower feature.
 
     `bound` is the smallest of them once there are that many: what lies below it cannot survive.
     """
 
-    def __init__(self, n_tokens: int, d_sae: int, places: int) -> None:
+    def __init__(self, n_tokens: int, d_sae: int, n_kept: int) -> None:
         super().__init__(n_tokens, d_sae)
-        self.places, self.bound = places, 0.0
+        self.n_kept, self.bound = n_kept, 0.0
 
     def append(self, features: Tensor, tokens: Tensor, values: Tensor) -> None:
         super().append(features, tokens, values)
-        if self.count > 2 * self.places:
+        if self.count > 2 * self.n_kept:
             self._prune()
 
     def _prune(self) -> None:
         features, tokens, values = self.merge()
-        if self.count <= self.places:
+        if self.count <= self.n_kept:
             return
-        smallest = torch.topk(values, self.places, sorted=False).values.min()
+        smallest = torch.topk(values, self.n_kept, sorted=False).values.min()
         keep = values >= smallest
-        surplus = int(keep.sum()) - self.places
+        surplus = int(keep.sum()) - self.n_kept
         if surplus:
             tied = (values == smallest).nonzero().squeeze(1)
             positions = tokens[tied].long() * self.d_sae + features[tied]

@@ -68,9 +68,9 @@ def nonzero_flat(mask: Tensor) -> Tensor:
     """
     if torch.get_num_threads() <= NUMPY_THREADS:
         array = mask.numpy().view(np.int64)
-        places = np.flatnonzero(array != 0)
-        bits = np.flatnonzero(array[places].view(np.bool_))
-        return torch.from_numpy(places[bits // WORD] * WORD + bits % WORD)
+        filled = np.flatnonzero(array != 0)
+        bits = np.flatnonzero(array[filled].view(np.bool_))
+        return torch.from_numpy(filled[bits // WORD] * WORD + bits % WORD)
     words = mask.view(torch.int64)
     found = words.nonzero().squeeze(1)
     hits = words.index_select(0, found).view(torch.bool).nonzero().squeeze(1)

@@ -21,7 +21,7 @@ from torch.nn import functional
 from fastsae_kernels.cpu.entries import largest_of_rows
 from fastsae_kernels.cpu.product import has_fast_bf16, nonzero_flat, padded_mask, row_norms, sampled_dot
 from fastsae_kernels.matmul import by_onednn, has_onednn, has_slow_mkl, sums_in_fp32
-from fastsae_kernels.sparse_acts import SparseActs
+from fastsae_kernels.types import SparseActs
 
 MAX_ELEMENTS = 2**20  # of the product: 4 MB in fp32
 MIN_ROUGH_TOKENS = 8  # fewer multiplications per weight do not pay for the weights' norms
@@ -121,26 +121,26 @@ def _candidates(
     # a sum beyond the largest number is looked at again
     if not math.isfinite(product.sum()) and not bool(product.isfinite().all()):
         return None
-    theta = threshold.numpy()
+    gates = threshold.numpy()
     if product.dtype == torch.bfloat16:
-        array, lower = product.view(torch.int16).numpy(), _bits_of_gates(theta)
+        array, lower = product.view(torch.int16).numpy(), _bits_of_gates(gates)
         certain = lower
     elif margin is None and bandwidth == 0:
-        array, lower = product.numpy(), np.maximum(theta, 0)
+        array, lower = product.numpy(), np.maximum(gates, 0)
         certain = lower
     else:
         numbers = torch.finfo(product.dtype)
-        slack = (theta + bandwidth + numbers.smallest_normal) * (2 * numbers.eps)  # for the rounding of what follows
+        slack = (gates + bandwidth + numbers.smallest_normal) * (2 * numbers.eps)  # for the rounding of what follows
         if margin is not None:
             slack = slack + margin.numpy()
-        array, lower, certain = product.numpy(), theta - bandwidth / 2 - slack, theta + slack
+        array, lower, certain = product.numpy(), gates - bandwidth / 2 - slack, gates + slack
     mask = padded_mask(array.size)
     listed = mask.numpy()[: array.size].reshape(array.shape)
     if cut is None:
         np.greater(array, lower, out=listed)
     else:
         # of a plain TopK an inactive element is simply not positive
-        acts = np.where(array > certain, array, 0) if theta.any() else array
+        acts = np.where(array > certain, array, 0) if gates.any() else array
         reach = _kth_largest_bound(acts.reshape(cut.n_rows, -1), cut.k)
         if margin is not None:
             reach = reach - 2 * float(margin.max())
@@ -173,13 +173,13 @@ def _kth_largest_bound(acts: np.ndarray, k: int) -> np.ndarray:
 
 
 def _places(flat: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """`(rows, columns)` of flat places."""
+    """`(rows, columns)` of flat positions."""
     rows = flat // shape[1]
     return rows, (flat - rows * shape[1]).astype(np.int32)
 
 
 def _scores(rows: np.ndarray, columns: np.ndarray, x: Tensor, W_enc: Tensor, b_enc: Tensor) -> np.ndarray:
-    """The pre-activations at these places, each summed by itself."""
+    """The pre-activations at these positions, each summed by itself."""
     offsets = torch.from_numpy(_row_offsets(rows, x.shape[0]))
     products: np.ndarray = sampled_dot(offsets, torch.from_numpy(columns), x, W_enc.t()).numpy()
     return products + b_enc.numpy().take(columns)
@@ -199,10 +199,10 @@ def _entries(
     shape: tuple[int, int],
 ) -> SparseActs:
     """Those candidates that are entries, and the largest of a `cut`."""
-    theta = threshold.numpy().take(columns)
-    keep = active = values > theta
+    gates = threshold.numpy().take(columns)
+    keep = active = values > gates
     if bandwidth > 0:
-        keep = active | (np.abs(values - theta) < bandwidth / 2)
+        keep = active | (np.abs(values - gates) < bandwidth / 2)
         values = np.where(active, values, 0)
     if not keep.all():
         rows, columns, values = rows[keep], columns[keep], values[keep]

@@ -8,7 +8,7 @@ than late ones, is searched again by the certain bound. Each token lists about 3
 
 Where the product is rounded (`product.py`), each element is known as an interval. `upper` is what the product says with
 its margin, the lower end is that less `gap`. Bounds and proofs take lower ends, admission takes upper ends, and only what
-is left at the end is scored exactly. A token with more entries than places (hundreds of equal values) is encoded again
+is left at the end is scored exactly. A token with more entries than room (hundreds of equal values) is encoded again
 densely, by itself.
 
 Tokens are processed in blocks, so that the state of a block stays in cache.
@@ -24,7 +24,7 @@ from torch import Tensor
 from fastsae_kernels.cpu import product
 from fastsae_kernels.cpu.entries import largest_of_rows, row_offsets_of, stack_rows
 from fastsae_kernels.cpu.small import MAX_ELEMENTS, encode_small
-from fastsae_kernels.sparse_acts import SparseActs
+from fastsae_kernels.types import SparseActs
 
 BLOCK_ELEMENTS = 2**19  # of a block's state, 8 bytes each
 MIN_TOKENS = 256  # of a block; fewer make the products slow

@@ -18,39 +18,27 @@ from fastsae_kernels.gpu.backward import feature_order, gradients_in_passes
 from fastsae_kernels.gpu.batch_topk import encode_batch_topk
 from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.decode import column_sums, decode_into, decode_rows, row_stats
+from fastsae_kernels.gpu.encode import encode as encode_active
 from fastsae_kernels.gpu.encode import list_all_entries, padded_offsets
 from fastsae_kernels.gpu.feature_visit import feature_gradients
 from fastsae_kernels.gpu.overflow import overflow_features, overflow_rows
-from fastsae_kernels.gpu.overflow_tile import Overflow
-from fastsae_kernels.gpu.row_topk import list_topk
+from fastsae_kernels.gpu.row_topk import encode_topk, list_topk, window_capacity
 from fastsae_kernels.gpu.topk import MAX_SORT, flag_rows, sort_rows
 from fastsae_kernels.gpu.weight_gradients import GpuShare, gpu_share
-from fastsae_kernels.gradients import AutoencodeGrads, AutoencodeNeeds, AutoencodeOutput
-from fastsae_kernels.residual import scaled
-from fastsae_kernels.sparse_acts import SparseActs
-from fastsae_kernels.spec import AutoencodeSpec
+from fastsae_kernels.loss_terms import scaled
+from fastsae_kernels.types import (
+    AutoencodeGrads,
+    AutoencodeNeeds,
+    AutoencodeOutput,
+    AutoencodeSpec,
+    Kept,
+    KeptSize,
+    OutputGrads,
+    Overflow,
+    PassInputs,
+    SparseActs,
+)
 from fastsae_kernels.weight_gradients import WeightGradients
-
-
-class Saved(NamedTuple):
-    """What `autoencode_backward` needs of the forward: its arguments and the entries that it kept."""
-
-    x: Tensor
-    W_enc: Tensor
-    b_enc: Tensor
-    threshold: Tensor
-    W_dec: Tensor
-    b_dec: Tensor
-    feature_scale: Tensor | None
-    spec: AutoencodeSpec
-    acts: SparseActs
-    overflow: Overflow | None  # None: no row can have overflowed
-    listed: Tensor  # [N] int32: entries that each row wanted to hold, window and overflow included; sizes the capacity
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the tensors."""
-        return self.x.device
 
 
 class Listed(NamedTuple):
@@ -73,7 +61,7 @@ def _list(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, spec: Auto
     if spec.k is not None:
         acts, flagged, listed = list_topk(x, W_enc, b_enc, threshold, spec.k, spec.bandwidth, capacity)
         return Listed(acts, None if flagged is None else Overflow(*flag_rows(flagged)), listed)
-    capacity = min(max(capacity, 1), d_sae, MAX_SORT)
+    capacity = _row_size(d_sae, spec, capacity)
     row_offsets = padded_offsets(n_tokens, capacity, x.device)
     l0 = feature_counts = None
     if spec.penalty == "l0":  # the listing then counts all that there is to count
@@ -89,43 +77,44 @@ def _list(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, spec: Auto
     return Listed(acts, overflow, counts, stats=stats)
 
 
+def kept_size(n_tokens: int, d_sae: int, spec: AutoencodeSpec, capacity: int) -> KeptSize:
+    """Rows of equal size, which cannot overflow where they hold every feature or top-k leaves active entries alone."""
+    per_row = _row_size(d_sae, spec, capacity)
+    only_active = spec.k is not None and spec.bandwidth == 0
+    return KeptSize(n_tokens * per_row, overflows=not only_active and per_row < d_sae)
+
+
+def _row_size(d_sae: int, spec: AutoencodeSpec, capacity: int) -> int:
+    """Entries that a row is kept with."""
+    if spec.k is None:
+        return min(max(capacity, 1), d_sae, MAX_SORT)
+    if spec.bandwidth == 0:
+        return min(spec.k, d_sae)
+    return window_capacity(spec.k, d_sae, capacity)
+
+
 @on_device
-def autoencode_forward(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    threshold: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    feature_scale: Tensor | None,
-    spec: AutoencodeSpec,
-    capacity: int,
-    target: Tensor | None = None,
-) -> tuple[AutoencodeOutput, Saved]:
+def forward(
+    inputs: PassInputs, spec: AutoencodeSpec, capacity: int, keeps_dense: bool = False
+) -> tuple[AutoencodeOutput, Kept]:
     """`reference.autoencode` over active entries only.
 
     Args:
-        x: `[N, d_in]`; fp32, bf16 or fp16. Strides are free, here and below.
-        W_enc: `[d_in, d_sae]`, dtype of x.
-        b_enc: `[d_sae]`, dtype of x or fp32; so `b_dec` too.
-        threshold: `[d_sae]` fp32, >= 0.
-        W_dec: `[d_sae, d_out]`.
-        b_dec: `[d_out]`.
-        feature_scale: `[d_sae]` fp32, or None for ones.
+        inputs: The tensors, x in fp32, bf16 or fp16. Strides are free. With a target the residual is formed in fp32, and
+            `squared_error` is its sum of squares before rounding.
         spec: The options.
         capacity: Entries that a row can hold (clamped to d_sae and `MAX_SORT`; raised to what top-k needs). A row with more
-            is exact too, and slower; `saved.listed` tells how many each wanted.
-        target: `[N, d_out]` in a floating dtype of its own, or None. With one, the output's `sae_out` is the residual
-            `sae_out - target`, formed in fp32, and `squared_error` its sum of squares before rounding.
+            is exact too, and slower; `Kept.listed` tells how many each wanted.
+        keeps_dense: Not used here.
 
     Returns:
-        The output, whose `acts` has no entries in rows that overflowed, and what the backward needs.
+        The output, and what the backward needs, whose `acts` has no entries in rows that overflowed.
 
     Raises:
         TypeError: x is fp64.
     """
-    b_enc, threshold, b_dec = b_enc.contiguous(), threshold.contiguous(), b_dec.contiguous()
-    feature_scale = None if feature_scale is None else feature_scale.contiguous()
+    inputs = _contiguous_vectors(inputs)
+    x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target = inputs
     acts, overflow, listed, min_active, counted = _list(x, W_enc, b_enc, threshold, spec, capacity)
     penalty, l0, feature_counts = stats = counted or row_stats(acts, feature_scale, spec)
     sae_out, squared_error = decode_rows(acts, acts.values, W_dec, b_dec, x.dtype, target)
@@ -136,37 +125,45 @@ def autoencode_forward(
             overflow, x, W_enc, b_enc, threshold, feature_scale, spec, sae_out, W_dec,
             b_out=b_dec, stats=stats, target=target, squared_error=squared_error,
         )  # fmt: skip
-    output = AutoencodeOutput(sae_out, penalty, l0, feature_counts, acts, min_active, squared_error)
-    return output, Saved(x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, spec, acts, overflow, listed)
+    # rows that outgrew the capacity are not among the entries, so the caller gets none
+    output = AutoencodeOutput(sae_out, penalty, l0, feature_counts, None, min_active, squared_error)
+    return output, Kept(acts, overflow=overflow, listed=listed)
+
+
+def _contiguous_vectors(inputs: PassInputs) -> PassInputs:
+    scale = None if inputs.feature_scale is None else inputs.feature_scale.contiguous()
+    b_enc, threshold, b_dec = inputs.b_enc.contiguous(), inputs.threshold.contiguous(), inputs.b_dec.contiguous()
+    return inputs._replace(b_enc=b_enc, threshold=threshold, b_dec=b_dec, feature_scale=scale)
 
 
 @on_device
-def autoencode_backward(
-    saved: Saved,
-    grad_out: Tensor,
-    grad_penalty: Tensor,
+def backward(
+    inputs: PassInputs,
+    kept: Kept,
+    spec: AutoencodeSpec,
+    grads: OutputGrads,
     needs: AutoencodeNeeds,
-    row_scale: Tensor | None = None,
-    weight_gradients: WeightGradients | None = None,
+    collected: WeightGradients | None = None,
 ) -> AutoencodeGrads:
-    """Gradients of `autoencode_forward`, each in its parameter's dtype.
+    """Gradients of `forward`, each in its parameter's dtype.
 
     Args:
-        saved: From the forward.
-        grad_out: `[N, d_out]` in the dtype of x, any strides.
-        grad_penalty: `[N]` fp32, any stride.
+        inputs: The tensors of the forward.
+        kept: What it kept.
+        spec: The options.
+        grads: What comes back, `rows` of any strides. So the residual serves as it is: with twice the gradient of
+            `squared_error` as `row_scale`.
         needs: Which of the large gradients are asked for; that of x costs one more gather.
-        row_scale: `[N]` fp32, any stride: the gradient of row n of sae_out is `row_scale[n] * grad_out[n]`. So the residual
-            serves as it is: with twice the gradient of `squared_error`. None for ones.
-        weight_gradients: Of an optimiser that sums those of both matrices itself: takes what they are sums of, unless it holds
-            another pass's already.
+        collected: Takes what the gradients of both weight matrices are sums of, unless it holds another pass's already.
     """
-    x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, spec, acts, overflow, _ = saved
+    x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, _ = _contiguous_vectors(inputs)
+    (acts, _, overflow, _), (grad_out, row_scale, grad_penalty) = kept, grads
+    assert acts is not None
     scale = None if spec.penalty == "l0" else feature_scale
     # rows of a BatchTopK have no common span
     by_feature = feature_order(acts, None if spec.batch_topk else acts.indices.numel() // max(x.shape[0], 1))
     fits = max(x.shape[1], W_dec.shape[1]) <= MAX_DEPTH
-    leaves = fits and weight_gradients is not None and weight_gradients.gpu is None and (needs.W_enc or needs.W_dec)
+    leaves = fits and collected is not None and collected.gpu is None and (needs.W_enc or needs.W_dec)
     if fits:
         listed = feature_gradients(
             by_feature, acts.values, x, W_dec, grad_out, grad_penalty, threshold, scale, spec,
@@ -176,14 +173,14 @@ def autoencode_backward(
         rows = scaled(grad_out, row_scale)
         listed = gradients_in_passes(by_feature, acts, x, W_dec, rows, grad_penalty, threshold, scale, spec)
     grad_hidden_pre, grad_W_enc, grad_W_dec, grad_b_enc, grad_threshold, grad_scale = listed
-    if leaves and weight_gradients is not None:
+    if leaves and collected is not None:
         n_overflow = None if overflow is None else overflow.n_rows
         size = W_dec.shape[0] * (x.shape[1] + W_dec.shape[1])
-        buffer = None if overflow is None else weight_gradients.buffer(size, like=x)
+        buffer = None if overflow is None else collected.buffer(size, like=x)
         encoder, decoder = gpu_share(
             by_feature, acts.values, grad_hidden_pre, x, grad_out, row_scale, n_overflow, buffer
         )
-        weight_gradients.gpu = GpuShare(encoder if needs.W_enc else None, decoder if needs.W_dec else None)
+        collected.gpu = GpuShare(encoder if needs.W_enc else None, decoder if needs.W_dec else None)
         grad_W_enc, grad_W_dec = encoder.extra, decoder.extra
     grad_x = decode_into(acts, grad_hidden_pre, W_enc.t(), None, x.dtype) if needs.x else None
     if overflow is not None:
@@ -194,8 +191,8 @@ def autoencode_backward(
             grad_W_enc, grad_b_enc, grad_threshold, grad_W_dec, grad_scale,
         )  # fmt: skip
         if grad_x is not None:
-            grads = (grad_out, W_dec, grad_penalty, row_scale)
-            overflow_rows(overflow, x, W_enc, b_enc, threshold, scale, spec, grad_x, W_enc.t(), grads=grads)
+            from_output = (grad_out, W_dec, grad_penalty, row_scale)
+            overflow_rows(overflow, x, W_enc, b_enc, threshold, scale, spec, grad_x, W_enc.t(), grads=from_output)
     grad_b_dec = grad_out.sum(0, dtype=torch.float32) if row_scale is None else column_sums(grad_out, row_scale)
     if feature_scale is not None and grad_scale is None:
         grad_scale = torch.zeros_like(feature_scale)
@@ -205,3 +202,16 @@ def autoencode_backward(
         grad_x, None if grad_W_enc is None else grad_W_enc.t(), grad_b_enc.to(b_enc.dtype), grad_threshold, grad_W_dec,
         grad_b_dec.to(b_dec.dtype), grad_scale,
     )  # fmt: skip
+
+
+def encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, spec: AutoencodeSpec) -> SparseActs:
+    """`reference.encode` as entries, NaN with its value; one host synchronisation, none for BatchTopK.
+
+    Raises:
+        TypeError: x is fp64.
+    """
+    if spec.k is None:
+        return encode_active(x, W_enc, b_enc, threshold, bandwidth=spec.bandwidth)
+    if spec.batch_topk:
+        return encode_batch_topk(x, W_enc, b_enc, threshold, spec.k).acts
+    return encode_topk(x, W_enc, b_enc, threshold, bandwidth=spec.bandwidth, k=spec.k)

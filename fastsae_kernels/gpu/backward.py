@@ -24,8 +24,7 @@ from torch import Tensor
 from fastsae_kernels.gpu.config import launch_config, on_device
 from fastsae_kernels.gpu.decode import decode_into, row_counts_of
 from fastsae_kernels.gpu.tiles import gate_gradients
-from fastsae_kernels.sparse_acts import SparseActs
-from fastsae_kernels.spec import AutoencodeSpec
+from fastsae_kernels.types import AutoencodeSpec, SparseActs
 
 
 @triton.jit

@@ -32,7 +32,7 @@ from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.radix import EXACT, Buffer, Cut, Problem, compact, cut_activations, cut_buffer, list_config
 from fastsae_kernels.gpu.row_topk import feature_ranges
 from fastsae_kernels.gpu.tiles import active_bits, pack_entry
-from fastsae_kernels.sparse_acts import SparseActs
+from fastsae_kernels.types import SparseActs
 
 # candidates per surviving entry: those that survived so far, about as many new ones, and some to spare
 HEADROOM = 2.25

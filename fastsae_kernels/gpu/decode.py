@@ -21,8 +21,7 @@ from torch import Tensor
 
 from fastsae_kernels.gpu.config import launch_config, on_device
 from fastsae_kernels.gpu.tiles import penalty_terms
-from fastsae_kernels.sparse_acts import SparseActs
-from fastsae_kernels.spec import AutoencodeSpec
+from fastsae_kernels.types import AutoencodeSpec, SparseActs
 
 # programs that share the rows of a column sum; bounds its scratch to MAX_ROW_SPLITS x d_out
 MAX_ROW_SPLITS = 128

@@ -24,7 +24,7 @@ from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.listing import Listing
 from fastsae_kernels.gpu.rivals import RIVALS, Path, forced_path, table_path
 from fastsae_kernels.gpu.topk import MAX_SORT, sort_packed, sort_rows
-from fastsae_kernels.sparse_acts import SparseActs
+from fastsae_kernels.types import SparseActs
 
 # set to 1, calls use and make measurements (`tune`)
 AUTOTUNE = "FASTSAE_AUTOTUNE"

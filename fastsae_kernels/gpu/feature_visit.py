@@ -35,7 +35,7 @@ from fastsae_kernels.gpu.backward import FeatureGradients, FeatureOrder
 from fastsae_kernels.gpu.config import launch_config
 from fastsae_kernels.gpu.feature_chunks import chunk_plan, join_chunks, n_slots_for, store_row
 from fastsae_kernels.gpu.tiles import gate_gradients
-from fastsae_kernels.spec import AutoencodeSpec
+from fastsae_kernels.types import AutoencodeSpec
 
 
 @triton.jit

@@ -28,8 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels.gpu.overflow_tile import Overflow, add_product, gated_tile, operands_of, tile_config, upstream_of
-from fastsae_kernels.spec import AutoencodeSpec
+from fastsae_kernels.gpu.overflow_tile import add_product, gated_tile, operands_of, tile_config, upstream_of
+from fastsae_kernels.types import AutoencodeSpec, Overflow
 
 # how many programs work on rows, each with a scratch; enough to read the weights at a good part of a device's rate
 SCRATCH_PROGRAMS = 64

@@ -16,14 +16,7 @@ from torch import Tensor
 
 from fastsae_kernels.gpu.config import LaunchConfig, launch_config
 from fastsae_kernels.gpu.tiles import gate, gate_gradients, penalty_terms, tile_product
-from fastsae_kernels.spec import AutoencodeSpec
-
-
-class Overflow(NamedTuple):
-    """Which rows overflowed, on the device."""
-
-    rows: Tensor  # [N] int64: the overflowing rows first
-    n_rows: Tensor  # [1] int32: how many they are
+from fastsae_kernels.types import AutoencodeSpec, Overflow
 
 
 class Operands(NamedTuple):

@@ -29,7 +29,7 @@ from fastsae_kernels.gpu import topk
 from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.encode import encode, list_entries, padded_offsets
 from fastsae_kernels.gpu.overflow_topk import resolve_overflow_topk
-from fastsae_kernels.sparse_acts import SparseActs
+from fastsae_kernels.types import SparseActs
 
 # places of a span: at least so many per surviving entry, and in all
 HEADROOM = 4
@@ -53,6 +53,11 @@ def span_of(k: int, d_sae: int, headroom: int | None = None) -> int:
     if span > topk.MAX_SORT:  # k kept, k new ones, and k to spare
         span = max(topk.MAX_SORT, triton.cdiv(3 * k, 256) * 256)
     return min(span, d_sae)
+
+
+def window_capacity(k: int, d_sae: int, capacity: int) -> int:
+    """Entries that a row can hold with a window, which may need more than the `k` largest do."""
+    return min(max(span_of(min(k, d_sae), d_sae), min(capacity, topk.MAX_SORT)), d_sae)
 
 
 def growth_of(k: int, span: int) -> int:
@@ -93,8 +98,7 @@ def list_topk(
     k = min(k, d_sae)
     only_active = bandwidth == 0
     first = span_of(k, d_sae, SMALL_HEADROOM if only_active and n_tokens <= SMALL_BATCH else HEADROOM)
-    # only the window can need more than that
-    capacity = first if only_active else min(max(first, min(capacity, topk.MAX_SORT)), d_sae)
+    capacity = first if only_active else window_capacity(k, d_sae, capacity)
     row_offsets = padded_offsets(n_tokens, capacity, x.device)
     starts, ends = row_offsets[:-1], row_offsets[1:]
     cursors = starts.clone()

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae_kernels.gpu.tiles import entry_index, entry_value, rank_entry, unrank_entry
-from fastsae_kernels.sparse_acts import SparseActs
+from fastsae_kernels.types import SparseActs
 
 # longest row sorted by one program; past it torch.sort is used
 MAX_SORT = 2048

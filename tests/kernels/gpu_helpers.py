@@ -112,13 +112,15 @@ def run(
     With a target, what comes back into the pass is `row_scale * residual` in place of the problem's gradient.
     """
     from fastsae_kernels import gpu
-    from fastsae_kernels.gradients import AutoencodeNeeds
+    from fastsae_kernels.types import AutoencodeNeeds, OutputGrads, PassInputs
 
     tensors = [None if tensor is None else on_device(tensor) for tensor in problem.tensors()]
     target, row_scale = (None if tensor is None else on_device(tensor) for tensor in (target, row_scale))
-    output, saved = gpu.autoencode_forward(*tensors, problem.spec, capacity, target)  # type: ignore[arg-type]
+    inputs = PassInputs(*tensors, target=target)  # type: ignore[arg-type]
+    output, kept = gpu.forward(inputs, problem.spec, capacity)
     grad_out = on_device(problem.grad_out) if target is None else output.sae_out
-    grads = gpu.autoencode_backward(saved, grad_out, on_device(problem.grad_penalty), AutoencodeNeeds(), row_scale)
+    output_grads = OutputGrads(grad_out, row_scale, on_device(problem.grad_penalty))
+    grads = gpu.backward(inputs, kept, problem.spec, output_grads, AutoencodeNeeds())
     names = ("sae_out", "penalty", "l0", "feature_counts", *(() if target is None else ("squared_error",)))
     named = {name: getattr(output, name) for name in names}
     assert (output.squared_error is None) == (target is None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import problems
 import pytest
@@ -13,9 +14,9 @@ from small_products import force_product
 
 import fastsae_kernels as kernels
 from benchmarks.memory import MIB, Peak
-from fastsae_kernels import AutoencodeSpec, chunked
+from fastsae_kernels import AutoencodeSpec, dense
+from fastsae_kernels.backend import BackendName as Backend
 from fastsae_kernels.cpu.product import has_fast_bf16
-from fastsae_kernels.dispatch import Backend
 
 matmul = importlib.import_module("fastsae_kernels.matmul")
 cpu_product = importlib.import_module("fastsae_kernels.cpu.product")
@@ -83,7 +84,7 @@ def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     monkeypatch.setattr(matmul, "LONGEST_SUM", 5)
     if "tiles" in request.param:
         for name, value in {"TILE": 256, "FEATURES": 16, "MIN_CHUNK": 16, "MAX_CHUNK": 32}.items():
-            monkeypatch.setattr(chunked, name, value)
+            monkeypatch.setattr(dense, name, value)
     return str(request.param)
 
 
@@ -173,12 +174,12 @@ def test_path_follows_activity_and_the_numbers_do_not_change() -> None:
 def test_dense_activity_is_known_from_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     sparse = problems.make(200, 16, 2048, density=0.004)
     arguments, limit = (sparse.x, sparse.W_enc, sparse.b_enc), 200 * 2048 // 8
-    acts = cpu_encode.encode(*arguments, sparse.threshold, max_entries=limit)
+    acts = cpu_encode.encode(*arguments, sparse.threshold, AutoencodeSpec(), limit)
     assert acts is not None
     assert acts.values.numel() < limit
     for name in ("encode_small", "_encode_threshold"):
         monkeypatch.delattr(cpu_encode, name)  # nothing is listed in vain
-    assert cpu_encode.encode(*arguments, torch.zeros(2048), max_entries=limit) is None
+    assert cpu_encode.encode(*arguments, torch.zeros(2048), AutoencodeSpec(), limit) is None
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -247,6 +248,7 @@ def test_memory_of_a_step_stays_far_below_one_dense_tensor(monkeypatch: pytest.M
 
     n_tokens, d_in, d_sae = 512, 4, 8192
     monkeypatch.setattr(cpu_product, "SCRATCH_ELEMENTS", 2**16)
+    monkeypatch.setattr(dense, "KEPT_ELEMENTS", n_tokens * d_sae - 1)
 
     class Largest(TorchDispatchMode):
         size, op = 0, ""
@@ -269,7 +271,8 @@ def test_memory_of_a_step_stays_far_below_one_dense_tensor(monkeypatch: pytest.M
 def test_memory_of_the_dense_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the tiles of 16,384 features and many threads, less than 5 % of such a dense tensor beyond outputs and gradients."""
     n_tokens, d_in, d_sae, smaller = 4096, 768, 1024, 16
-    monkeypatch.setattr(chunked, "MIN_TILES", chunked.MIN_TILES // smaller)
+    monkeypatch.setattr(dense, "MIN_TILES", dense.MIN_TILES // smaller)
+    monkeypatch.setattr(dense, "KEPT_ELEMENTS", dense.KEPT_ELEMENTS // smaller)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     problem = problems.make(n_tokens, d_in, d_sae, density=0.5)
     *tensors, _ = problems.leaves(problem)
@@ -289,6 +292,30 @@ def test_memory_of_the_dense_path(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("this system does not tell the peak of a process")
     # the lowest, and beside a control: what allocator and system add to a tensor is not ours
     assert min(peaks) - min(controls) < 0.05 * n_tokens * d_sae * smaller * 4 / MIB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_dense_pass_multiplies_no_tile_again(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problems.make(64, 24, 1000, density=0.5, spec=problems.SPECS["tanh, ste to input"]).to(dtype)
+    products, multiply = [0], dense.multiply
+
+    def counted(*operands: Any, **options: Any) -> None:
+        products[0] += 1
+        multiply(*operands, **options)
+
+    monkeypatch.setattr(dense, "multiply", counted)
+    monkeypatch.setattr(dense, "TILE", 2**14)
+    counts, results = [], []
+    for kept in (dense.KEPT_ELEMENTS, 0):
+        monkeypatch.setattr(dense, "KEPT_ELEMENTS", kept)
+        products[0] = 0
+        results.append(run(problem, "dense"))
+        counts.append(products[0])
+    assert counts[0] / 6 == counts[1] / 7  # x is asked for its gradient, too
+    if dtype == torch.float32:  # where no number lies so close to its threshold that 16 bits move it across
+        problems.assert_matches(results[0], problem)
+    for kept_grads, again in zip(results[0].grads.values(), results[1].grads.values(), strict=True):
+        assert torch.equal(kept_grads, again)
 
 
 def peak_of(call: Callable[[], object]) -> float | None:

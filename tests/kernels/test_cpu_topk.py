@@ -11,7 +11,7 @@ from small_products import force_product
 from torch import Tensor
 
 import fastsae_kernels as kernels
-from fastsae_kernels import SparseActs, cpu, reference
+from fastsae_kernels import AutoencodeSpec, SparseActs, cpu, reference
 
 cpu_topk = importlib.import_module("fastsae_kernels.cpu.topk")
 cpu_encode = importlib.import_module("fastsae_kernels.cpu.encode")
@@ -120,7 +120,9 @@ def test_exact(name: str, batch_topk: bool, k: int, way: str) -> None:
     problem = CASES[name]
     k = min(k, problem.threshold.numel())
     arguments = (problem.x, problem.W_enc, problem.b_enc, problem.threshold)
-    assert_exact(cpu.encode(*arguments, k=k, batch_topk=batch_topk), problem, k, batch_topk, torch.float32)
+    assert_exact(
+        cpu.encode(*arguments, AutoencodeSpec(k=k, batch_topk=batch_topk)), problem, k, batch_topk, torch.float32
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -128,7 +130,13 @@ def test_exact(name: str, batch_topk: bool, k: int, way: str) -> None:
 def test_other_dtypes(dtype: torch.dtype, batch_topk: bool, way: str) -> None:
     problem = CASES["many ties"]
     narrow = [tensor.to(dtype) for tensor in (problem.x, problem.W_enc, problem.b_enc)]
-    assert_exact(cpu.encode(*narrow, problem.threshold, k=7, batch_topk=batch_topk), problem, 7, batch_topk, dtype)
+    assert_exact(
+        cpu.encode(*narrow, problem.threshold, AutoencodeSpec(k=7, batch_topk=batch_topk)),
+        problem,
+        7,
+        batch_topk,
+        dtype,
+    )
 
 
 @pytest.mark.parametrize(("k", "batch_topk"), [(None, False), (5, False), (5, True)], ids=["all", "token", "batch"])
@@ -142,7 +150,9 @@ def test_bf16_on_and_beside_thresholds(k: int | None, batch_topk: bool, way: str
     thresholds = [at, below, above, -0.0 * at, mixed]
     one = torch.ones(1, 1, dtype=torch.bfloat16)
     for threshold in thresholds:
-        acts = cpu.encode(one, values, torch.zeros_like(values[0]), threshold, k=k, batch_topk=batch_topk)
+        acts = cpu.encode(
+            one, values, torch.zeros_like(values[0]), threshold, AutoencodeSpec(k=k, batch_topk=batch_topk)
+        )
         expected = values * (values > threshold)
         if k is not None:
             expected = expected * reference.topk_keep(expected.float(), k)
@@ -151,7 +161,7 @@ def test_bf16_on_and_beside_thresholds(k: int | None, batch_topk: bool, way: str
 
 def test_k_of_all_features_keeps_what_is_positive(way: str) -> None:
     for batch_topk in (False, True):
-        acts = cpu.encode(BASE.x, BASE.W_enc, BASE.b_enc, BASE.threshold, k=700, batch_topk=batch_topk)
+        acts = cpu.encode(BASE.x, BASE.W_enc, BASE.b_enc, BASE.threshold, AutoencodeSpec(k=700, batch_topk=batch_topk))
         assert_exact(acts, BASE, 700, batch_topk, torch.float32)
 
 
@@ -162,18 +172,21 @@ def test_not_finite_is_reported(bad: float, way: str) -> None:
         arguments[name][(3, 2)[: arguments[name].dim()]] = bad
         for threshold in (BASE.threshold, BASE.threshold + 1):
             for k, batch_topk in ((None, False), (3, False), (3, True)):
-                assert cpu.encode(**arguments, threshold=threshold, k=k, batch_topk=batch_topk) is None
+                assert (
+                    cpu.encode(**arguments, threshold=threshold, spec=AutoencodeSpec(k=k, batch_topk=batch_topk))
+                    is None
+                )
 
 
 def test_fp16_products_beyond_its_range_are_reported(way: str) -> None:
     x, W_enc, b_enc = (BASE.x * 300).half(), (BASE.W_enc * 300).half(), BASE.b_enc.half()
     for k, batch_topk in ((None, False), (3, False), (3, True)):
-        assert cpu.encode(x, W_enc, b_enc, BASE.threshold, k=k, batch_topk=batch_topk) is None
+        assert cpu.encode(x, W_enc, b_enc, BASE.threshold, AutoencodeSpec(k=k, batch_topk=batch_topk)) is None
 
 
 def test_subnormal_activations_are_kept(way: str) -> None:
     problem = Case(BASE.x[:, :1] * 1e-20, BASE.W_enc[:1] * 1e-20, BASE.b_enc * 0, BASE.threshold)
-    acts = cpu.encode(problem.x, problem.W_enc, problem.b_enc, problem.threshold, k=700)
+    acts = cpu.encode(problem.x, problem.W_enc, problem.b_enc, problem.threshold, AutoencodeSpec(k=700))
     assert torch.equal(acts.to_dense() > 0, problem.x @ problem.W_enc > 0)
     assert 0 < acts.values.max() < torch.finfo(torch.float32).tiny
 
@@ -233,7 +246,7 @@ def test_rough_product_never_misses_what_a_careful_sum_finds(monkeypatch: pytest
     x = torch.cat([half, -half + 1e-3 * torch.randn(12, 2048, generator=g)], 1)
     W_enc = torch.randn(300, 2048, generator=g).repeat(1, 2).t()
     threshold = torch.zeros(300) if k else torch.full((300,), 0.01)
-    acts = cpu.encode(x, W_enc, torch.zeros(300), threshold, k=k)
+    acts = cpu.encode(x, W_enc, torch.zeros(300), threshold, AutoencodeSpec(k=k))
     assert acts is not None
     rough = cpu_small.by_onednn(x, W_enc.t(), torch.zeros(300))
     hidden_pre = (x[:, None] * W_enc.t()).sum(2)  # by pairs, so with a far smaller error

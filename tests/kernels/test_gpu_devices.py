@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastsae_kernels import AutoencodeSpec
-from fastsae_kernels.gradients import AutoencodeNeeds
+from fastsae_kernels.types import AutoencodeNeeds, OutputGrads, PassInputs
 from fastsae_kernels.weight_gradients import WeightGradients
 
 pytestmark = needs_kernels
@@ -81,18 +81,18 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device=SECOND_DEVICE)
 
 
-def passes(spec: AutoencodeSpec, d_in: int, dtype: torch.dtype) -> tuple[Any, WeightGradients]:
+def passes(spec: AutoencodeSpec, d_in: int, dtype: torch.dtype) -> tuple[PassInputs, Any, WeightGradients]:
     """A training pass with and without an optimiser that sums the weight gradients."""
     from fastsae_kernels import gpu
 
     x, W_enc, W_dec = empty(N, d_in, dtype=dtype), empty(D_SAE, d_in, dtype=dtype).t(), empty(D_SAE, d_in, dtype=dtype)
-    output, saved = gpu.autoencode_forward(
-        x, W_enc, empty(D_SAE, dtype=dtype), empty(D_SAE), W_dec, empty(d_in, dtype=dtype), None, spec, 32, x
-    )
+    inputs = PassInputs(x, W_enc, empty(D_SAE, dtype=dtype), empty(D_SAE), W_dec, empty(d_in, dtype=dtype), target=x)
+    output, kept = gpu.forward(inputs, spec, 32)
+    grads = OutputGrads(output.sae_out, empty(N), empty(N))
     collected = WeightGradients(W_enc, W_dec)
     for into in (None, collected):
-        gpu.autoencode_backward(saved, output.sae_out, empty(N), AutoencodeNeeds(), empty(N), into)
-    return saved, collected
+        gpu.backward(inputs, kept, spec, grads, AutoencodeNeeds(), into)
+    return inputs, kept.acts, collected
 
 
 def test_every_kernel_is_launched_on_the_device_of_its_tensors(launches: Launches) -> None:
@@ -107,12 +107,12 @@ def test_every_kernel_is_launched_on_the_device_of_its_tensors(launches: Launche
         (AutoencodeSpec(k=300), D_IN, torch.bfloat16),
         (AutoencodeSpec(k=4, batch_topk=True), D_IN, torch.bfloat16),
     ):
-        saved, collected = passes(spec, d_in, dtype)
-    x, W_enc, W_dec, acts = saved.x, saved.W_enc, saved.W_dec, saved.acts
+        inputs, acts, collected = passes(spec, d_in, dtype)
+    x, W_enc, b_enc, threshold, W_dec, *_ = inputs
     gpu.decode(acts, W_dec)
     gpu.decode_backward(acts, W_dec, x)
     gpu.encode_backward(acts, x, W_enc, acts.values, True)
-    gpu.encode_topk(x[:8], W_enc, saved.b_enc, saved.threshold, k=4)  # so few that the pointer kernel lists them
+    gpu.encode(x[:8], W_enc, b_enc, threshold, AutoencodeSpec(k=4))  # so few that the pointer kernel lists them
     for sums in collected.gpu or ():
         assert sums is not None
         rows = empty(D_SAE, D_IN)

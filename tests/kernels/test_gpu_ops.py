@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from functools import partial
 
 import problems
 import pytest
@@ -12,8 +11,8 @@ import torch
 from gpu_helpers import DEVICE, FEW_PROGRAMS, needs_kernels, run
 
 import fastsae_kernels as kernels
-from fastsae_kernels import SparseActs, reference
-from fastsae_kernels.gradients import AutoencodeNeeds
+from fastsae_kernels import AutoencodeSpec, SparseActs, reference
+from fastsae_kernels.types import AutoencodeNeeds, OutputGrads, PassInputs
 
 pytestmark = needs_kernels
 
@@ -48,8 +47,7 @@ def test_encode_lists_what_the_reference_has(
     monkeypatch.setattr(importlib.import_module("fastsae_kernels.gpu.encode"), "DEFAULT_CAPACITY", capacity)
     p = problems.make(9, 20, 43, density=0.2)
     x, W_enc, b_enc, threshold = (tensor.to(DEVICE) for tensor in (p.x, p.W_enc, p.b_enc, p.threshold))
-    encode = gpu.encode if k is None else partial(gpu.encode_topk, k=k)
-    acts = encode(x, W_enc, b_enc, threshold, bandwidth=bandwidth)
+    acts = gpu.encode(x, W_enc, b_enc, threshold, AutoencodeSpec(bandwidth, k))
     dense = reference.encode(p.x.double(), p.W_enc.double(), p.b_enc.double(), p.threshold.double(), k=k)
     torch.testing.assert_close(acts.to_dense().cpu().double(), dense, rtol=1e-5, atol=1e-6)
     pre = reference.hidden_pre(p.x.double(), p.W_enc.double(), p.b_enc.double())
@@ -63,7 +61,7 @@ def test_encode_of_no_tokens() -> None:
     from fastsae_kernels import gpu
 
     p = problems.make(0, 5, 9)
-    acts = gpu.encode(*(tensor.to(DEVICE) for tensor in (p.x, p.W_enc, p.b_enc, p.threshold)))
+    acts = gpu.encode(*(tensor.to(DEVICE) for tensor in (p.x, p.W_enc, p.b_enc, p.threshold)), AutoencodeSpec())
     assert acts.shape == (0, 9)
     assert gpu.decode(acts, p.W_dec.to(DEVICE)).shape == (0, 5)
 
@@ -75,7 +73,7 @@ def test_decode_and_its_backward(padded: bool) -> None:
     p = problems.make(9, 20, 43, density=0.2)
     x, W_enc, b_enc, threshold = (tensor.to(DEVICE) for tensor in (p.x, p.W_enc, p.b_enc, p.threshold))
     W_dec, b_dec, grad_out = p.W_dec.to(DEVICE), p.b_dec.to(DEVICE), p.grad_out.to(DEVICE)
-    acts = gpu.encode(x, W_enc, b_enc, threshold)
+    acts = gpu.encode(x, W_enc, b_enc, threshold, AutoencodeSpec())
     acts = acts if padded else acts.packed()
     dense = acts.to_dense().double().cpu()
     sae_out = gpu.decode(acts, W_dec, b_dec).cpu().double()
@@ -134,7 +132,8 @@ def test_training_pass_never_synchronises() -> None:
     grad_out, grad_penalty = problem.grad_out.to(DEVICE), problem.grad_penalty.to(DEVICE)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        _, saved = gpu.autoencode_forward(*tensors, problem.spec, 16)  # type: ignore[arg-type]
-        gpu.autoencode_backward(saved, grad_out, grad_penalty, AutoencodeNeeds())
+        inputs = PassInputs(*tensors)  # type: ignore[arg-type]
+        _, kept = gpu.forward(inputs, problem.spec, 16)
+        gpu.backward(inputs, kept, problem.spec, OutputGrads(grad_out, None, grad_penalty), AutoencodeNeeds())
     finally:
         torch.cuda.set_sync_debug_mode("default")

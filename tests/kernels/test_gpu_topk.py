@@ -386,7 +386,7 @@ def test_encode_lists_what_the_reference_has(k: int, bandwidth: float, kind: str
     p.x[3] = 0
     p.x[5] = -p.x[5].abs()
     operands = [tensor.to(DEVICE) for tensor in (p.x, p.W_enc, p.b_enc, p.threshold)]
-    acts = gpu.encode_topk(*operands, bandwidth=bandwidth, k=k).packed()
+    acts = gpu.encode(*operands, AutoencodeSpec(bandwidth, k)).packed()
     wide = [tensor.double() for tensor in (p.x, p.W_enc, p.b_enc, p.threshold)]
     pre, dense = reference.hidden_pre(*wide[:3]), reference.encode(*wide, k=k)
     torch.testing.assert_close(acts.to_dense().cpu().double(), dense, rtol=1e-5, atol=1e-5)

@@ -15,12 +15,13 @@ from torch import library
 from torch.utils.checkpoint import checkpoint
 
 import fastsae_kernels as kernels
-from fastsae_kernels import ActivityHint, AutoencodeSpec, graph
+from fastsae_kernels import ActivityHint, AutoencodeSpec
+from fastsae_kernels.activity import DENSE
 
 SPECS = {
     name: problems.SPECS[name] for name in ("l0", "tanh, ste to input", "l1", "top-5 of everything", "batch top-3")
 }
-DENSE = 0
+CAPACITY = ActivityHint.UNKNOWN
 
 
 def arguments(problem: problems.Problem, capacity: int, target: torch.Tensor | None = None) -> tuple[Any, ...]:
@@ -48,14 +49,14 @@ def run_compiled(problem: problems.Problem, device: str = "cpu") -> problems.Res
 
 @pytest.fixture
 def deterministic() -> Iterator[None]:
-    """PyTorch's own mode, which also fills memory that is not initialised: unused places then compare equal."""
+    """PyTorch's own mode, which also fills memory that is not initialised: what is unused then compare equal."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("capacity", [graph.BY_ACTIVITY, DENSE], ids=["by activity", "dense"])
+@pytest.mark.parametrize("capacity", [CAPACITY, DENSE], ids=["by activity", "dense"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_opcheck_autoencode(spec: AutoencodeSpec, capacity: int) -> None:
     if capacity == DENSE and spec.k is not None:
@@ -96,7 +97,7 @@ def test_whole_graph_on_hostile_inputs(name: str) -> None:
 @needs_kernels
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_whole_graph_on_the_triton_backend(spec: AutoencodeSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph.autoencode, "GRAPH_CAPACITY", 4)  # most rows overflow
+    monkeypatch.setattr(ActivityHint, "UNKNOWN", 4)  # most rows overflow
     problem = problems.make(9, 20, 43, spec=spec, density=0.2, with_scale=spec.penalty != "l0")
     with kernels.use_backend("triton"), few_programs_here():
         problems.assert_matches(run_compiled(problem, DEVICE), problem)
@@ -144,7 +145,7 @@ def test_inside_checkpoint(whole_graph: bool, use_reentrant: bool) -> None:
     def forward(*tensors: torch.Tensor) -> torch.Tensor:
         if not whole_graph:
             return kernels.autoencode(*tensors, spec=p.spec).sae_out
-        inputs = (*tensors, None, None, *dataclasses.astuple(p.spec), graph.BY_ACTIVITY, 0)
+        inputs = (*tensors, None, None, *dataclasses.astuple(p.spec), CAPACITY, 0)
         return torch.ops.fastsae.autoencode(*inputs)[0]
 
     grads = []

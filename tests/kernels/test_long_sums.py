@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fastsae_kernels as kernels
 from fastsae_kernels import AutoencodeSpec, reference
-from fastsae_kernels.dispatch import Backend
+from fastsae_kernels.backend import BackendName as Backend
 
 
 def problem(n_tokens: int, d_in: int, d_sae: int) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch import nn
 import fastsae_kernels as kernels
 from fastsae import FusedJumpReLUSAE, FusedReLUSAE, SparseAutoencoder
 from fastsae_kernels import reference
-from fastsae_kernels.dispatch import Backend
+from fastsae_kernels.backend import BackendName as Backend
 
 CLASSES = [FusedJumpReLUSAE, FusedReLUSAE]
 

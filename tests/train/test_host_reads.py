@@ -14,7 +14,7 @@ import fastsae
 from fastsae.data.buffer import ActivationBatch
 from fastsae.train.config import TrainConfig
 from fastsae.train.trainer import DEAD_MASK_EVERY, Trainer, build_sae
-from fastsae_kernels.dispatch import MAX_DENSITY
+from fastsae_kernels.activity import MAX_DENSITY
 
 READS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy")
 SPARSE: dict[str, Any] = {"d_sae": 131072}  # so many that a GPU's steps take the sparse path

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae_kernels.gradients import AutoencodeNeeds
-from fastsae_kernels.spec import AutoencodeSpec
+from fastsae_kernels.types import AutoencodeNeeds, AutoencodeSpec, OutputGrads, PassInputs
 
 # the size of a typical SAE; it matters through its divisibility alone
 N_TOKENS, D_IN, D_SAE = 4096, 2304, 65536
@@ -159,12 +158,13 @@ def _train(dtype: torch.dtype) -> None:
         W_dec, b_dec = _empty(D_SAE, d_in, dtype=dtype), _empty(d_in, dtype=dtype)
         scale = None if spec.penalty == "l0" else _empty(D_SAE)
         for target, row_scale in ((None, None), (x, _empty(N_TOKENS))):
-            output, saved = gpu.autoencode_forward(
-                x, W_enc, b_enc, threshold, W_dec, b_dec, scale, spec, capacity, target
-            )  # fmt: skip
-            gpu.autoencode_backward(saved, output.sae_out, _empty(N_TOKENS), AutoencodeNeeds(), row_scale=row_scale)
-    gpu.decode(saved.acts, W_dec)
-    gpu.decode_backward(saved.acts, W_dec, output.sae_out)
+            inputs = PassInputs(x, W_enc, b_enc, threshold, W_dec, b_dec, scale, target)
+            output, kept = gpu.forward(inputs, spec, capacity)
+            grads = OutputGrads(output.sae_out, row_scale, _empty(N_TOKENS))
+            gpu.backward(inputs, kept, spec, grads, AutoencodeNeeds())
+    assert kept.acts is not None
+    gpu.decode(kept.acts, W_dec)
+    gpu.decode_backward(kept.acts, W_dec, output.sae_out)
 
 
 def _visit(dtype: torch.dtype) -> None:

@@ -9,18 +9,51 @@ import pytest
 import torch
 from gpu_helpers import SECOND_DEVICE, TwoDevices
 
-from fastsae_kernels import ActivityHint, use_backend
-from fastsae_kernels.dispatch import MAX_DENSITY, backend_of
+from fastsae_kernels import ActivityHint, AutoencodeSpec, cpu, use_backend
+from fastsae_kernels.activity import DENSE, MAX_DENSITY
+from fastsae_kernels.backend import choose, sparse_backend
+from fastsae_kernels.types import PassInputs
+
+SPEC = AutoencodeSpec()
+D_SAE = 10_000
+
+
+def inputs(device: str = "cpu") -> PassInputs:
+    x, W, vector = torch.empty(1, 1, device=device), torch.empty(1, D_SAE, device=device), torch.empty(0, device=device)
+    return PassInputs(x, W, vector, vector, W.t(), vector)
 
 
 def test_cpu_tensors_run_on_the_cpu_unless_told_otherwise() -> None:
-    x = torch.zeros(1, 1)
-    assert backend_of(x) == "cpu"
+    def name() -> str:
+        return choose(inputs(), SPEC, ActivityHint())[0]
+
+    assert name() == "cpu"
     with use_backend("dense"):
-        assert backend_of(x) == "dense"
+        assert name() == "dense"
+        assert sparse_backend(torch.zeros(1)) is cpu  # entries are listed all the same
         with use_backend(None):
-            assert backend_of(x) == "cpu"
-    assert backend_of(x) == "cpu"
+            assert name() == "cpu"
+    assert name() == "cpu"
+
+
+def test_rows_on_a_cpu_hold_what_is_sparse_and_everything_where_it_is_forced() -> None:
+    assert choose(inputs(), SPEC, None) == ("cpu", int(MAX_DENSITY["cpu"] * D_SAE) + 1)
+    assert choose(inputs(), SPEC, DENSE) == ("dense", 1)
+    with use_backend("cpu"):
+        assert choose(inputs(), SPEC, None) == ("cpu", D_SAE)
+
+
+def test_a_gpu_takes_the_dense_backend_until_activity_is_known_to_be_sparse() -> None:
+    pytest.importorskip("triton")
+    hint, on_gpu = ActivityHint(), inputs("meta")
+    assert choose(on_gpu, SPEC, hint) == ("dense", 1)
+    assert choose(on_gpu, AutoencodeSpec(k=5), hint) == ("triton", ActivityHint.UNKNOWN)  # a rank needs all features
+    with use_backend("triton"):
+        assert choose(on_gpu, SPEC, hint) == ("triton", ActivityHint.UNKNOWN)
+    hint.update(torch.full((8,), 20), D_SAE)
+    assert choose(on_gpu, SPEC, hint) == ("triton", 64)
+    assert choose(on_gpu, SPEC, DENSE) == ("dense", 1)
+    assert choose(on_gpu, SPEC, None) == ("triton", ActivityHint.UNKNOWN)
 
 
 def test_gpu_tensor_never_falls_back_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,29 +66,29 @@ def test_gpu_tensor_never_falls_back_in_silence(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(builtins, "__import__", without_triton)
     with pytest.raises(RuntimeError, match="need Triton"):
-        backend_of(torch.zeros(1, 1, device="meta"))
+        choose(inputs("meta"), SPEC, None)
 
 
 def test_hint_starts_dense_and_follows_activity() -> None:
     hint = ActivityHint()
     assert hint.is_dense(10_000, "cuda")
-    hint.update(torch.full((8,), 5_000))
+    hint.update(torch.full((8,), 5_000), D_SAE)
     assert hint.is_dense(10_000, "cuda")
-    hint.update(torch.tensor([20, 30, 40, 30]))
+    hint.update(torch.tensor([20, 30, 40, 30]), D_SAE)
     assert not hint.is_dense(10_000, "cuda")
     edge = int(MAX_DENSITY["cuda"] * 10_000)
     for mean, expected in ((edge, False), (edge + 1, True)):
-        hint.update(torch.full((8,), mean))
+        hint.update(torch.full((8,), mean), D_SAE)
         assert hint.is_dense(10_000, "cuda") is expected
 
 
 def test_capacity_is_a_power_of_two_with_headroom() -> None:
     hint = ActivityHint()
     assert hint.capacity(10_000) == 256  # nothing is known
-    hint.update(torch.tensor([10, 60]))
+    hint.update(torch.tensor([10, 60]), D_SAE)
     assert hint.capacity(10_000) == 128
     assert hint.capacity(100) == 100
-    hint.update(torch.zeros(0))
+    hint.update(torch.zeros(0), D_SAE)
     assert hint.capacity(10_000) == 128
 
 
@@ -97,7 +130,7 @@ def test_hint_waits_on_the_device_of_the_counts(devices: TwoDevices, monkeypatch
     events = Events(devices)
     monkeypatch.setattr(torch.cuda, "Event", events)
     hint = ActivityHint()
-    hint.update(torch.tensor([2, 4]).as_subclass(Counts))
+    hint.update(torch.tensor([2, 4]).as_subclass(Counts), D_SAE)
     assert (events.recorded, events.queried, hint.mean) == ([1], [], None)
     assert not hint.is_dense(10_000, "cuda")
     assert (events.queried, hint.mean, hint.largest) == ([1], 3.0, 4)
@@ -111,10 +144,10 @@ def test_hint_is_left_alone_while_its_device_captures_a_cuda_graph(
     monkeypatch.setattr(torch.cuda, "Event", events)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: devices.current in capturing)
     counts = torch.tensor([2, 4]).as_subclass(Counts)
-    hint.update(counts)
+    hint.update(counts, D_SAE)
     assert events.recorded == []
     capturing[:] = [0]
-    hint.update(counts)
+    hint.update(counts, D_SAE)
     assert events.recorded == [1]
     capturing[:] = [1]
     assert hint.is_dense(10_000, "cuda")

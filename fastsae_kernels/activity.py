@@ -1,18 +1,14 @@
-"""Which backend runs an op, and whether activity is sparse enough for it."""
+"""What is known of the activity: how many features are active decides between gathers and products, and sizes rows."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator
-from contextvars import ContextVar
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-
-Backend = Literal["cpu", "triton", "dense"]
 
 # Share of entries above which a gather costs more than the product that it replaces. CPU: forward and backward, forced to
 # either path on one thread of a Zen 5 with bf16 units, take as long at 0.16 in fp32 and at 0.11 in bf16 (d_in 768, d_sae
@@ -20,46 +16,7 @@ Backend = Literal["cpu", "triton", "dense"]
 # with gathers half from L2, not yet measured.
 MAX_DENSITY = {"cpu": 0.125, "cuda": 0.006}
 
-_forced: ContextVar[Backend | None] = ContextVar("fastsae_backend", default=None)
-
-
-@contextlib.contextmanager
-def use_backend(backend: Backend | None) -> Iterator[None]:
-    """Runs ops on one backend inside the `with` block instead of choosing by device; None restores the choice.
-
-    `cpu` and `triton` name the sparse backends (Triton on CPU tensors needs its interpreter), `dense` the chunked dense
-    path.
-    """
-    token = _forced.set(backend)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
-
-
-def forced_backend() -> Backend | None:
-    """The backend of the enclosing `use_backend`, if any."""
-    return _forced.get()
-
-
-def backend_of(x: Tensor) -> Backend:
-    """The backend for tensors where `x` lies: `cpu`, or `triton` on a GPU.
-
-    Raises:
-        RuntimeError: `x` is on a GPU and Triton is not installed; a GPU tensor never falls back in silence.
-    """
-    forced = _forced.get()
-    if forced is not None:
-        return forced
-    if x.device.type == "cpu":
-        return "cpu"
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        raise RuntimeError(
-            f"x is on {x.device}, whose kernels need Triton, and Triton is not installed: pip install triton"
-        ) from None
-    return "triton"
+DENSE = 0  # as a capacity: the dense backend
 
 
 class ActivityHint:
@@ -78,7 +35,7 @@ class ActivityHint:
     def __init__(self) -> None:
         self.mean: float | None = None
         self.largest: int | None = None
-        self.plan = 0  # what a graph does next: entries to reserve per row, 0 for the dense path; changes seldom
+        self.plan = DENSE  # the capacity in a compiled graph, which is compiled again where this changes
         self._pending: tuple[Tensor, torch.cuda.Event, torch.device] | None = None
         self._register()
 
@@ -98,22 +55,28 @@ class ActivityHint:
         self.__dict__.update(state)
         self._register()  # a copy lives its own life
 
-    def update(self, l0: Tensor) -> None:
+    def update(self, counts: Tensor, d_sae: int) -> None:
         """Takes how many entries each token of a pass had, `[N]`; nothing while a CUDA graph is captured."""
-        if l0.numel() == 0 or self._pending is not None:
+        self._take(counts)
+        if self.mean is not None:
+            dense = self.is_dense(d_sae, counts.device.type)
+            self.plan = DENSE if dense else max(self.plan, self.capacity(d_sae))
+
+    def _take(self, counts: Tensor) -> None:
+        if counts.numel() == 0 or self._pending is not None:
             return
-        if not l0.is_cuda:
-            summary = _mean_and_largest(l0)
+        if not counts.is_cuda:
+            summary = _mean_and_largest(counts)
             self.mean, self.largest = float(summary[0]), int(summary[1])
             return
-        with torch.cuda.device(l0.device):  # an event is recorded on the stream of the current device
+        with torch.cuda.device(counts.device):  # an event is recorded on the stream of the current device
             if torch.cuda.is_current_stream_capturing():
                 return
             host = torch.empty(2, dtype=torch.float64, pin_memory=True)
-            host.copy_(_mean_and_largest(l0), non_blocking=True)
+            host.copy_(_mean_and_largest(counts), non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-            self._pending = (host, event, l0.device)
+            self._pending = (host, event, counts.device)
 
     def poll(self) -> None:
         """Reads the pending counts if they have arrived; a query would end the capture of a CUDA graph."""
@@ -124,12 +87,6 @@ class ActivityHint:
             if torch.cuda.is_current_stream_capturing() or not event.query():
                 return
         self.mean, self.largest, self._pending = float(host[0]), int(host[1]), None
-
-    def plan_next(self, counts: Tensor, d_sae: int) -> None:
-        """`update` of a compiled graph, which is compiled again where the plan changes."""
-        self.update(counts)
-        if self.mean is not None:
-            self.plan = 0 if self.is_dense(d_sae, counts.device.type) else max(self.plan, self.capacity(d_sae))
 
     def is_dense(self, d_sae: int, device_type: str) -> bool:
         """Whether the dense path is the faster one; True while nothing is known."""
