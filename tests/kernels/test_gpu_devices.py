@@ -130,7 +130,7 @@ def test_a_step_on_another_stream_holds_what_it_reads(launches: Launches) -> Non
     """Shares were made on the stream of the backward pass, which would reuse their memory as soon as they are cleared."""
     from fastsae_kernels.gpu.adam import adam_rows, grad_norms
 
-    _saved, collected = passes(AutoencodeSpec(bandwidth=0.05), D_IN, torch.bfloat16)
+    _inputs, _acts, collected = passes(AutoencodeSpec(bandwidth=0.05), D_IN, torch.bfloat16)
     rows = empty(D_SAE, D_IN)
     for sums in collected.gpu or ():
         assert sums is not None
