@@ -157,9 +157,10 @@ def _fused_backward_kernel(
     offs_e = tl.arange(0, BLOCK_E)
     entry = tl.load(order_ptr + start + offs_e, mask=offs_e < count, other=0)
     value = tl.load(values_ptr + entry, mask=offs_e < count, other=0.0).to(tl.float32)
-    token = token_of(entry, tokens_ptr, row_length, offs_e < count)
+    next_token = token_of(entry, tokens_ptr, row_length, offs_e < count).to(tl.int32)  # a register less than int64
     for first in range(0, count, BLOCK_E):
         mask_e = first + offs_e < count
+        token = next_token.to(tl.int64)
         # an inactive entry is listed only where it lies in the window
         active = value > 0.0 if GATED else mask_e
         window = mask_e & ((value == 0.0) | (tl.abs(value - threshold) < half_bandwidth))
@@ -176,7 +177,7 @@ def _fused_backward_kernel(
         next_mask = first + BLOCK_E + offs_e < count
         next_entry = tl.load(order_ptr + start + first + BLOCK_E + offs_e, mask=next_mask, other=0)
         next_value = tl.load(values_ptr + next_entry, mask=next_mask, other=0.0).to(tl.float32)
-        next_token = token_of(next_entry, tokens_ptr, row_length, next_mask)
+        next_token = token_of(next_entry, tokens_ptr, row_length, next_mask).to(tl.int32)
         if LONG:
             grad_acts = _long_product(
                 grad_out_ptr, token, stride_gb, stride_gd, w_row, stride_wd, d_out, mask_e, BLOCK_E, BLOCK_O1
@@ -198,7 +199,7 @@ def _fused_backward_kernel(
         if x_ptr is not None:
             enc_1 += tl.sum(grad_hidden_pre[:, None] * x_1, 0)
             enc_2 += tl.sum(grad_hidden_pre[:, None] * x_2, 0)
-        entry, value, token = next_entry, next_value, next_token
+        entry, value = next_entry, next_value
 
     # once: where each branch sums for itself, Triton 3.8 dies in LLVM's SLP vectoriser
     b_enc, threshold_total, scale_total = tl.sum(b_enc_sum, 0), tl.sum(threshold_sum, 0), tl.sum(scale_sum, 0)
