@@ -48,7 +48,7 @@ TESTS = {
     **{
         f"tests/kernels/test_{name}.py": ""
         for name in (
-            "gpu_topk gpu_residual gpu_autoencode gpu_graphs gpu_backward gpu_adam gpu_encode gpu_ops "
+            "gpu_topk gpu_residual gpu_autoencode gpu_graphs gpu_backward gpu_adam gpu_encode gpu_overflow gpu_ops "
             "gpu_weight_gradients tune"
         ).split()
     },

@@ -94,17 +94,16 @@ def test_capacity_of_a_row_is_a_power_of_two_with_headroom() -> None:
 
 def test_few_tokens_with_many_entries_raise_no_capacity() -> None:
     hint, counts = ActivityHint(), torch.full((4096,), 60)
-    assert hint.mean_capacity(10_000) == hint.capacity(10_000) == 256  # nothing is known
-    hint.update(counts)
-    assert (hint.capacity(10_000), hint.mean_capacity(10_000)) == (128, 96)
+    hint.update(counts, D_SAE)
+    assert hint.capacity(D_SAE) == (128, 96)
     counts[:4] = 3_000
-    hint.update(counts)
-    assert (hint.capacity(10_000), hint.mean_capacity(10_000)) == (128, 96)
+    hint.update(counts, D_SAE)
+    assert hint.capacity(D_SAE) == (128, 96)
     counts[:5] = 3_000
-    hint.update(counts)
-    assert hint.capacity(10_000) == 4096
-    assert hint.mean_capacity(100) == 96
-    assert hint.mean_capacity(64) == 64
+    hint.update(counts, D_SAE)
+    assert hint.capacity(D_SAE).row == 4096
+    assert hint.capacity(100) == (100, 96)
+    assert hint.capacity(64) == (64, 64)
 
 
 class Counts(torch.Tensor):

@@ -62,9 +62,10 @@ def test_the_update_of_a_row_takes_no_slow_path_and_fits_twice() -> None:
         "rows = [r for r in collect('sm_90') if r.name == 'adam_rows_kernel' and r.dtype == 'bf16']\n"
         "everything = [r for r in rows if dict(r.constants)['BLOCK_D'] == 4096 and dict(r.options)['num_warps'] == 8][-1]\n"
         "compiled = _compile(everything, 'sm_90')\n"
-        "registers, stack, _ = _read_cubin(compiled.asm['cubin'])\n"
+        "found = _read_cubin(compiled.asm['cubin'])\n"
         "ptx = compiled.asm['ptx']\n"
-        "print(ptx.count('div.rn'), ptx.count('sqrt.rn'), stack, 65536 // (-(-registers // 8) * 8 * 32 * 8))\n"
+        "programs = 65536 // (-(-found.registers // 8) * 8 * 32 * 8)\n"
+        "print(ptx.count('div.rn'), ptx.count('sqrt.rn'), found.stack_bytes, programs)\n"
     )
     assert done.returncode == 0, done.stderr
     divisions, roots, stack, programs = map(int, done.stdout.split())
