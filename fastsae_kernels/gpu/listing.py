@@ -158,7 +158,8 @@ def list_tile(
     count = tl.sum(_popcount(words), 1)
     slot = tl.atomic_add(cursors_ptr + rows, count, mask=count > 0, sem="relaxed")
     end = tl.minimum(tl.load(row_ends_ptr + rows), slot + count)
-    for _ in range(0, tl.max(count, 0)):
+    # over two dimensions, for Triton 3.6 cannot compile the maximum of a vector that comes from tensor memory (sm_100)
+    for _ in range(0, tl.max(count[:, None])):
         lowest = first_bit + _popcount(~words & (words - 1))
         at = tl.min(tl.where(words != 0, lowest, WIDTH), 1)
         words = tl.where(lowest == at[:, None], words & (words - 1), words)

@@ -41,12 +41,13 @@ class Bound:
 
 
 ROW_OF_2304 = {"BLOCK_O1": 2048, "BLOCK_O2": 256, "PENALTY": "l0", "scale_ptr": None}
+# they hold for Triton 3.6 to 3.9
 BOUNDS = (
     Bound("sm_80", "list_pointers_kernel", {"BLOCK_B": 128, "EVEN_D": True}, epilogue=1150, programs=1),
-    Bound("sm_90", "list_descriptors_kernel", {"BLOCK_B": 128, "BLOCK_S": 256}, epilogue=1500, programs=1),
+    Bound("sm_90", "list_descriptors_kernel", {"BLOCK_B": 128, "BLOCK_S": 256}, epilogue=1600, programs=1),
     Bound("sm_90", "list_descriptors_kernel", {"BLOCK_B": 128, "BLOCK_S": 128}, epilogue=1250, programs=2),
-    Bound("sm_90", "list_descriptors_kernel", {"BLOCK_B": 64, "num_stages": 3}, epilogue=850, programs=3),
-    Bound("sm_100", "list_descriptors_kernel", {"BLOCK_B": 128}, epilogue=1500, programs=1),
+    Bound("sm_90", "list_descriptors_kernel", {"BLOCK_B": 64, "num_stages": 3}, epilogue=900, programs=3),
+    Bound("sm_100", "list_descriptors_kernel", {"BLOCK_B": 128}, epilogue=1600, programs=1),
     Bound("sm_90", "decode_kernel", {"BLOCK_D": 512}, epilogue=600, programs=9),
     Bound("sm_90", "fused_backward_kernel", {**ROW_OF_2304, "GATED": True, "x_ptr": None}, epilogue=550, programs=9),
     Bound("sm_90", "fused_backward_kernel", {**ROW_OF_2304, "BLOCK_I1": 2048}, epilogue=830, programs=4),
