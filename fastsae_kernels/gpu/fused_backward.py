@@ -60,6 +60,12 @@ def _store_pieces(ptr, row, columns_1, columns_2, depth, piece_1, piece_2):
 
 
 @triton.jit
+def _add_three(a, b, c, more_a, more_b, more_c):
+    """Three sums at once."""
+    return a + more_a, b + more_b, c + more_c
+
+
+@triton.jit
 def _long_product(
     ptr, rows, stride_b, stride_d, w_row, stride_wd, depth, used, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -201,8 +207,8 @@ def _fused_backward_kernel(
             enc_2 += tl.sum(grad_hidden_pre[:, None] * x_2, 0)
         entry, value = next_entry, next_value
 
-    # once: where each branch sums for itself, Triton 3.8 dies in LLVM's SLP vectoriser
-    b_enc, threshold_total, scale_total = tl.sum(b_enc_sum, 0), tl.sum(threshold_sum, 0), tl.sum(scale_sum, 0)
+    # one reduction: on three of them side by side LLVM's SLP vectoriser, as Triton 3.8 has it, crashes
+    b_enc, threshold_total, scale_total = tl.reduce((b_enc_sum, threshold_sum, scale_sum), 0, _add_three)
     if chunk_length_ptr is not None:  # noqa: SIM102 a compile-time branch must stand alone
         if pid < n_slots:
             slot = pid.to(tl.int64)
