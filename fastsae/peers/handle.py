@@ -61,7 +61,10 @@ class State:
 
 
 class Accelerated:
-    """What the fast classes of all peers share, the last of their bases: each call decides whether the fused ops or the peer's own code runs."""
+    """What the fast classes of all peers share: each call decides whether the fused ops or the peer's own code runs.
+
+    It stands behind a peer's class among the bases, whose memory layout a class must have that is to be swapped with it.
+    """
 
     _fastsae: State
 
@@ -173,7 +176,7 @@ class Handle:
         self._undo.append(lambda: _store(module, name, optimizers(), back=True))
         return True
 
-    def subclass(self, cls: Any, prepare: Callable[[Any], None]) -> type:
+    def subclass(self, cls: Any, prepare: Callable[[Any], object]) -> type:
         """A fast class whose objects are accelerated from birth; `prepare` stores the matrices of each."""
         tally, options = self.tally, self.options
 
