@@ -172,7 +172,7 @@ class FusedTrainer(SAETrainer, Accelerated):
         """The running threshold of a dictionary, which is below 0 until it has seen one."""
         ae, beta = self.ae, self.threshold_beta
         before = ae.threshold
-        ae.threshold = torch.where(before < 0, smallest.float(), beta * before + (1 - beta) * smallest.float())
+        ae.threshold = torch.where(before < 0, smallest.float(), beta * before + (1 - beta) * smallest.float()).float()
 
 
 class _TopKTrainers(FusedTrainer):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsae_kernels import ActivityHint
+from fastsae_kernels import ActivityHint, Collector
 
 STATE = "_fastsae"  # the attribute of an accelerated object that holds its `State`
 
@@ -57,6 +57,7 @@ class State:
     options: Options
     activity: ActivityHint = field(default_factory=ActivityHint)
     dead_activity: ActivityHint = field(default_factory=ActivityHint)  # of the auxiliary loss
+    collector: Collector = field(default_factory=Collector)  # of weight gradients, for `FusedSAEAdam`
     in_peer: bool = False  # inside of a call that was left to the peer
 
 

@@ -22,6 +22,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from fastsae.errors import UsageError
+from fastsae.optim import FusedSAEAdam
 from fastsae.peers.handle import Accelerated, Handle, store_transposed
 from fastsae.peers.saelens_base import FusedSAE, FusedStepOutput, FusedTrainingSAE
 from fastsae_kernels import AutoencodeSpec
@@ -213,10 +214,23 @@ class FusedSAETrainer(SAETrainer, Accelerated):
         self.n_frac_active_samples += self.cfg.train_batch_size_samples
 
     def _update(self, sae: TrainingSAE, loss: Tensor) -> None:
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        if isinstance(self.optimizer, FusedSAEAdam):  # which clips
+            self.optimizer.backward(loss)
+        else:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), MAX_GRAD_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+class _ScheduledAdam(FusedSAEAdam):
+    """`FusedSAEAdam` under a scheduler that was made for another optimiser, and asks whether `step` tells it of its calls."""
+
+    def step(self, closure: Any = None) -> Any:
+        self._opt_called = True
+        return super().step(closure)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
 def _firing_counts(feature_acts: Tensor) -> Tensor:
@@ -224,6 +238,8 @@ def _firing_counts(feature_acts: Tensor) -> Tensor:
     counts = feature_acts.bool().float().sum(0)
     return counts.to_dense() if counts.is_sparse else counts
 
+
+MAX_GRAD_NORM = 1.0  # theirs, a constant in `_train_step`
 
 CLASSES: dict[type, type] = {
     JumpReLUSAE: FusedJumpReLUSAE,
@@ -277,10 +293,35 @@ def _accelerate_trainer(trainer: SAETrainer, handle: Handle) -> None:
     name = f"{type(trainer).__qualname__} of sae-lens"
     if type(trainer) is SAETrainer and known:
         handle.swap(trainer, FusedSAETrainer)
-        handle.changes.append(name)
+        if handle.options.optimizer:
+            _replace_optimizer(trainer, handle)
+        handle.changes.append(name + (", with FusedSAEAdam" if handle.options.optimizer else ""))
     elif not isinstance(trainer, Accelerated):
         reason = "its SAE is left alone" if type(trainer) is SAETrainer else "no class that accelerate() knows"
         handle.left_alone.append(f"{name}: {reason}")
+
+
+def _replace_optimizer(trainer: SAETrainer, handle: Handle) -> None:
+    """Puts `FusedSAEAdam` in the place of the trainer's Adam, whose moments and learning rate it takes over."""
+    theirs = trainer.optimizer
+    if type(theirs) is not torch.optim.Adam or len(theirs.param_groups) != 1:
+        raise UsageError(f"optimizer: expected the trainer's own Adam to replace, got {type(theirs).__qualname__}")
+    ours = _ScheduledAdam(trainer.sae, max_grad_norm=MAX_GRAD_NORM)
+
+    def use(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        optimizer.load_state_dict(state)
+        trainer.optimizer = trainer.lr_scheduler.optimizer = optimizer
+        for scheduler in getattr(trainer.lr_scheduler, "_schedulers", []):
+            scheduler.optimizer = optimizer
+
+    use(ours, theirs.state_dict())
+    handle.on_undo(lambda: use(theirs, {**ours.state_dict(), "param_groups": [_like(ours, theirs)]}))
+
+
+def _like(ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer) -> dict[str, Any]:
+    """The options of our Adam as a state dict holds them, but for how theirs is to compute."""
+    (group,), (before,) = ours.state_dict()["param_groups"], theirs.param_groups
+    return {**group, **{name: before[name] for name in ("fused", "foreach") if name in before}}
 
 
 def _accelerate_package(handle: Handle) -> None:

@@ -21,7 +21,7 @@ from fastsae.peers import entries
 from fastsae.peers.handle import Accelerated, store_transposed
 from fastsae.peers.hooks import hook_on
 from fastsae.peers.lazy import Lazy
-from fastsae_kernels import AutoencodeOutput, AutoencodeSpec, SparseActs
+from fastsae_kernels import AutoencodeOutput, AutoencodeSpec, Collector, SparseActs
 from fastsae_kernels.memory import version_of
 
 HOOK_POINTS = (
@@ -124,12 +124,8 @@ class FusedSAE(SAE, Accelerated):
             self.b_dec,
             spec=spec,
             hint=self._fastsae.activity,
-            collector=self._collector(),
             **options,
         )
-
-    def _collector(self) -> Any:
-        return None
 
     def _list(self, x: Tensor) -> tuple[SparseActs | None, str | None]:
         """The active entries of all tokens, or why there are none."""
@@ -208,7 +204,25 @@ class FusedSAE(SAE, Accelerated):
 
 
 class FusedTrainingSAE(FusedSAE):
-    """`training_forward_pass` in one op."""
+    """`training_forward_pass` in one op, and what `FusedSAEAdam` asks of an SAE."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of the activations."""
+        return self.cfg.d_in
+
+    @property
+    def d_sae(self) -> int:
+        """Number of features."""
+        return self.cfg.d_sae
+
+    @property
+    def collector(self) -> Collector:
+        """Where a pass looks whether its weight gradients are collected."""
+        return self._fastsae.collector
+
+    def store_by_feature_(self) -> None:
+        """Nothing: `accelerate` has stored `W_enc` as it was told to."""
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         return self._step_outside_of_graphs(step_input)
@@ -237,7 +251,11 @@ class FusedTrainingSAE(FusedSAE):
         raise NotImplementedError
 
     def _pass(self, step_input: TrainStepInput, spec: AutoencodeSpec, **options: Any) -> AutoencodeOutput:
-        return self._autoencode(step_input.sae_in, spec, target=step_input.sae_in.to(self.dtype), **options)
+        collector = None
+        if self._rescaling() is None and {"W_enc", "W_dec"} <= self._parameters.keys():
+            collector = self.collector.of(self.W_enc, self.W_dec)  # else their gradients are not the pass's own
+        x = step_input.sae_in
+        return self._autoencode(x, spec, target=x.to(self.dtype), collector=collector, **options)
 
     def _output(self, step_input: TrainStepInput, out: AutoencodeOutput, losses: dict[str, Tensor]) -> FusedStepOutput:
         assert out.squared_error is not None

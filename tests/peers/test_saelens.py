@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastsae import UsageError, accelerate
+from fastsae import FusedSAEAdam, UsageError, accelerate
 from fastsae.peers.handle import Handle
 
 sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed (pip install sae-lens)")
@@ -66,7 +66,9 @@ def training_sae(kind: str, **options: Any) -> Any:
             "Standard",
         ):  # a twelfth of the features is active: fewer than where the dense path takes over
             hidden_pre = sae.process_sae_in(activations(1000)) @ sae.W_enc
-            sae.b_enc.fill_(sae.cfg.to_dict().get("jumprelu_init_threshold", 0) - float(hidden_pre.quantile(0.94)))
+            sae.b_enc.fill_(
+                sae.cfg.to_dict().get("jumprelu_init_threshold", 0) - float(hidden_pre.float().quantile(0.94))
+            )
         sae.b_enc[:30] -= 5  # dead from the start
     return sae
 
@@ -94,8 +96,8 @@ def inference_sae(name: str, **options: Any) -> Any:
     sae = getattr(sae_lens, f"{name}SAE")(getattr(sae_lens, f"{name}SAEConfig")(**WIDTHS, **options))
     with torch.no_grad():
         sae.W_dec.mul_(0.5 + torch.rand(D_SAE, 1))
-        sae.b_enc.fill_(-1.5)
         sae.b_dec.normal_(0, 0.1)
+        sae.b_enc.fill_(-float((sae.process_sae_in(activations(1000)) @ sae.W_enc).float().quantile(0.94)))
         if name == "JumpReLU":
             sae.threshold.uniform_(-0.2, 0.5)
     return sae
@@ -121,18 +123,28 @@ def assert_same_sae(ours: Any, theirs: Any, tolerance: float = 2e-5) -> None:
         assert close(ours.state_dict()[name], value, tolerance), name
 
 
-@pytest.mark.parametrize("whole_trainer", [True, False], ids=["trainer", "SAE alone"])
-@pytest.mark.parametrize("kind", TRAINED)
-def test_fifty_steps_of_the_trainer(kind: str, whole_trainer: bool) -> None:
-    theirs, ours = trainer_of(training_sae(kind)), trainer_of(training_sae(kind))
+def assert_same_run(kind: str, n: int, tolerance: float, *, whole_trainer: bool, **options: Any) -> None:
+    theirs, ours = (trainer_of(training_sae(kind, **options)) for _ in range(2))
     handle = accelerate(ours if whole_trainer else ours.sae)
-    assert_same_losses(steps(ours), steps(theirs))
-    assert_same_sae(ours.sae, theirs.sae)
+    assert_same_losses(steps(ours, n), steps(theirs, n), tolerance)
+    assert_same_sae(ours.sae, theirs.sae, 20 * tolerance)
     for name in ("act_freq_scores", "n_forward_passes_since_fired", "dead_neurons"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    assert handle.tally.fused["training_forward_pass"] == N_STEPS
+    assert handle.tally.fused["training_forward_pass"] == n
     assert not handle.tally.left
     assert bool(ours.dead_neurons.any())  # so that the auxiliary losses ran
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_fifty_steps_of_the_trainer(kind: str) -> None:
+    """In fp64: within rounding of fp32 an activation lies now and then on the other side of a gate, and the runs part."""
+    assert_same_run(kind, N_STEPS, 1e-7, whole_trainer=True, dtype="float64")
+
+
+@pytest.mark.parametrize("whole_trainer", [True, False], ids=["trainer", "SAE alone"])
+@pytest.mark.parametrize("kind", TRAINED)
+def test_steps_in_fp32(kind: str, whole_trainer: bool) -> None:
+    assert_same_run(kind, 6, 1e-6, whole_trainer=whole_trainer)
 
 
 @pytest.mark.parametrize("kind", ["jumprelu tanh", "topk", "batchtopk"])
@@ -176,7 +188,8 @@ def test_everything_of_a_step_is_there_after_it(kind: str) -> None:
 
 
 def test_a_dense_step_can_be_read_afterwards() -> None:
-    trainer = trainer_of(training_sae("jumprelu", jumprelu_init_threshold=0.0))
+    trainer = trainer_of(training_sae("jumprelu"))
+    trainer.sae.b_enc.data.fill_(0.1)
     accelerate(trainer)
     output = trainer.step(activations(0))
     assert float((output.feature_acts > 0).float().mean()) > 0.2  # no entries are kept there
@@ -184,7 +197,8 @@ def test_a_dense_step_can_be_read_afterwards() -> None:
 
 
 def test_sparse_activations_stay_sparse() -> None:
-    theirs, ours = (trainer_of(training_sae("topk", use_sparse_activations=True)) for _ in range(2))
+    options = {"use_sparse_activations": True, "rescale_acts_by_decoder_norm": False}  # with it, theirs fails on a CPU
+    theirs, ours = (trainer_of(training_sae("topk", **options)) for _ in range(2))
     accelerate(ours)
     assert_same_losses(steps(ours, 6), steps(theirs, 6))
     acts = ours.step(activations(7)).feature_acts
@@ -199,12 +213,15 @@ def test_inference(name: str, options: dict[str, Any], shape: tuple[int, ...]) -
     theirs, ours = inference_sae(name, **options), inference_sae(name, **options)
     handle = accelerate(ours)
     x = activations(0)[: max(1, torch.Size(shape).numel())].reshape(*shape, D_IN)
-    tolerance = 2e-2 if "dtype" in options else 2e-6
     with torch.no_grad():
         acts, dense = ours.encode(x), theirs.encode(x)
-        assert close(acts, dense, tolerance)
-        assert close(ours.decode(acts), theirs.decode(dense), tolerance)
-        assert close(ours(x), theirs(x), tolerance)
+        pairs = [(acts, dense), (ours.decode(acts), theirs.decode(dense)), (ours(x), theirs(x))]
+    for a, b in pairs:
+        if "dtype" in options:  # a gate within rounding of 8 bits may open in one of them alone
+            assert a.dtype == b.dtype == torch.bfloat16
+            assert float((a - b).float().norm()) <= 0.05 * float(b.float().norm())
+        else:
+            assert close(a, b, 2e-6)
     assert handle.tally.fused == {"encode": 1, "decode": 1, "forward": 1}, handle.report()
 
 
@@ -342,7 +359,8 @@ def test_files_under_every_path(kind: str, tmp_path: Path) -> None:
         saes = [sae_lens.SAE.load_from_disk(str(tmp_path / name / "inference")) for name in ("ours", "theirs")]
         assert close(*[sae(x) for sae in saes], 1e-4)
     loaded = type(theirs.sae).load_from_disk(str(tmp_path / "ours" / "model"))
-    assert_same_sae(loaded, ours.sae, 0)
+    for name, value in ours.sae.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value.to(loaded.dtype)), name
     again = trainer_of(training_sae(kind))  # the peer goes on from our checkpoint
     again.sae.load_weights_from_checkpoint(tmp_path / "ours" / "checkpoint")
     again.load_trainer_state(tmp_path / "ours" / "checkpoint")
@@ -364,6 +382,33 @@ def test_optimiser_goes_on_across_accelerate_and_undo() -> None:
     losses += steps(ours, 10, start=20)
     assert_same_losses(losses, expected)
     assert_same_sae(ours.sae, theirs.sae)
+
+
+@pytest.mark.filterwarnings("error:.*lr_scheduler")
+@pytest.mark.parametrize("kind", ["jumprelu", "topk raw", "batchtopk"])
+def test_fused_adam_in_the_middle_of_a_run(kind: str) -> None:
+    options = {"lr_warm_up_steps": 4, "lr_decay_steps": 6}
+    theirs, ours, at_once = (trainer_of(training_sae(kind, dtype="float64"), **options) for _ in range(3))
+    expected = steps(theirs, 30)
+    losses = steps(ours, 10)
+    adam = ours.optimizer
+    with accelerate(ours, optimizer=True) as handle:
+        assert isinstance(ours.optimizer, FusedSAEAdam)
+        assert "SAETrainer of sae-lens, with FusedSAEAdam" in handle.report()
+        losses += steps(ours, 10, start=10)
+        assert not handle.tally.left
+    assert ours.optimizer is adam
+    losses += steps(ours, 10, start=20)
+    assert_same_losses(losses, expected, 1e-7)
+    assert_same_sae(ours.sae, theirs.sae, 1e-6)
+    assert ours.optimizer.param_groups[0].keys() == theirs.optimizer.param_groups[0].keys()
+    assert ours.optimizer.param_groups[0]["lr"] == theirs.optimizer.param_groups[0]["lr"]
+    for p, q in zip(ours.sae.parameters(), theirs.sae.parameters(), strict=True):
+        assert close(ours.optimizer.state[p]["exp_avg_sq"], theirs.optimizer.state[q]["exp_avg_sq"])
+        assert ours.optimizer.state[p]["exp_avg"].is_contiguous()
+        assert float(ours.optimizer.state[p]["step"]) == 30
+    accelerate(at_once, optimizer=True)
+    assert_same_losses(steps(at_once, 30), expected, 1e-7)
 
 
 def test_undo_twice_and_accelerate_twice() -> None:

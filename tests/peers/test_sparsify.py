@@ -167,7 +167,8 @@ def trained(tmp_path: Path, *, fast: bool, **options: Any) -> tuple[Any, Handle 
     datasets = pytest.importorskip("datasets")
     torch.manual_seed(0)
     gpt2 = transformers.GPT2Config(vocab_size=97, n_positions=64, n_embd=D_IN, n_layer=2, n_head=2)
-    model = transformers.GPT2LMHeadModel(gpt2)
+    # in fp32 an activation lies now and then, within rounding, on the other side of the choice, and the runs part
+    model = transformers.GPT2LMHeadModel(gpt2).double()
     tokens = torch.randint(0, 97, (100, 64), generator=torch.Generator().manual_seed(0))
     dataset = datasets.Dataset.from_dict({"input_ids": tokens.tolist()}).with_format("torch")
     sae = SparseCoderConfig(num_latents=D_SAE, k=K, **options.pop("sae", {}))
@@ -183,6 +184,8 @@ def trained(tmp_path: Path, *, fast: bool, **options: Any) -> tuple[Any, Handle 
     )
     trainer = Trainer(config, dataset, model)
     trainer.save = lambda: None
+    for coder in trainer.saes.values():
+        coder.double()
     handle = accelerate(trainer) if fast else None
     losses: list[float] = []
     for coder in trainer.saes.values():
@@ -195,7 +198,7 @@ def trained(tmp_path: Path, *, fast: bool, **options: Any) -> tuple[Any, Handle 
     "options",
     [
         {"optimizer": "adam", "lr": 1e-3},
-        {"optimizer": "signum"},
+        {"optimizer": "signum", "lr": 1e-3},  # with its own each row soon has fewer positive latents than k
         {"optimizer": "adam", "lr": 1e-3, "auxk_alpha": 1 / 8, "dead_feature_threshold": 300},
         {"optimizer": "adam", "lr": 1e-3, "sae": {"transcode": True, "skip_connection": True}},
     ],
@@ -206,10 +209,11 @@ def test_fifty_steps_of_the_trainer(options: dict[str, Any], tmp_path: Path) -> 
     ours, handle, losses = trained(tmp_path, fast=True, **options)
     assert len(losses) == 50
     for a, b in zip(losses, expected, strict=True):
-        assert abs(a - b) <= 1e-6 * max(1.0, abs(b))
+        assert abs(a - b) <= 1e-9 * max(1.0, abs(b))
     assert handle is not None
     assert handle.tally.fused == {"forward": 50}
+    assert not handle.tally.rows()
     for name, coder in theirs.saes.items():
         for key, value in coder.state_dict().items():
-            torch.testing.assert_close(ours.saes[name].state_dict()[key], value, rtol=0, atol=2e-5)
+            torch.testing.assert_close(ours.saes[name].state_dict()[key], value, rtol=0, atol=1e-9)
         assert torch.equal(ours.num_tokens_since_fired[name], theirs.num_tokens_since_fired[name])
