@@ -43,7 +43,8 @@ def accelerate(obj: Any, *, optimizer: bool = False, layout: bool = True, fix_au
         print(handle.report())
 
     What the peer returns densely is computed when it is read, and carries no gradient then: a loss of your own on
-    `feature_acts` or `hidden_pre` of a training step has no effect on the weights.
+    `feature_acts` or `hidden_pre` of a training step has no effect on the weights. There are no second derivatives. Sums run in
+    another order than the peer's, so that an activation within rounding of its gate may open it in one of them alone.
 
     Args:
         obj: SAELens: an SAE, an `SAETrainer`, a `MultiSAETrainer`, a model that holds SAEs, or the module `sae_lens` itself for
@@ -101,7 +102,10 @@ def _module_names(obj: Any) -> Iterable[str]:
 
 
 def _check_version(peer: _Peer) -> None:
-    version = metadata.version(peer.distribution)
+    try:
+        version = metadata.version(peer.distribution)
+    except metadata.PackageNotFoundError:
+        version = "none that is installed"
     if not f"{version}.".startswith(f"{peer.series}."):
         raise UsageError(
             f"{peer.distribution}: expected version {peer.series}, whose code accelerate() knows, got {version}"

@@ -21,7 +21,7 @@ import fastsae_kernels as kernels
 from fastsae.errors import UsageError
 from fastsae.peers import entries
 from fastsae.peers.handle import Accelerated, Handle, store_transposed
-from fastsae.peers.hooks import hook_on
+from fastsae.peers.hooks import hook_on, in_transform
 from fastsae_kernels import AutoencodeOutput, AutoencodeSpec, SparseActs
 
 FEW_POSITIVES = "fewer positive activations than k: the peer counts zeros that it chose as fired"
@@ -30,6 +30,8 @@ CHUNK = 1024  # features whose pre-activations are formed at a time where a pass
 
 def why_not_module(ae: Any, known: type) -> str | None:
     """Why the dictionary `ae`, which is to be of the class `known` or its fast one, cannot take the ops."""
+    if in_transform():
+        return "a transform of torch.func is around it"
     if type(ae) not in (known, DICTIONARIES[known]):
         return f"the dictionary is a {type(ae).__qualname__}"
     if any(hook_on(module) for module in (ae, *ae.children())):
@@ -159,10 +161,14 @@ class FusedTrainer(SAETrainer, Accelerated):
         methods = ("get_auxiliary_loss", "update_threshold")
         if any(name in self.__dict__ for name in methods):
             return "a method is replaced on the object"
-        W_enc, _, _ = matrices(self.ae) if type(self.ae) in (self.known, DICTIONARIES[self.known]) else (x, x, x)
-        if x.dim() != 2 or x.shape[1] != W_enc.shape[0] or x.device != W_enc.device:
-            return "the input is of another shape or device"
-        return why_not_module(self.ae, self.known)
+        reason = why_not_module(self.ae, self.known)
+        if reason is not None:
+            return reason
+        W_enc, _, _ = matrices(self.ae)
+        fits = x.dim() == 2 and x.shape[1] == W_enc.shape[0] and x.device == W_enc.device
+        if not fits or torch.promote_types(x.dtype, W_enc.dtype) != W_enc.dtype:
+            return "the input is of another shape, dtype or device"
+        return None
 
     def _count_firing(self, n_tokens: int, feature_counts: Tensor) -> None:
         self.num_tokens_since_fired += n_tokens

@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastsae_kernels import SparseActs
-from fastsae_kernels.activity import MAX_DENSITY
-
-SAMPLE = (32, 128)  # tokens and features, whose product takes no time beside the rest
+from fastsae_kernels.activity import MAX_DENSITY, sampled_share
 
 # not an attribute of the tensor, which would be copied and saved with it
 _entries = WeakTensorKeyDictionary()
@@ -25,12 +23,7 @@ def wants_gradient(tensors: Iterable[Tensor]) -> bool:
 
 def is_dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> bool:
     """Whether a sample lets expect so many active features that a dense product is faster; waits for a GPU."""
-    every_token, every_feature = (
-        max(1, total // size) for total, size in zip((len(x), len(threshold)), SAMPLE, strict=True)
-    )
-    hidden_pre = x[::every_token] @ W_enc[:, ::every_feature] + b_enc[::every_feature]
-    share = (hidden_pre > threshold[::every_feature]).float().mean()
-    return bool(share > MAX_DENSITY.get(x.device.type, MAX_DENSITY["cuda"]))
+    return sampled_share(x, W_enc, b_enc, threshold) > MAX_DENSITY.get(x.device.type, MAX_DENSITY["cuda"])
 
 
 def to_dense(acts: SparseActs, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from transformer_lens.hook_points import HookPoint
 import fastsae_kernels as kernels
 from fastsae.peers import entries
 from fastsae.peers.handle import Accelerated, store_transposed
-from fastsae.peers.hooks import hook_on
+from fastsae.peers.hooks import hook_on, in_transform
 from fastsae.peers.lazy import Lazy
 from fastsae_kernels import AutoencodeOutput, AutoencodeSpec, Collector, SparseActs
 from fastsae_kernels.memory import version_of
@@ -72,6 +72,8 @@ class FusedSAE(SAE, Accelerated):
 
     def _why_not(self, x: Any) -> str | None:
         """Why a call on `x` cannot take the ops."""
+        if in_transform():
+            return "a transform of torch.func is around it"
         for name in HOOK_POINTS:
             hook = getattr(self, name)
             if type(hook) not in (HookPoint, SparseHookPoint, nn.Identity):  # Identity: their `_disable_hooks`

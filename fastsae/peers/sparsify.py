@@ -13,7 +13,7 @@ from torch import Tensor
 import fastsae_kernels as kernels
 from fastsae.errors import UsageError
 from fastsae.peers.handle import Accelerated, Handle
-from fastsae.peers.hooks import hook_on
+from fastsae.peers.hooks import hook_on, in_transform
 from fastsae_kernels import AutoencodeOutput, AutoencodeSpec, SparseActs
 
 FEW_POSITIVES = (
@@ -38,7 +38,7 @@ class FusedSparseCoder(SparseCoder, Accelerated):
         if reason is None:
             try:
                 with self._autocast(x):
-                    output = self._forward(x, x if y is None else y, dead_mask, total_variance)
+                    output = self._forward(x.to(self.dtype), x if y is None else y, dead_mask, total_variance)
             except ValueError:  # shapes and options are checked by now
                 reason = "the input or a weight is NaN or Inf"
         if not self._is_fused("forward", reason) or output is None:
@@ -46,6 +46,8 @@ class FusedSparseCoder(SparseCoder, Accelerated):
         return output
 
     def _why_not(self, x: Tensor, y: Tensor | None, dead_mask: Tensor | None) -> str | None:
+        if in_transform():
+            return "a transform of torch.func is around it"
         if self.cfg.activation != "topk":
             return f"activation is {self.cfg.activation!r}"
         if self.cfg.multi_topk:
@@ -59,8 +61,10 @@ class FusedSparseCoder(SparseCoder, Accelerated):
         if hook_on(self.encoder):
             return "a hook is attached to the encoder"
         weight = self.encoder.weight
-        if x.dim() != 2 or x.shape[1] != self.d_in or x.dtype != weight.dtype or x.device != weight.device:
-            return "the input is not 2-D, or of another dtype or device than the weights"
+        if x.dim() != 2 or x.shape[1] != self.d_in or x.device != weight.device:
+            return "the input is of another shape or device"
+        if not x.is_floating_point() or torch.promote_types(x.dtype, weight.dtype) != weight.dtype:
+            return "the input is of a wider dtype than the weights"
         if y is not None and y.shape != (len(x), self.W_dec.shape[1]):
             return "the target is of another shape"
         return None if dead_mask is None or dead_mask.dtype == torch.bool else "dead_mask is not bool"
@@ -74,7 +78,7 @@ class FusedSparseCoder(SparseCoder, Accelerated):
     def _forward(self, x: Tensor, y: Tensor, dead_mask: Tensor | None, total_variance: Tensor | None) -> ForwardOutput:
         target = y
         if self.W_skip is not None:
-            target = y - x.to(self.dtype) @ self.W_skip.mT
+            target = y - x @ self.W_skip.mT
         out = self._pass(x, target)
         residual = out.sae_out  # sae_out - y
         if total_variance is None:

@@ -6,6 +6,7 @@ import copy
 import gc
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,13 @@ def test_a_class_that_only_claims_to_be_of_a_peer(monkeypatch: pytest.MonkeyPatc
     fake = type("JumpReLUSAE", (), {"__module__": "sae_lens.saes"})
     monkeypatch.setattr("importlib.metadata.version", lambda name: "7.0.0")
     with pytest.raises(UsageError, match=r"sae-lens: expected version 6\.54, .* got 7\.0\.0"):
+        accelerate(fake())
+
+    def not_installed(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", not_installed)  # another package's module of that name
+    with pytest.raises(UsageError, match="got none that is installed"):
         accelerate(fake())
 
 

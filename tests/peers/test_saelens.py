@@ -157,7 +157,7 @@ def test_other_dtypes_and_autocast(kind: str) -> None:
         pair = [trainer_of(training_sae(kind, **options), autocast=autocast) for _ in range(2)]
         handle = accelerate(pair[0])
         outputs = [trainer.step(activations(0)) for trainer in pair]
-        assert close(*[output.loss.float() for output in outputs], tolerance)
+        assert close(*[output.loss.detach().float() for output in outputs], tolerance)
         assert outputs[0].sae_out.dtype == outputs[1].sae_out.dtype
         assert handle.tally.fused["training_forward_pass"] == 1
 
@@ -325,6 +325,41 @@ def test_a_hook_in_training() -> None:
     assert len(seen) == 5
     assert handle.tally.left["training_forward_pass: a hook is attached to hook_sae_acts_post"] == 5
     assert torch.equal(ours.act_freq_scores, theirs.act_freq_scores)
+
+
+def test_transforms_of_torch_func() -> None:
+    theirs, ours = inference_sae("JumpReLU"), inference_sae("JumpReLU")
+    handle = accelerate(ours)
+    x = activations(0)[:8]
+    for transform in (lambda sae: torch.func.vmap(sae), lambda sae: torch.func.grad(lambda x: sae(x).sum())):
+        assert close(transform(ours)(x), transform(theirs)(x), 1e-5)
+    assert not handle.tally.fused
+
+
+def test_saes_in_a_transformer() -> None:
+    from transformer_lens import HookedTransformerConfig
+
+    config = HookedTransformerConfig(n_layers=1, d_model=D_IN, n_ctx=16, d_head=16, d_vocab=50, act_fn="gelu", seed=0)
+    model = sae_lens.HookedSAETransformer(config)
+    sae = inference_sae("JumpReLU")
+    sae.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
+    tokens = torch.arange(32).reshape(2, 16)
+    with torch.no_grad():
+        outputs = []
+        x = model.run_with_cache(tokens)[1]["blocks.0.hook_resid_post"]
+        sae.b_enc.fill_(-float((sae.process_sae_in(x) @ sae.W_enc).quantile(0.94)))
+        for use_error_term in (False, True):
+            model.add_sae(sae, use_error_term=use_error_term)
+            theirs, their_cache = model.run_with_cache(tokens)
+            handle = accelerate(model)
+            outputs.append(model(tokens))
+            ours, our_cache = model.run_with_cache(tokens)
+            assert close(ours, theirs, 1e-5)
+            assert close(outputs[-1], theirs, 1e-5)
+            assert our_cache.keys() == their_cache.keys()
+            assert handle.tally.fused["encode"] == handle.tally.fused["decode"] > 0
+            assert any("a hook is attached" in reason for reason in handle.tally.left)
+            handle.undo()
 
 
 @pytest.mark.filterwarnings("ignore:Setting use_error_term")

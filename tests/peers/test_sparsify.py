@@ -124,6 +124,17 @@ def test_options_that_are_left_to_the_peer(case: str) -> None:
     assert handle.tally.left == {f"forward: {reason}": 1}
 
 
+def test_inputs_of_other_dtypes() -> None:
+    theirs, ours = coder_of(), coder_of()
+    handle = accelerate(ours)
+    x = activations(0)
+    assert_close(ours(x.bfloat16()).fvu, theirs(x.bfloat16()).fvu, 1e-2)
+    assert ours(x.bfloat16()).sae_out.dtype == theirs(x.bfloat16()).sae_out.dtype
+    with pytest.raises(RuntimeError):  # theirs, of a matrix product
+        ours(x.double())
+    assert handle.tally.left == {"forward: the input is of a wider dtype than the weights": 1}
+
+
 def test_copies_files_and_undo(tmp_path: Path) -> None:
     ours = coder_of()
     handle = accelerate(ours)
