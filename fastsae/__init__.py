@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastsae import optim as optim
     from fastsae import sae as sae
     from fastsae.optim import FusedSAEAdam
+    from fastsae.peers import accelerate
     from fastsae.sae import (
         FusedBatchTopKSAE,
         FusedJumpReLUSAE,
@@ -37,9 +38,14 @@ __all__ = [
     "TrainOutput",
     "UsageError",
     "__version__",
+    "accelerate",
 ]
 
-_MODULES = {"FusedSAEAdam": "fastsae.optim", "SparseActs": "fastsae_kernels"}  # the other names: fastsae.sae
+_MODULES = {  # the other names: fastsae.sae
+    "FusedSAEAdam": "fastsae.optim",
+    "SparseActs": "fastsae_kernels",
+    "accelerate": "fastsae.peers",
+}
 _SUBMODULES = ("optim", "sae")
 
 

@@ -13,9 +13,9 @@ from torch.optim.adam import adam
 
 from fastsae.adam_state import check_options, check_state_dict
 from fastsae.errors import UsageError
-from fastsae.pending import PendingGradient, PendingGradients
-from fastsae.sae import SparseAutoencoder
+from fastsae.pending import Collecting, PendingGradient, PendingGradients
 from fastsae.sae.compute_copies import ComputeCopies, WrittenState, written_state
+from fastsae_kernels import Collector
 
 if TYPE_CHECKING:
     from fastsae_kernels.gpu.weight_gradients import RowSums
@@ -68,7 +68,7 @@ class FusedSAEAdam(torch.optim.Adam):
 
     def __init__(
         self,
-        sae: SparseAutoencoder,
+        sae: Collecting,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -78,7 +78,7 @@ class FusedSAEAdam(torch.optim.Adam):
         exp_avg_dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(sae, SparseAutoencoder):
+        if not isinstance(sae, nn.Module) or not isinstance(getattr(sae, "collector", None), Collector):
             raise UsageError(f"sae: expected an SAE of fastsae, got {type(sae).__name__}")
         is_number = isinstance(max_grad_norm, Real) and math.isfinite(max_grad_norm)
         if max_grad_norm is not None and not (is_number and max_grad_norm > 0):

@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
 
 from fastsae.errors import UsageError
-from fastsae.sae import SparseAutoencoder
-from fastsae_kernels import WeightGradients
+from fastsae.sae.compute_copies import ComputeCopies
+from fastsae_kernels import Collector, WeightGradients
 
 if TYPE_CHECKING:
     from fastsae_kernels.gpu.weight_gradients import RowSums
 
 NAMES = ("W_enc", "W_dec")
+
+
+class Collecting(Protocol):
+    """An SAE whose passes hand their weight gradients over: one of ours, or a peer's that runs on the ops."""
+
+    W_enc: Any
+    W_dec: Any
+
+    @property
+    def collector(self) -> Collector: ...
+    @property
+    def d_in(self) -> int: ...
+    @property
+    def d_sae(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All of them."""
+
+    def store_by_feature_(self) -> None:
+        """Stores `W_enc` as the kernels read it fastest."""
+
+    def use_compute_copies(self, copies: ComputeCopies) -> None:
+        """Takes 16-bit copies of the weights instead of casting them."""
 
 
 class PendingGradient(Tensor):
@@ -61,7 +87,7 @@ class PendingGradients:
         matrices: Its `W_enc` and `W_dec`.
     """
 
-    def __init__(self, sae: SparseAutoencoder, matrices: tuple[nn.Parameter, nn.Parameter]) -> None:
+    def __init__(self, sae: Collecting, matrices: tuple[nn.Parameter, nn.Parameter]) -> None:
         self._sae, self._matrices = sae, matrices
         self._collected = WeightGradients(*matrices)
         self._marks: dict[nn.Parameter, PendingGradient] = {}

@@ -18,6 +18,7 @@ from fastsae_kernels.types import Capacity
 # with gathers half from L2, not yet measured.
 MAX_DENSITY = {"cpu": 0.125, "cuda": 0.006}
 
+SAMPLE = (32, 128)  # tokens and features, whose product takes no time beside the rest
 DENSE = Capacity(0, 0)  # stands for the dense backend
 
 
@@ -109,3 +110,12 @@ class ActivityHint:
     def _mean_and_largest(self, counts: Tensor) -> Tensor:
         largest = counts.topk(counts.numel() // self.OUTLIERS + 1).values[-1]
         return torch.stack([counts.double().mean(), largest.double()])
+
+
+def sampled_share(x: Tensor, W_enc: Tensor, b_enc: Tensor, lower: Tensor) -> float:
+    """The share of pre-activations above `lower`, `[d_sae]`, in a sample of tokens and features; waits for a GPU."""
+    every_token, every_feature = (
+        max(1, total // size) for total, size in zip((len(x), len(lower)), SAMPLE, strict=True)
+    )
+    hidden_pre = x[::every_token] @ W_enc[:, ::every_feature] + b_enc[::every_feature]
+    return float((hidden_pre > lower[::every_feature]).double().mean())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastsae_kernels.activity import sampled_share
 from fastsae_kernels.cpu import product
 from fastsae_kernels.cpu.entries import BatchTopK, Entries, RowTopK, stack_rows
 from fastsae_kernels.cpu.small import MAX_ELEMENTS, encode_small
@@ -20,7 +21,6 @@ from fastsae_kernels.cpu.topk import encode_topk
 from fastsae_kernels.types import AutoencodeSpec, SparseActs
 
 MIN_BLOCK_TOKENS = 256  # of a product that has all features; fewer read the weights too often
-SAMPLE = (32, 128)  # tokens and features, whose product takes no time beside the rest
 
 
 def encode(
@@ -75,12 +75,7 @@ def encode(
 
 def _is_dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, lower: Tensor, max_entries: int) -> bool:
     """Whether a sample lets expect more entries than that: to list most of them before giving up would be in vain."""
-    every_token, every_feature = (
-        max(1, total // size) for total, size in zip((len(x), len(lower)), SAMPLE, strict=True)
-    )
-    hidden_pre = x[::every_token] @ W_enc[:, ::every_feature] + b_enc[::every_feature]
-    is_listed = hidden_pre > lower[::every_feature]
-    return bool(is_listed.sum() * (len(x) * len(lower)) > max_entries * is_listed.numel())
+    return sampled_share(x, W_enc, b_enc, lower) * len(x) * len(lower) > max_entries
 
 
 def _encode_threshold(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastsae_kernels.activity import sampled_share
 from fastsae_kernels.cpu.entries import largest_of_rows
 from fastsae_kernels.cpu.product import has_fast_bf16, nonzero_flat, padded_mask, row_norms, sampled_dot
 from fastsae_kernels.matmul import by_onednn, has_onednn, has_slow_mkl, sums_in_fp32
@@ -54,7 +55,8 @@ def encode_small(
     cut = None
     if k is not None and bandwidth == 0 and n_tokens > 0:  # with a window a dense mask tells them
         cut = _Cut(1, k * n_tokens) if batch_topk else _Cut(n_tokens, k)
-    if (k is None or cut is not None) and _is_rough_faster(x, W_enc):
+    is_rough = (k is None or cut is not None) and _is_rough_faster(x, W_enc)
+    if is_rough and not _are_many(x, W_enc, b_enc, threshold - bandwidth / 2, cut):
         rough, margin = _rough_product(x, W_enc, b_enc)
         marks = _candidates(rough, threshold, margin, bandwidth, cut)
         count = math.inf if marks is None else np.count_nonzero(marks.numpy())
@@ -86,6 +88,12 @@ def _is_rough_faster(x: Tensor, W_enc: Tensor) -> bool:
     if x.dtype != torch.float32 or x.shape[0] < MIN_ROUGH_TOKENS or x.numel() * W_enc.shape[1] < MIN_ROUGH_WORK:
         return False
     return has_slow_mkl() and sums_in_fp32() and _suits_onednn(x, W_enc)
+
+
+def _are_many(x: Tensor, W_enc: Tensor, b_enc: Tensor, lower: Tensor, cut: _Cut | None) -> bool:
+    """Whether so many candidates are to be expected, of a cut or of a sample, that the rough product would be in vain."""
+    share = sampled_share(x, W_enc, b_enc, lower) if cut is None else cut.n_rows * cut.k / (len(x) * len(lower))
+    return share > MAX_RESCORED
 
 
 def _product(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
