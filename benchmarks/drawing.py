@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.result import Kind, Result, Row, baseline_of, faster_by, max_density
-from benchmarks.tables import constant_sizes, digits, has_plot, plain, plot_name, times_as_fast
+from benchmarks.tables import constant_sizes, digits, has_plot, plain, times_as_fast
 
 FORMAT = 1  # raise it where `draw` draws the same data in another way: every plot is stale then
 MARK = "benchmarks.report: SHA-256 of the data drawn:"
@@ -62,9 +62,7 @@ class Plot:
 def plots(results: list[Result]) -> dict[str, Plot]:
     """Every plot of the results by file name."""
     return {
-        plot_name(result, operation): _scaling(result, operation)
-        if "scaling" in operation
-        else _bars(result, operation)
+        result.file_name_of(operation): (_lines if "scaling" in operation else _bars)(result, operation)
         for result in results
         for operation in result.operations()
         if has_plot(result, operation)
@@ -78,38 +76,34 @@ def digest_of(svg: str) -> str | None:
 
 
 def _subtitle(result: Result) -> str:
-    m = result.machine
-    versions = [f"torch {m.torch}"]
-    versions += [f"{name} {version}" for name, version in {"Triton": m.triton, "CUDA": m.cuda}.items() if version]
-    return f"{m.name}\n{', '.join(versions)}; {result.commits}, {result.date}"
+    return f"{result.machine.name}\n{result.machine.versions}; {result.commits}, {result.date}"
 
 
 def _bars(result: Result, operation: str) -> Plot:
     panels: dict[str, list[Bar]] = {}
-    for (of, name), group in result.groups().items():
-        if of == operation:
+    for name, group in result.groups().items():
+        if group[0].operation == operation:
             panels[name] = [_bar(row, group) for row in group]
-    baselines = dict.fromkeys(row.baseline for row in result.rows_of(operation) if row.baseline)
-    ratios = f"; x: how many times as fast as {' or '.join(baselines)}" if baselines else ""
-    return Plot(f"{operation}, median{ratios}", _subtitle(result), panels, [])
+    baselines = dict.fromkeys(row.baseline for row in result.rows_of(operation))
+    title = f"{operation}, median; x: how many times as fast as {' or '.join(baselines)}"
+    return Plot(title, _subtitle(result), panels, [])
 
 
 def _bar(row: Row, group: list[Row]) -> Bar:
     if row.median_s is None:
         return Bar(row.provider, row.kind, None, "RED, no time" if row.status == "red" else "skipped")
-    ms, baseline = row.median_s * 1e3, baseline_of(row, group)
-    is_compared = baseline is not None and baseline is not row
-    ratio = f", {times_as_fast(faster_by(row, baseline))}" if is_compared else ""
-    return Bar(row.provider, row.kind, ms, f"{digits(ms)} ms{ratio}")
+    baseline = baseline_of(row, group)
+    ratio = f", {times_as_fast(faster_by(row, baseline))}" if baseline not in (None, row) else ""
+    return Bar(row.provider, row.kind, row.ms, f"{digits(row.ms)} ms{ratio}")
 
 
-def _scaling(result: Result, operation: str) -> Plot:
+def _lines(result: Result, operation: str) -> Plot:
     rows = [row for row in result.rows_of(operation) if row.median_s is not None and row.x is not None]
     points: dict[str, list[Row]] = {}
     for row in rows:
         points.setdefault(row.provider, []).append(row)
     lines = [
-        Line(provider, found[0].kind, sorted((row.x or 0, (row.median_s or 0) * 1e3) for row in found))
+        Line(provider, found[0].kind, sorted((row.x or 0, row.ms) for row in found))
         for provider, found in points.items()
     ]
     title = f"{operation}: median; {constant_sizes(rows)}"

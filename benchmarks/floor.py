@@ -13,13 +13,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from benchmarks.dense import in_tf32
+from benchmarks.baselines import in_tf32
 from benchmarks.shapes import Shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COPY_BYTES = 2**28 if DEVICE == "cpu" else 2**31
 PRODUCT = (4096, 1024, 4096) if DEVICE == "cpu" else (8192, 8192, 8192)
-ROUNDS = 7
+CALLS = 7
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}  # a row's dtype -> its tensors'
 
 
@@ -31,15 +31,23 @@ class Work:
         flops: How many its dense products take.
         product_dtype: The name of the dtype in which they may run without changing the result.
         n_bytes: How many bytes are read and written, each once.
+        gathered_bytes: How many bytes of rows the entries gather, where no cache holds a row that was read before.
     """
 
     flops: float
     product_dtype: str
     n_bytes: float
+    gathered_bytes: float = 0.0
 
-    def floor_s(self) -> float:
-        """Seconds of the products and the bytes, one after the other."""
-        return self.flops / (product_tflop_per_s(self.product_dtype) * 1e12) + self.n_bytes / (copy_gb_per_s() * 1e9)
+    def floor_s(self, with_gathers: bool = False) -> float:
+        """Returns the seconds of the products and of the bytes, one after the other."""
+        n_bytes = self.n_bytes + (self.gathered_bytes if with_gathers else 0.0)
+        return self.flops / (product_tflop_per_s(self.product_dtype) * 1e12) + n_bytes / (copy_gb_per_s() * 1e9)
+
+
+def gathered_bytes(shape: Shape, dtype: str, n_rows: int) -> float:
+    """Returns the bytes of the rows, each `d_in` wide, of which every entry reads `n_rows`."""
+    return n_rows * shape.n_tokens * shape.l0 * shape.d_in * DTYPES[dtype].itemsize
 
 
 def encode_work(shape: Shape, dtype: str) -> Work:
@@ -50,10 +58,15 @@ def encode_work(shape: Shape, dtype: str) -> Work:
 
 
 def step_work(shape: Shape, dtype: str, *, adam: bool = False) -> Work:
-    """One product; `x` and both weights read, the residual and both gradients written; or, with Adam, 6 x 4 bytes a weight."""
+    """One product; `x` and both weights read, the residual and both gradients written; or, with Adam, 6 x 4 bytes a weight.
+
+    An entry reads four rows: of `W_dec` to decode, of `W_dec` and the residual for its gradient and that of `W_dec`, of `x` for
+    that of `W_enc`.
+    """
     encode, weights, size = encode_work(shape, dtype), 2 * shape.d_in * shape.d_sae, DTYPES[dtype].itemsize
     n_bytes = encode.n_bytes + shape.n_tokens * shape.d_in * size + weights / 2 * size
-    return Work(encode.flops, encode.product_dtype, n_bytes + weights * (24 if adam else size))
+    n_bytes += weights * (24 if adam else size)
+    return Work(encode.flops, encode.product_dtype, n_bytes, gathered_bytes(shape, dtype, 4))
 
 
 def _fastest(dtype: str) -> str:
@@ -85,7 +98,7 @@ def product_tflop_per_s(dtype: str) -> float:
 
 def _best_seconds(call: Callable[[], object]) -> float:
     seconds = []
-    for _ in range(ROUNDS + 1):
+    for _ in range(CALLS + 1):
         if DEVICE == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()

@@ -1,13 +1,14 @@
-"""Times the providers of one operation in turn, each only after its numbers were compared with fp64.
+"""Measures the providers of one operation in rounds, each provider only after its numbers were compared with fp64.
 
 A machine's speed drifts: by a tenth in a minute, by more in a quarter of an hour, and one call differs from the next by up to a
-third, depending on where its arrays happen to lie. Some of the differences that count are smaller than that. So the providers of
-a group take turns, in another order each time, and a whole run gives each group several sessions, minutes apart, each of which
-makes its providers anew. The spread in a row is that of all sessions, and nearly every figure of another run lies within it.
+third, depending on where its arrays happen to lie. Some of the differences that count are smaller than that. So a group is
+measured in several rounds. A round makes every provider anew and times a few calls of each, in an order that changes from round
+to round; a whole run visits all its groups in every round, so that the rounds of a group are minutes apart. The spread in a row
+is that of all rounds, and a ratio compares two providers in the same round.
 
-In a training run a step follows another one like it, so the first call of a turn, which finds caches and heap as another provider
-left them, counts only where calls are long. Slow providers have fewer calls and sessions. A provider to which page faults cost
-time has each turn under both settings of `benchmarks.allocator`, and the better one counts.
+In a training run a step follows another one like it, so the first call in a round, which finds caches and heap as another
+provider left them, counts only where calls are long. A slow provider takes part in every second round. A provider to which page
+faults cost time is timed under both settings of `benchmarks.allocator`, and the better one counts.
 """
 
 from __future__ import annotations
@@ -25,25 +26,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import allocator, clock
+from benchmarks import allocator, peak
 from benchmarks.floor import Work
-from benchmarks.memory import MIB, Peak, memory_bytes
 from benchmarks.outcome import Outcome
+from benchmarks.peak import memory_bytes
 from benchmarks.shapes import DEVICE, Shape
+from benchmarks.writer import clock_mhz
 
-# the smallest number of turns in a session, and the largest, which is reached where the budget lasts
-ONE_OF_SEVERAL, ONLY, QUICK = (1, 1), (3, 9), (3, 3)
-BUDGET_S = 1.0
-TURN_S = 0.1  # a provider's calls in a turn take about so long together
-MOST_CALLS = 50  # a turn has no more calls than this
-MOST_REPEATED_TURNS = (
-    4  # a turn is repeated so often at most while page faults show that its memory is still being found
-)
+CALLS_S = 0.1  # a provider's calls in a round take about so long together
+MOST_CALLS = 50  # a round has no more calls of a provider than this
+MOST_REPEATS = 4  # calls are repeated so often at most while page faults show that their memory is still being found
 WARM_CALLS = {"cpu": 0, "cuda": 3}[DEVICE]  # they compile and tune; ours is dense until it has counted
-SESSIONS_PER_SLOW_ONE = 2  # slow providers take part in every second session
+ROUNDS_PER_SLOW_ONE = 2  # slow providers take part in every second round
 FLUSHED_BYTES = 2**28  # no cache of a GPU holds more
-MOST_GRAPHS = 256  # a compiled function has one for each shape; those of an earlier session are not compiled again
-
+MOST_GRAPHS = 256  # a compiled function has one for each shape; those of an earlier round are not compiled again
 MEMORY_SHARE = 0.5  # the share of the memory that all providers of a group may keep; their calls take more
 Call = Callable[[], object]
 
@@ -65,9 +61,9 @@ class Provider:
 
     Args:
         make: Returns the call to be timed.
-        check: Error of what that call does against fp64, and how large it may be; None where nothing is computed.
-        dtype: Of its products; that of the case where empty.
-        skip: Says why it cannot run here; None or empty where it can.
+        check: Returns the error of what that call does against fp64, and how large it may be; None where nothing is computed.
+        dtype: The name of the dtype of its products; empty where it is that of the case.
+        skip: Returns why it cannot run here; None or empty where it can.
     """
 
     make: Callable[[], Call]
@@ -78,7 +74,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class Case:
-    """An operation at a shape; its providers, the first of which the ratios refer to."""
+    """An operation at a shape; its providers, the first of which is the baseline of the ratios."""
 
     operation: str
     shape_name: str
@@ -94,203 +90,152 @@ class Case:
         return ", ".join(part for part in (self.operation, self.shape_name, self.dtype) if part)
 
     def fits_in_memory(self) -> bool:
-        """Whether all providers can be alive at a time, each with weights, gradients and Adam's moments."""
+        """Returns whether all providers can be alive at a time, each with weights, gradients and Adam's moments."""
         s = self.shape
         return 2 * s.d_in * s.d_sae * 16 * len(self.providers) < MEMORY_SHARE * memory_bytes()
 
-    def dtype_of(self, provider: str) -> str:
-        """The name of the dtype of a provider's products."""
-        return self.providers[provider].dtype or self.dtype
-
     def work_of(self, provider: str) -> Work | None:
-        """What the operation cannot do without in a provider's dtype; None where nothing is known of that."""
-        return self.work(self.dtype_of(provider)) if self.work else None
+        """Returns what the operation cannot do without in a provider's own dtype; None where nothing is known of that."""
+        return self.work(self.providers[provider].dtype or self.dtype) if self.work else None
 
     def row(self, provider: str) -> dict[str, Any]:
-        """What a result file says of a provider before it is timed."""
-        s, dtype, work = self.shape, self.dtype_of(provider), self.work_of(provider)
+        """Returns what a result file says of a provider before it is timed."""
+        s = self.shape
         return {
             "operation": self.operation, "group": self.group, "shape": self.shape_name, "is_cut": s.is_cut,
-            "n_tokens": s.n_tokens, "d_in": s.d_in, "d_sae": s.d_sae, "l0": s.l0, "dtype": dtype,
-            "provider": provider, "baseline": next(iter(self.providers)), "status": "ok", "reason": None,
-            "error": None, "error_limit": None, "median_s": None, "iqr_s": None, "allocator": None, "other_median_s": None,
-            "turns": 0, "rounds": 0, "speedup": None, "speedup_iqr": None,
-            "peak_mib": None, "dense_tensor_mib": s.n_tokens * s.d_sae * (2 if dtype == "bf16" else 4) / MIB,
-            "least_bytes": work.n_bytes if work else None, "floor_s": None, "clock_mhz": None, "x": self.x,
+            "n_tokens": s.n_tokens, "d_in": s.d_in, "d_sae": s.d_sae, "l0": s.l0, "x": self.x,
+            "dtype": self.providers[provider].dtype or self.dtype, "provider": provider,
+            "baseline": next(iter(self.providers)), "status": "ok", "reason": None, "error": None, "error_limit": None,
+            "median_s": None, "iqr_s": None, "allocator": None, "other_median_s": None, "rounds": 0, "calls": 0,
+            "speedup": None, "speedup_iqr": None, "peak_mib": None, "floor_s": None, "gather_floor_s": None, "clock_mhz": None,
         }  # fmt: skip
 
 
-@dataclass
 class Group:
-    """The outcomes of a group's providers so far."""
+    """The outcomes of a case's providers so far."""
 
-    outcomes: dict[str, Outcome]
-    sessions: int = 0
-    turns: int = 0
+    def __init__(self, case: Case) -> None:
+        self.case, self.n_rounds = case, 0
+        self.outcomes = {name: Outcome(case.row(name)) for name in case.providers}
 
-
-class GroupTimer:
-    """Measures groups, one session at a time; the first session adds the rows of the group's providers to `rows`."""
-
-    def __init__(self, quick: bool, rows: list[dict[str, Any]]) -> None:
-        self.quick, self.rows = quick, rows
-        self._groups: dict[str, Group] = {}
-
-    def has_begun(self, case: Case) -> bool:
-        return case.group in self._groups
-
-    def outcome(self, case: Case, provider: str) -> Outcome:
-        """Returns the provider's outcome; a group that has not begun is measured in a single session."""
-        if not self.has_begun(case):
-            self.run_session(case, QUICK if self.quick else ONLY)
-        return self._groups[case.group].outcomes[provider]
-
-    def unsteady(self, case: Case) -> list[str]:
+    def unsteady(self) -> list[str]:
         """Returns the baseline and the providers whose times differ too much for one number; nothing if there are none."""
-        outcomes = self._groups[case.group].outcomes if self.has_begun(case) else {}
-        found = [name for name, outcome in outcomes.items() if outcome.is_unsteady]
-        return list(dict.fromkeys([next(iter(outcomes)), *found])) if found else []
+        found = [name for name, outcome in self.outcomes.items() if outcome.is_unsteady]
+        return list(dict.fromkeys([next(iter(self.outcomes)), *found])) if found else []
 
-    def run_session(
-        self, case: Case, turns: tuple[int, int] = ONE_OF_SEVERAL, providers: Collection[str] | None = None
-    ) -> None:
-        """Runs one session of a group; an error while calls are timed leaves the whole group red.
+    def measure(self, providers: Collection[str] | None = None) -> None:
+        """Measures one round; an error while calls are timed leaves the whole group red.
 
         Args:
-            case: The case of the group.
-            turns: The smallest and the largest number of turns.
-            providers: The providers that take part; by default all, but the slow ones only every second time.
+            providers: The names of those that take part; by default all, but the slow ones only in every second round.
         """
-        if not self.has_begun(case):
-            self._groups[case.group] = Group({name: Outcome(case.row(name)) for name in case.providers})
-            self.rows += [outcome.row for outcome in self._groups[case.group].outcomes.values()]
-        group = self._groups[case.group]
+        if providers is None:
+            is_for_all = self.n_rounds % ROUNDS_PER_SLOW_ONE == 0
+            providers = [name for name, outcome in self.outcomes.items() if is_for_all or not outcome.is_slow]
+        names = [name for name, outcome in self.outcomes.items() if name in providers and outcome.row["status"] == "ok"]
         try:
             with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
-                _run_session(case, group, turns, providers)
+                # what is too large to stand beside others is timed alone
+                for together in [names] if self.case.fits_in_memory() else [[name] for name in names]:
+                    self._measure(together)
+                    gc.collect()  # what they kept
         except Exception as error:  # measuring the group again would end the same way
             traceback.print_exc()
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            for outcome in group.outcomes.values():
-                outcome.row.update(status="red", reason=reason)
-        baseline = next(iter(group.outcomes.values()))
-        for name, outcome in group.outcomes.items():
-            if outcome.row["status"] != "ok":
-                outcome.row.update(
-                    dict.fromkeys(("median_s", "iqr_s", "allocator", "other_median_s", "speedup", "speedup_iqr"))
-                )
-            elif outcome.turns:
-                outcome.fill_in(baseline, case.work_of(name))
+            for outcome in self.outcomes.values():
+                outcome.reject("red", _first_line(error))
+        self.n_rounds += 1
+        baseline = next(iter(self.outcomes.values()))
+        for name, outcome in self.outcomes.items():
+            outcome.fill_in(baseline, self.case.work_of(name))
 
-
-def _run_session(case: Case, group: Group, turns: tuple[int, int], providers: Collection[str] | None) -> None:
-    if providers is None:
-        is_for_all = group.sessions % SESSIONS_PER_SLOW_ONE == 0
-        providers = [name for name, outcome in group.outcomes.items() if is_for_all or not outcome.is_slow]
-    names = [name for name, outcome in group.outcomes.items() if name in providers and outcome.row["status"] == "ok"]
-    # what is too large to stand beside others is timed alone
-    for together in [names] if case.fits_in_memory() else [[name] for name in names]:
-        _take_turns({name: case.providers[name] for name in together}, group, turns)
-        gc.collect()  # what they kept
-    group.sessions += 1
-    taken = [turns for outcome in group.outcomes.values() for turns in outcome.by_setting.values()]
-    group.turns = max((n + 1 for turns in taken for n in turns), default=0)
-
-
-def _take_turns(providers: dict[str, Provider], group: Group, turns: tuple[int, int]) -> None:
-    made = {name: _made(provider, group.outcomes[name], group.turns) for name, provider in providers.items()}
-    calls = {name: call for name, call in made.items() if call is not None}
-    if DEVICE == "cuda":
-        _flushed()  # is nobody's peak
-    gc.collect()
-    (fewest, most), order = turns, random.Random(group.turns)
-    started, n_turns = time.perf_counter(), 0
-    while calls and (n_turns < fewest or (n_turns < most and time.perf_counter() - started < BUDGET_S)):
+    def _measure(self, names: list[str]) -> None:
+        made = {name: self._made(name) for name in names}
+        calls = {name: call for name, call in made.items() if call is not None}
+        if DEVICE == "cuda":
+            _flushed()  # is nobody's peak
+        gc.collect()
+        order = random.Random(self.n_rounds)
         for setting in allocator.settings():
-            _take_turns_under(setting, calls, group, group.turns + n_turns, order)
-        n_turns += 1
-    for name in calls:
-        group.outcomes[name].row["clock_mhz"] = clock.mhz()
+            due = [name for name in calls if self.outcomes[name].is_due(setting)]
+            with allocator.use(setting):
+                for name in order.sample(due, len(due)):
+                    if self.n_rounds == 0 and setting == allocator.DEFAULT:
+                        _time_first_calls(calls[name], self.outcomes[name])
+                    else:
+                        _time_calls(calls[name], self.outcomes[name], self.n_rounds, setting)
+        for name in calls:
+            self.outcomes[name].row["clock_mhz"] = clock_mhz()
+
+    def _made(self, name: str) -> Call | None:
+        """The call, once its numbers are right and it has run; None, and a reason in the row, where there is none."""
+        provider, outcome = self.case.providers[name], self.outcomes[name]
+        row, is_first, is_compiled = outcome.row, not outcome.rounds, "compiled" in name
+        if provider.skip and (reason := provider.skip()):
+            outcome.reject("skipped", reason)
+            return None
+        try:
+            if provider.check is not None and is_first:
+                row["error"], row["error_limit"] = provider.check()
+            if row["error"] is not None and not row["error"] <= row["error_limit"]:
+                limit = f"over the limit of {row['error_limit']:.2g}"
+                outcome.reject("red", f"error {row['error']:.2g} against fp64, {limit}")
+                return None
+            call = provider.make()
+            for _ in range(max(WARM_CALLS, int(is_first and is_compiled))):
+                call()
+                if DEVICE == "cuda":
+                    torch.cuda.synchronize()
+            if is_first or not outcome.is_slow:  # for a slow one, the first timed call finds the round's memory
+                _make_first_call(call, outcome, self.n_rounds)
+        except torch.OutOfMemoryError as error:
+            outcome.reject("skipped", f"out of memory: {str(error).splitlines()[0]}")
+            return None
+        except Exception as error:
+            if is_compiled and "compiler" in str(error).lower():
+                outcome.reject("skipped", f"torch.compile needs a C++ compiler: {_first_line(error)}")
+            else:  # the others shall have their times
+                traceback.print_exc()
+                outcome.reject("red", _first_line(error))
+            return None
+        return call
 
 
-def _take_turns_under(setting: str, calls: dict[str, Call], group: Group, turn: int, order: random.Random) -> None:
-    """A turn of each provider that is due under the setting, in random order."""
-    due = {name: group.outcomes[name] for name in calls if group.outcomes[name].is_due(setting)}
-    with allocator.use(setting):
-        for name in order.sample(list(due), len(due)):
-            if turn == 0 and setting == allocator.DEFAULT:
-                _take_very_first_turn(calls[name], due[name])
-            else:
-                _take_turn(calls[name], due[name], turn, setting)
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _take_very_first_turn(call: Call, outcome: Outcome) -> None:
+def _make_first_call(call: Call, outcome: Outcome, number: int) -> None:
+    """Makes the first call of a round, which counts where calls are long."""
+    (first,) = _seconds(call, 1)
+    outcome.fastest = min(outcome.fastest, first)
+    if outcome.is_long and outcome.is_due(allocator.DEFAULT):
+        outcome.take(allocator.DEFAULT, number, [first])
+
+
+def _time_first_calls(call: Call, outcome: Outcome) -> None:
     """Tells the peak too, since earlier calls have made what stays, such as an optimiser's moments, and what pages cost."""
-    with Peak() as peak:
+    with peak.measured() as found:
         call()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
-    outcome.row["peak_mib"] = peak.mib
-    faults = _take_turn(call, outcome, 0)
+    outcome.row["peak_mib"] = found.mib
+    faults = _time_calls(call, outcome, 0)
     if allocator.TUNED in allocator.settings() and allocator.matters(faults, outcome.fastest):
         outcome.by_setting[allocator.TUNED] = {}
 
 
-def _made(provider: Provider, outcome: Outcome, turn: int) -> Call | None:
-    """The call, once its numbers are right and it has run; None, and a reason in the row, where there is none."""
-    row, is_first = outcome.row, not outcome.turns
-    reason = provider.skip() if provider.skip else None
-    if reason:
-        row.update(status="skipped", reason=reason)
-        return None
-    try:
-        if provider.check is not None and is_first:
-            row["error"], row["error_limit"] = provider.check()
-        if row["error"] is not None and not row["error"] <= row["error_limit"]:
-            reason = f"error {row['error']:.2g} against fp64, over the limit of {row['error_limit']:.2g}"
-            row.update(status="red", reason=reason)
-            return None
-        call = provider.make()
-        for _ in range(max(WARM_CALLS, int(is_first and "compiled" in row["provider"]))):
-            call()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-        if is_first or not outcome.is_slow:  # for a slow one, the first call of its turn finds the session's memory
-            _take_first_call(call, outcome, turn)
-    except torch.OutOfMemoryError as error:
-        row.update(status="skipped", reason=f"out of memory: {str(error).splitlines()[0]}")
-        return None
-    except Exception as error:
-        message = f"{type(error).__name__}: {error}".splitlines()[0]
-        if "compiled" in row["provider"] and "compiler" in str(error).lower():
-            row.update(status="skipped", reason=f"torch.compile needs a C++ compiler: {message}")
-        else:  # the others shall have their times
-            traceback.print_exc()
-            row.update(status="red", reason=message)
-        return None
-    return call
-
-
-def _take_first_call(call: Call, outcome: Outcome, turn: int) -> None:
-    """Makes the first call of a session, which counts where calls are long."""
-    (first,) = _seconds(call, 1)
-    outcome.fastest = min(outcome.fastest, first)
-    if outcome.is_long and outcome.is_due(allocator.DEFAULT):
-        outcome.take(allocator.DEFAULT, turn, [first])
-
-
-def _take_turn(call: Call, outcome: Outcome, turn: int, setting: str = allocator.DEFAULT) -> float:
-    """Adds the seconds of each call that counts; returns the page faults of one."""
+def _time_calls(call: Call, outcome: Outcome, number: int, setting: str = allocator.DEFAULT) -> float:
+    """Adds the seconds of each call that counts in the round; returns the page faults of one."""
     (first,), faults = _seconds_and_faults(call, 1)
     outcome.fastest, counted = min(outcome.fastest, first), [first]
-    outcome.n_calls = outcome.n_calls or max(1, min(MOST_CALLS, round(TURN_S / first)))
+    outcome.n_calls = outcome.n_calls or max(1, min(MOST_CALLS, round(CALLS_S / first)))
     if not outcome.is_long:
         counted, faults = _seconds_and_faults(call, outcome.n_calls)
-    for _ in range(MOST_REPEATED_TURNS if setting == allocator.TUNED else 0):
+    for _ in range(MOST_REPEATS if setting == allocator.TUNED else 0):
         if not allocator.matters(faults, counted[-1]):
             break  # all the memory that it keeps has been found
         counted, faults = _seconds_and_faults(call, outcome.n_calls)
-    outcome.take(setting, turn, counted)
+    outcome.take(setting, number, counted)
     return faults
 
 
@@ -337,19 +282,19 @@ def cases_and_providers(cases: list[Case]) -> Any:
     return pytest.mark.parametrize(("case", "provider"), pairs)
 
 
-def replay(benchmark: Any, samples: list[float]) -> None:
-    """Reports the seconds of a provider's calls as the benchmark's own rounds."""
-    ticks = iter([t for sample in samples for t in (0.0, sample)])
+def replay(benchmark: Any, calls: list[float]) -> None:
+    """Hands the seconds of a provider's calls to pytest-benchmark, for its tables, its storage and its comparisons."""
+    ticks = iter([t for seconds in calls for t in (0.0, seconds)])
     benchmark._timer = partial(next, ticks)
-    benchmark.pedantic(lambda: None, rounds=len(samples))
+    benchmark.pedantic(lambda: None, rounds=len(calls))
 
 
-def report(benchmark: Any, timer: GroupTimer, case: Case, provider: str) -> None:
-    """The body of every benchmark: fails where the provider is wrong, skips where it cannot run, else reports its time."""
-    outcome = timer.outcome(case, provider)
-    benchmark.group = case.group
+def report(benchmark: Any, group: Group, provider: str) -> None:
+    """Ends every benchmark: it fails where the provider is wrong, skips where it cannot run, else reports its time."""
+    outcome = group.outcomes[provider]
+    benchmark.group = group.case.group
     if outcome.row["status"] == "red":
-        pytest.fail(f"{case.group}: {provider}: {outcome.row['reason']}")
+        pytest.fail(f"{benchmark.group}: {provider}: {outcome.row['reason']}")
     if outcome.row["status"] == "skipped":
         pytest.skip(f"{provider}: {outcome.row['reason']}")
-    replay(benchmark, outcome.samples)
+    replay(benchmark, outcome.calls)

@@ -16,6 +16,7 @@ import matplotlib as mpl
 import torch
 from torch import Tensor
 
+from benchmarks.steps import MAX_GRAD_NORM, Forward, Step, fused_step, plain_step
 from fastsae import FusedJumpReLUSAE, FusedSAEAdam
 from fastsae.train.initialize import initialize_from_data
 from fastsae_kernels import AutoencodeSpec, reference
@@ -39,43 +40,43 @@ def batches() -> list[Tensor]:
     return found
 
 
-def train_dense(sae: FusedJumpReLUSAE, data: list[Tensor]) -> list[float]:
-    optimizer = torch.optim.Adam(sae.parameters(), lr=LR, fused=True)
-    spec, losses = AutoencodeSpec(bandwidth=sae.bandwidth), []
-    for x in data:
+def dense(sae: FusedJumpReLUSAE, forward_of: Callable[[Forward], Forward]) -> Step:
+    spec = AutoencodeSpec(bandwidth=sae.bandwidth)
+
+    def forward(x: Tensor) -> Tensor:
         threshold = sae.threshold.clamp(min=0)
         sae_out, l0, _ = reference.autoencode(x, sae.W_enc, sae.b_enc, threshold, sae.W_dec, sae.b_dec, None, spec)
-        loss = (sae_out - x).square().sum(1).mean() + 0.1 * 2 / TARGET_L0 * (l0 - TARGET_L0).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            assert sae.W_dec.grad is not None
-            sae.W_dec.grad -= (sae.W_dec.grad * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-            optimizer.step()
-            sae.normalize_decoder_()
-        losses.append(loss.item())
-    return losses
+        return (sae_out - x).square().sum(1).mean() + 0.1 * 2 / TARGET_L0 * (l0 - TARGET_L0).square().mean()
+
+    return plain_step(sae, forward_of(forward), torch.optim.Adam(sae.parameters(), lr=LR, fused=True), clipped=True)
 
 
-def train_fused(sae: FusedJumpReLUSAE, data: list[Tensor]) -> list[float]:
-    optimizer = FusedSAEAdam(sae, lr=LR, max_grad_norm=1.0, normalize_decoder=True)
+def fused(sae: FusedJumpReLUSAE, forward_of: Callable[[Forward], Forward]) -> Step:
+    optimizer = FusedSAEAdam(sae, lr=LR, max_grad_norm=MAX_GRAD_NORM, normalize_decoder=True)
+    forward = forward_of(lambda x: sae.training_forward(x, 0.1, "quadratic", target_l0=TARGET_L0).loss)
+    return fused_step(forward, optimizer)
+
+
+def losses_of(make: Callable[..., Step], sae: FusedJumpReLUSAE, data: list[Tensor]) -> list[float]:
     losses = []
+
+    def recorded(forward: Forward) -> Forward:
+        def call(x: Tensor) -> Tensor:
+            loss = forward(x)
+            losses.append(loss.item())
+            return loss
+
+        return call
+
+    step = make(sae, recorded)
     for x in data:
-        loss = sae.training_forward(x, 0.1, "quadratic", target_l0=TARGET_L0).loss
-        optimizer.zero_grad()
-        optimizer.backward(loss)
-        optimizer.step()
-        losses.append(loss.item())
+        step(x)
     return losses
 
 
 def curves(sae: FusedJumpReLUSAE, data: list[Tensor]) -> dict[str, list[float]]:
-    trainers: dict[str, Callable[[FusedJumpReLUSAE, list[Tensor]], list[float]]] = {
-        "dense, torch.optim.Adam": train_dense,
-        "fused, FusedSAEAdam": train_fused,
-    }
-    return {name: train(copy.deepcopy(sae), data) for name, train in trainers.items()}
+    makers = {"dense, torch.optim.Adam": dense, "fused, FusedSAEAdam": fused}
+    return {name: losses_of(make, copy.deepcopy(sae), data) for name, make in makers.items()}
 
 
 def largest_difference(losses: dict[str, list[float]]) -> float:

@@ -1,11 +1,5 @@
 """The real peers with our weights behind one interface: sae-lens, eai-sparsify, dictionary-learning; and ours against each.
 
-    for peer in PEERS:
-        if (reason := peer.why_not()) is None:                  # imports the peer; `not_installed` does not
-            made = peer(parameters(shape), shape)
-            made.loss_and_backward(x), made.train_step(x), made.encode(x), made.reconstruct(x)
-            ours = peer.counterpart(parameters(shape), shape)   # the same methods
-
 Only public code of the peers is called, none of it is repeated here. Take one object per measurement: a step changes its
 weights, and its optimiser may keep the gradients. Nothing goes online: they are imported with the Hugging Face Hub and wandb
 switched off, and on a CPU eai-sparsify without its Triton kernel, which needs CUDA.
@@ -27,29 +21,32 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count, repeat
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.contestants import (
+from benchmarks.adapters import (
     LINEAR_ENCODER,
     LR,
-    MANY_STEPS,
     SAME_NAMES,
     WITH_THRESHOLD,
-    Contestant,
+    Adapter,
     Expected,
     Fused,
-    Parameters,
+    check,
     squared_error,
-)
-from benchmarks.shapes import BANDWIDTH, DEVICE, Shape
+)  # fmt: skip
+from benchmarks.baselines import L0_COEFFICIENT, Parameters
+from benchmarks.harness import Call, Provider
+from benchmarks.shapes import BANDWIDTH, DEVICE, HEADLINE, Shape, parameters, tokens
 from fastsae_kernels import reference
+
+MANY_STEPS = 2**30  # of a run: no schedule ends while it is timed
 
 
 def load(module: str) -> Any:
@@ -91,7 +88,7 @@ def _import_failure(module: str) -> str | None:
     return None
 
 
-class Peer(Contestant):
+class Peer(Adapter):
     """A library's SAE of an architecture."""
 
     package: ClassVar[str]
@@ -120,9 +117,9 @@ class Peer(Contestant):
         return failure and f"{cls.package} {cls.version()} cannot be imported ({failure})"
 
     @classmethod
-    def counterpart(cls, parameters: Parameters, shape: Shape, **options: Any) -> Fused:
-        """The same architecture of ours, whose step does the same: clipping and unit norm as the peer's."""
-        return Fused(cls.architecture, cls.adam, parameters, shape, **options)
+    def ours(cls, parameters: Parameters, shape: Shape) -> Fused:
+        """Returns the same architecture of ours, whose step does the same: clipping and unit norm as the peer's."""
+        return Fused(cls.architecture, cls.adam, parameters, shape)
 
 
 class SAELens(Peer):
@@ -155,20 +152,22 @@ class SAELens(Peer):
         return sae
 
     def _loss(self, x: Tensor) -> Tensor:
-        make_input, coefficients = load("sae_lens.saes.sae").TrainStepInput, {"l0": self.l0_coefficient}
+        make_input, coefficients = load("sae_lens.saes.sae").TrainStepInput, {"l0": L0_COEFFICIENT}
         step_input = make_input(x, coefficients, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False)
         return self.module.training_forward_pass(step_input).loss
 
-    def _encode(self, x: Tensor) -> Tensor:
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
         return self._inference.encode(x)
 
-    def _reconstruct(self, x: Tensor) -> Tensor:
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
         return self._inference(x)
 
     def _make_step(self) -> Callable[[Tensor], object]:
         n = self.shape.n_tokens
         # without lr_end its own assertion fails
-        options = {"lr": LR, "lr_end": LR, "device": str(self.device), "autocast": self.bf16}
+        options = {"lr": LR, "lr_end": LR, "device": str(self.device)}
         config = load("sae_lens.config").SAETrainerConfig(MANY_STEPS * n, n, **options)
         return load("sae_lens.training.sae_trainer").SAETrainer(config, self.module, data_provider=repeat(None)).step
 
@@ -180,7 +179,7 @@ class SAELensJumpReLU(SAELens):
     classes = "JumpReLUTrainingSAE", "JumpReLUSAE"
 
     def _make(self) -> nn.Module:
-        return self._build(self.classes[0], jumprelu_bandwidth=BANDWIDTH, l0_coefficient=self.l0_coefficient)
+        return self._build(self.classes[0], jumprelu_bandwidth=BANDWIDTH, l0_coefficient=L0_COEFFICIENT)
 
 
 class SAELensTopK(SAELens):
@@ -206,7 +205,7 @@ class SparsifyTopK(Peer):
     architecture = "topk"
     names: ClassVar = {**LINEAR_ENCODER, "W_dec": "W_dec", "b_dec": "b_dec"}
     adam: ClassVar = {"normalize_decoder": True}
-    always_bf16 = DEVICE == "cuda"
+    trains_in_bf16 = DEVICE == "cuda"
 
     def _make(self) -> nn.Module:
         library = load(self.import_name)
@@ -220,14 +219,14 @@ class SparsifyTopK(Peer):
         """The variance per token: its loss is the sum of squared errors over the batch's total variance."""
         return ((x - x.mean(0)).square().sum() / x.shape[0]).item()
 
-    def _encode(self, x: Tensor) -> Any:
-        return self.module.encode(x)
-
-    def densify(self, encoded: Any) -> Tensor:
-        zeros = encoded.top_acts.new_zeros(encoded.top_acts.shape[0], self.shape.d_sae)
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        encoded = self.module.encode(x)
+        zeros = encoded.top_acts.new_zeros(x.shape[0], self.shape.d_sae)
         return zeros.scatter_(1, encoded.top_indices, encoded.top_acts)
 
-    def _reconstruct(self, x: Tensor) -> Tensor:
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
         encoded = self.module.encode(x)  # its forward would compute the loss too
         return self.module.decode(encoded.top_acts, encoded.top_indices)
 
@@ -243,8 +242,7 @@ class SparsifyTopK(Peer):
 
         def step(x: Tensor) -> float:
             sae.set_decoder_norm_to_unit_norm()
-            with self.autocast():
-                output = sae(x)
+            output = sae(x)
             fired = torch.zeros_like(n_since_fired, dtype=torch.bool)
             fired[output.latent_indices.flatten()] = True
             fvu = output.fvu.item()
@@ -286,31 +284,24 @@ class DictionaryLearning(Peer):
     def _loss(self, x: Tensor) -> Tensor:
         return self._trainer.loss(x, step=0)
 
-    def _encode(self, x: Tensor) -> Tensor:
-        return self.module.encode(x)
-
     def _make_step(self) -> Callable[[Tensor], object]:
         steps = count(1)  # step 0 would set b_dec to a median of the batch
 
         def step(x: Tensor) -> float:
-            with self.autocast():
-                return self._trainer.update(next(steps), x)
+            return self._trainer.update(next(steps), x)
 
         return step
 
 
 class DictionaryLearningJumpReLU(DictionaryLearning):
-    """With our bandwidth, and a penalty whose pull at the shape's L0 is that of `l0_coefficient * L0`.
-
-    It cannot be trained with bf16 weights, only under autocast: its activations are fp32 whatever its weights are.
-    """
+    """With our bandwidth, and a penalty whose pull at the shape's L0 is that of `L0_COEFFICIENT * L0`."""
 
     architecture, names = "jumprelu", WITH_THRESHOLD
     adam: ClassVar = {**DictionaryLearning.adam, "betas": (0.0, 0.999)}
 
     def _make(self) -> nn.Module:
         self._target = self.shape.l0 / 2  # at the shape's L0 itself the penalty would be 0, and its gradient rounding
-        self._penalty_coefficient = self.l0_coefficient * self._target / 2
+        self._penalty_coefficient = L0_COEFFICIENT * self._target / 2
         ae = load(self.import_name).JumpReluAutoEncoder(self.shape.d_in, self.shape.d_sae, self.device).to(self.dtype)
         penalty = {"sparsity_penalty": self._penalty_coefficient, "target_l0": self._target}
         trainer_class = load("dictionary_learning.trainers.jumprelu").JumpReluTrainer
@@ -345,3 +336,33 @@ PEERS: tuple[type[Peer], ...] = (
     SparsifyTopKAdam,
     DictionaryLearningTopK,
 )
+
+# peers take as long as dense PyTorch, and their check with fp64 longer
+PEER_SHAPES = {"cpu": (HEADLINE, "demo"), "cuda": ("gpt2-small x32", "gemma-2-2b 16k")}[DEVICE]
+Action = Literal["loss_and_backward", "train_step", "reconstruct"]
+
+
+def _make(adapter: Callable[..., Adapter], shape: Shape, action: Action) -> Call:
+    return partial(getattr(adapter(parameters(shape), shape), action), tokens(shape))
+
+
+def _provider(adapter: Callable[..., Adapter], shape: Shape, action: Action, skip: Any = None) -> Provider:
+    checks = partial(check, adapter, shape, training=action != "reconstruct")
+    return Provider(partial(_make, adapter, shape, action), checks, "fp32", skip)
+
+
+def _label(peer: type[Peer]) -> str:
+    """The name, and the version where there is one."""
+    package, comma, option = peer.name.partition(", ")
+    return peer.name if peer.not_installed() else f"{package} {peer.version()}{comma}{option}"
+
+
+def peer_providers(shape: Shape, architecture: str, action: Action) -> dict[str, Provider]:
+    """Returns every peer that has the architecture, skipped with a reason where it is not installed."""
+    found = [peer for peer in PEERS if peer.architecture == architecture]
+    return {_label(peer): _provider(peer, shape, action, peer.why_not) for peer in found}
+
+
+def our_provider(shape: Shape, architecture: str, action: Action) -> Provider:
+    """Returns ours, with the options of the first such peer."""
+    return _provider(next(peer for peer in PEERS if peer.architecture == architecture).ours, shape, action)

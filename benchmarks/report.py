@@ -1,7 +1,7 @@
 """Writes what the repository shows of its benchmarks, from the result files alone: `python -m benchmarks.report`.
 
-Only this writes benchmarks/README.md, the block between the README's markers, the figures in the README's sentences, and the
-SVG files in benchmarks/plots. All other words of the README are written by hand.
+It writes the tables between the markers of both READMEs, the figures in their sentences, and the SVG files in benchmarks/plots.
+All words are written by hand.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from benchmarks.drawing import Plot, digest_of, draw, plots
-from benchmarks.headline import figures, readme_block
 from benchmarks.result import ReportError, newest_of_each_machine
-from benchmarks.tables import RUN, benchmarks_readme
+from benchmarks.tables import NONE, all_tables, figures, headline_table
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -24,9 +23,9 @@ BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 OPEN, CLOSE = "<!-- n:", "<!-- /n -->"
 FIGURE = re.compile(rf"{OPEN}(\S+) -->[^<]*{CLOSE}")
 HELP = f"""\
-Writes benchmarks/README.md, the plots in benchmarks/plots, the table between {BEGIN} and
-{END} in README.md and the figures in its sentences, from the newest file of each machine
-in benchmarks/results. A sentence's figure stands between two markers, the first of which names it:
+Writes the plots in benchmarks/plots, and in README.md and benchmarks/README.md the tables between {BEGIN} and
+{END} and the figures of sentences, from the newest file of each machine in benchmarks/results. A sentence's figure
+stands between two markers, the first of which names it:
 
   A step is {OPEN}step/dense-eager-fp32 -->10x{CLOSE} as fast as eager PyTorch.
 
@@ -35,61 +34,50 @@ in benchmarks/results. A sentence's figure stands between two markers, the first
   3. Commit results, tables and plots together.    CI runs: python -m benchmarks.report --check
 
 A plot is drawn again only where its data changed; delete the file to force it. Drawing needs matplotlib
-(pip install -e ".[plots]"), --check does not: each SVG carries a digest of the data that it shows. What a figure
-may be called is said where a README names another."""
-EPILOG = "Exit status: 0 done, or nothing stale; 1 something is stale, or a file cannot be used; 2 wrong arguments."
+(pip install -e ".[plots]"), --check does not: each SVG carries a digest of the data that it shows.
+Exit status: 0 done, or nothing stale; 1 something is stale, or a file cannot be used; 2 wrong arguments."""
 
 
 def texts(folder: Path, readme: Path) -> tuple[dict[Path, str], dict[Path, Plot]]:
-    """What the text files should hold, and the plots, by path.
+    """Returns what the text files should hold, and the plots, by path.
 
     Raises:
-        ReportError: A result file, or the README's markers, cannot be used.
+        ReportError: A result file, or a README's markers, cannot be used.
     """
     results = newest_of_each_machine(folder / "results")
     link = Path(os.path.relpath(folder, readme.parent)).as_posix()
-    expected = {
-        folder / "README.md": benchmarks_readme(results),
-        readme: with_figures(with_block(readme, readme_block(results, link)), readme, figures(results)),
-    }
+    blocks = {folder / "README.md": all_tables(results), readme: headline_table(results, link)}
+    values = figures(results)
+    expected = {path: with_figures(with_block(path, block), path, values) for path, block in blocks.items()}
     return expected, {folder / "plots" / name: plot for name, plot in plots(results).items()}
 
 
 def with_block(readme: Path, block: str) -> str:
-    """The README's text with the block between its markers.
+    """Returns a README's text with the block between its markers.
 
     Raises:
         ReportError: There is no README, or not exactly one pair of markers.
     """
-    text = _read(readme)
-    if text is None:
-        raise ReportError(f"{readme}: no such file")
-    for marker in (BEGIN, END):
-        if text.count(marker) != 1:
-            count = text.count(marker) or "not there"
-            raise ReportError(f"{readme}: the marker {marker} must stand there once; it is {count}")
-    if text.index(END) < text.index(BEGIN):
-        raise ReportError(f"{readme}: {END} stands before {BEGIN}")
-    return f"{text.partition(BEGIN)[0]}{BEGIN}\n{block}{END}{text.partition(END)[2]}"
+    before, begin, rest = _read(readme).partition(BEGIN)
+    old, end, after = rest.partition(END)
+    if not (begin and end) or any(marker in before + old + after for marker in (BEGIN, END)):
+        raise ReportError(f"{readme}: one {BEGIN} and, below it, one {END} must stand there")
+    return f"{before}{BEGIN}\n{block}{END}{after}"
 
 
-def with_figures(text: str, readme: Path, values: dict[str, str | None]) -> str:
-    """The README's text with the figure between each pair of markers.
+def with_figures(text: str, readme: Path, values: dict[str, str]) -> str:
+    """Returns a README's text with the figure between each pair of markers.
 
     Raises:
         ReportError: A marker has no pair, or names what is no figure, or one that the results do not tell.
     """
     names = FIGURE.findall(text)
     if not len(names) == text.count(OPEN) == text.count(CLOSE):
-        raise ReportError(
-            f"{readme}: a figure stands between '{OPEN}NAME -->' and '{CLOSE}', on one of its sides there is none"
-        )
+        raise ReportError(f"{readme}: a figure stands between '{OPEN}NAME -->' and '{CLOSE}'; one of them has no pair")
     for name in names:
         if name not in values:
-            raise ReportError(
-                f"{readme}: there is no figure {name!r}, but there are {', '.join(sorted(values)) or 'none'}"
-            )
-        if values[name] is None:
+            raise ReportError(f"{readme}: there is no figure {name!r}, but there are {', '.join(sorted(values))}")
+        if values[name] == NONE:
             raise ReportError(
                 f"{readme}: the results do not tell the figure {name!r}, because a provider has no time or an unsteady one;"
                 " measure again, or take the sentence out"
@@ -98,8 +86,8 @@ def with_figures(text: str, readme: Path, values: dict[str, str | None]) -> str:
 
 
 def stale_plots(expected: dict[Path, Plot], folder: Path) -> tuple[list[Path], list[Path]]:
-    """Plots to draw, and plots that show what no result has any more. Files that this did not draw are left alone."""
-    found = {path: digest_of(_read(path) or "") for path in sorted(folder.glob("*.svg"))}
+    """Returns plots to draw, and plots that show what no result has any more; files that this did not draw are left alone."""
+    found = {path: digest_of(_read(path)) for path in sorted(folder.glob("*.svg"))}
     to_draw = [path for path, plot in expected.items() if found.get(path) != plot.digest()]
     return to_draw, [path for path, digest in found.items() if digest is not None and path not in expected]
 
@@ -107,55 +95,43 @@ def stale_plots(expected: dict[Path, Plot], folder: Path) -> tuple[list[Path], l
 def main(argv: list[str] | None = None, folder: Path = HERE, readme: Path = README) -> int:
     """Writes or checks; `folder` holds results, plots and README.md of the benchmarks. Returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report",
-        description=HELP,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m benchmarks.report", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing; name what is stale and exit with 1")
-    check = parser.parse_args(argv).check
+    is_check = parser.parse_args(argv).check
     try:
         expected, plotted = texts(folder, readme)
         written = {path: text for path, text in expected.items() if _read(path) != text}
         to_draw, to_remove = stale_plots(plotted, folder / "plots")
-        if check:
-            return _tell_stale([*written, *to_draw], to_remove)
-        _write(written, {path: plotted[path] for path in to_draw}, to_remove)
+        if is_check:
+            return _tell_stale([*written, *to_draw, *to_remove])
+        if to_draw and find_spec("matplotlib") is None:  # before anything is written
+            raise ReportError('the plots need matplotlib: pip install -e ".[plots]"')
     except ReportError as error:
         print(f"benchmarks.report: error: {error}", file=sys.stderr)
         return 1
-    return 0
-
-
-def _tell_stale(changed: list[Path], superfluous: list[Path]) -> int:
-    for path in changed:
-        what = "differs from what the results give" if path.exists() else "is missing"
-        print(f"stale: {path} {what}", file=sys.stderr)
-    for path in superfluous:
-        print(f"stale: {path} shows what no result has", file=sys.stderr)
-    if changed or superfluous:
-        print("Run `python -m benchmarks.report` and commit what it writes.", file=sys.stderr)
-        return 1
-    print("benchmarks.report: tables and plots are what the results give")
-    return 0
-
-
-def _write(texts: dict[Path, str], plots: dict[Path, Plot], to_remove: list[Path]) -> None:
-    if plots and find_spec("matplotlib") is None:  # before anything is written
-        raise ReportError('the plots need matplotlib: pip install -e ".[plots]"')
-    for path, text in {**texts, **{path: draw(plot) for path, plot in plots.items()}}.items():
+    for path, text in {**written, **{path: draw(plotted[path]) for path in to_draw}}.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8", newline="\n")
         print(f"written: {path}")
     for path in to_remove:
         path.unlink()
         print(f"removed: {path}")
-    if not (texts or plots or to_remove):
-        print(f"benchmarks.report: nothing to do; to measure again: {RUN}")
+    return 0
 
 
-def _read(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+def _tell_stale(paths: list[Path]) -> int:
+    for path in paths:
+        print(f"stale: {path}", file=sys.stderr)
+    if paths:
+        print("Run `python -m benchmarks.report` and commit what it writes.", file=sys.stderr)
+        return 1
+    print("benchmarks.report: tables and plots are what the results give")
+    return 0
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 if __name__ == "__main__":

@@ -1,398 +1,277 @@
-"""benchmarks/README.md from results: a table for each operation, and where dense wins."""
+"""The tables of both READMEs, and the figures that stand in their sentences."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from decimal import Decimal
 
-from benchmarks import agreement
-from benchmarks.result import Result, Row, baseline_of, compiled_of, faster_by, fastest
+from benchmarks.allocator import DEFAULT
+from benchmarks.result import Result, Row, baseline_of, compiled_of, faster_by, fastest, lost, max_density
+from benchmarks.shapes import HEADLINE
 
-NONE, ALL = "-", "all"
-NO_GPU = "GPU: not measured."
+NONE = "-"
 LONGEST_REASON = 160
-RUN = "pytest benchmarks/ --full --results benchmarks/results && python -m benchmarks.report"
-INSTALL = 'pip install -e ".[bench,plots]"'
-
-TOP = f"""# Benchmarks
-
-Written by `python -m benchmarks.report` from the newest file of each machine in [results](results): change nothing here by
-hand. `python -m benchmarks.report --check` fails where a table or a plot is not what the results give.
-
-## Run them again
-
-On a CPU (with the versions of `constraints.txt`, those of the machine lines below):
-
-```sh
-{INSTALL} -c constraints.txt && {RUN}
-```
-
-On a machine with a GPU, with the torch build of its driver installed; the shapes are then a GPU's:
-
-```sh
-{INSTALL} && {RUN}
-```
-
-## How to read the tables
-
-- **match**: a provider's numbers are compared with fp64 before its time is taken. `ok`: the error is within its limit. `RED`:
-  it is not, and there is no time. `{NONE}`: nothing to compare, or a baseline that is only a part of the work.
-- **median ± IQR**: the median of the calls of all sessions, and the distance between their quartiles. A whole run passes three to
-  six times over all groups and gives each of them one session in each pass, so that its sessions are minutes apart; in each of
-  them its providers are made anew and take turns, in random order. So the IQR includes how the machine drifts, and another run
-  lies within it: a machine's last table counts how often, where one commit was measured twice. Providers whose calls take a
-  quarter of a second or more take part in every second session. A GPU's caches are emptied before each call. A row is
-  **unsteady** where its IQR exceeds half of its median, though it was measured up to three more times: no ratio, no line of
-  "Where dense wins" and no comparison of two runs rests on it.
-- **allocator**: on a CPU, a provider to which page faults cost time is timed under two settings of the C library's allocator.
-  `default`: glibc gives large tensors back to the system when they are freed, and the next call faults their pages in again.
-  `tuned`: it keeps them (`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1`; 2 MB pages or a preloaded allocator do no better). The
-  median and all ratios are those of the better setting, which the column names, for ours and for every baseline; the next column
-  has the median under the other one.
-- **vs**: how many times as fast as that provider; below 1x it is slower. Ratios to the table's baseline are medians of the
-  turns' ratios, others are ratios of medians.
-- **peak**: memory of the process beyond what a call starts with, each tensor counted while it is alive.
-- **GB/s**: the bytes that the operation has to read and write at least, over the median; the machine line has a copy's rate.
-- **of the floor**: the least time that the products and the bytes of the operation take at this machine's own rates (of a
-  large matrix product, of a copy), as a share of the median: 100 % cannot be beaten without doing less.
-- **cut**: a shape with fewer tokens than a model's own step would have, so that a CPU gets through it.
-"""
-
-Cell = Callable[[Row, list[Row]], str]
+HEADLINES = (
+    HEADLINE,
+    "gemma-2-2b 16k",
+)  # the shapes that may stand in the README, the first that a machine has measured
+STEP, PASSES = "whole step", "forward+backward"
+DENSE = {
+    "dense eager fp32": "dense PyTorch, eager",
+    "dense compiled fp32": "dense PyTorch, `torch.compile`",
+    "dense compiled bf16": "dense PyTorch in bf16, `torch.compile`",
+}
+# the shapes with little to save, of many active features and of few tokens: there each dtype is compared with its own
+HARD = {"half-active": f"{HEADLINE}, half active", "few-tokens": "qwen2.5-7b x8"}
 
 
-@dataclass(frozen=True)
-class Column:
-    """A column of a table; left out where no row fills it, if it may be."""
-
-    title: str
-    cell: Cell
-    is_optional: bool = True
-    is_number: bool = True
-
-
-def digits(value: float, count: int = 3) -> str:
-    """The number with so many significant digits, never in scientific notation: 5,850, 64.0, 0.357."""
-    return f"{Decimal(f'{value:.{count - 1}e}'):,f}"
+def digits(value: float | None, count: int = 3, unit: str = "") -> str:
+    """Returns the number with so many significant digits, never in scientific notation: 5,850, 64.0, 0.357."""
+    return NONE if value is None else f"{Decimal(f'{value:.{count - 1}e}'):,f}{unit}"
 
 
 def plain(value: float) -> str:
-    """A size: 16,384, 1,048,576, 12.5."""
+    """Returns a size: 16,384, 1,048,576, 12.5."""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,g}"
 
 
 def times_as_fast(ratio: float | None) -> str:
-    """18x, 4.1x, 0.91x; 118x keeps its third digit."""
-    return NONE if ratio is None else f"{digits(ratio, 3 if ratio >= 100 else 2)}x"
+    """Returns 18x, 4.1x, 0.91x; 118x keeps its third digit."""
+    return digits(ratio, 3 if ratio and ratio >= 100 else 2, "x")
 
 
-def milliseconds(row: Row) -> str:
-    return NONE if row.median_s is None else f"{digits(row.median_s * 1e3)} ms"
+def milliseconds(row: Row | None) -> str:
+    return NONE if row is None or row.median_s is None else digits(row.ms, unit=" ms")
 
 
-def match(row: Row) -> str:
-    """Whether the provider's numbers are right, or why it has no time."""
-    if row.status == "ok":
-        return NONE if row.error is None else "ok"
+def why_no_time(row: Row) -> str:
     reason = " ".join((row.reason or "no reason given").split())
     short = reason if len(reason) <= LONGEST_REASON else reason[: LONGEST_REASON - 1] + "…"
     return f"{'RED' if row.status == 'red' else 'skipped'}: {short}"
 
 
-def table(titles: list[str], rows: Iterable[list[str]], numbers: Iterable[int] = ()) -> str:
-    """A Markdown table; the columns in `numbers` are aligned to the right."""
-    right = set(numbers)
-    rule = ["--:" if i in right else "---" for i in range(len(titles))]
+def table(titles: list[str], rows: Iterable[list[str]], n_words: int = 1) -> str:
+    """Returns a Markdown table, whose first `n_words` columns are aligned to the left and the others to the right."""
+    rule = ["---" if i < n_words else "--:" for i in range(len(titles))]
     lines = [titles, rule, *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
 def sizes(row: Row) -> str:
-    """The shape in words."""
+    """Returns the shape in words."""
     return f"{row.n_tokens:,} tokens, d_in {row.d_in:,}, d_sae {row.d_sae:,}, L0 {plain(row.l0)}"
 
 
-def shape_label(row: Row, clashes: set[str]) -> str:
-    """The shape's name; with its sizes where the name has several."""
-    name = row.shape + (" (cut)" if row.is_cut else "")
-    return f"{name}: {sizes(row)}" if row.shape in clashes else name
+def constant_sizes(rows: list[Row]) -> str:
+    """Returns the sizes that all rows share."""
+    names = {"{} tokens": "n_tokens", "d_in {}": "d_in", "d_sae {}": "d_sae", "L0 {}": "l0"}
+    found = {words: {getattr(row, name) for row in rows} for words, name in names.items()}
+    return ", ".join(words.format(plain(*values)) for words, values in found.items() if len(values) == 1)
 
 
-def shapes(result: Result) -> dict[str, set[tuple[float, ...]]]:
-    """Every size that goes by a name; scaling has its own axis."""
-    found: dict[str, set[tuple[float, ...]]] = {}
-    for row in result.rows:
-        if not row.operation.startswith("scaling"):
-            found.setdefault(row.shape, set()).add((row.n_tokens, row.d_in, row.d_sae, row.l0))
-    return found
+def shape_name(row: Row) -> str:
+    return row.shape + (" (cut)" if row.is_cut else "")
 
 
-def machine_line(result: Result) -> str:
-    """Hardware, versions, rates, commit, date and duration."""
-    m = result.machine
-    rates = [f"copies {digits(m.copy_gb_per_s)} GB/s"] if m.copy_gb_per_s else []
-    products = [f"{digits(rate)} TFLOP/s in {dtype}" for dtype, rate in (m.gemm_tflop_per_s or {}).items() if rate]
-    rates += [f"products {' and '.join(products)}"] if products else []
-    rates += clocks(result)
-    versions = [f"Python {m.python}", f"torch {m.torch}"]
-    versions += [f"{name} {version}" for name, version in {"Triton": m.triton, "CUDA": m.cuda}.items() if version]
-    run = f"{result.commits}, {result.date}, {digits(result.seconds)} s in all"
-    return "; ".join([", ".join([m.name, *rates]), ", ".join(versions), run]) + "."
+# ---- benchmarks/README.md
 
 
-def clocks(result: Result) -> list[str]:
-    """What the clock showed after the groups of the run, or at its end."""
-    found = [row.clock_mhz for row in result.rows if row.clock_mhz] or [result.machine.clock_mhz or 0]
-    low, high = round(min(found)), round(max(found))
-    return [f"{low:,} MHz" if low == high else f"{low:,} to {high:,} MHz"] if high else []
-
-
-def benchmarks_readme(results: list[Result]) -> str:
-    """All of benchmarks/README.md."""
-    gpus, cpus = ([r for r in results if (r.machine.gpu is not None) == has_gpu] for has_gpu in (True, False))
-    parts = [TOP, *map(machine_section, cpus)]
-    parts += map(machine_section, gpus) if gpus else [f"## GPU\n\n{NO_GPU}\n"]
-    return "\n".join(parts)
+def all_tables(results: list[Result]) -> str:
+    """Returns what stands between the markers of benchmarks/README.md."""
+    ordered = sorted(results, key=lambda result: result.machine.gpu is not None)
+    return "\n".join(map(machine_section, ordered))
 
 
 def machine_section(result: Result) -> str:
-    """Everything that one machine measured."""
+    """Returns everything that one machine measured."""
     heading = f"## {'GPU' if result.machine.gpu else 'CPU'}: {result.machine.name}\n"
     source = f"{machine_line(result)} From [{result.path.name}](results/{result.path.name}).\n"
     operations = [operation_section(result, operation) for operation in result.operations()]
-    repeat = [repeat_section(result, result.repeated)] if result.repeated else []
-    return "\n".join([heading, source, shapes_section(result), *operations, where_dense_wins(result), *repeat])
+    return "\n".join([heading, source, shapes_table(result), *operations, where_dense_wins(result)])
 
 
-def shapes_section(result: Result) -> str:
-    """What the names of shapes stand for."""
-    rows = {
-        (row.shape, row.n_tokens, row.d_in, row.d_sae, row.l0): row
-        for row in result.rows
-        if not row.operation.startswith("scaling")
-    }
-    if not rows:
-        return ""
-    cells = [
-        [
-            row.shape + (" (cut)" if row.is_cut else ""),
-            *map(plain, (row.n_tokens, row.d_in, row.d_sae, row.l0)),
-            digits(row.n_tokens * row.d_sae * 4 / 2**20),
-        ]
-        for row in rows.values()
-    ]
+def machine_line(result: Result) -> str:
+    """Returns hardware, rates, versions, commits, date and duration."""
+    m, products = result.machine, result.machine.gemm_tflop_per_s
+    rates = [f"copies {digits(m.copy_gb_per_s)} GB/s"] if m.copy_gb_per_s else []
+    rates += [f"products {' and '.join(f'{digits(products[d])} TFLOP/s in {d}' for d in products)}"] if products else []
+    if clocks := [round(row.clock_mhz) for row in result.rows if row.clock_mhz]:
+        low, high = min(clocks), max(clocks)
+        rates.append(f"{low:,} MHz" if low == high else f"{low:,} to {high:,} MHz")
+    run = f"{result.commits}, {result.date}, {digits(result.seconds)} s in all"
+    return "; ".join([", ".join([m.name, *rates]), f"Python {m.python}, {m.versions}", run]) + "."
+
+
+def shapes_table(result: Result) -> str:
+    """Returns what the names of shapes stand for; a series has its own axis."""
+    rows = {shape_name(row): row for row in result.rows if not row.operation.startswith("scaling")}
     titles = ["shape", "tokens", "d_in", "d_sae", "L0", "one dense fp32 tensor, tokens x d_sae, MiB"]
-    return table(titles, cells, range(1, 6))
+    lines = [
+        [name, *map(plain, (r.n_tokens, r.d_in, r.d_sae, r.l0)), digits(r.n_tokens * r.d_sae * 4 / 2**20)]
+        for name, r in rows.items()
+    ]
+    return table(titles, lines)
 
 
 def operation_section(result: Result, operation: str) -> str:
-    """The tables of one operation, one for each baseline, and its plot."""
-    groups, clashes = result.groups(), {name for name, found in shapes(result).items() if len(found) > 1}
-    by_baseline: dict[str | None, list[Row]] = {}
-    for row in result.rows_of(operation):
-        by_baseline.setdefault(_baseline_name(row, groups[operation, row.group]), []).append(row)
-    is_scaling = operation.startswith("scaling")
-    parts = [f"### {operation[0].upper()}{operation[1:]}\n"]
-    if is_scaling:
-        parts.append(f"{constant_sizes(result.rows_of(operation))}.\n")
-    for baseline, rows in by_baseline.items():
-        columns = _columns(baseline, operation.removeprefix("scaling with ") if is_scaling else None, clashes)
-        parts.append(_filled(columns, rows, groups))
+    """Returns the tables of one operation, one for each baseline, and its plot."""
+    groups, rows, axis = result.groups(), result.rows_of(operation), operation.partition("scaling with ")[2]
+    parts = [f"### {operation[0].upper()}{operation[1:]}\n", *([f"{constant_sizes(rows)}.\n"] if axis else [])]
+    for baseline in dict.fromkeys(row.baseline for row in rows):
+        cells = columns(axis, baseline)
+        same = [row for row in rows if row.baseline == baseline]
+        titles, lines = list(cells), [[cell(row, groups[row.group]) for cell in cells.values()] for row in same]
+        filled = [i for i in range(len(titles)) if {line[i] for line in lines} != {NONE}]
+        parts.append(table([titles[i] for i in filled], [[line[i] for i in filled] for line in lines], 3))
     if has_plot(result, operation):
-        name = plot_name(result, operation)
-        parts.append(f"![{operation}: medians by provider](plots/{name})\n")
+        parts.append(f"![{operation}: medians by provider](plots/{result.file_name_of(operation)})\n")
     return "\n".join(parts)
 
 
-def constant_sizes(rows: list[Row]) -> str:
-    """The sizes that all rows share."""
-    names = {"tokens": "n_tokens", "d_in": "d_in", "d_sae": "d_sae", "L0": "l0"}
-    values = {name: {getattr(row, attribute) for row in rows} for name, attribute in names.items()}
-    same = {name: found.pop() for name, found in values.items() if len(found) == 1}
-    return ", ".join(
-        f"{plain(value)} tokens" if name == "tokens" else f"{name} {plain(value)}" for name, value in same.items()
-    )
+def columns(axis: str, baseline: str) -> dict[str, Callable[[Row, list[Row]], str]]:
+    """Returns each column's title and cell; a column that no row fills is left out."""
+    return {
+        axis or "shape": lambda row, _: shape_name(row) if row.x is None else plain(row.x),
+        "dtype": lambda row, _: row.dtype or NONE,
+        "provider": lambda row, _: row.provider,
+        "median ± IQR, ms": lambda row, _: median(row),
+        "with the other allocator setting": lambda row, _: other_median(row),
+        f"vs {baseline}": lambda row, group: times_as_fast(faster_by(row, baseline_of(row, group))),
+        "vs dense compiled, same dtype": lambda row, group: times_as_fast(faster_by(row, compiled_of(row, group))),
+        "peak, MiB": lambda row, _: digits(row.peak_mib),
+        "of the floor": lambda row, _: share_of(row.floor_s, row),
+        "of the floor with gathers": lambda row, _: share_of(row.gather_floor_s, row),
+        "error / limit": lambda row, _: error_share(row),
+    }
 
 
-def plot_name(result: Result, operation: str) -> str:
-    """File name of the plot of an operation."""
-    return f"{result.machine.slug}_{re.sub('[^a-zA-Z0-9_]+', '-', operation)}.svg"
+def median(row: Row) -> str:
+    if row.median_s is None:
+        return why_no_time(row)
+    spread = "" if row.iqr_s is None else f" ± {digits(row.iqr_s * 1e3)}"
+    return digits(row.ms) + spread + (" (unsteady)" if row.is_unsteady else "")
+
+
+def other_median(row: Row) -> str:
+    if row.other_median_s is None:
+        return NONE
+    return f"{digits(row.other_median_s * 1e3)} ({'tuned' if row.allocator == DEFAULT else 'default'})"
+
+
+def share_of(floor_s: float | None, row: Row) -> str:
+    return NONE if floor_s is None or row.median_s is None else digits(100 * floor_s / row.median_s, unit=" %")
+
+
+def error_share(row: Row) -> str:
+    return NONE if row.error is None or not row.error_limit else digits(row.error / row.error_limit, 2)
 
 
 def has_plot(result: Result, operation: str) -> bool:
-    """Whether there is anything to draw: the trainer's overhead is one number."""
+    """Returns whether there is anything to draw: the trainer's overhead is one number."""
     return operation != "trainer overhead" and any(row.median_s is not None for row in result.rows_of(operation))
 
 
-def _baseline_name(row: Row, group: list[Row]) -> str | None:
-    """Of the row, or of its group where the row, often the baseline itself, names none."""
-    return row.baseline or next((other.baseline for other in group if other.baseline), None)
-
-
-def _columns(baseline: str | None, x_title: str | None, clashes: set[str]) -> list[Column]:
-    def first(row: Row, group: list[Row]) -> str:
-        return shape_label(row, clashes) if x_title is None or row.x is None else plain(row.x)
-
-    return [
-        Column(x_title or "shape", first, is_optional=False, is_number=x_title is not None),
-        Column("dtype", lambda row, group: row.dtype or NONE, is_number=False),
-        Column("provider", lambda row, group: row.provider, is_optional=False, is_number=False),
-        Column("median ± IQR, ms", lambda row, group: _median(row), is_optional=False),
-        Column("allocator", lambda row, group: row.allocator or NONE, is_number=False),
-        Column("under the other, ms", lambda row, group: _other_median(row)),
-        Column("overhead", lambda row, group: NONE if row.overhead is None else f"{row.overhead * 100:+.1f} %"),
-        Column(f"vs {baseline}", lambda row, group: times_as_fast(faster_by(row, baseline_of(row, group)))),
-        Column(
-            "vs dense compiled, same dtype", lambda row, group: times_as_fast(faster_by(row, compiled_of(row, group)))
-        ),
-        Column("peak, MiB", lambda row, group: NONE if row.peak_mib is None else digits(row.peak_mib)),
-        Column("GB/s", lambda row, group: _rate(row)),
-        Column("of the floor", lambda row, group: _share_of_floor(row)),
-        Column("error", lambda row, group: _error(row.error), is_optional=False),
-        Column("match", lambda row, group: match(row), is_optional=False, is_number=False),
-    ]
-
-
-def _filled(columns: list[Column], rows: list[Row], groups: dict[tuple[str, str], list[Row]]) -> str:
-    cells = [[column.cell(row, groups[row.operation, row.group]) for row in rows] for column in columns]
-    kept = [i for i, column in enumerate(columns) if not column.is_optional or set(cells[i]) != {NONE}]
-    numbers = [place for place, i in enumerate(kept) if columns[i].is_number]
-    lines = [[cells[i][line] for i in kept] for line in range(len(rows))]
-    return table([columns[i].title for i in kept], lines, numbers)
-
-
-def _median(row: Row) -> str:
-    if row.median_s is None:
-        return NONE
-    spread = "" if row.iqr_s is None else f" ± {digits(row.iqr_s * 1e3)}"
-    return digits(row.median_s * 1e3) + spread + (" (unsteady)" if row.is_unsteady else "")
-
-
-def _other_median(row: Row) -> str:
-    return NONE if row.other_median_s is None else digits(row.other_median_s * 1e3)
-
-
-def _error(error: float | None) -> str:
-    return NONE if error is None else f"{error:.2e}" if math.isfinite(error) else str(error)
-
-
-def _rate(row: Row) -> str:
-    return NONE if not row.least_bytes or row.median_s is None else digits(row.least_bytes / row.median_s / 1e9)
-
-
-def _share_of_floor(row: Row) -> str:
-    if row.floor_s is None or row.median_s is None:
-        return NONE
-    return f"{digits(100 * row.floor_s / row.median_s)} %"
-
-
 def where_dense_wins(result: Result) -> str:
-    """Every group and dtype in which dense PyTorch or another library has a lower median than the best fused provider.
-
-    Rows that are unsteady are left out, and counted.
-    """
-    from fastsae_kernels.activity import MAX_DENSITY
-
-    parts = ["### Where dense wins\n"]
-    lost = lost_cases(result)
-    if lost:
-        titles = ["group", "dtype", "L0 / d_sae", "faster", "ms", "best fused", "ms", "fused vs it"]
-        parts += ["Against the fastest fused provider in the same dtype:\n", table(titles, lost, (2, 4, 6, 7))]
-    else:
-        parts.append("Nowhere: in every group the fastest fused provider leads those of its dtype.\n")
-    if unsteady := sum(row.is_unsteady for row in result.rows):
-        parts.append(f"Left out, as everywhere: {unsteady} unsteady row{'' if unsteady == 1 else 's'}.\n")
-    parts.append(
-        f"The ops of a step take the sparse path while the share of active features, L0 / d_sae, is at most"
-        f" {MAX_DENSITY['cpu']:g} on a CPU and {MAX_DENSITY['cuda']:g} on a GPU (`fastsae_kernels.dispatch.MAX_DENSITY`);"
-        f" beyond it they take the dense path in tiles by themselves (`dense in tiles` is that path, asked for).\n"
-    )
-    return "\n".join(parts)
-
-
-def lost_cases(result: Result) -> list[list[str]]:
-    """The lines of that table."""
-    return [line for group in result.groups().values() for line in _lost(group)]
-
-
-def repeat_section(result: Result, before: Result) -> str:
-    """How many medians and ratios of two runs of one commit agree, and those that do not."""
-    found = agreement.medians(result), agreement.ratios(result)
+    """Returns every group and dtype in which dense PyTorch or another library is faster than the fastest of ours."""
+    titles = ["group", "dtype", "faster", "fastest of ours", "L0 / d_sae", "its ms", "our ms", "fastsae vs it"]
     lines = [
-        [operation, *(cell for pairs in found for cell in _agreement(pairs, operation))]
-        for operation in [*result.operations(), ALL]
+        [
+            theirs.group,
+            theirs.dtype,
+            theirs.provider,
+            ours.provider if ours.status == "ok" else f"{ours.provider} ({ours.status})",
+            digits(theirs.l0 / theirs.d_sae, 2),
+            digits(theirs.ms),
+            NONE if ours.median_s is None else digits(ours.ms),
+            times_as_fast(theirs.ms / ours.ms if ours.median_s else None),
+        ]
+        for theirs, ours in lost(result)
     ]
-    columns = (" agree", " apart, mid", ", IQR, mid")
-    titles = ["operation", *(figure + column for figure in ("medians", "ratios") for column in columns)]
-    text = (
-        f"The same code was measured before ([{before.path.name}](results/{before.path.name}), {digits(before.seconds)} s). Two"
-        f" medians, or two ratios to a group's baseline, agree where they are no further apart than the larger of their IQRs (of"
-        f" three calls, which slow providers have, that is the whole range). `mid`: of half of them, at most.\n"
-    )
-    parts = ["### Two runs\n", text, table(titles, [line for line in lines if set(line[1:]) != {NONE}], range(1, 7))]
-    apart = [
-        _apart_line(pair, kind)
-        for pairs, kind in zip(found, ("median", "ratio"), strict=True)
-        for pair in pairs
-        if not pair.agrees
+    return f"### Where dense wins\n\n{table(titles, lines, 4) if lines else 'Nowhere.'}"
+
+
+# ---- README.md
+
+
+def headline(results: list[Result]) -> tuple[Result, str] | None:
+    """Returns the machine and the shape to show: results come with those that have a GPU first."""
+    for result in results:
+        for shape in HEADLINES:
+            if any(row.kind == "fused" for row in result.rows_of(STEP, shape)):
+                return result, shape
+    return None
+
+
+def headline_table(results: list[Result], folder: str) -> str:
+    """Returns what stands between the README's markers; `folder` is the benchmarks' folder as the README links to it."""
+    if (found := headline(results)) is None:
+        return f"No result file has a whole step at {' or '.join(HEADLINES)}: not measured.\n"
+    result, shape = found
+    steps = result.rows_of(STEP, shape)
+    ours = ours_in(steps)
+    rows = {f"**fastsae**, `{ours.provider}`": ours} if ours else {}
+    rows |= {f"`{row.provider}`": row for row in steps if row.kind == "fused" and row.status != "ok"}
+    rows |= {DENSE[row.provider]: row for row in steps if row.provider in DENSE}
+    rows |= {row.provider: row for row in steps if row.kind == "peer"}
+    lines = [
+        [
+            name,
+            why_no_time(row) if row.median_s is None else milliseconds(row) + " (unsteady)" * row.is_unsteady,
+            NONE if row is ours else times_as_fast(faster_by(ours, row)),
+            digits(row.peak_mib),
+            milliseconds_by_default(row),
+        ]
+        for name, row in rows.items()
     ]
-    if apart:
-        titles = ["group", "provider", "figure", "this run", "the one before", "larger IQR"]
-        parts += ["Those that do not agree:\n", table(titles, apart, range(3, 6))]
-    return "\n".join(parts)
+    titles = ["", "a training step", "fastsae vs it", "peak MiB", "with glibc's default allocator"]
+    plot = f"![{STEP}: medians by provider]({folder}/plots/{result.file_name_of(STEP)})"
+    cut = f", a cut of {shape}" if steps[0].is_cut else ""
+    source = f"{result.commits}, {result.date} ([result]({folder}/results/{result.path.name}))"
+    caption = f"A step of {sizes(steps[0])}{cut} on {result.machine.name}; torch {result.machine.torch}; {source}."
+    return f"{table(titles, lines)}\n{plot}\n\n{caption}\n"
 
 
-def _apart_line(pair: agreement.Pair, kind: str) -> list[str]:
-    row, is_median = pair.row, kind == "median"
-    figures = (pair.now, pair.before, pair.iqr)
-    cells = [f"{digits(1e3 * value)} ms" if is_median else f"{digits(value)}x" for value in figures]
-    return [group_label(row), row.provider, kind, *cells]
+def milliseconds_by_default(row: Row) -> str:
+    """Returns the median under the allocator's default setting, where the row was timed under both."""
+    seconds = row.median_s if row.allocator == DEFAULT else row.other_median_s
+    return NONE if row.allocator is None or seconds is None else digits(seconds * 1e3, unit=" ms")
 
 
-def _agreement(pairs: list[agreement.Pair], operation: str) -> list[str]:
-    chosen = [pair for pair in pairs if operation in (pair.row.operation, ALL)]
-    if not chosen:
-        return [NONE] * 3
-    return [agreement.count(chosen), *(f"{digits(100 * share, 2)} %" for share in agreement.middle(chosen))]
+def ours_in(rows: list[Row]) -> Row | None:
+    """Returns the plain fused provider in fp32; the fastest where that has no time, or another name."""
+    ours = [row for row in rows if row.kind == "fused" and row.dtype == "fp32"]
+    return fastest([row for row in ours if row.provider == "fused fp32"]) or fastest(ours)
 
 
-def _lost(group: list[Row]) -> list[list[str]]:
-    """A line for each dtype and rival; our dense path, asked for, is a rival of its own: dispatch should have taken it."""
-    lines = []
-    for dtype in dict.fromkeys(row.dtype for row in group if row.kind == "fused"):
-        same = [row for row in group if row.dtype == dtype]
-        fused = fastest([row for row in same if row.kind == "fused"])
-        for kinds in (("dense", "peer"), ("tiles",)):
-            rival = fastest([row for row in same if row.kind in kinds])
-            if fused is None and any(row.is_unsteady for row in same if row.kind == "fused"):
-                continue
-            if rival is not None and (fused is None or _seconds(fused) > _seconds(rival)):
-                lines.append(_lost_line(same, rival, fused))
-    return lines
+def figures(results: list[Result]) -> dict[str, str]:
+    """Returns the numbers that sentences can hold, by name; `-` where the results do not tell.
+
+    `step` and `pass` are our median in fp32, `step/PROVIDER` how many times as fast as a provider that is, `step/peak` the MiB
+    that it takes; `half-active/PROVIDER` and `few-tokens/PROVIDER` are ratios of a pass to a provider in the same dtype.
+    """
+    if (shown := headline(results)) is None:
+        return {}
+    result, shape = shown
+    found = {
+        "machine": result.machine.name,
+        "max-density": f"{100 * max_density(result.machine):g} %",
+        "cases-that-dense-wins": str(len(lost(result))),
+        "unsteady-rows": str(sum(row.is_unsteady for row in result.rows)),
+    }
+    for name, operation in {"step": STEP, "pass": PASSES}.items():
+        rows = result.rows_of(operation, shape)
+        ours = ours_in(rows)
+        found |= {name: milliseconds(ours), f"{name}/peak": digits(ours.peak_mib if ours else None, unit=" MiB")}
+        found |= {f"{name}/{slug(row)}": times_as_fast(faster_by(ours, row)) for row in rows if row.kind != "fused"}
+    for name, hard in HARD.items():
+        rows = result.rows_of(PASSES, hard)
+        for row in (row for row in rows if row.kind != "fused"):
+            ours = fastest([r for r in rows if r.kind == "fused" and r.dtype == row.dtype])
+            found[f"{name}/{slug(row)}"] = times_as_fast(faster_by(ours, row))
+    return found
 
 
-def group_label(row: Row) -> str:
-    """The group with its operation."""
-    return row.group if row.group.startswith(row.operation) else f"{row.operation}: {row.group}"
-
-
-def _lost_line(rows: list[Row], rival: Row, fused: Row | None) -> list[str]:
-    label = group_label(rival)
-    theirs = [digits(rival.density, 2), rival.provider, digits(_seconds(rival) * 1e3)]
-    if fused is None:
-        return [label, rival.dtype or NONE, *theirs, _why_none(rows), NONE, NONE]
-    ours = [fused.provider, digits(_seconds(fused) * 1e3), times_as_fast(_seconds(rival) / _seconds(fused))]
-    return [label, rival.dtype or NONE, *theirs, *ours]
-
-
-def _seconds(row: Row) -> float:
-    assert row.median_s is not None
-    return row.median_s
-
-
-def _why_none(rows: list[Row]) -> str:
-    """Why no fused provider has a time."""
-    return "; ".join(f"{row.provider} ({row.status})" for row in rows if row.kind == "fused")
+def slug(row: Row) -> str:
+    """Returns the provider's name without its version, as a part of a figure's: `dense-eager-fp32`, `eai-sparsify-Adam`."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", re.sub(r" v?\d+(\.\w+)+", "", row.provider))

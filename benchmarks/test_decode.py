@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastsae_kernels as kernels
-from benchmarks.floor import Work
-from benchmarks.harness import Call, Case, Provider, cases_and_providers
+from benchmarks.floor import DTYPES, Work, gathered_bytes
+from benchmarks.harness import Case, Provider, cases_and_providers
 from benchmarks.shapes import DEVICE, HEADLINE, SHAPES, Shape
 from fastsae_kernels import SparseActs
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DECODE_SHAPES = {"cpu": (HEADLINE, "demo"), "cuda": ("gemma-2-2b 65k", "llama-3.1-8b x32")}[DEVICE]
 CHECKED_TOKENS = 64
 
@@ -65,10 +64,6 @@ def fused(s: Shape, dtype: torch.dtype) -> Callable[[], Tensor]:
 DECODERS = {"dense eager": dense_product, "embedding_bag": embedding_bag, "fused": fused}
 
 
-def make(name: str, s: Shape, dtype: torch.dtype) -> Call:
-    return torch.no_grad()(DECODERS[name](s, dtype))
-
-
 def error_of(name: str, s: Shape, dtype: torch.dtype) -> float:
     p = problem(s, dtype)
     exact = p.acts.to_dense()[:CHECKED_TOKENS].double() @ p.W_dec.double() + p.b_dec.double()
@@ -82,15 +77,19 @@ def check(name: str, s: Shape, dtype: torch.dtype) -> tuple[float, float]:
 
 def work(s: Shape, dtype: str) -> Work:
     """Every decoder row is read once at least, every row of the result written."""
-    return Work(0, dtype, (s.d_sae + s.n_tokens) * s.d_in * DTYPES[dtype].itemsize + s.n_tokens * s.l0 * 8)
+    n_bytes = (s.d_sae + s.n_tokens) * s.d_in * DTYPES[dtype].itemsize + s.n_tokens * s.l0 * 8
+    return Work(0, dtype, n_bytes, gathered_bytes(s, dtype, 1))
 
 
 def case(shape_name: str, dtype: str) -> Case:
     arguments = (SHAPES[shape_name], DTYPES[dtype])
-    providers = {name: Provider(partial(make, name, *arguments), partial(check, name, *arguments)) for name in DECODERS}
+    providers = {
+        name: Provider(lambda make=make: torch.no_grad()(make(*arguments)), partial(check, name, *arguments))
+        for name, make in DECODERS.items()
+    }
     return Case("decode", shape_name, SHAPES[shape_name], providers, dtype, partial(work, SHAPES[shape_name]))
 
 
-@cases_and_providers([case(shape_name, dtype) for shape_name in DECODE_SHAPES for dtype in DTYPES])
+@cases_and_providers([case(shape_name, dtype) for shape_name in DECODE_SHAPES for dtype in ("fp32", "bf16")])
 def test_decode(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
     timed(case, provider)

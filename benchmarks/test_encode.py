@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import fastsae_kernels as kernels
-from benchmarks.floor import Work, encode_work
+from benchmarks.floor import DTYPES, encode_work
 from benchmarks.harness import Call, Case, Provider, cases_and_providers
 from benchmarks.shapes import DEVICE, GPU_SHAPES, HEADLINE, SHAPES, Shape, threshold_for
 from fastsae_kernels import SparseActs
@@ -35,7 +35,6 @@ ENCODE_SHAPES = {
         "gemma-2-2b 65k, one token": Shape(1, 2304, 65536, 64),
     },
 }[DEVICE]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHECKED_TOKENS = 64  # compared with fp64, whose product of all tokens would not fit
 
 
@@ -96,20 +95,10 @@ def fused_batch_topk(p: Problem) -> SparseActs:
     return kernels.encode(p.x, p.W_enc, p.b_enc, p.threshold, k=p.k, batch_topk=True)
 
 
-def by_rival(name: str, p: Problem) -> SparseActs:
-    """The fused op, forced to one of a GPU's ways to list entries."""
-    from fastsae_kernels.gpu.rivals import use_rival
-
-    with use_rival(name):
-        return fused(p)
-
-
 # operation -> its providers, the first of which the ratios refer to
 Encoders = dict[str, Callable[[Problem], Any]]
-RIVALS = {f"fused, {name}": partial(by_rival, name) for name in ("pointer", "persistent", "chunks")}
 OPERATIONS: dict[str, Encoders] = {
-    "encode": {"product alone": product, "dense eager": dense_threshold, "fused": fused}
-    | (RIVALS if DEVICE == "cuda" else {}),
+    "encode": {"product alone": product, "dense eager": dense_threshold, "fused": fused},
     "top-k": {"dense eager, torch.topk": dense_topk, "fused": fused_topk},
     "batch top-k": {"dense eager, flat torch.topk": dense_batch_topk, "fused": fused_batch_topk},
 }
@@ -167,7 +156,7 @@ CASES = [
     case(operation, shape_name, dtype)
     for operation in OPERATIONS
     for shape_name in ENCODE_SHAPES
-    for dtype in (DTYPES if DEVICE == "cpu" else ["bf16"])
+    for dtype in (("fp32", "bf16") if DEVICE == "cpu" else ("bf16",))
     # a large batch's flat torch.topk takes seconds
     if operation != "batch top-k" or not ("token" in shape_name or shape_name == HEADLINE)
 ]
@@ -175,27 +164,4 @@ CASES = [
 
 @cases_and_providers(CASES)
 def test_encode(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
-    timed(case, provider)
-
-
-def latency() -> Case:
-    """A call of 32 tokens is bound by reading the weights; a copy reads and writes, so reading once is half of it."""
-    shape = ENCODE_SHAPES["gemma-2-2b 65k, 32 tokens"]
-    assert shape is not None
-
-    def copy() -> Call:
-        weight = problem(shape, torch.bfloat16, False).weight
-        return partial(torch.empty_like(weight).copy_, weight)
-
-    arguments = (fused, shape, torch.bfloat16, False)
-    providers = {
-        "copy of W_enc": Provider(copy),
-        "fused": Provider(partial(make, *arguments), partial(check, *arguments)),
-    }
-    work = Work(0, "bf16", shape.d_in * shape.d_sae * 2)
-    return Case("latency of encode", "gemma-2-2b 65k, 32 tokens", shape, providers, "bf16", lambda _: work)
-
-
-@cases_and_providers([latency()] if DEVICE == "cuda" else [])
-def test_latency(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
     timed(case, provider)

@@ -19,9 +19,9 @@ PROVIDER = "fastsae train"
 PROGRAM = """
 import json, pathlib, sys
 from fastsae.cli import main
-from benchmarks.memory import peak_mib
+from benchmarks.peak import process_peak_mib
 status = main(sys.argv[2:])
-pathlib.Path(sys.argv[1]).write_text(json.dumps(peak_mib()))
+pathlib.Path(sys.argv[1]).write_text(json.dumps(process_peak_mib()))
 sys.exit(status)
 """
 CASE = Case("epoch", "embedded model", CPU_SHAPES["demo"], {PROVIDER: Provider(lambda: lambda: None)}, "fp32")
@@ -38,7 +38,7 @@ def test_epoch(benchmark, request, timed_rows, case: Case, provider: str, tmp_pa
     row = case.row(provider) | described(metrics)
     timed_rows.append(row)
     assert row["status"] == "ok", row["reason"]
-    row |= {"median_s": seconds, "rounds": 1, "peak_mib": json.loads((tmp_path / "peak").read_text())}
+    row |= {"median_s": seconds, "rounds": 1, "calls": 1, "peak_mib": json.loads((tmp_path / "peak").read_text())}
     benchmark.group = case.group
     replay(benchmark, [seconds])
 

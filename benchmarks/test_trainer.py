@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.harness import Call, Case, Provider, cases_and_providers
 from benchmarks.shapes import DEVICE, SHAPES, Shape, tokens
-from benchmarks.test_whole_step import make_sae
+from benchmarks.steps import fused_step, make_sae
 from fastsae import FusedSAEAdam
 from fastsae.data.buffer import ActivationBatch
 from fastsae.train.config import TrainConfig
@@ -49,14 +49,8 @@ def alone(shape: Shape) -> Call:
     config, sae, x = config_of(shape), make_sae(shape), tokens(shape)
     optimizer = FusedSAEAdam(sae, lr=LR, max_grad_norm=config.clip_norm, normalize_decoder=config.normalize_decoder)
 
-    def run() -> None:
-        for _ in range(STEPS):
-            output = sae.training_forward(x, 1.0, "quadratic", target_l0=TARGET_L0)
-            optimizer.zero_grad()
-            optimizer.backward(output.loss)
-            optimizer.step()
-
-    return run
+    step = fused_step(lambda x: sae.training_forward(x, 1.0, "quadratic", target_l0=TARGET_L0).loss, optimizer)
+    return lambda: [step(x) for _ in range(STEPS)]
 
 
 def case(shape_name: str) -> Case:

@@ -18,23 +18,25 @@ from typing import Any
 
 import torch
 
-from benchmarks import clock, floor
-from benchmarks.clock import CPUINFO
+from benchmarks import floor
+from benchmarks.outcome import is_unsteady
 
-ROOT = Path(__file__).parents[1]
+ROOT, CPUINFO = Path(__file__).parents[1], Path("/proc/cpuinfo")
+SMI = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
 Content = dict[str, Any]
 
 
 @cache
 def machine() -> Content:
-    """What the numbers were measured on."""
+    """Returns what the numbers were measured on."""
+    has_gpu = torch.cuda.is_available()
     return {
         "processor": processor(CPUINFO.read_text() if CPUINFO.exists() else ""),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_units": getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)(),
         "threads": torch.get_num_threads(),
-        "clock_mhz": clock.mhz(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "clock_mhz": clock_mhz(),
+        "gpu": torch.cuda.get_device_name() if has_gpu else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         # some builds are installed under another name, so metadata would not find it
@@ -42,15 +44,13 @@ def machine() -> Content:
         "cuda": torch.version.cuda,
         "copy_gb_per_s": floor.copy_gb_per_s(),
         "gemm_tflop_per_s": {
-            dtype: floor.product_tflop_per_s(dtype)
-            for dtype in ("fp32", "tf32", "bf16")
-            if dtype != "tf32" or torch.cuda.is_available()
+            dtype: floor.product_tflop_per_s(dtype) for dtype in ("fp32", *(("tf32",) if has_gpu else ()), "bf16")
         },
     }
 
 
 def processor(cpuinfo: str) -> str:
-    """Its name, with what tells two generations apart that go by the same name in a virtual machine."""
+    """Returns its name, with what tells two generations apart that go by the same name in a virtual machine."""
     about = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", cpuinfo, re.MULTILINE))
     if "model name" not in about:
         return platform.processor() or platform.machine()
@@ -58,8 +58,20 @@ def processor(cpuinfo: str) -> str:
     return " ".join([about["model name"].strip(), *numbers])
 
 
+def clock_mhz() -> float | None:
+    """Returns the MHz of the GPU's multiprocessors, or of the fastest core; None where the system does not tell."""
+    try:
+        if torch.cuda.is_available():
+            which = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
+            return float(subprocess.run([*SMI, which], capture_output=True, text=True, check=True).stdout)
+        found = re.findall(r"^cpu MHz\s*: ([\d.]+)", CPUINFO.read_text(), re.MULTILINE)
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return None
+    return max(map(float, found), default=None)
+
+
 def commit_of(root: Path = ROOT) -> str:
-    """Short hash of a checkout, `unknown` outside of one, also where the copy lies inside another repository."""
+    """Returns a checkout's short hash; `unknown` outside of one, also where the copy lies inside another repository."""
     if not (root / ".git").exists():
         return "unknown"
     try:
@@ -71,7 +83,7 @@ def commit_of(root: Path = ROOT) -> str:
 
 
 def line(row: Content) -> str:
-    """Time, ratio to the baseline (above 1: faster), error against fp64, peak memory beyond the start."""
+    """Returns time, ratio to the baseline (above 1: faster), error against fp64, and peak memory beyond the start."""
     if row["status"] != "ok":
         return f"{row['group']:44} {row['provider']:30} {row['status']}: {row['reason']}"
     speedup = f"{row['speedup']:6.2f}x" if row["speedup"] else "      -"
@@ -79,6 +91,7 @@ def line(row: Content) -> str:
     memory = "" if row["peak_mib"] is None else f"  peak {row['peak_mib']:7.1f} MiB"
     share = f"  {row['floor_s'] / row['median_s']:4.0%} of the floor" if row["floor_s"] else ""
     times = f"{row['median_s'] * 1e3:9.3f} ms  IQR {(row['iqr_s'] or 0) * 1e3:8.3f}"
+    times += " (unsteady)" * is_unsteady(row["median_s"], row["iqr_s"])
     return f"{row['group']:44} {row['provider']:30} {times} {speedup}  error {error}{memory}{share}"
 
 
@@ -118,14 +131,12 @@ class ResultFile:
         os.replace(aside, self.path)  # whoever reads it, or kills this process, finds a whole file
 
     def _kept(self, measured: set[str]) -> list[Content]:
-        earlier = self._earlier
-        if earlier is None:
-            return []
+        earlier = self._earlier or {"commit": "", "results": []}
         return [{"commit": earlier["commit"], **row} for row in earlier["results"] if row["group"] not in measured]
 
 
 def newest(folder: Path, stem: str = "") -> Content | None:
-    """The result in a folder that was finished last, of a machine where its name is given; None where there is none."""
+    """Returns the result in a folder that was finished last, of a machine where its name is given; None if there is none."""
     found = []
     for path in folder.glob(f"{stem}_*.json" if stem else "*.json"):
         try:

@@ -58,7 +58,7 @@ def autoencode(
     hint: ActivityHint | None = None,
     collector: PassCollector | None = None,
 ) -> AutoencodeOutput:
-    """Encode, gate, decode and penalise in one differentiable pass that never holds an `[N, d_sae]` tensor.
+    """Encode, gate, decode and penalise in one differentiable pass that holds no `[N, d_sae]` tensor while activity is sparse.
 
         hidden_pre   = x @ W_enc + b_enc
         feature_acts = hidden_pre * (hidden_pre > threshold) * keep          keep: the k largest of a token, or all
@@ -71,7 +71,8 @@ def autoencode(
         squared_error = sum over d_out of residual^2    whose backward reads the residual and nothing else
 
     Equivalent to `fastsae_kernels.reference.autoencode`. Where activity is dense (early training) the same numbers come
-    from products in feature chunks, and from the sparse path again when activity falls.
+    from products in feature chunks, and from the sparse path again when activity falls. Of a dense pass of at most 2^24
+    pre-activations (64 MB) these are kept for the backward, which would be slower than eager PyTorch otherwise.
 
     Args:
         x: `[..., d_in]`, fp32, bf16, fp16 or fp64.

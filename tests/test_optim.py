@@ -25,6 +25,7 @@ from fastsae import (
     UsageError,
 )
 from fastsae_kernels.backend import BackendName as Backend
+from fastsae_kernels.types import Capacity
 
 D_IN, D_SAE, N = 12, 40, 64
 
@@ -254,7 +255,7 @@ def on_kernels(capacity: int, overflowed: list[int]) -> Iterator[None]:
     table = {name: {"16": tiles, "32": tiles} for name, tiles in (FEW_PROGRAMS | rows_of).items()}
     with (
         mock.patch.object(autoencode, "gpu_share", counted),
-        mock.patch.object(kernels.ActivityHint, "capacity", return_value=capacity),
+        mock.patch.object(kernels.ActivityHint, "capacity", return_value=Capacity(capacity, capacity)),
         config.override(table) if DEVICE == "cpu" else nullcontext(),
     ):
         yield

@@ -202,7 +202,7 @@ class SparseAutoencoder(nn.Module, ABC):
         return None if W_enc is None or W_dec is None else self.collector.of(W_enc, W_dec)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reconstructs `x`, `[..., d_in]`; differentiable, and never allocates `[N, d_sae]`.
+        """Reconstructs `x`, `[..., d_in]`; differentiable. While activity is sparse it allocates no `[N, d_sae]` tensor.
 
         Raises:
             ValueError: The last dimension of `x` is not `d_in`.

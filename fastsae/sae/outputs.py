@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fastsae_kernels import SparseActs
 
-VARIANCE_ELEMENTS = 2**18  # of the rows whose squares are summed together: on a CPU they stay in cache
+# how many elements the rows have whose squares are summed together: on a CPU they stay in cache, on a GPU they are
+# enough to fill it and still few beside the batch
+VARIANCE_ELEMENTS = {"cpu": 2**18, "cuda": 2**22}
 
 
 def fraction_of_variance_unexplained(squared_error: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:
@@ -18,8 +20,9 @@ def fraction_of_variance_unexplained(squared_error: Tensor, x: Tensor, wide: tor
 
     NaN where the rows are all the same but for rounding: they have no variance to explain.
     """
-    # a graph and a GPU are better served by one expression
-    size = max(1, len(x) if x.is_cuda or torch.compiler.is_compiling() else VARIANCE_ELEMENTS // x.shape[1])
+    elements = VARIANCE_ELEMENTS.get(x.device.type, VARIANCE_ELEMENTS["cuda"])
+    # a graph is better served by one expression, of which it makes one loop
+    size = max(1, len(x) if torch.compiler.is_compiling() else elements // x.shape[1])
     mean = x.mean(0, dtype=wide)
     variance = torch.stack([(rows - mean).square().sum() for rows in x.split(size)]).sum()
     rounding = (16 * torch.finfo(wide).eps) ** 2 * len(x) * mean.square().sum()

@@ -29,7 +29,7 @@ beta2 = 0.999 it does not decay any more: keep v in fp32.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -39,70 +39,69 @@ from torch import Tensor
 from fastsae_kernels.gpu.config import launch_config, on_device
 from fastsae_kernels.gpu.feature_sums import FeatureOrder
 from fastsae_kernels.gpu.tiles import MAX_DEPTH
+from fastsae_kernels.gpu.weight_gradients import keep_for_this_stream
+
+
+class Entries(NamedTuple):
+    """What the gradient of each row is the sum of; a kernel sees pointers in place of tensors."""
+
+    offsets: Tensor  # [S + 1] int64
+    order: Tensor  # [nnz] int64: entries by feature, then token
+    tokens: Tensor | None  # [nnz] int64: token of each entry; None: entry // row_length
+    weights: Tensor  # [nnz]
+    vectors: Tensor  # [B, D]
+    extra: Tensor | None  # [S, D]
+    extra_flag: Tensor | None  # [1] int32: extra counts where it is not 0; None: it counts
+    row_length: int
+    depth: int  # D
+    stride_vb: int
+    stride_vd: int
+    stride_xs: int
+    stride_xd: int
+
+
+@triton.jit
+def _extent(entries, feature):
+    """`(start, count, extra_depth)`: where a feature's entries lie, and D, or 0 where extra does not count."""
+    start = tl.load(entries.offsets + feature)
+    count = (tl.load(entries.offsets + feature + 1) - start).to(tl.int32)
+    extra_depth = 0 if entries.extra is None else entries.depth
+    if entries.extra_flag is not None:
+        extra_depth = tl.where(tl.load(entries.extra_flag) != 0, entries.depth, 0)
+    return start, count, extra_depth
 
 
 @triton.jit
 def _row_gradient(
-    feature,
-    start,  # of the feature's entries
-    count,
-    order_ptr,
-    tokens_ptr,
-    weights_ptr,
-    vectors_ptr,
-    extra_ptr,
-    extra_depth,  # D, or 0 where extra does not count
-    offs_d,
-    mask_d,
-    span,
-    stride_vb,
-    stride_vd,
-    stride_xs,
-    stride_xd,
-    BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    entries, feature, start, count, extra_depth, offs_d, mask_d, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
     """`[BLOCK_D]` fp32: the sum of weight * vector over a feature's entries, and its extra gradient."""
     acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for first in range(0, count, BLOCK_E):
         offs_e = first + tl.arange(0, BLOCK_E)
         mask_e = offs_e < count
-        entry = tl.load(order_ptr + start + offs_e, mask=mask_e, other=0)
-        if tokens_ptr is not None:
-            token = tl.load(tokens_ptr + entry, mask=mask_e, other=0)
+        entry = tl.load(entries.order + start + offs_e, mask=mask_e, other=0)
+        if entries.tokens is not None:
+            token = tl.load(entries.tokens + entry, mask=mask_e, other=0)
         else:
-            token = (entry.to(tl.int32) // span).to(tl.int64)
-        weight = tl.load(weights_ptr + entry, mask=mask_e, other=0.0).to(tl.float32)
-        v_ptrs = vectors_ptr + token[:, None] * stride_vb + offs_d[None, :] * stride_vd
+            token = (entry.to(tl.int32) // entries.row_length).to(tl.int64)
+        weight = tl.load(entries.weights + entry, mask=mask_e, other=0.0).to(tl.float32)
+        v_ptrs = entries.vectors + token[:, None] * entries.stride_vb + offs_d[None, :] * entries.stride_vd
         used = mask_e & (weight != 0.0)
         vectors = tl.load(v_ptrs, mask=used[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
         acc += tl.sum(weight[:, None] * vectors, 0)
-    if extra_ptr is not None:
-        x_ptrs = extra_ptr + feature * stride_xs + offs_d * stride_xd
+    if entries.extra is not None:
+        x_ptrs = entries.extra + feature * entries.stride_xs + offs_d * entries.stride_xd
         acc += tl.load(x_ptrs, mask=offs_d < extra_depth, other=0.0).to(tl.float32)
     return acc
 
 
 @triton.jit
 def _grad_norms_kernel(
-    # inputs
-    feature_offsets_ptr,  # [S + 1] int64
-    order_ptr,  # [nnz] int64: entries by feature, then token
-    tokens_ptr,  # [nnz] int64: token of each entry; None: entry // span
-    weights_ptr,  # [nnz]
-    vectors_ptr,  # [B, D]
-    extra_ptr,  # [S, D] or None
-    extra_flag_ptr,  # [1] int32: extra counts where it is not 0; None: it counts
+    entries,  # Entries
     param_ptr,  # [S, D] fp32
     # output
     norms_ptr,  # [S] fp32
-    # sizes and strides
-    span,
-    depth,  # D
-    stride_vb,
-    stride_vd,
-    stride_xs,
-    stride_xd,
     stride_ps,
     stride_pd,
     PROJECT: tl.constexpr,
@@ -112,33 +111,24 @@ def _grad_norms_kernel(
     """Program owns one feature: the squared norm of its gradient."""
     feature = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask_d = offs_d < depth
-    start = tl.load(feature_offsets_ptr + feature)
-    count = (tl.load(feature_offsets_ptr + feature + 1) - start).to(tl.int32)
-    extra_depth = depth
-    if extra_flag_ptr is not None:
-        extra_depth = tl.where(tl.load(extra_flag_ptr) != 0, depth, 0)
-    g = _row_gradient(
-        feature, start, count, order_ptr, tokens_ptr, weights_ptr, vectors_ptr, extra_ptr, extra_depth, offs_d, mask_d,
-        span, stride_vb, stride_vd, stride_xs, stride_xd, BLOCK_E, BLOCK_D,
-    )  # fmt: skip
+    mask_d = offs_d < entries.depth
+    start, count, extra_depth = _extent(entries, feature)
+    g = _row_gradient(entries, feature, start, count, extra_depth, offs_d, mask_d, BLOCK_E, BLOCK_D)
     if PROJECT:
         p = tl.load(param_ptr + feature * stride_ps + offs_d * stride_pd, mask=mask_d, other=0.0)
         g -= tl.sum(g * p, 0) * p
     tl.store(norms_ptr + feature, tl.sum(g * g, 0))
 
 
+@triton.jit
+def _row(ptrs, mask_d):
+    return tl.load(ptrs, mask=mask_d, other=0.0).to(tl.float32)
+
+
 # a step of 1 or a multiple of 16 must not compile again
 @triton.jit(do_not_specialize=["step"])
 def _adam_rows_kernel(
-    # inputs
-    feature_offsets_ptr,  # [S + 1] int64
-    order_ptr,  # [nnz] int64: entries by feature, then token
-    tokens_ptr,  # [nnz] int64: token of each entry; None: entry // span
-    weights_ptr,  # [nnz]
-    vectors_ptr,  # [B, D]
-    extra_ptr,  # [S, D] or None
-    extra_flag_ptr,  # [1] int32: extra counts where it is not 0; None: it counts
+    entries,  # Entries
     scale_ptr,  # fp32 or None
     # inputs and outputs
     param_ptr,  # [S, D] fp32
@@ -156,13 +146,7 @@ def _adam_rows_kernel(
     root2,  # sqrt(1 - beta2^t)
     eps,
     step,
-    # sizes and strides
-    span,
-    depth,  # D
-    stride_vb,
-    stride_vd,
-    stride_xs,
-    stride_xd,
+    # strides
     stride_ps,
     stride_pd,
     stride_ms,
@@ -175,16 +159,13 @@ def _adam_rows_kernel(
     UNIT_NORM: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr,  # 16 divides D: loads take 16 bytes, which leaves registers for more of them under way
 ):
     """Program owns one feature: its gradient, both moments, its row."""
     feature = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask_d = offs_d < depth
-    start = tl.load(feature_offsets_ptr + feature)
-    count = (tl.load(feature_offsets_ptr + feature + 1) - start).to(tl.int32)
-    extra_depth = depth if extra_ptr is not None else 0
-    if extra_flag_ptr is not None:
-        extra_depth = tl.where(tl.load(extra_flag_ptr) != 0, depth, 0)
+    mask_d = offs_d < entries.depth
+    start, count, extra_depth = _extent(entries, feature)
     if last_step_ptr is not None:  # noqa: SIM102 a compile-time branch must stand alone
         if (count == 0) & (extra_depth == 0):
             return
@@ -192,31 +173,40 @@ def _adam_rows_kernel(
         # ahead of the row: between its loads this costs spilled registers
         missed = step - 1 - tl.load(last_step_ptr + feature)
         catching_up = tl.exp2(missed.to(tl.float32) * log2_beta2)
-    g = _row_gradient(
-        feature, start, count, order_ptr, tokens_ptr, weights_ptr, vectors_ptr, extra_ptr, extra_depth, offs_d, mask_d,
-        span, stride_vb, stride_vd, stride_xs, stride_xd, BLOCK_E, BLOCK_D,
-    )  # fmt: skip
     p_ptrs = param_ptr + feature * stride_ps + offs_d * stride_pd
-    p = tl.load(p_ptrs, mask=mask_d, other=0.0)
+    q_ptrs = exp_avg_sq_ptr + feature * stride_qs + offs_d * stride_qd
+    if exp_avg_ptr is not None:
+        m_ptrs = exp_avg_ptr + feature * stride_ms + offs_d * stride_md
+    if EVEN:  # the row and its moments arrive during the gather
+        p, v = _row(p_ptrs, mask_d), _row(q_ptrs, mask_d)
+        if exp_avg_ptr is not None:
+            m_before = _row(m_ptrs, mask_d)
+    g = _row_gradient(entries, feature, start, count, extra_depth, offs_d, mask_d, BLOCK_E, BLOCK_D)
+    if not EVEN:
+        p, v = _row(p_ptrs, mask_d), _row(q_ptrs, mask_d)
+        if exp_avg_ptr is not None:
+            m_before = _row(m_ptrs, mask_d)
     if PROJECT:
         g -= tl.sum(g * p, 0) * p
     if scale_ptr is not None:
         g *= tl.load(scale_ptr)
-    q_ptrs = exp_avg_sq_ptr + feature * stride_qs + offs_d * stride_qd
-    v = tl.load(q_ptrs, mask=mask_d, other=0.0).to(tl.float32)
     if last_step_ptr is not None:
         v *= catching_up
     v = v * beta2 + beta2_rest * g * g
     m = g
     if exp_avg_ptr is not None:
-        m_ptrs = exp_avg_ptr + feature * stride_ms + offs_d * stride_md
-        m = tl.load(m_ptrs, mask=mask_d, other=0.0).to(tl.float32)
-        m += beta1_rest * (g - m)
-    p -= step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root2) + eps)
+        m = m_before + beta1_rest * (g - m_before)
+    if EVEN:
+        # to 2 units in the last place; correctly rounded, each would call a slow path where v is 0
+        p -= step_size * (m / (tl.sqrt(v) / root2 + eps))
+    else:
+        # in line, a division of elements that are loaded one by one spills registers
+        p -= step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root2) + eps)
     if UNIT_NORM:
         # with eps = 0 the lanes behind the row are 0 / 0
         norm = tl.sqrt_rn(tl.sum(tl.where(mask_d, p * p, 0.0), 0))
-        p = tl.div_rn(p, tl.maximum(norm, 1e-8, propagate_nan=tl.PropagateNan.ALL))
+        norm = tl.maximum(norm, 1e-8, propagate_nan=tl.PropagateNan.ALL)
+        p = p / norm if EVEN else tl.div_rn(p, norm)
     # last_step, and an element of a short row, is read by several threads and written by one
     tl.debug_barrier()
     tl.store(p_ptrs, p, mask=mask_d)
@@ -253,22 +243,13 @@ def _launch(
         raise ValueError(f"param: expected rows of at most {MAX_DEPTH} elements, got {depth}")
     config = launch_config(table, vectors, odd=depth % 16 != 0)
     block_d = triton.next_power_of_2(depth)
-    stride_xs, stride_xd = _strides(extra)
+    entries = Entries(
+        by_feature.offsets, by_feature.order, by_feature.tokens, weights.contiguous(), vectors, extra, extra_flag,
+        by_feature.row_length, depth, vectors.stride(0), vectors.stride(1), *_strides(extra),
+    )  # fmt: skip
     kernel[(n_rows,)](
-        feature_offsets_ptr=by_feature.offsets,
-        order_ptr=by_feature.order,
-        tokens_ptr=by_feature.tokens,
-        weights_ptr=weights.contiguous(),
-        vectors_ptr=vectors,
-        extra_ptr=extra,
-        extra_flag_ptr=extra_flag,
+        entries=entries,
         param_ptr=param,
-        span=by_feature.row_length,
-        depth=depth,
-        stride_vb=vectors.stride(0),
-        stride_vd=vectors.stride(1),
-        stride_xs=stride_xs,
-        stride_xd=stride_xd,
         stride_ps=param.stride(0),
         stride_pd=param.stride(1),
         PROJECT=project,
@@ -277,6 +258,7 @@ def _launch(
         num_warps=max(1, block_d // config["D_PER_WARP"]),
         **others,
     )
+    keep_for_this_stream(*entries[:7])
 
 
 def grad_norms(
@@ -380,4 +362,5 @@ def adam_rows(
         stride_cs=stride_cs,
         stride_cd=stride_cd,
         UNIT_NORM=unit_norm,
+        EVEN=param.shape[1] % 16 == 0,
     )

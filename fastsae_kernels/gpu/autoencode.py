@@ -21,8 +21,7 @@ from fastsae_kernels.gpu.encode import encode as encode_active
 from fastsae_kernels.gpu.encode import list_all_entries, padded_offsets
 from fastsae_kernels.gpu.feature_sums import feature_order
 from fastsae_kernels.gpu.gradients import feature_gradients
-from fastsae_kernels.gpu.overflow import overflow_rows
-from fastsae_kernels.gpu.overflow_features import overflow_features
+from fastsae_kernels.gpu.overflow import overflow_features, overflow_rows
 from fastsae_kernels.gpu.row_topk import capacity_of, encode_topk, list_topk
 from fastsae_kernels.gpu.topk import MAX_SORT, flag_rows, packed_offsets, sort_rows
 from fastsae_kernels.gpu.weight_gradients import GpuShare, gpu_share
@@ -49,7 +48,6 @@ class Listed(NamedTuple):
     overflow: Overflow | None
     listed: Tensor
     min_active: Tensor | None = None
-    stats: tuple[Tensor, Tensor, Tensor] | None = None  # penalty, l0, feature_counts, where the listing counted them
 
 
 def _list(
@@ -66,13 +64,8 @@ def _list(
         return Listed(acts, None if flagged is None else Overflow(*flag_rows(flagged)), listed)
     row_capacity = _row_capacity(d_sae, capacity)
     row_offsets = padded_offsets(n_tokens, row_capacity, x.device)
-    l0 = feature_counts = None
-    if spec.penalty == "l0":  # the listing then counts all that there is to count
-        l0 = torch.zeros(n_tokens, dtype=torch.int64, device=x.device)
-        feature_counts = torch.zeros(d_sae, dtype=torch.int64, device=x.device)
     counts, entries = list_all_entries(
-        x, W_enc, b_enc, threshold, row_offsets, n_tokens * row_capacity, spec.bandwidth,
-        l0=l0, feature_counts=feature_counts,
+        x, W_enc, b_enc, threshold, row_offsets, n_tokens * row_capacity, spec.bandwidth
     )  # fmt: skip
     size = kept_size(n_tokens, d_sae, spec, capacity)
     offsets = packed_offsets(counts, row_capacity, size.entries)
@@ -80,8 +73,7 @@ def _list(
     assert acts.row_counts is not None
     # a row overflows where it has more entries than its capacity, or where the rows before it took all room
     overflow = Overflow(*flag_rows(acts.row_counts < counts)) if size.overflows else None
-    stats = None if l0 is None or feature_counts is None else (l0.float(), l0, feature_counts)
-    return Listed(acts, overflow, counts, stats=stats)
+    return Listed(acts, overflow, counts)
 
 
 def kept_size(n_tokens: int, d_sae: int, spec: AutoencodeSpec, capacity: Capacity) -> KeptSize:
@@ -122,12 +114,10 @@ def forward(
     """
     inputs = _contiguous_vectors(inputs)
     x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target = inputs
-    acts, overflow, listed, min_active, counted = _list(x, W_enc, b_enc, threshold, spec, capacity)
-    penalty, l0, feature_counts = stats = counted or row_stats(acts, feature_scale, spec)
+    acts, overflow, listed, min_active = _list(x, W_enc, b_enc, threshold, spec, capacity)
+    penalty, l0, feature_counts = stats = row_stats(acts, feature_scale, spec)
     sae_out, squared_error = decode_rows(acts, acts.values, W_dec, b_dec, x.dtype, target)
     if overflow is not None:
-        if counted:  # overflowing rows are among them already, so what is added goes nowhere
-            stats = (penalty, torch.zeros_like(l0), torch.zeros_like(feature_counts))
         overflow_rows(
             overflow, x, W_enc, b_enc, threshold, feature_scale, spec, sae_out, W_dec,
             b_out=b_dec, stats=stats, target=target, squared_error=squared_error,

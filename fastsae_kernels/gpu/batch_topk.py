@@ -30,8 +30,8 @@ from torch import Tensor
 
 from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.radix import EXACT, Buffer, Cut, Problem, compact, cut_activations, cut_buffer, list_config
-from fastsae_kernels.gpu.row_topk import feature_ranges
 from fastsae_kernels.gpu.tiles import active_bits, pack_entry, start_of_tile
+from fastsae_kernels.gpu.topk import feature_ranges
 from fastsae_kernels.types import SparseActs
 
 # candidates per surviving entry: those that survived so far, about as many new ones, and some to spare
@@ -53,7 +53,7 @@ class BatchTopK(NamedTuple):
 def _list_tile(
     tile, x_ptr, W_enc_ptr, b_enc_ptr, threshold_ptr, bounds_ptr, cursor_ptr, entries_ptr, tokens_ptr, size, first_feature,
     n_tokens, d_in, d_sae, stride_xb, stride_xd, stride_wd, stride_ws,
-    PRECISION: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP_B: tl.constexpr,
 ):  # fmt: skip
     """Lists the entries of one tile; arguments as in the kernel."""
@@ -63,7 +63,7 @@ def _list_tile(
     rows = offs_b % n_tokens  # wrap around rather than mask: the loop stays free of masks
     bits, hidden_pre = active_bits(
         x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, offs_s, stride_wd, stride_ws, b_enc_ptr, threshold_ptr,
-        d_in, d_sae, PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+        d_in, d_sae, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
     )  # fmt: skip
     listed = (bits > 0) & (offs_b < n_tokens)[:, None]
     if bounds_ptr is not None:
@@ -101,7 +101,6 @@ def _batch_list_kernel(
     stride_xd,
     stride_wd,
     stride_ws,
-    PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -114,7 +113,7 @@ def _batch_list_kernel(
             tl.program_id(0),
             x_ptr, W_enc_ptr, b_enc_ptr, threshold_ptr, bounds_ptr, cursor_ptr, entries_ptr, tokens_ptr, size, first_feature,
             n_tokens, d_in, d_sae, stride_xb, stride_xd, stride_wd, stride_ws,
-            PRECISION, EVEN_D, BLOCK_B, BLOCK_S, BLOCK_D, GROUP_B,
+            EVEN_D, BLOCK_B, BLOCK_S, BLOCK_D, GROUP_B,
         )  # fmt: skip
     elif tl.load(overflow_ptr) > size:
         n_tiles = tl.cdiv(n_tokens, BLOCK_B) * tl.cdiv(d_sae, BLOCK_S)
@@ -123,7 +122,7 @@ def _batch_list_kernel(
                 tile,
                 x_ptr, W_enc_ptr, b_enc_ptr, threshold_ptr, bounds_ptr, cursor_ptr, entries_ptr, tokens_ptr, size, first_feature,
                 n_tokens, d_in, d_sae, stride_xb, stride_xd, stride_wd, stride_ws,
-                PRECISION, EVEN_D, BLOCK_B, BLOCK_S, BLOCK_D, GROUP_B,
+                EVEN_D, BLOCK_B, BLOCK_S, BLOCK_D, GROUP_B,
             )  # fmt: skip
 
 
@@ -155,7 +154,6 @@ def _append(
         stride_xd=x.stride(1),
         stride_wd=W_enc.stride(0),
         stride_ws=W_enc.stride(1),
-        PRECISION="ieee",
         EVEN_D=d_in % config["BLOCK_D"] == 0,
         **config,
     )

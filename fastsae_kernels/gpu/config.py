@@ -8,7 +8,8 @@ A key is the bits of the operands, then what narrows it down, the narrowest that
     "16 odd"             a depth that the tile does not divide (unaligned rows take more registers)
     "16 n<=32 odd"
 
-The kernel "encode_rival" names the way of listing entries that serves a key (see `rivals`).
+A key of a kernel that lists entries may have several: the first serves, the others are measured beside it (`tune`).
+"listing" names the kernel that serves (see `choice`).
 `python -m tools.kernel_report` compiles all of them and fails where one spills.
 """
 
@@ -25,7 +26,7 @@ import torch
 import triton
 
 LaunchConfig = dict[str, Any]
-Table = dict[str, dict[str, LaunchConfig]]
+Table = dict[str, dict[str, LaunchConfig | list[LaunchConfig]]]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -105,20 +106,21 @@ def _keys(like: torch.Tensor, n_tokens: int | None, odd: bool) -> Iterator[str]:
         yield f"{bits}{batch}"
 
 
-def find_config(
+def find_configs(
     kernel: str, like: torch.Tensor, *, n_tokens: int | None = None, odd: bool = False
-) -> LaunchConfig | None:
-    """Parameters of `kernel` for operands of the dtype of `like`, on its device; None where the table has none."""
+) -> list[LaunchConfig]:
+    """Parameters of `kernel` for operands of the dtype of `like`, on its device, those that serve first; empty where none are."""
     keys = table_for(like.device).get(kernel, {})
-    return next((keys[key] for key in _keys(like, n_tokens, odd) if key in keys), None)
+    found = next((keys[key] for key in _keys(like, n_tokens, odd) if key in keys), [])
+    return found if isinstance(found, list) else [found]
 
 
 def launch_config(kernel: str, like: torch.Tensor, odd: bool = False) -> LaunchConfig:
-    """The same for a kernel that every table has."""
-    config = find_config(kernel, like, odd=odd)
-    if config is None:
+    """The parameters that serve, of a kernel that every table has."""
+    found = find_configs(kernel, like, odd=odd)
+    if not found:
         raise KeyError(f"{kernel}: expected in the launch table for {like.dtype} operands, found nothing")
-    return config
+    return found[0]
 
 
 @contextmanager

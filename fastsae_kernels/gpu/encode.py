@@ -1,12 +1,8 @@
 """Encode: `x @ W_enc + b_enc`, JumpReLU and the selection of its active entries, without the dense product.
 
-    hidden_pre = x @ W_enc + b_enc
-    listed     = hidden_pre > threshold  or  |hidden_pre - threshold| < bandwidth / 2
-    value      = hidden_pre where active, 0 where listed for the window alone
-
-Three ways do it behind `list_entries`, with equal results: tiles through pointers (`pointer`), tiles through Hopper's
-tensor memory accelerator (`persistent`), a library product in chunks and compaction (`compact`); `rivals` says which
-serves a call. Letters: `B` tokens, `D` d_in, `S` d_sae.
+Three kernels do it behind `list_entries`, with equal results (`listing` has the formulas): tiles through pointers
+(`list_pointers`), tiles through descriptors (`list_descriptors`), a library product in chunks and compaction
+(`list_products`); `choice` says which serves a call.
 
 Numerics: operands in their dtype, fp32 ones by IEEE products; accumulated, compared and stored in fp32. NaN is listed with
 its value, and so reaches the output. Slots are taken in any order; `topk.sort_rows` puts them in order, so results do not
@@ -20,43 +16,39 @@ import os
 import torch
 from torch import Tensor
 
+from fastsae_kernels.gpu.choice import KERNELS, Choice, forced, from_table
 from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.listing import Listing
-from fastsae_kernels.gpu.rivals import RIVALS, Path, forced_path, table_path
 from fastsae_kernels.gpu.topk import MAX_SORT, sort_packed, sort_rows
 from fastsae_kernels.types import SparseActs
 
 # set to 1, calls use and make measurements (`tune`)
 AUTOTUNE = "FASTSAE_AUTOTUNE"
-# first guess of an inference call; a row with more active features costs one retry. Before and after sorting, 16 bytes a
-# place: 2.7 % of a dense 16-bit tensor at d_sae 65,536
+# first guess of an inference call; a row with more active features costs one retry. Before and after sorting it takes 16
+# bytes for each entry that a row can hold: 2.7 % of a dense 16-bit tensor at d_sae 65,536
 DEFAULT_CAPACITY = 224
 
 
-def chosen_path(x: Tensor, W_enc: Tensor) -> str:
-    """Which way `list_entries` would take for these operands, and why: "pointer: ...", "persistent: ..." or "chunks: ...".
+def chosen_listing(x: Tensor, W_enc: Tensor) -> str:
+    """Which kernel `list_entries` would take for these operands, and why: "list_pointers: the table of sm_80 ...".
 
     Never measures: where `FASTSAE_AUTOTUNE=1` and nothing is cached for this shape, it says what serves until then.
 
     Raises:
-        ValueError: `use_rival` asks for a way whose rules do not hold.
+        ValueError: `use_listing` asks for a kernel whose rules do not hold.
     """
-    return str(_path(x, W_enc))
+    return str(_choose(x, W_enc))
 
 
-def _path(x: Tensor, W_enc: Tensor, call: Listing | None = None) -> Path:
-    """The way to take; measures it first where `call` is given, tuning is on and nothing is cached."""
-    forced = forced_path(x, W_enc)
-    if forced is not None:
-        return forced
-    if x.is_cuda and os.environ.get(AUTOTUNE) == "1":
+def _choose(x: Tensor, W_enc: Tensor, call: Listing | None = None) -> Choice:
+    """What to take; measures it first where `call` is given, tuning is on and nothing is cached."""
+    choice = forced(x, W_enc)
+    if choice is None and x.is_cuda and os.environ.get(AUTOTUNE) == "1":
         # here, for it is a command too: what the package imports would run twice
         from fastsae_kernels.gpu import tune
 
-        tuned = tune.path(x, W_enc, call)
-        if tuned is not None:
-            return tuned
-    return table_path(x, W_enc)
+        choice = tune.tuned(x, W_enc, call)
+    return choice or from_table(x, W_enc)
 
 
 def list_entries(
@@ -71,8 +63,6 @@ def list_entries(
     bandwidth: float = 0.0,
     bounds: Tensor | None = None,
     first_feature: int = 0,
-    l0: Tensor | None = None,
-    feature_counts: Tensor | None = None,
 ) -> None:
     """Append the entries of a range of features to every row's span, in any order.
 
@@ -85,12 +75,10 @@ def list_entries(
         bandwidth: Width of the straight-through window.
         bounds: `[N]` fp32 >= 0 or None: entries with a smaller value are left out, hence the window's where it is positive.
         first_feature: Index of the first feature of the range.
-        l0: `[N]` int32 or int64, or None: the active entries of each row are added to it, those without a slot included.
-        feature_counts: `[S]`, the same of each feature. A window's entry is not active, nor is one below the bound or NaN.
 
     Raises:
         TypeError: x is fp64.
-        ValueError: A cursor could pass 2^31, or `use_rival` asks for a way that cannot serve.
+        ValueError: A cursor could pass 2^31, or `use_listing` asks for a kernel that cannot serve.
     """
     if x.dtype == torch.float64:
         raise TypeError("x: expected float32, bfloat16 or float16 on the Triton path, got float64")
@@ -99,12 +87,9 @@ def list_entries(
         raise ValueError(f"x: expected fewer than 2**31 entries in one call, got {entries.numel()}; split the tokens")
     if n_tokens == 0:
         return
-    call = Listing(
-        x, W_enc, b_enc, threshold, cursors, row_ends, entries, bandwidth, bounds, first_feature, l0,
-        feature_counts,
-    )  # fmt: skip
-    path = _path(x, W_enc, call)
-    RIVALS[path.rival].launch(call, path.config)
+    call = Listing(x, W_enc, b_enc, threshold, cursors, row_ends, entries, bandwidth, bounds, first_feature)
+    choice = _choose(x, W_enc, call)
+    KERNELS[choice.kernel].launch(call, choice.config)
 
 
 def list_all_entries(
@@ -115,17 +100,12 @@ def list_all_entries(
     row_offsets: Tensor,
     nnz: int,
     bandwidth: float,
-    *,
-    l0: Tensor | None = None,
-    feature_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`counts [N]` int32, entries that found no slot included, and `entries [nnz]` int64, over spans `row_offsets`."""
     starts, ends = row_offsets[:-1], row_offsets[1:]
     cursors = starts.clone()
     entries = torch.empty(nnz, dtype=torch.int64, device=x.device)
-    list_entries(
-        x, W_enc, b_enc, threshold, cursors, ends, entries, bandwidth=bandwidth, l0=l0, feature_counts=feature_counts
-    )  # fmt: skip
+    list_entries(x, W_enc, b_enc, threshold, cursors, ends, entries, bandwidth=bandwidth)
     return cursors - starts, entries
 
 

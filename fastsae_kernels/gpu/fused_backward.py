@@ -163,9 +163,10 @@ def _fused_backward_kernel(
     offs_e = tl.arange(0, BLOCK_E)
     entry = tl.load(order_ptr + start + offs_e, mask=offs_e < count, other=0)
     value = tl.load(values_ptr + entry, mask=offs_e < count, other=0.0).to(tl.float32)
-    token = token_of(entry, tokens_ptr, row_length, offs_e < count)
+    next_token = token_of(entry, tokens_ptr, row_length, offs_e < count).to(tl.int32)  # a register less than int64
     for first in range(0, count, BLOCK_E):
         mask_e = first + offs_e < count
+        token = next_token.to(tl.int64)
         # an inactive entry is listed only where it lies in the window
         active = value > 0.0 if GATED else mask_e
         window = mask_e & ((value == 0.0) | (tl.abs(value - threshold) < half_bandwidth))
@@ -182,7 +183,7 @@ def _fused_backward_kernel(
         next_mask = first + BLOCK_E + offs_e < count
         next_entry = tl.load(order_ptr + start + first + BLOCK_E + offs_e, mask=next_mask, other=0)
         next_value = tl.load(values_ptr + next_entry, mask=next_mask, other=0.0).to(tl.float32)
-        next_token = token_of(next_entry, tokens_ptr, row_length, next_mask)
+        next_token = token_of(next_entry, tokens_ptr, row_length, next_mask).to(tl.int32)
         if LONG:
             grad_acts = _long_product(
                 grad_out_ptr, token, stride_gb, stride_gd, w_row, stride_wd, d_out, mask_e, BLOCK_E, BLOCK_O1
@@ -204,10 +205,10 @@ def _fused_backward_kernel(
         if x_ptr is not None:
             enc_1 += tl.sum(grad_hidden_pre[:, None] * x_1, 0)
             enc_2 += tl.sum(grad_hidden_pre[:, None] * x_2, 0)
-        entry, value, token = next_entry, next_value, next_token
+        entry, value = next_entry, next_value
 
     # one reduction: on three of them side by side LLVM's SLP vectoriser, as Triton 3.8 has it, crashes
-    b_enc, grad_threshold, grad_scale = tl.reduce((b_enc_sum, threshold_sum, scale_sum), 0, _add_three)
+    b_enc, threshold_total, scale_total = tl.reduce((b_enc_sum, threshold_sum, scale_sum), 0, _add_three)
     if chunk_length_ptr is not None:  # noqa: SIM102 a compile-time branch must stand alone
         if pid < n_slots:
             slot = pid.to(tl.int64)
@@ -216,18 +217,18 @@ def _fused_backward_kernel(
             if x_ptr is not None:
                 _store_pieces(slots_enc_ptr, slot, i_1, i_2, d_in, enc_1, enc_2)
             tl.store(slots_scalar_ptr + slot, b_enc)
-            tl.store(slots_scalar_ptr + n_slots + slot, grad_threshold)
+            tl.store(slots_scalar_ptr + n_slots + slot, threshold_total)
             if grad_scale_ptr is not None:
-                tl.store(slots_scalar_ptr + 2 * n_slots + slot, grad_scale)
+                tl.store(slots_scalar_ptr + 2 * n_slots + slot, scale_total)
             return
     if grad_W_dec_ptr is not None:
         _store_pieces(grad_W_dec_ptr, feature, o_1, o_2, d_out, dec_1, dec_2)
     if x_ptr is not None:
         _store_pieces(grad_W_enc_ptr, feature, i_1, i_2, d_in, enc_1, enc_2)
     tl.store(grad_b_enc_ptr + feature, b_enc)
-    tl.store(grad_threshold_ptr + feature, grad_threshold)
+    tl.store(grad_threshold_ptr + feature, threshold_total)
     if grad_scale_ptr is not None:
-        tl.store(grad_scale_ptr + feature, grad_scale)
+        tl.store(grad_scale_ptr + feature, scale_total)
 
 
 class FeatureGradients(NamedTuple):

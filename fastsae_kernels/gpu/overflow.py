@@ -1,255 +1,246 @@
-"""Rows with more entries than their span holds, computed exactly on the device, without a synchronisation.
+"""Rows with more entries than their capacity, computed exactly on the device, without a synchronisation.
 
-Such a row has no list of entries (`topk.sort_rows` empties it), so every kernel here recomputes it, tile by tile:
+Such a row has no list of entries (`topk.sort_rows` empties it), so the kernels here compute it anew, tile by tile:
 
-    hidden_pre = x[rows] @ W_enc[:, block] + b_enc ;  grad_acts = grad_out[rows] @ W_dec[block].T
-    rows' pass:      sum over feature blocks of  acts @ W_dec[block]  or  grad_hidden_pre @ W_enc[:, block].T
-                     less the target, with the sum of squares of what is left, where one is given
-    features' pass:  sum over overflowing rows of  acts.T @ grad_out[rows]  and  grad_hidden_pre.T @ x[rows]
+    hidden_pre = x[rows] @ W_enc[:, tile] + b_enc ;  grad_acts = grad_out[rows] @ W_dec[tile].T
+    rows:      sum over tiles of  acts @ W_dec[tile]  or  grad_hidden_pre @ W_enc[:, tile].T
+               less the target, with the sum of squares of what is left, where one is given
+    features:  sum over overflowing rows of  acts.T @ grad_out[rows]  and  grad_hidden_pre.T @ x[rows]
 
-The kernels are launched in every step and leave at once where no row overflowed. Letters: `B` tokens, `R` overflowing
-rows, `D` d_in or d_out, `S` d_sae. With top-k, a row whose active entries exceed `k` was resolved before
-(`overflow_topk.resolve_overflow_topk`); what is left keeps everything.
+The kernels are launched in every step; their few programs leave at once where no row overflowed, and walk over the tiles
+where some did. Letters: `B` tokens, `D` d_in or d_out, `S` d_sae. With top-k, a row whose active entries exceed `k` was
+resolved before (`overflow_topk.resolve_overflow_topk`); what is left keeps everything.
 
-This is the safety net, not the fast path: a program owns a block of rows (or features) and of columns and recomputes
-`hidden_pre` for each column block. With few rows the features are split over programs, whose partial sums a second kernel
-adds in a fixed order. Accumulated in fp32 without atomics on floats: deterministic. The tile of activations is cast to
-the weights' dtype for the product, as in a dense step.
+Each tile is computed once and multiplied with all columns, block by block. What is added over several tiles lies in fp32
+in a scratch of the program's own, so its size does not depend on how many rows overflowed. With few rows the features are
+split over the programs, and a second kernel adds their sums in a fixed order. No atomics on floats: deterministic. The
+tile is cast to the weights' dtype for the product, as in a dense step.
+
+Traffic of few rows: both weight matrices are read once per pass, and the gradients of both are read and written once.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels.gpu.config import launch_config
-from fastsae_kernels.gpu.tiles import gate, gate_gradients, penalty_terms, tile_product
+from fastsae_kernels.gpu.overflow_tile import add_product, gated_tile, operands_of, tile_config, upstream_of
 from fastsae_kernels.types import AutoencodeSpec, Overflow
 
-# programs that share the features when few rows overflow; bounds the scratch to MAX_SPLITS x BLOCK_B x d_out
-MAX_SPLITS = 64
+# how many programs work on rows, each with a scratch; enough to read the weights at a good part of a device's rate
+SCRATCH_PROGRAMS = 64
+# how many programs work on features while one block holds all rows, which takes no scratch: enough to fill a device
+FEATURE_PROGRAMS = 256
+FEATURE_SCRATCHES = 16  # how many do where there are more rows: 9 MB where rows have 2 x 2,304 elements
+# the tile of sums that are added together: splits and columns
+SPLITS_AT_ONCE, COLUMNS_AT_ONCE = 16, 128
+
+
+class RowOutputs(NamedTuple):
+    """What the tiles of a row are multiplied with, where their sum lies, and what becomes of it."""
+
+    W_out: Tensor  # [S, D']: W_dec forward, W_enc.T for grad_x
+    b_out: Tensor | None  # [D']: b_dec forward
+    target: Tensor | None  # [B, D'], forward
+    sums: Tensor  # [programs, BLOCK_B, D'] fp32 scratch
+    penalty_sums: Tensor | None  # [programs, BLOCK_B] fp32 scratch, forward
+    out: Tensor  # [B, D'] contiguous: sae_out (its residual with a target) or grad_x
+    penalty: Tensor | None  # [B] fp32, forward
+    squared_error: Tensor | None  # [B] fp32, with a target
+    d_out: int  # D'
+    stride_os: int
+    stride_od: int
+    stride_tb: int
+    stride_td: int
 
 
 @triton.jit
-def _splits(n_rows, BLOCK_B: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """Programs per row block: many when few rows overflowed, at least one."""
-    return tl.maximum(MAX_SPLITS // tl.maximum(tl.cdiv(n_rows, BLOCK_B), 1), 1)
+def _add_to(ptr, offs, mask, share):
+    # masked, for past the last feature lies what another program writes
+    tl.store(ptr + offs, share + tl.load(ptr + offs, mask=mask, other=0.0), mask=mask)
+
+
+@triton.jit
+def _splits(n_rows, d_sae, PROGRAMS: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr):
+    """`(n_splits, tiles)`: into how many splits the features of a block of rows go, and tiles of features in each.
+
+    There are many splits when few rows overflowed, at least one, and none is empty.
+    """
+    n_tiles = tl.cdiv(d_sae, BLOCK_S)
+    tiles = tl.cdiv(n_tiles, tl.maximum(PROGRAMS // tl.maximum(tl.cdiv(n_rows, BLOCK_B), 1), 1))
+    return tl.cdiv(n_tiles, tiles), tiles
+
+
+@triton.jit
+def _finish_row(
+    outputs, row, first, n_splits, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr
+):  # fmt: skip
+    """Write a row from the sums of its splits, which lie in every BLOCK_B-th row of the scratch from `first` on."""
+    offs_n = tl.arange(0, BLOCK_N)
+    if outputs.penalty is not None:
+        penalty = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        for split in range(0, n_splits, BLOCK_N):
+            source = outputs.penalty_sums + first + (split + offs_n) * BLOCK_B
+            penalty += tl.load(source, mask=split + offs_n < n_splits, other=0.0)
+        tl.store(outputs.penalty + row, tl.sum(penalty, 0))
+    square = tl.zeros((BLOCK_O,), dtype=tl.float32)
+    for start in range(0, outputs.d_out, BLOCK_O):
+        offs_o = start + tl.arange(0, BLOCK_O).to(tl.int64)
+        mask_o = offs_o < outputs.d_out
+        parts = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.float32)
+        for split in range(0, n_splits, BLOCK_N):
+            source = outputs.sums + (first + (split + offs_n) * BLOCK_B).to(tl.int64)[:, None] * outputs.d_out
+            mask = (split + offs_n < n_splits)[:, None] & mask_o[None, :]
+            parts += tl.load(source + offs_o[None, :], mask=mask, other=0.0)
+        acc = tl.sum(parts, 0)
+        if outputs.b_out is not None:
+            acc += tl.load(outputs.b_out + offs_o, mask=mask_o, other=0.0).to(tl.float32)
+        if outputs.target is not None:
+            target_ptrs = outputs.target + row * outputs.stride_tb + offs_o * outputs.stride_td
+            acc -= tl.load(target_ptrs, mask=mask_o, other=0.0).to(tl.float32)
+            square += acc * acc
+        tl.store(outputs.out + row * outputs.d_out + offs_o, acc.to(outputs.out.dtype.element_ty), mask=mask_o)
+    if outputs.target is not None:
+        tl.store(outputs.squared_error + row, tl.sum(square, 0))
 
 
 @triton.jit
 def _overflow_rows_kernel(
-    # inputs
-    x_ptr,  # [B, D]
-    W_enc_ptr,  # [D, S]
-    b_enc_ptr,  # [S]
-    threshold_ptr,  # [S] fp32
-    scale_ptr,  # [S] fp32 or None
-    rows_ptr,  # [B] int64
-    n_rows_ptr,  # [1] int32
-    W_out_ptr,  # [S, D']: W_dec forward, W_enc.T for grad_x
-    target_ptr,  # [B, D'] or None, forward
-    # inputs of grad_x, None forward
-    grad_out_ptr,  # [B, D_out]
-    W_dec_ptr,  # [S, D_out]
-    grad_penalty_ptr,  # [B] fp32
-    row_scale_ptr,  # [B] fp32 or None: factor of grad_out
-    # outputs
-    partial_ptr,  # [MAX_SPLITS, BLOCK_B, D'] fp32
-    partial_penalty_ptr,  # [MAX_SPLITS, BLOCK_B] fp32, forward
-    squares_ptr,  # [B, D' / BLOCK_O] fp32 by place in rows, with a target
-    penalty_ptr,  # [B] fp32, forward
+    operands,  # Operands
+    upstream,  # Upstream for grad_x, None forward
+    outputs,  # RowOutputs
     l0_ptr,  # [B] int64, added to, forward
     feature_counts_ptr,  # [S] int64, added to, forward
-    out_ptr,  # [B, D']: sae_out (its residual with a target) or grad_x
-    b_out_ptr,  # [D'] or None: b_dec forward
-    # scalars and sizes
-    half_bandwidth,
-    inv_bandwidth,
-    tanh_scale,
-    d_in,
-    d_sae,
-    d_dec,  # D_out
-    d_out,  # D'
-    # strides
-    stride_xb,
-    stride_xd,
-    stride_wd,
-    stride_ws,
-    stride_os,
-    stride_od,
-    stride_gb,
-    stride_gd,
-    stride_ds,
-    stride_dd,
-    stride_penalty,
-    stride_scale,
-    stride_tb,
-    stride_td,
-    GRAD: tl.constexpr,  # False: sae_out and statistics; True: grad_x
     PENALTY: tl.constexpr,
     STE_TO_INPUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    MAX_SPLITS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    EVEN_D: tl.constexpr,
 ):
-    """Program (w, i) owns columns i * BLOCK_O .. of row block w // splits, over the features of split w % splits."""
-    n_rows = tl.load(n_rows_ptr)
-    n_splits = _splits(n_rows, BLOCK_B, MAX_SPLITS)
-    work = tl.program_id(0)
-    pid_o = tl.program_id(1)
-    if work >= tl.cdiv(n_rows, BLOCK_B) * n_splits:
-        return
-    offs_r = work // n_splits * BLOCK_B + tl.arange(0, BLOCK_B)
-    mask_r = offs_r < n_rows
-    rows = tl.load(rows_ptr + offs_r % n_rows)
-    offs_o = pid_o * BLOCK_O + tl.arange(0, BLOCK_O).to(tl.int64)
-    mask_o = offs_o < d_out
-
-    blocks = tl.cdiv(tl.cdiv(d_sae, BLOCK_S), n_splits)
-    first = work % n_splits * blocks * BLOCK_S
-    acc = tl.zeros((BLOCK_B, BLOCK_O), dtype=tl.float32)
-    penalty = tl.zeros((BLOCK_B,), dtype=tl.float32)
-    l0 = tl.zeros((BLOCK_B,), dtype=tl.int32)
-    if row_scale_ptr is not None:
-        row_scale = tl.load(row_scale_ptr + rows * stride_scale)[:, None]
-    for start in range(first, tl.minimum(first + blocks * BLOCK_S, d_sae), BLOCK_S):
-        offs_s = start + tl.arange(0, BLOCK_S)
-        columns = offs_s % d_sae
-        inside = mask_r[:, None] & (offs_s < d_sae)[None, :]
-        hidden_pre = tile_product(
-            x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, columns, stride_wd, stride_ws, d_in,
-            PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
-        )  # fmt: skip
-        hidden_pre += tl.load(b_enc_ptr + columns).to(tl.float32)[None, :]
-        threshold = tl.load(threshold_ptr + columns)[None, :]
-        active, window = gate(hidden_pre, threshold, half_bandwidth)
-        active = active & inside
-        tile = tl.where(active | ((hidden_pre != hidden_pre) & inside), hidden_pre, 0.0)
-        scale = tl.full((1, BLOCK_S), 1.0, tl.float32)
-        if scale_ptr is not None:
-            scale = tl.load(scale_ptr + columns).to(tl.float32)[None, :]
-        if GRAD:
-            grad_acts = tile_product(
-                grad_out_ptr, rows, stride_gb, stride_gd, W_dec_ptr, columns, stride_dd, stride_ds, d_dec,
-                PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, False,
+    """Program walks over every PROGRAMS-th pair of a block of rows and a split of the features."""
+    n_rows = tl.load(operands.n_rows)
+    n_splits, tiles = _splits(n_rows, operands.d_sae, PROGRAMS, BLOCK_B, BLOCK_S)
+    scratch_row = tl.program_id(0) * BLOCK_B
+    sum_ptr = outputs.sums + scratch_row.to(tl.int64) * outputs.d_out
+    for item in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_B) * n_splits, PROGRAMS):
+        first_row = item // n_splits * BLOCK_B
+        offs_r = first_row + tl.arange(0, BLOCK_B)
+        mask_r = offs_r < n_rows
+        rows = tl.load(operands.rows + offs_r % n_rows)
+        penalty = tl.zeros((BLOCK_B,), dtype=tl.float32)
+        l0 = tl.zeros((BLOCK_B,), dtype=tl.int32)
+        first = item % n_splits * tiles * BLOCK_S
+        for start in range(first, tl.minimum(first + tiles * BLOCK_S, operands.d_sae), BLOCK_S):
+            offs_s = start + tl.arange(0, BLOCK_S)
+            acts, active, grad_hidden_pre, _threshold_terms, penalty_shares = gated_tile(
+                operands, upstream, rows, mask_r, offs_s, PENALTY, STE_TO_INPUT, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D
             )  # fmt: skip
-            if row_scale_ptr is not None:
-                grad_acts *= row_scale
-            g = tl.load(grad_penalty_ptr + rows * stride_penalty)[:, None]
-            tile, _, _ = gate_gradients(
-                tile, active, window & inside, grad_acts, g, threshold, scale, inv_bandwidth, tanh_scale,
-                PENALTY, STE_TO_INPUT,
+            if outputs.penalty is not None:
+                penalty += tl.sum(penalty_shares, 1)
+                l0 += tl.sum(active.to(tl.int32), 1)
+                firings = tl.sum(active.to(tl.int32), 0)
+                tl.atomic_add(feature_counts_ptr + offs_s, firings, mask=firings > 0, sem="relaxed")
+            add_product(
+                acts if upstream is None else grad_hidden_pre, outputs.W_out, offs_s, offs_s < operands.d_sae,
+                outputs.stride_os, outputs.stride_od, outputs.d_out, sum_ptr, tl.where(start > first, outputs.d_out, 0),
+                None, None, None, 0, BLOCK_O,
             )  # fmt: skip
-        elif pid_o == 0:
-            penalty += tl.sum(penalty_terms(tile, active, scale, tanh_scale, PENALTY), 1)
-            l0 += tl.sum(active.to(tl.int32), 1)
-            firings = tl.sum(active.to(tl.int32), 0)
-            tl.atomic_add(feature_counts_ptr + columns, firings, mask=firings > 0, sem="relaxed")
-        w_ptrs = W_out_ptr + columns.to(tl.int64)[:, None] * stride_os + offs_o[None, :] * stride_od
-        w = tl.load(w_ptrs, mask=(offs_s < d_sae)[:, None] & mask_o[None, :], other=0.0)
-        acc = tl.dot(tile.to(w.dtype), w, acc, input_precision=PRECISION)
-
-    if not GRAD:  # noqa: SIM102 a compile-time branch must stand alone
-        if pid_o == 0:
-            if n_splits == 1:
-                tl.store(penalty_ptr + rows, penalty, mask=mask_r)
-            else:
-                tl.store(partial_penalty_ptr + work * BLOCK_B + tl.arange(0, BLOCK_B), penalty)
+        if outputs.penalty is not None:
+            tl.store(outputs.penalty_sums + scratch_row + tl.arange(0, BLOCK_B), penalty)
             tl.atomic_add(l0_ptr + rows, l0, mask=mask_r, sem="relaxed")
-    if n_splits == 1:
-        if b_out_ptr is not None:
-            acc += tl.load(b_out_ptr + offs_o, mask=mask_o, other=0.0).to(tl.float32)[None, :]
-        if target_ptr is not None:
-            target_ptrs = target_ptr + rows[:, None] * stride_tb + offs_o[None, :] * stride_td
-            acc -= tl.load(target_ptrs, mask=mask_o[None, :], other=0.0).to(tl.float32)
-            square = tl.sum(tl.where(mask_o[None, :], acc * acc, 0.0), 1)
-            tl.store(squares_ptr + offs_r.to(tl.int64) * tl.num_programs(1) + pid_o, square, mask=mask_r)
-        out_ptrs = out_ptr + rows[:, None] * d_out + offs_o[None, :]
-        tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask_r[:, None] & mask_o[None, :])
-    else:
-        slots = (work * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
-        tl.store(partial_ptr + slots[:, None] * d_out + offs_o[None, :], acc, mask=mask_o[None, :])
+            tl.debug_barrier()
+        if n_splits == 1:
+            for lane in range(0, tl.minimum(n_rows - first_row, BLOCK_B)):
+                row = tl.load(operands.rows + first_row + lane)
+                _finish_row(outputs, row, scratch_row + lane, 1, BLOCK_B, 1, BLOCK_O)
+            tl.debug_barrier()
 
 
 @triton.jit
-def _reduce_rows_kernel(
-    # inputs
-    partial_ptr,  # [MAX_SPLITS, BLOCK_B, D']
-    partial_penalty_ptr,  # [MAX_SPLITS, BLOCK_B] or None
-    rows_ptr,  # [B] int64
-    n_rows_ptr,  # [1] int32
-    b_out_ptr,  # [D'] or None
-    target_ptr,  # [B, D'] or None
-    # outputs
-    out_ptr,  # [B, D']
-    penalty_ptr,  # [B] fp32 or None
-    squares_ptr,  # [B, D' / BLOCK_O] fp32 by place in rows, with a target
-    # size and strides
-    d_out,
-    stride_tb,
-    stride_td,
-    MAX_SPLITS: tl.constexpr,
+def _finish_rows_kernel(
+    operands,  # Operands
+    outputs,  # RowOutputs
+    PROGRAMS: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # splits at once
     BLOCK_O: tl.constexpr,
 ):
-    """Program (r, i) adds the partial sums of overflowing row r, columns i * BLOCK_O .., in the order of the splits."""
-    n_rows = tl.load(n_rows_ptr)
-    n_splits = _splits(n_rows, BLOCK_B, MAX_SPLITS)
-    slot = tl.program_id(0)
-    if slot >= n_rows or n_splits == 1:
-        return
-    row = tl.load(rows_ptr + slot)
-    first = slot // BLOCK_B * n_splits
-    lane = slot % BLOCK_B
-    if penalty_ptr is not None:  # noqa: SIM102 a compile-time branch must stand alone
-        if tl.program_id(1) == 0:
-            penalty = 0.0
-            for split in range(0, n_splits):
-                penalty += tl.load(partial_penalty_ptr + (first + split) * BLOCK_B + lane)
-            tl.store(penalty_ptr + row, penalty)
-    offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O).to(tl.int64)
-    mask_o = offs_o < d_out
-    acc = tl.zeros((BLOCK_O,), dtype=tl.float32)
-    if b_out_ptr is not None:
-        acc += tl.load(b_out_ptr + offs_o, mask=mask_o, other=0.0).to(tl.float32)
-    for split in range(0, n_splits):
-        source = ((first + split) * BLOCK_B + lane).to(tl.int64)
-        acc += tl.load(partial_ptr + source * d_out + offs_o, mask=mask_o, other=0.0)
-    if target_ptr is not None:
-        acc -= tl.load(target_ptr + row * stride_tb + offs_o * stride_td, mask=mask_o, other=0.0).to(tl.float32)
-        tl.store(squares_ptr + slot.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), tl.sum(acc * acc, 0))
-    tl.store(out_ptr + row * d_out + offs_o, acc.to(out_ptr.dtype.element_ty), mask=mask_o)
+    """Program walks over the overflowing rows whose features were split, and adds the sums in the order of the splits."""
+    n_rows = tl.load(operands.n_rows)
+    n_splits, _tiles = _splits(n_rows, operands.d_sae, PROGRAMS, BLOCK_B, BLOCK_S)
+    for place in range(tl.program_id(0), tl.where(n_splits > 1, n_rows, 0), tl.num_programs(0)):
+        row = tl.load(operands.rows + place)
+        first = place // BLOCK_B * n_splits * BLOCK_B + place % BLOCK_B
+        _finish_row(outputs, row, first, n_splits, BLOCK_B, BLOCK_N, BLOCK_O)
 
 
 @triton.jit
-def _sum_squares_kernel(
-    # inputs
-    squares_ptr,  # [B, columns] fp32 by place in rows
-    rows_ptr,  # [B] int64
-    n_rows_ptr,  # [1] int32
-    # output
-    squared_error_ptr,  # [B] fp32
-    # size
-    columns,
+def _overflow_features_kernel(
+    operands,  # Operands
+    upstream,  # Upstream
+    sum_ptr,  # [SCRATCHES, BLOCK_S, D + D_out] fp32 scratch
+    # outputs, added to
+    grad_W_enc_ptr,  # [S, D] contiguous
+    grad_W_dec_ptr,  # [S, D_out] contiguous
+    grad_b_enc_ptr,  # [S] fp32
+    grad_threshold_ptr,  # [S] fp32
+    grad_scale_ptr,  # [S] fp32 or None
+    PENALTY: tl.constexpr,
+    STE_TO_INPUT: tl.constexpr,
+    SCRATCHES: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    EVEN_D: tl.constexpr,
 ):
-    """Program owns BLOCK_B overflowing rows and adds their columns' squares, in order."""
-    n_rows = tl.load(n_rows_ptr)
-    first = tl.program_id(0) * BLOCK_B
-    if first >= n_rows:
-        return
-    offs_r = first + tl.arange(0, BLOCK_B).to(tl.int64)
-    mask_r = offs_r < n_rows
-    total = tl.zeros((BLOCK_B,), dtype=tl.float32)
-    for column in range(0, columns):
-        total += tl.load(squares_ptr + offs_r * columns + column, mask=mask_r, other=0.0)
-    tl.store(squared_error_ptr + tl.load(rows_ptr + offs_r, mask=mask_r, other=0), total, mask=mask_r)
+    """Program walks over blocks of BLOCK_S features and adds what the overflowing rows give to their gradients."""
+    n_rows = tl.load(operands.n_rows)
+    d_in, d_out = operands.d_in, upstream.d_out
+    # one block of rows needs no scratch, so every program works
+    programs = tl.where(n_rows <= BLOCK_B, tl.num_programs(0), tl.minimum(SCRATCHES, tl.num_programs(0)))
+    n_tiles = tl.where((n_rows > 0) & (tl.program_id(0) < programs), tl.cdiv(operands.d_sae, BLOCK_S), 0)
+    sum_enc_ptr = sum_ptr + tl.program_id(0).to(tl.int64) * BLOCK_S * (d_in + d_out)
+    sum_dec_ptr = sum_enc_ptr + BLOCK_S * d_in
+    for tile in range(tl.program_id(0), n_tiles, programs):
+        offs_s = tile * BLOCK_S + tl.arange(0, BLOCK_S)
+        mask_s = offs_s < operands.d_sae
+        grad_b_enc = tl.zeros((BLOCK_S,), dtype=tl.float32)
+        grad_threshold = tl.zeros((BLOCK_S,), dtype=tl.float32)
+        grad_scale = tl.zeros((BLOCK_S,), dtype=tl.float32)
+        for first in range(0, n_rows, BLOCK_B):
+            offs_r = first + tl.arange(0, BLOCK_B)
+            mask_r = offs_r < n_rows
+            rows = tl.load(operands.rows + offs_r % n_rows)
+            acts, _active, grad_hidden_pre, threshold_terms, scale_terms = gated_tile(
+                operands, upstream, rows, mask_r, offs_s, PENALTY, STE_TO_INPUT, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D
+            )  # fmt: skip
+            is_last = first + BLOCK_B >= n_rows
+            add_product(
+                tl.trans(grad_hidden_pre), operands.x, rows, mask_r, operands.stride_xb, operands.stride_xd, d_in,
+                sum_enc_ptr, tl.where(first > 0, d_in, 0),
+                grad_W_enc_ptr, offs_s, mask_s, tl.where(is_last, d_in, 0), BLOCK_O,
+            )  # fmt: skip
+            add_product(
+                tl.trans(acts), upstream.grad_out, rows, mask_r, upstream.stride_gb, upstream.stride_gd, d_out,
+                sum_dec_ptr, tl.where(first > 0, d_out, 0),
+                grad_W_dec_ptr, offs_s, mask_s, tl.where(is_last, d_out, 0), BLOCK_O,
+            )  # fmt: skip
+            grad_b_enc += tl.sum(grad_hidden_pre, 0)
+            grad_threshold += tl.sum(threshold_terms, 0)
+            grad_scale += tl.sum(scale_terms, 0)
+        _add_to(grad_b_enc_ptr, offs_s, mask_s, grad_b_enc)
+        _add_to(grad_threshold_ptr, offs_s, mask_s, grad_threshold)
+        if grad_scale_ptr is not None:
+            _add_to(grad_scale_ptr, offs_s, mask_s, grad_scale)
 
 
 def overflow_rows(
@@ -282,95 +273,87 @@ def overflow_rows(
         squared_error: `[N]` fp32, that of the other rows; written, with a target. Forward only.
         grads: `(grad_out, W_dec, grad_penalty, row_scale)`. Backward only.
     """
-    n_tokens, d_in = x.shape
-    d_sae, d_out = W_out.shape
-    if n_tokens == 0:
+    if x.shape[0] == 0:
         return
     penalty, l0, feature_counts = stats or (None, None, None)
-    grad_out, W_dec, grad_penalty, row_scale = grads or (None, None, None, None)
-    config = launch_config("overflow_rows", x)
-    row_blocks = triton.cdiv(n_tokens, config["BLOCK_B"])
-    columns = triton.cdiv(d_out, config["BLOCK_O"])
-    partial = x.new_empty(MAX_SPLITS, config["BLOCK_B"], d_out, dtype=torch.float32)
-    partial_penalty = None if stats is None else x.new_empty(MAX_SPLITS, config["BLOCK_B"], dtype=torch.float32)
-    squares = None if target is None else x.new_empty(n_tokens, columns, dtype=torch.float32)
-    target_strides = (0, 0) if target is None else target.stride()
-    _overflow_rows_kernel[(max(MAX_SPLITS, row_blocks), columns)](
-        x_ptr=x,
-        W_enc_ptr=W_enc,
-        b_enc_ptr=b_enc,
-        threshold_ptr=threshold,
-        scale_ptr=feature_scale,
-        rows_ptr=overflow.rows,
-        n_rows_ptr=overflow.n_rows,
-        W_out_ptr=W_out,
-        target_ptr=target,
-        grad_out_ptr=grad_out,
-        W_dec_ptr=W_dec,
-        grad_penalty_ptr=grad_penalty,
-        row_scale_ptr=row_scale,
-        partial_ptr=partial,
-        partial_penalty_ptr=partial_penalty,
-        squares_ptr=squares,
-        penalty_ptr=penalty,
+    config = tile_config("overflow_rows", x, x.shape[1], *(() if grads is None else (grads[1].shape[1],)))
+    operands = operands_of(overflow, x, W_enc, b_enc, threshold, feature_scale, spec)
+    upstream = None if grads is None else upstream_of(*grads, spec)
+    scratch = x.new_empty(SCRATCH_PROGRAMS, config["BLOCK_B"], W_out.shape[1], dtype=torch.float32)
+    penalty_sums = None if stats is None else scratch.new_empty(SCRATCH_PROGRAMS, config["BLOCK_B"])
+    outputs = RowOutputs(
+        W_out, b_out, target, scratch, penalty_sums, out, penalty, squared_error, W_out.shape[1],
+        *W_out.stride(), *((0, 0) if target is None else target.stride()),
+    )  # fmt: skip
+    _overflow_rows_kernel[(SCRATCH_PROGRAMS,)](
+        operands=operands,
+        upstream=upstream,
+        outputs=outputs,
         l0_ptr=l0,
         feature_counts_ptr=feature_counts,
-        out_ptr=out,
-        b_out_ptr=b_out,
-        half_bandwidth=spec.bandwidth / 2,
-        inv_bandwidth=1 / spec.bandwidth if spec.bandwidth > 0 else 0.0,
-        tanh_scale=spec.tanh_scale,
-        d_in=d_in,
-        d_sae=d_sae,
-        d_dec=d_out if W_dec is None else W_dec.shape[1],
-        d_out=d_out,
-        stride_xb=x.stride(0),
-        stride_xd=x.stride(1),
-        stride_wd=W_enc.stride(0),
-        stride_ws=W_enc.stride(1),
-        stride_os=W_out.stride(0),
-        stride_od=W_out.stride(1),
-        stride_gb=0 if grad_out is None else grad_out.stride(0),
-        stride_gd=0 if grad_out is None else grad_out.stride(1),
-        stride_ds=0 if W_dec is None else W_dec.stride(0),
-        stride_dd=0 if W_dec is None else W_dec.stride(1),
-        stride_penalty=0 if grad_penalty is None else grad_penalty.stride(0),
-        stride_scale=0 if row_scale is None else row_scale.stride(0),
-        stride_tb=target_strides[0],
-        stride_td=target_strides[1],
-        GRAD=grads is not None,
         PENALTY=spec.penalty,
         STE_TO_INPUT=spec.ste_to_input,
-        PRECISION="ieee",
-        EVEN_D=d_in % config["BLOCK_D"] == 0,
-        MAX_SPLITS=MAX_SPLITS,
+        PROGRAMS=SCRATCH_PROGRAMS,
         **config,
     )
-    # more overflowing rows than these leave one split each, and nothing to add
-    split_rows = min(n_tokens, MAX_SPLITS // 2 * config["BLOCK_B"])
-    _reduce_rows_kernel[(split_rows, columns)](
-        partial_ptr=partial,
-        partial_penalty_ptr=partial_penalty,
-        rows_ptr=overflow.rows,
-        n_rows_ptr=overflow.n_rows,
-        b_out_ptr=b_out,
-        target_ptr=target,
-        out_ptr=out,
-        penalty_ptr=penalty,
-        squares_ptr=squares,
-        d_out=d_out,
-        stride_tb=target_strides[0],
-        stride_td=target_strides[1],
-        MAX_SPLITS=MAX_SPLITS,
+    _finish_rows_kernel[(SCRATCH_PROGRAMS,)](
+        operands=operands,
+        outputs=outputs,
+        PROGRAMS=SCRATCH_PROGRAMS,
         BLOCK_B=config["BLOCK_B"],
-        BLOCK_O=config["BLOCK_O"],
+        BLOCK_S=config["BLOCK_S"],
+        BLOCK_N=SPLITS_AT_ONCE,
+        BLOCK_O=COLUMNS_AT_ONCE,
     )
-    if squares is not None:
-        _sum_squares_kernel[(row_blocks,)](
-            squares_ptr=squares,
-            rows_ptr=overflow.rows,
-            n_rows_ptr=overflow.n_rows,
-            squared_error_ptr=squared_error,
-            columns=columns,
-            BLOCK_B=config["BLOCK_B"],
-        )
+
+
+def overflow_features(
+    overflow: Overflow,
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    W_dec: Tensor,
+    feature_scale: Tensor | None,
+    spec: AutoencodeSpec,
+    grad_out: Tensor,
+    grad_penalty: Tensor,
+    row_scale: Tensor | None,
+    grad_W_enc: Tensor,
+    grad_b_enc: Tensor,
+    grad_threshold: Tensor,
+    grad_W_dec: Tensor,
+    grad_scale: Tensor | None,
+) -> None:
+    """Add the overflowing rows' share to gradients that hold the other rows' already.
+
+    Args:
+        overflow: Which rows.
+        x, W_enc, b_enc, threshold, W_dec, feature_scale, spec: As in `autoencode_forward`.
+        grad_out, grad_penalty, row_scale: As in `autoencode_backward`.
+        grad_W_enc: `[d_sae, d_in]`, contiguous.
+        grad_b_enc, grad_threshold: `[d_sae]` fp32.
+        grad_W_dec: `[d_sae, d_out]`, contiguous.
+        grad_scale: `[d_sae]` fp32, or None.
+    """
+    if x.shape[0] == 0:
+        return
+    config = tile_config("overflow_features", x, x.shape[1], W_dec.shape[1])
+    operands = operands_of(overflow, x, W_enc, b_enc, threshold, feature_scale, spec)
+    upstream = upstream_of(grad_out, W_dec, grad_penalty, row_scale, spec)
+    programs = min(FEATURE_PROGRAMS, triton.cdiv(operands.d_sae, config["BLOCK_S"]))
+    shape = (min(FEATURE_SCRATCHES, programs), config["BLOCK_S"], operands.d_in + upstream.d_out)
+    _overflow_features_kernel[(programs,)](
+        operands=operands,
+        upstream=upstream,
+        sum_ptr=x.new_empty(shape, dtype=torch.float32),
+        grad_W_enc_ptr=grad_W_enc,
+        grad_W_dec_ptr=grad_W_dec,
+        grad_b_enc_ptr=grad_b_enc,
+        grad_threshold_ptr=grad_threshold,
+        grad_scale_ptr=grad_scale,
+        PENALTY=spec.penalty,
+        STE_TO_INPUT=spec.ste_to_input,
+        SCRATCHES=FEATURE_SCRATCHES,
+        **config,
+    )

@@ -1,12 +1,12 @@
-"""Top-k of rows that overflowed their span, recomputed exactly on the device; leaves at once where there are none.
+"""Top-k of rows that overflowed their capacity, recomputed exactly on the device; leaves at once where there are none.
 
-Such a row can hide larger entries behind its span, so its activations are recomputed feature block by feature block:
+Such a row can hide larger entries behind its capacity, so its activations are recomputed feature block by feature block:
 
     k <= MAX_MERGE   each block is merged into the best k so far by a bitonic step: one pass over the features
     else             the bits of the k-th largest value are found two by two, counting candidates: 17 passes
 
 A row that turns out to have at most `k` active entries is left alone (it overflowed by its window); `overflow` keeps all
-of it. Slow and rare: `row_topk` chooses spans so that features in no particular order never come here.
+of it. Slow and rare: `row_topk` chooses capacities so that features in no particular order never come here.
 """
 
 from __future__ import annotations
@@ -15,64 +15,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels.gpu.config import launch_config
-from fastsae_kernels.gpu.tiles import active_bits, gate, pack_entry, rank_entry, tile_product, unrank_entry
+from fastsae_kernels.gpu.overflow_tile import operands_of, tile_config
+from fastsae_kernels.gpu.tiles import active_bits, pack_entry, rank_entry, unrank_entry
 from fastsae_kernels.gpu.topk import flag_rows
+from fastsae_kernels.types import Overflow
 
 # largest k that is merged; past it the two tiles of int64 spill
 MAX_MERGE = 256
 
 
 @triton.jit
+def _active_bits(
+    operands, rows, offs_s,
+    BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
+):  # fmt: skip
+    return active_bits(
+        operands.x, rows, operands.stride_xb, operands.stride_xd,
+        operands.W_enc, offs_s, operands.stride_wd, operands.stride_ws,
+        operands.b_enc, operands.threshold, operands.d_in, operands.d_sae, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+    )  # fmt: skip
+
+
+@triton.jit
 def _overflow_topk_kernel(
-    # inputs
-    x_ptr,  # [B, D]
-    W_enc_ptr,  # [D, S]
-    b_enc_ptr,  # [S]
-    threshold_ptr,  # [S] fp32
-    rows_ptr,  # [B] int64: the rows that overflowed come first
-    n_rows_ptr,  # [1] int32: how many they are
+    operands,  # Operands
     # outputs
     entries_ptr,  # [B, capacity] int64
     counts_ptr,  # [B] int32: set to K where the row has more than K active entries, else left alone
     # sizes
     least,  # a row with so many active entries or fewer is left alone
     capacity,
-    d_in,
-    d_sae,
-    # strides
-    stride_xb,
-    stride_xd,
-    stride_wd,
-    stride_ws,
-    PRECISION: tl.constexpr,
-    EVEN_D: tl.constexpr,
     K: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,  # power of two, at least K
     BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
 ):
     """Program owns BLOCK_B overflowing rows and finds the K largest active entries of each, over all features."""
-    n_rows = tl.load(n_rows_ptr)
+    n_rows = tl.load(operands.n_rows)
     first = tl.program_id(0) * BLOCK_B
     if first >= n_rows:
         return
     offs_r = first + tl.arange(0, BLOCK_B)
-    rows = tl.load(rows_ptr + offs_r % n_rows)
+    rows = tl.load(operands.rows + offs_r % n_rows)
     best = tl.zeros((BLOCK_B, BLOCK_S), dtype=tl.int64)
     n_active = tl.zeros((BLOCK_B,), dtype=tl.int32)
-    for start in range(0, d_sae, BLOCK_S):
+    for start in range(0, operands.d_sae, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        columns = offs_s % d_sae
-        hidden_pre = tile_product(
-            x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, columns, stride_wd, stride_ws, d_in,
-            PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
-        )  # fmt: skip
-        hidden_pre += tl.load(b_enc_ptr + columns).to(tl.float32)[None, :]
-        active, _ = gate(hidden_pre, tl.load(threshold_ptr + columns)[None, :], 0.0)
-        active = (active | (hidden_pre != hidden_pre)) & (offs_s < d_sae)[None, :]
-        n_active += tl.sum(active.to(tl.int32), 1)
-        rank = tl.sort(tl.where(active, rank_entry(columns[None, :], hidden_pre), 0))
+        bits, hidden_pre = _active_bits(operands, rows, offs_s, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D)
+        n_active += tl.sum((bits > 0).to(tl.int32), 1)
+        rank = tl.sort(tl.where(bits > 0, rank_entry(offs_s[None, :], hidden_pre), 0))
         # a falling and a rising sequence: their elementwise maximum is the larger half of both
         best = tl.sort(tl.maximum(best, rank), descending=True)
     slots = tl.arange(0, BLOCK_S)
@@ -86,13 +78,7 @@ def _overflow_topk_kernel(
 
 @triton.jit
 def _overflow_select_kernel(
-    # inputs
-    x_ptr,  # [B, D]
-    W_enc_ptr,  # [D, S]
-    b_enc_ptr,  # [S]
-    threshold_ptr,  # [S] fp32
-    rows_ptr,  # [B] int64: the rows that overflowed come first
-    n_rows_ptr,  # [1] int32: how many they are
+    operands,  # Operands
     # outputs
     entries_ptr,  # [B, capacity] int64
     counts_ptr,  # [B] int32: set to k where the row has more than k active entries, else left alone
@@ -100,26 +86,18 @@ def _overflow_select_kernel(
     k,
     least,  # a row with so many active entries or fewer is left alone
     capacity,
-    d_in,
-    d_sae,
-    # strides
-    stride_xb,
-    stride_xd,
-    stride_wd,
-    stride_ws,
-    PRECISION: tl.constexpr,
-    EVEN_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    EVEN_D: tl.constexpr,
 ):
     """Program owns BLOCK_B overflowing rows: finds the k-th largest value of each, then lists what lies above it."""
-    n_rows = tl.load(n_rows_ptr)
+    n_rows = tl.load(operands.n_rows)
     first = tl.program_id(0) * BLOCK_B
     if first >= n_rows:
         return
     offs_r = first + tl.arange(0, BLOCK_B)
-    rows = tl.load(rows_ptr + offs_r % n_rows)
+    rows = tl.load(operands.rows + offs_r % n_rows)
     kth = tl.zeros((BLOCK_B,), dtype=tl.uint32)  # its leading bits, as far as they are known
     above = tl.zeros((BLOCK_B,), dtype=tl.int32)  # entries whose leading bits are larger
     step = tl.full((BLOCK_B,), 1 << 30, tl.uint32)
@@ -128,10 +106,9 @@ def _overflow_select_kernel(
         ones = tl.zeros((BLOCK_B, BLOCK_S), dtype=tl.int32)
         twos = tl.zeros((BLOCK_B, BLOCK_S), dtype=tl.int32)
         threes = tl.zeros((BLOCK_B, BLOCK_S), dtype=tl.int32)
-        for start in range(0, d_sae, BLOCK_S):
-            bits, _hidden_pre = active_bits(
-                x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, start + tl.arange(0, BLOCK_S), stride_wd, stride_ws,
-                b_enc_ptr, threshold_ptr, d_in, d_sae, PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+        for start in range(0, operands.d_sae, BLOCK_S):
+            bits, _hidden_pre = _active_bits(
+                operands, rows, start + tl.arange(0, BLOCK_S), BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D
             )  # fmt: skip
             bits = bits.to(tl.uint32)
             ones += (bits >= one[:, None]).to(tl.int32)
@@ -146,12 +123,9 @@ def _overflow_select_kernel(
     n_active = tl.zeros((BLOCK_B,), dtype=tl.int32)
     slot = tl.zeros((BLOCK_B,), dtype=tl.int32)
     ties = tl.where(kth > 0, k - above, 0)  # that still find a place: the first ones; what is inactive finds none
-    for start in range(0, d_sae, BLOCK_S):
+    for start in range(0, operands.d_sae, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        bits, hidden_pre = active_bits(
-            x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, offs_s, stride_wd, stride_ws,
-            b_enc_ptr, threshold_ptr, d_in, d_sae, PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
-        )  # fmt: skip
+        bits, hidden_pre = _active_bits(operands, rows, offs_s, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D)
         n_active += tl.sum((bits > 0).to(tl.int32), 1)
         tie = (bits == kth[:, None]).to(tl.int32)
         kept = (bits > kth[:, None]) | ((tie > 0) & (tl.cumsum(tie, 1) <= ties[:, None]))
@@ -185,34 +159,18 @@ def resolve_overflow_topk(
         only_active: There is no window, so a row with at most `k` active entries is resolved too: the
             listing adds up in another order and may have counted more.
     """
-    rows, n_rows = flag_rows(counts > capacity)
     merges = k <= MAX_MERGE
     kernel, name = (_overflow_topk_kernel, "overflow_topk") if merges else (_overflow_select_kernel, "overflow_select")
-    config = launch_config(name, x)
-    config = dict(launch_config(name, x, odd=x.shape[1] % config["BLOCK_D"] != 0))
+    config = tile_config(name, x, x.shape[1])
     if merges:
         config["BLOCK_S"] = max(config["BLOCK_S"], triton.next_power_of_2(k))
-        config["num_warps"] = max(
-            config["num_warps"], min(16, config["BLOCK_S"] // 16)
-        )  # two tiles of int64 in registers
+        # two tiles of int64 lie in registers
+        config["num_warps"] = max(config["num_warps"], min(16, config["BLOCK_S"] // 16))
     kernel[(triton.cdiv(x.shape[0], config["BLOCK_B"]),)](
-        x_ptr=x,
-        W_enc_ptr=W_enc,
-        b_enc_ptr=b_enc,
-        threshold_ptr=threshold,
-        rows_ptr=rows,
-        n_rows_ptr=n_rows,
+        operands=operands_of(Overflow(*flag_rows(counts > capacity)), x, W_enc, b_enc, threshold),
         entries_ptr=entries,
         counts_ptr=counts,
         capacity=capacity,
-        d_in=x.shape[1],
-        d_sae=W_enc.shape[1],
-        stride_xb=x.stride(0),
-        stride_xd=x.stride(1),
-        stride_wd=W_enc.stride(0),
-        stride_ws=W_enc.stride(1),
-        PRECISION="ieee",
-        EVEN_D=x.shape[1] % config["BLOCK_D"] == 0,
         least=-1 if only_active else k,
         **{"K" if merges else "k": k},
         **config,

@@ -150,7 +150,6 @@ def _tile_histogram_kernel(
     stride_wd,
     stride_ws,
     LEVEL: tl.constexpr,
-    PRECISION: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -168,7 +167,7 @@ def _tile_histogram_kernel(
         rows = offs_b % n_tokens
         bits, _hidden_pre = active_bits(
             x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, offs_s, stride_wd, stride_ws, b_enc_ptr, threshold_ptr,
-            d_in, d_sae, PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+            d_in, d_sae, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
         )  # fmt: skip
         mask = (bits > 0) & (offs_b < n_tokens)[:, None]
         if LEVEL < 3:
@@ -322,7 +321,6 @@ def cut_activations(problem: Problem, buffer: Buffer, n_kept: int) -> Cut:
             stride_wd=W_enc.stride(0),
             stride_ws=W_enc.stride(1),
             LEVEL=level,
-            PRECISION="ieee",
             EVEN_D=x.shape[1] % config["BLOCK_D"] == 0,
             **config,
         )

@@ -18,7 +18,6 @@ Bytes: `N * capacity * 8` for the rows, against `N * d_sae * 2` of a dense tenso
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -65,14 +64,6 @@ def growth_of(k: int, capacity: int) -> int:
     return max(2, int(capacity / before))
 
 
-def feature_ranges(first: int, d_sae: int, growth: int = 2) -> Iterator[tuple[int, int]]:
-    """`(start, end)` of ranges, each ending `growth` times as far as the one before."""
-    start, end = 0, min(first, d_sae)
-    while start < d_sae:
-        yield start, end
-        start, end = end, min(growth * end, d_sae)
-
-
 def list_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int, bandwidth: float) -> RowTopK:
     """The `k` largest active entries of every row, or all of it (window entries too) where at most `k` are active.
 
@@ -89,7 +80,7 @@ def list_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int
     cursors = starts.clone()
     entries = torch.empty(n_tokens * capacity, dtype=torch.int64, device=device)
     bounds = torch.zeros(n_tokens, dtype=torch.float32, device=device)
-    for start, end in feature_ranges(capacity, d_sae, growth_of(k, capacity)):
+    for start, end in topk.feature_ranges(capacity, d_sae, growth_of(k, capacity)):
         if start > 0 and n_tokens > 0:
             topk.prune_rows(entries.view(n_tokens, capacity), cursors, starts, bounds, k)
         list_entries(

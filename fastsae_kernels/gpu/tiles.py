@@ -35,7 +35,6 @@ def tile_product(
     stride_bd,
     stride_bs,
     depth,  # D
-    PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -55,7 +54,7 @@ def tile_product(
             mask_d = start + offs_d < depth
             a = tl.load(a_ptrs, mask=mask_d[None, :], other=0.0)
             b = tl.load(b_ptrs, mask=mask_d[:, None], other=0.0)
-        acc = tl.dot(a.to(b.dtype), b, acc, input_precision=PRECISION)
+        acc = tl.dot(a.to(b.dtype), b, acc, input_precision="ieee")
         a_ptrs += BLOCK_D * stride_ad
         b_ptrs += BLOCK_D * stride_bd
     return acc
@@ -187,7 +186,6 @@ def active_bits(
     threshold_ptr,  # [S] fp32
     d_in,
     d_sae,
-    PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -197,7 +195,7 @@ def active_bits(
     columns = offs_s % d_sae
     hidden_pre = tile_product(
         x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, columns, stride_wd, stride_ws, d_in,
-        PRECISION, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
+        BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
     )  # fmt: skip
     hidden_pre += tl.load(b_enc_ptr + columns).to(tl.float32)[None, :]
     active, _ = gate(hidden_pre, tl.load(threshold_ptr + columns)[None, :], 0.0)

@@ -12,6 +12,8 @@ A program sorts a row in its registers (a bitonic network); rows longer than `MA
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +25,14 @@ from fastsae_kernels.types import SparseActs
 # longest row sorted by one program; past it torch.sort is used
 MAX_SORT = 2048
 LAST = 0x7FFFFFFFFFFFFFFF  # sorts behind every entry
+
+
+def feature_ranges(first: int, d_sae: int, growth: int = 2) -> Iterator[tuple[int, int]]:
+    """`(start, end)` of ranges, each ending `growth` times as far as the one before."""
+    start, end = 0, min(first, d_sae)
+    while start < d_sae:
+        yield start, end
+        start, end = end, min(growth * end, d_sae)
 
 
 @triton.jit

@@ -1,10 +1,10 @@
-"""Measures which way of listing entries is fastest on this machine, and remembers it.
+"""Measures which kernel lists entries fastest on this machine, and remembers it.
 
     FASTSAE_AUTOTUNE=1 python train.py                                  the first call of each shape measures
     python -m fastsae_kernels.gpu.tune --shape 8192 2304 65536          measures ahead of time, and shows all times
 
-Candidates are the tiles that the launch table ships for the operands' dtype, of every rival whose rules hold: all of them
-are known to compile without spills. The winner is kept in memory and in one file per key under `$XDG_CACHE_HOME/fastsae`
+Candidates are all tiles that the launch table has for the operands' dtype, of every kernel whose rules hold: they are known
+to compile without spills. The winner is kept in memory and in one file per key under `$XDG_CACHE_HOME/fastsae`
 (`~/.cache/fastsae`), written aside and renamed, so that processes that tune at once never see half a file nor lose one
 another's. Nothing is measured while a CUDA graph is captured or a function is traced: the launch table serves then.
 """
@@ -20,28 +20,28 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from fastsae_kernels.gpu.choice import KERNELS, Choice, serve, tiles_of
 from fastsae_kernels.gpu.config import SMALL_BATCHES, LaunchConfig, capability
 from fastsae_kernels.gpu.listing import Listing
-from fastsae_kernels.gpu.rivals import RIVALS, Path, config_of, refusal
 
-CAPACITY = 64  # places of a row while measuring; a row with more entries goes on counting, as it would in use
+CAPACITY = 64  # entries that a row can hold while measuring; a row with more goes on counting, as it would in use
 
 Bench = Callable[[Callable[[], None]], float]
 
-_winners: dict[str, Path] = {}
+_winners: dict[str, Choice] = {}
 
 
 class Timing(NamedTuple):
     """One candidate and its time."""
 
-    path: Path
+    choice: Choice
     milliseconds: float
 
 
@@ -65,42 +65,37 @@ def key_of(x: Tensor, W_enc: Tensor) -> str:
     )
 
 
-def cache_folder() -> FilePath:
+def cache_folder() -> Path:
     """Where winners are kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or FilePath.home() / ".cache"
-    return FilePath(base) / "fastsae" / "encode"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fastsae" / "encode"
 
 
-def _file_of(key: str) -> FilePath:
+def _file_of(key: str) -> Path:
     return cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
-def candidates(x: Tensor, W_enc: Tensor) -> Iterator[Path]:
-    """Every shipped tile of every rival that can serve these operands, chunks of three sizes."""
-    for rival in RIVALS:
-        if refusal(rival, x, W_enc):
+def candidates(x: Tensor, W_enc: Tensor) -> Iterator[Choice]:
+    """Every shipped tile of every kernel that can serve these operands, chunks of three sizes."""
+    for kernel in KERNELS:
+        if serve(kernel, x, W_enc)[1]:
             continue
         seen: list[LaunchConfig] = []
         for n_tokens in (*SMALL_BATCHES, max(SMALL_BATCHES) + 1):
-            config = config_of(rival, x, n_tokens)
-            if config is not None and config not in seen:
-                seen.append(config)
-        for config in seen:
-            yield from (Path(rival, sized, "measured on this machine") for sized in _chunk_sizes(config))
-
-
-def _chunk_sizes(config: LaunchConfig) -> list[LaunchConfig]:
-    """The size of a chunk is no constant of a kernel: other sizes compile to the same."""
-    if "CHUNK_MIB" not in config:
-        return [config]
-    return [{**config, "CHUNK_MIB": config["CHUNK_MIB"] * factor} for factor in (1, 0.5, 2)]
+            for tiles in tiles_of(kernel, x, n_tokens):
+                # the size of a chunk is no constant of a kernel: other sizes compile to the same
+                sizes = [tiles["CHUNK_MIB"] * factor for factor in (1, 0.5, 2)] if "CHUNK_MIB" in tiles else []
+                seen += [{**tiles, "CHUNK_MIB": size} for size in sizes] or [tiles]
+        for number, tiles in enumerate(seen):
+            if tiles not in seen[:number]:
+                yield Choice(kernel, tiles, "measured on this machine")
 
 
 def _read(key: str) -> dict[str, object] | None:
     path = _file_of(key)
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["key"] == key and isinstance(stored["config"], dict) and isinstance(stored["rival"], str):
+        if stored["key"] == key and isinstance(stored["config"], dict) and isinstance(stored["kernel"], str):
             return stored
         problem = "it is of another measurement"
     except FileNotFoundError:
@@ -113,7 +108,7 @@ def _read(key: str) -> dict[str, object] | None:
 
 def _write(key: str, winner: Timing) -> None:
     path = _file_of(key)
-    stored = {"key": key, "rival": winner.path.rival, "config": winner.path.config, "milliseconds": winner.milliseconds}
+    stored = {"key": key, **winner.choice._asdict(), "milliseconds": winner.milliseconds}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, aside = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
@@ -124,34 +119,31 @@ def _write(key: str, winner: Timing) -> None:
         warnings.warn(f"{path}: cannot keep the tuning result ({error}); it is measured again next time", stacklevel=2)
 
 
-def stored_path(x: Tensor, W_enc: Tensor) -> Path | None:
+def known(x: Tensor, W_enc: Tensor) -> Choice | None:
     """The winner that memory or disk knows for these operands, if it still is a candidate."""
     key = key_of(x, W_enc)
     winner = _winners.get(key)
     if winner is None:
         stored = _read(key)
         # tables change between versions of this library: a tile that is no longer shipped is measured again
-        found = [] if stored is None else [c for c in candidates(x, W_enc) if _same(c, stored)]
-        if not found:
+        kept = (stored["kernel"], stored["config"]) if stored is not None else None
+        winner = next((choice for choice in candidates(x, W_enc) if choice[:2] == kept), None)
+        if winner is None:
             return None
-        winner = _winners[key] = found[0]
-    return None if refusal(winner.rival, x, W_enc) else winner
-
-
-def _same(candidate: Path, stored: dict[str, object]) -> bool:
-    return candidate.rival == stored["rival"] and candidate.config == stored["config"]
+        _winners[key] = winner
+    return None if serve(winner.kernel, x, W_enc)[1] else winner
 
 
 def _measurable() -> bool:
     return not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
 
-def path(x: Tensor, W_enc: Tensor, call: Listing | None) -> Path | None:
+def tuned(x: Tensor, W_enc: Tensor, call: Listing | None) -> Choice | None:
     """The measured way; measures it where `call` is given and measuring is possible now. None where there is none."""
-    known = stored_path(x, W_enc)
-    if known is not None or call is None or not _measurable():
-        return known
-    return tune(call)[0].path
+    choice = known(x, W_enc)
+    if choice is not None or call is None or not _measurable():
+        return choice
+    return tune(call)[0].choice
 
 
 def _bench(run: Callable[[], None]) -> float:
@@ -168,25 +160,21 @@ def measure(call: Listing, bench: Bench = _bench) -> list[Timing]:
     starts = torch.arange(n_tokens, dtype=torch.int32, device=call.x.device) * CAPACITY
     cursors, row_ends = starts.clone(), starts + CAPACITY
     entries = torch.empty(n_tokens * CAPACITY, dtype=torch.int64, device=call.x.device)
-    l0 = None if call.l0 is None else torch.zeros_like(call.l0)
-    feature_counts = None if call.feature_counts is None else torch.zeros_like(call.feature_counts)
-    scratch = call._replace(
-        cursors=cursors, row_ends=row_ends, entries=entries, l0=l0, feature_counts=feature_counts
-    )  # fmt: skip
+    scratch = call._replace(cursors=cursors, row_ends=row_ends, entries=entries)
     timings, failures = [], []
     for candidate in candidates(call.x, call.W_enc):
 
-        def run(candidate: Path = candidate) -> None:
+        def run(candidate: Choice = candidate) -> None:
             cursors.copy_(starts)
-            RIVALS[candidate.rival].launch(scratch, candidate.config)
+            KERNELS[candidate.kernel].launch(scratch, candidate.config)
 
         try:
             timings.append(Timing(candidate, bench(run)))
         except Exception as error:  # out of shared memory, a library that lacks the product: the others can still win
-            failures.append(f"{candidate.rival} {candidate.config}: {type(error).__name__}: {error}")
+            failures.append(f"{candidate.kernel} {candidate.config}: {type(error).__name__}: {error}")
             warnings.warn(f"not a candidate on this machine: {failures[-1]}", stacklevel=2)
     if not timings:
-        raise RuntimeError("no way of listing entries runs on this machine: " + "; ".join(failures))
+        raise RuntimeError("no kernel that lists entries runs on this machine: " + "; ".join(failures))
     return sorted(timings, key=lambda timing: timing.milliseconds)
 
 
@@ -194,7 +182,7 @@ def tune(call: Listing, bench: Bench = _bench) -> list[Timing]:
     """`measure`, and keep the winner in memory and on disk."""
     timings = measure(call, bench)
     key = key_of(call.x, call.W_enc)
-    _winners[key] = timings[0].path
+    _winners[key] = timings[0].choice
     _write(key, timings[0])
     return timings
 
@@ -209,10 +197,7 @@ def random_call(n_tokens: int, d_in: int, d_sae: int, dtype: torch.dtype, l0: fl
     row_offsets = torch.arange(n_tokens + 1, dtype=torch.int32, device=device) * CAPACITY
     entries = torch.empty(n_tokens * CAPACITY, dtype=torch.int64, device=device)
     b_enc = torch.zeros(d_sae, device=device, dtype=dtype)
-    return Listing(
-        x, W_enc, b_enc, threshold, row_offsets[:-1].clone(), row_offsets[1:], entries, 0.0, None, 0,
-        None, None,
-    )  # fmt: skip
+    return Listing(x, W_enc, b_enc, threshold, row_offsets[:-1].clone(), row_offsets[1:], entries, 0.0, None, 0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -230,8 +215,8 @@ def main(argv: list[str] | None = None) -> int:
         timings = tune(call)
         sys.stdout.write(f"{key_of(call.x, call.W_enc)}\n")
         for timing in timings:
-            tiles = " ".join(f"{name}={value}" for name, value in timing.path.config.items())
-            sys.stdout.write(f"  {timing.milliseconds:10.4f} ms  {timing.path.rival:<10}  {tiles}\n")
+            tiles = " ".join(f"{name}={value}" for name, value in timing.choice.config.items())
+            sys.stdout.write(f"  {timing.milliseconds:10.4f} ms  {timing.choice.kernel:<16}  {tiles}\n")
     return 0
 
 

@@ -28,6 +28,14 @@ CLEARING_PROGRAMS = 1024
 CLEARED_BLOCK = 4096
 
 
+def keep_for_this_stream(*tensors: Tensor | None) -> None:
+    """Hold the memory of tensors that another stream made until this one has run what it was given so far."""
+    if torch.cuda.is_initialized():  # as it is where any tensor lies on a GPU
+        for tensor in tensors:
+            if tensor is not None and tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
+
+
 class RowSums(NamedTuple):
     """The gradient of one weight matrix, `[S, D]`, not summed yet; the arguments of `adam.adam_rows`."""
 
@@ -43,6 +51,7 @@ class RowSums(NamedTuple):
         shape = (self.by_feature.offsets.numel() - 1, self.vectors.shape[1])
         sums = torch.empty(shape, dtype=torch.float32, device=self.vectors.device)
         feature_sums(self.by_feature, self.weights, self.vectors, sums)
+        keep_for_this_stream(*self.by_feature[:3], self.weights, self.vectors, self.extra, self.extra_flag)
         if self.extra is None:
             return sums
         # while the flag is 0 the buffer holds an earlier step's numbers, NaN perhaps

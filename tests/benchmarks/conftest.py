@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.report import BEGIN, END, main
+from benchmarks.result import Result, newest_of_each_machine
 
 Content = dict[str, Any]
 HEADLINE = {"shape": "gpt2-small-16k", "n_tokens": 4096, "d_in": 768, "d_sae": 16384, "l0": 78}
@@ -18,7 +19,7 @@ EAGER = "dense eager fp32"
 
 
 def row(operation: str, provider: str, ms: float | None, **values: Any) -> Content:
-    """A row as benchmarks/conftest.py writes it; right numbers unless `values` say otherwise."""
+    """A row as the harness writes it; right numbers unless `values` say otherwise."""
     shape = values.get("shape", "gpt2-small-16k")
     measured = {
         "status": "ok",
@@ -27,10 +28,10 @@ def row(operation: str, provider: str, ms: float | None, **values: Any) -> Conte
         "error_limit": 3e-7,
         "median_s": None if ms is None else ms / 1e3,
         "iqr_s": None if ms is None else ms / 1e4,
-        "rounds": 15,
+        "rounds": 3,
+        "calls": 15,
         "speedup": None,
         "peak_mib": None,
-        "dense_tensor_mib": 256.0,
         "floor_s": None,
     }
     where = {"operation": operation, "group": f"{operation}, {shape}", "provider": provider, "baseline": EAGER}
@@ -58,9 +59,7 @@ def content() -> Content:
         row("whole step", EAGER, 5849, speedup=1.0, peak_mib=1680),
         row("whole step", "dense compiled fp32", 3565.4, peak_mib=544),
         skipped("whole step", "dense compiled bf16", "torch.compile needs a C++ compiler"),
-        row(
-            "whole step", "fused, FusedSAEAdam", 310.25, speedup=18.75, peak_mib=111.4, floor_s=0.2, least_bytes=1.24e9
-        ),
+        row("whole step", "fused fp32", 310.25, speedup=18.75, peak_mib=111.4, floor_s=0.2, gather_floor_s=0.25),
         row("whole step", "sae-lens 6.54.12", 6200, peak_mib=1700),
         row("forward+backward", EAGER, 6475, speedup=1.0),
         row("forward+backward", "dense compiled bf16", 1271),
@@ -69,7 +68,7 @@ def content() -> Content:
         row("encode", "product alone", 0.58, baseline="product alone", error=None, **SMALL),
         row("encode", "dense, threshold", 0.5612, baseline="product alone", error=None, **SMALL),
         row("encode", "fused", 0.6, baseline="product alone", **SMALL),
-        row("trainer overhead", "trainer", 22.5, baseline=None, error=None, overhead=0.0123),
+        row("trainer overhead", "trainer", 22.5, baseline="25 steps alone", error=None),
         *scaling(512, 90, 30),
         *scaling(2048, 91, 80),
     ]
@@ -98,7 +97,8 @@ class Bench:
     def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder, self.readme, self._capsys = root / "benchmarks", root / "README.md", capsys
         (self.folder / "results").mkdir(parents=True)
-        self.readme.write_text(f"# name\n\n{BEGIN}\nold\n{END}\n\nthe rest\n", encoding="utf-8")
+        for readme in (self.readme, self.folder / "README.md"):
+            readme.write_text(f"# name\n\n{BEGIN}\nold\n{END}\n\nthe rest\n", encoding="utf-8")
 
     def add(self, content: Content, name: str = "cpu.json") -> Path:
         path = self.folder / "results" / name
@@ -110,6 +110,9 @@ class Bench:
         status = main(list(arguments), self.folder, self.readme)
         printed = self._capsys.readouterr()
         return status, printed.out + printed.err
+
+    def results(self) -> list[Result]:
+        return newest_of_each_machine(self.folder / "results")
 
     def written(self) -> dict[str, str]:
         """Every file, by its path."""
@@ -125,3 +128,17 @@ def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Bench:
 @pytest.fixture
 def make_row() -> Callable[..., Content]:
     return row
+
+
+@pytest.fixture
+def bench_file(tmp_path: Path) -> Callable[[str], Path]:
+    """Makes a file of benchmarks, with the options and fixtures of the real ones beside it."""
+
+    def make(code: str) -> Path:
+        path = tmp_path / "bench" / "test_tiny.py"
+        path.parent.mkdir()
+        path.write_text(code)
+        path.with_name("conftest.py").write_text("from benchmarks.conftest import *\n")
+        return path
+
+    return make

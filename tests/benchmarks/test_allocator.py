@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import allocator, harness
 from benchmarks.allocator import DEFAULT, TUNED
-from benchmarks.harness import Case, GroupTimer, Provider
+from benchmarks.harness import Case, Group, Provider
 from benchmarks.outcome import Outcome
 from benchmarks.shapes import Shape
 from benchmarks.writer import line
@@ -40,7 +40,7 @@ def in_use(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def timed(
-    monkeypatch: pytest.MonkeyPatch, in_use: list[str], seconds: dict[str, dict[str, float]], sessions: int, faults: int
+    monkeypatch: pytest.MonkeyPatch, in_use: list[str], seconds: dict[str, dict[str, float]], rounds: int, faults: int
 ) -> tuple[dict[str, Outcome], list[str]]:
     """The outcome of each provider, whose calls take so long under each setting, and a log of all calls."""
     log: list[str] = []
@@ -53,10 +53,10 @@ def timed(
 
         return Provider(lambda: call)
 
-    timer, case = GroupTimer(False, []), Case("encode", "tiny", SHAPE, {name: provider(name) for name in seconds})
-    for _ in range(sessions):
-        timer.run_session(case)
-    return {name: timer.outcome(case, name) for name in seconds}, log
+    group = Group(Case("encode", "tiny", SHAPE, {name: provider(name) for name in seconds}))
+    for _ in range(rounds):
+        group.measure()
+    return group.outcomes, log
 
 
 def test_the_better_setting_of_each_provider_counts(monkeypatch: pytest.MonkeyPatch, in_use: list[str]) -> None:
@@ -65,26 +65,19 @@ def test_the_better_setting_of_each_provider_counts(monkeypatch: pytest.MonkeyPa
         "fused": {DEFAULT: 0.03, TUNED: 0.04},
         "even": {DEFAULT: 0.06, TUNED: 0.06},
     }
-    found, _ = timed(monkeypatch, in_use, seconds, sessions=2, faults=10**6)
+    found, _ = timed(monkeypatch, in_use, seconds, rounds=2, faults=10**6)
     rows = {name: outcome.row for name, outcome in found.items()}
-    assert (rows["dense"]["median_s"], rows["dense"]["allocator"], rows["dense"]["other_median_s"]) == (
-        0.12,
-        TUNED,
-        0.20,
-    )
-    assert (rows["fused"]["median_s"], rows["fused"]["allocator"], rows["fused"]["other_median_s"]) == (
-        0.03,
-        DEFAULT,
-        0.04,
-    )
+    told = {name: (row["median_s"], row["allocator"], row["other_median_s"]) for name, row in rows.items()}
+    assert told["dense"] == (0.12, TUNED, 0.20)
+    assert told["fused"] == (0.03, DEFAULT, 0.04)
     assert rows["fused"]["speedup"] == pytest.approx(4.0), "0.12 / 0.03: not against dense under the default allocator"
     assert rows["even"]["speedup"] == pytest.approx(2.0)
     assert rows["dense"]["speedup"] == 1.0
-    assert rows["dense"]["turns"] == 2
+    assert rows["dense"]["rounds"] == 2
 
 
 def test_without_page_faults_there_is_one_setting(monkeypatch: pytest.MonkeyPatch, in_use: list[str]) -> None:
-    found, log = timed(monkeypatch, in_use, {"fused": {DEFAULT: 0.03}}, sessions=2, faults=allocator.FEWEST_FAULTS - 1)
+    found, log = timed(monkeypatch, in_use, {"fused": {DEFAULT: 0.03}}, rounds=2, faults=allocator.FEWEST_FAULTS - 1)
     assert (found["fused"].row["allocator"], found["fused"].row["other_median_s"]) == (None, None)
     assert set(log) == {"fused, default", "fused, exact"}  # the one that tells the peak
 
@@ -93,11 +86,11 @@ def test_a_slow_provider_is_not_measured_again_where_it_is_clearly_slower(
     monkeypatch: pytest.MonkeyPatch, in_use: list[str]
 ) -> None:
     seconds = {"dense": {DEFAULT: 4.0, TUNED: 2.5}, "close": {DEFAULT: 4.0, TUNED: 3.9}}
-    found, log = timed(monkeypatch, in_use, seconds, sessions=5, faults=10**7)
-    # of five sessions slow providers have three; in the first, a call alone comes before the turn
+    found, log = timed(monkeypatch, in_use, seconds, rounds=5, faults=10**7)
+    # slow providers take part in three of five rounds; in the first, two calls come before the one that counts
     assert (log.count("dense, default"), log.count("dense, tuned")) == (2, 3)
     assert (log.count("close, default"), log.count("close, tuned")) == (4, 3)
-    assert [seconds for turn in found["dense"].turns.values() for seconds in turn] == [2.5] * 3
+    assert found["dense"].calls == [2.5] * 3
     assert found["dense"].row["other_median_s"] == 4.0
 
 
@@ -110,7 +103,7 @@ def test_calls_count_under_the_tuned_setting_once_their_memory_is_there(
     pages = iter([0, 10**7, 10**7, 2 * 10**7, 2 * 10**7, 2 * 10**7])
     monkeypatch.setattr(allocator, "page_faults", lambda: next(pages))
     found = Outcome({}, {DEFAULT: {}, TUNED: {}})
-    harness._take_turn(lambda: next(left), found, 0, TUNED)
+    harness._time_calls(lambda: next(left), found, 0, TUNED)
     assert found.by_setting == {DEFAULT: {}, TUNED: {0: [7.0]}}
 
 
@@ -122,9 +115,9 @@ def test_what_is_wrong_has_no_setting(monkeypatch: pytest.MonkeyPatch, in_use: l
 
     monkeypatch.setattr(allocator, "page_faults", lambda: 10**9)
     monkeypatch.setattr(allocator, "matters", lambda faults, seconds: True)
-    timer, case = GroupTimer(False, []), Case("encode", "tiny", SHAPE, {"it": Provider(lambda: fails)})
-    timer.run_session(case)
-    row = timer.rows[0]
+    group = Group(Case("encode", "tiny", SHAPE, {"it": Provider(lambda: fails)}))
+    group.measure()
+    row = group.outcomes["it"].row
     assert (row["status"], row["median_s"], row["allocator"], row["other_median_s"]) == ("red", None, None, None)
     assert in_use == [DEFAULT]
     assert "red: ValueError: no more" in line(row)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,8 @@ def test_tiny(timed, case, provider):
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    """A file of benchmarks, with the options and fixtures of the real ones."""
-    path = tmp_path / "bench" / "test_tiny.py"
-    path.parent.mkdir()
-    path.write_text(BENCHMARKS)
-    path.with_name("conftest.py").write_text("from benchmarks.conftest import *\n")
-    return path
+def tiny(bench_file: Callable[[str], Path]) -> Path:
+    return bench_file(BENCHMARKS)
 
 
 def run(path: Path, chosen: str, *options: str) -> tuple[int, str, list[dict[str, Any]]]:
@@ -185,15 +181,16 @@ def test_tests_that_fail_or_hang_are_named(
 def test_benchmarks_end_with_a_table_or_say_that_no_time_was_left(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(gpu, "BENCHMARKS", (((str(tiny),), "good"),))
+    monkeypatch.setattr(gpu, "FOLDER", str(tiny))
+    monkeypatch.setattr(gpu, "BENCHMARKS", ("good",))
     arguments = [str(tiny.parents[1] / "results"), "--only", "benchmarks", "--commit", "abc1234"]
     assert gpu.main([*arguments, "--minutes", "3"]) == 0
     printed = capsys.readouterr().out
-    assert "test_tiny, good: 2 passed" in printed
+    assert "benchmarks, good: 2 passed" in printed
     assert "1 of 1 parts went well" in printed
     assert re.search(r"encode, good +fused +\d", printed)
     assert gpu.main([*arguments, "--minutes", "0.05"]) == 1
-    assert "test_tiny, good: not begun, no time left" in capsys.readouterr().out
+    assert "benchmarks, good: not begun, no time left" in capsys.readouterr().out
 
 
 def test_the_commit_is_that_of_the_checkout_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ needs_kernels = pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")
 
 # the interpreter's time goes by the number of programs and operations, not by their size
 FEW_PROGRAMS = {
-    "encode": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 16, "GROUP_B": 2},
+    "list_pointers": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 16, "GROUP_B": 2, "RUN": 2, "LANES": 4},
     "overflow_topk": {"BLOCK_B": 16, "BLOCK_S": 16, "BLOCK_D": 32, "num_warps": 4},
     "overflow_select": {"BLOCK_B": 16, "BLOCK_S": 16, "BLOCK_D": 32, "num_warps": 4},
     "batch_list": {"BLOCK_B": 16, "BLOCK_S": 16, "BLOCK_D": 32, "GROUP_B": 2},

@@ -92,6 +92,20 @@ def test_capacity_of_a_row_is_a_power_of_two_with_headroom() -> None:
     assert hint.capacity(10_000) == (128, 64)
 
 
+def test_few_tokens_with_many_entries_raise_no_capacity() -> None:
+    hint, counts = ActivityHint(), torch.full((4096,), 60)
+    hint.update(counts, D_SAE)
+    assert hint.capacity(D_SAE) == (128, 96)
+    counts[:4] = 3_000
+    hint.update(counts, D_SAE)
+    assert hint.capacity(D_SAE) == (128, 96)
+    counts[:5] = 3_000
+    hint.update(counts, D_SAE)
+    assert hint.capacity(D_SAE).row == 4096
+    assert hint.capacity(100) == (100, 96)
+    assert hint.capacity(64) == (64, 64)
+
+
 class Counts(torch.Tensor):
     """Counts on the second of two GPUs, as far as one can tell."""
 

@@ -28,7 +28,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if ON_GPU:
         yield
         return
-    monkeypatch.setattr(overflow, "MAX_SPLITS", 3)
+    monkeypatch.setattr(overflow, "SCRATCH_PROGRAMS", 3)
     with config.override({name: {"16": tiles, "32": tiles} for name, tiles in FEW_PROGRAMS.items()}):
         yield
 
@@ -86,7 +86,7 @@ def test_one_row_overflows_among_others() -> None:
 
 
 def test_more_overflowing_rows_than_splits() -> None:
-    """Past MAX_SPLITS row blocks no program shares its features, and sums go straight to the output."""
+    """Past as many row blocks as programs no program shares its features, and sums go straight to the output."""
     problem = problems.make(70, 5, 37, spec=SPECS["ste to input"], density=0.5)
     problems.assert_matches(run(problem, 1), problem)
 

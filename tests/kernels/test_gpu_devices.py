@@ -46,6 +46,7 @@ class Launches:
     devices: TwoDevices
     names: set[str] = field(default_factory=set)
     misplaced: set[str] = field(default_factory=set)
+    recorded: list[Tensor] = field(default_factory=list)  # what must not be reused before a stream has read it
 
     def instead(self, kernel: Any) -> Callable[..., None]:
         """Stands in for `kernel[grid]`."""
@@ -62,17 +63,20 @@ class Launches:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     """Nothing is launched, on an H100 that is the second GPU of a machine."""
-    from fastsae_kernels.gpu import config, persistent
+    from fastsae_kernels.gpu import config, list_descriptors
 
     found = Launches(TwoDevices(monkeypatch))
-    kernel = next(value for name, value in vars(persistent).items() if name.endswith("_kernel"))
+    kernel = next(value for name, value in vars(list_descriptors).items() if name.endswith("_kernel"))
     monkeypatch.setattr(type(kernel), "__getitem__", lambda kernel, grid: found.instead(kernel))
     properties = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: found.recorded.append(tensor))
     with config.override("sm_90"), OnSecondDevice():
         yield found
-    for known in (config.capability, persistent._programs):
+    for known in (config.capability, list_descriptors._multiprocessors):
         known.cache_clear()
 
 
@@ -111,7 +115,7 @@ def test_every_kernel_is_launched_on_the_device_of_its_tensors(launches: Launche
     gpu.decode(acts, W_dec)
     gpu.decode_backward(acts, W_dec, x)
     gpu.encode_backward(acts, x, W_enc, acts.values, True)
-    gpu.encode(x[:8], W_enc, b_enc, threshold, AutoencodeSpec(k=4))  # so few that the pointer kernel lists them
+    gpu.encode(x[:8], W_enc, b_enc, threshold, AutoencodeSpec(k=4))  # so few that tiles through pointers list them
     for sums in collected.gpu or ():
         assert sums is not None
         rows = empty(D_SAE, D_IN)
@@ -123,3 +127,25 @@ def test_every_kernel_is_launched_on_the_device_of_its_tensors(launches: Launche
     ]
     assert launches.names == {name for module in modules for name in vars(module) if name.endswith("_kernel")}
     assert not launches.misplaced
+
+
+def test_a_step_on_another_stream_holds_what_it_reads(launches: Launches) -> None:
+    """Shares were made on the stream of the backward pass, which would reuse their memory as soon as they are cleared."""
+    from fastsae_kernels.gpu.adam import adam_rows, grad_norms
+
+    _inputs, _acts, collected = passes(AutoencodeSpec(bandwidth=0.05), D_IN, torch.bfloat16)
+    rows = empty(D_SAE, D_IN)
+    for sums in collected.gpu or ():
+        assert sums is not None
+        options = {"extra": sums.extra, "extra_flag": sums.extra_flag}
+        read = [tensor for tensor in (*sums.by_feature[:3], *sums[1:3], *options.values()) if tensor is not None]
+        for step in (
+            lambda sums=sums, options=options: adam_rows(
+                *sums[:3], rows, rows, rows, lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, step=1, **options
+            ),
+            lambda sums=sums, options=options: grad_norms(*sums[:3], rows, **options),
+            sums.dense,
+        ):
+            launches.recorded.clear()
+            step()
+            assert {id(tensor) for tensor in read} <= {id(tensor) for tensor in launches.recorded}

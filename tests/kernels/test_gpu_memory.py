@@ -101,7 +101,7 @@ def test_a_step_takes_less_than_5_percent_of_the_dense_tensor(
     if collector is not None:
         collector.buffer(D_SAE * 2 * D_IN, like=x)  # of rows that overflow, made once
     inputs, needs = PassInputs(x, W_enc, b_enc, threshold, W_dec, b_dec, target=target), AutoencodeNeeds(x=False)
-    with Meter() as meter:
+    with Meter(remembers=True) as meter:
         output, kept = gpu.forward(inputs, spec, hint.capacity(D_SAE))
         output_grads = OutputGrads(output.sae_out, empty(N_TOKENS), empty(1).expand(N_TOKENS))
         grads = gpu.backward(inputs, kept, spec, output_grads, needs, collector)

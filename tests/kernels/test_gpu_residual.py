@@ -33,7 +33,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if ON_GPU:
         yield
         return
-    monkeypatch.setattr(overflow, "MAX_SPLITS", 3)
+    monkeypatch.setattr(overflow, "SCRATCH_PROGRAMS", 3)
     monkeypatch.setattr(import_module("fastsae_kernels.gpu.decode"), "MAX_ROW_SPLITS", 2)
     tiles = FEW_PROGRAMS | {"decode": {"BLOCK_E": 4, "BLOCK_D": 16}}
     with config.override({name: {"16": tile, "32": tile} for name, tile in tiles.items()}):
@@ -118,7 +118,7 @@ def test_one_row_overflows_among_others() -> None:
 
 
 def test_more_overflowing_rows_than_splits() -> None:
-    """Past MAX_SPLITS row blocks no program shares its features, and residuals go straight to the output."""
+    """Past as many row blocks as programs no program shares its features, and residuals go straight to the output."""
     assert_matches(problems.make(70, 5, 37, spec=SPECS["ste to input"], density=0.5), 1)
 
 

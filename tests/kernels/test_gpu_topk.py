@@ -272,7 +272,7 @@ def test_uninitialised_memory_never_shows(spec: AutoencodeSpec, overflowing: boo
 @pytest.mark.parametrize("growth", [2, 5])
 @pytest.mark.parametrize("first", [1, 3, 64, 150, 999])
 def test_ranges_cover_every_feature_once(first: int, growth: int) -> None:
-    from fastsae_kernels.gpu.row_topk import feature_ranges
+    from fastsae_kernels.gpu.topk import feature_ranges
 
     ranges = list(feature_ranges(first, 150, growth))
     assert [feature for start, end in ranges for feature in range(start, end)] == list(range(150))

@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_helpers import DEVICE, HAS_DESCRIPTORS, needs_kernels
+from gpu_helpers import HAS_DESCRIPTORS, needs_kernels
 
 pytestmark = needs_kernels
 
-TILES = {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 16, "GROUP_B": 2}
+TILES = {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 16, "GROUP_B": 2, "RUN": 2, "LANES": 4}
 WIDE = {**TILES, "BLOCK_S": 64}
+LONG = {**TILES, "BLOCK_B": 32}
 TABLE = {
-    "encode": {"16": TILES, "16 n<=16": WIDE, "16 n<=32": WIDE, "32": TILES},
-    "encode_persistent": {"16": TILES},
-    "encode_chunks": {"16": {"CHUNK_MIB": 1, "BLOCK_B": 8, "BLOCK_S": 16}},
+    "list_pointers": {"16": [TILES, LONG], "16 n<=16": WIDE, "16 n<=32": WIDE, "32": TILES},
+    "list_descriptors": {"16": TILES},
+    "list_products": {"16": {"CHUNK_MIB": 1, "BLOCK_B": 8, "BLOCK_S": 16, "RUN": 4, "LANES": 4}},
 }
 
 
@@ -36,14 +37,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 @pytest.fixture(params=[True, False], ids=["sm_90", "sm_80"])
 def has_descriptors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """A GPU whose descriptors serve the persistent kernel, and an older one that refuses it."""
-    from fastsae_kernels.gpu.rivals import RIVALS
+    """A GPU whose descriptors load tiles, and an older one without."""
+    from fastsae_kernels.gpu import list_descriptors
 
     if request.param and not HAS_DESCRIPTORS:
         pytest.skip("needs sm_90 or later")
     if not request.param:
-        older = RIVALS["persistent"]._replace(refuses=lambda *operands: "the GPU has no tensor memory accelerator")
-        monkeypatch.setitem(RIVALS, "persistent", older)
+        monkeypatch.setattr(list_descriptors, "refuses", lambda *operands: "the GPU has no tensor memory accelerator")
     return request.param
 
 
@@ -54,14 +54,14 @@ def make_call(n_tokens: int = 9, d_in: int = 24, d_sae: int = 43) -> Any:
 
 
 def stopwatch(fastest: str, seen: list[str] | None = None) -> Callable[[Callable[[], None]], float]:
-    """A benchmark that runs each candidate once and likes one rival best."""
+    """A benchmark that runs each candidate once and likes one kernel best."""
 
     def bench(run: Callable[[], None]) -> float:
         run()
         (candidate,) = run.__defaults__  # type: ignore[attr-defined]
         if seen is not None:
-            seen.append(candidate.rival)
-        return 1.0 if candidate.rival == fastest else 2.0
+            seen.append(candidate.kernel)
+        return 1.0 if candidate.kernel == fastest else 2.0
 
     return bench
 
@@ -81,39 +81,39 @@ def test_every_shipped_tile_that_can_serve_is_timed_and_the_fastest_kept(has_des
     from fastsae_kernels.gpu import tune
 
     seen: list[str] = []
-    timings = tune.tune(make_call(), stopwatch("chunks", seen))
-    others = ["persistent"] * has_descriptors + ["pointer"] * 2
-    assert sorted(seen) == ["chunks"] * 3 + others
+    timings = tune.tune(make_call(), stopwatch("list_products", seen))
+    others = ["list_descriptors"] * has_descriptors + ["list_pointers"] * 3
+    assert sorted(seen) == others + ["list_products"] * 3
     assert [timing.milliseconds for timing in timings] == [1.0] * 3 + [2.0] * len(others)
     seen.clear()
-    tune.tune(make_call(d_in=21), stopwatch("pointer", seen))
-    assert sorted(seen) == ["chunks"] * 3 + ["pointer"] * 2  # rows of 42 bytes: no descriptor
+    tune.tune(make_call(d_in=21), stopwatch("list_pointers", seen))
+    assert sorted(seen) == ["list_pointers"] * 3 + ["list_products"] * 3  # rows of 42 bytes: no descriptor
     assert len(files(tmp_path)) == 2
 
 
 def test_measuring_leaves_the_outputs_alone() -> None:
     from fastsae_kernels.gpu import tune
 
-    call = make_call()._replace(l0=torch.zeros(9, dtype=torch.int32, device=DEVICE))
-    before = [call.cursors.clone(), call.entries.fill_(7).clone(), call.l0.clone()]
-    tune.measure(call, stopwatch("pointer"))
-    assert all(torch.equal(a, b) for a, b in zip(before, (call.cursors, call.entries, call.l0), strict=True))
+    call = make_call()
+    before = [call.cursors.clone(), call.entries.fill_(7).clone()]
+    tune.measure(call, stopwatch("list_pointers"))
+    assert all(torch.equal(a, b) for a, b in zip(before, (call.cursors, call.entries), strict=True))
 
 
 def test_hit_after_a_restart_and_miss_for_another_key(has_descriptors: bool) -> None:
     from fastsae_kernels.gpu import tune
 
-    fastest = "persistent" if has_descriptors else "pointer"
+    fastest = "list_descriptors" if has_descriptors else "list_pointers"
     call = make_call()
-    assert tune.stored_path(call.x, call.W_enc) is None
+    assert tune.known(call.x, call.W_enc) is None
     tune.tune(call, stopwatch(fastest))
     forget()
-    found = tune.stored_path(call.x, call.W_enc)
+    found = tune.known(call.x, call.W_enc)
     assert found is not None
-    assert (found.rival, found.config) in ((fastest, TILES), (fastest, WIDE))
+    assert (found.kernel, found.config) in ((fastest, TILES), (fastest, WIDE), (fastest, LONG))
     assert str(found) == f"{fastest}: measured on this machine"
     other = make_call(n_tokens=17)
-    assert tune.stored_path(other.x, other.W_enc) is None
+    assert tune.known(other.x, other.W_enc) is None
 
 
 def test_key_names_all_that_a_measurement_depends_on() -> None:
@@ -142,42 +142,42 @@ def test_key_names_all_that_a_measurement_depends_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", '{"key": "another"}', "\0\0\0", '{"key": 3, "rival": 1, "config": []}']
+    "content", ["", "{", "[]", '{"key": "another"}', "\0\0\0", '{"key": 3, "kernel": 1, "config": []}']
 )
 def test_corrupt_file_is_said_and_rewritten(content: str, tmp_path: Path) -> None:
     from fastsae_kernels.gpu import tune
 
     call = make_call()
-    tune.tune(call, stopwatch("chunks"))
+    tune.tune(call, stopwatch("list_products"))
     (path,) = files(tmp_path)
     path.write_text(content)
     forget()
     with pytest.warns(UserWarning, match="not a tuning result"):
-        assert tune.stored_path(call.x, call.W_enc) is None
-    tune.tune(call, stopwatch("pointer"))
-    assert json.loads(path.read_text())["rival"] == "pointer"
+        assert tune.known(call.x, call.W_enc) is None
+    tune.tune(call, stopwatch("list_pointers"))
+    assert json.loads(path.read_text())["kernel"] == "list_pointers"
 
 
 def test_tile_that_is_no_longer_shipped_is_measured_again(tmp_path: Path) -> None:
     from fastsae_kernels.gpu import tune
 
     call = make_call()
-    tune.tune(call, stopwatch("persistent"))
+    tune.tune(call, stopwatch("list_descriptors"))
     (path,) = files(tmp_path)
     stored = json.loads(path.read_text())
     stored["config"]["BLOCK_S"] = 512
     path.write_text(json.dumps(stored))
     forget()
-    assert tune.stored_path(call.x, call.W_enc) is None
+    assert tune.known(call.x, call.W_enc) is None
 
 
 def test_concurrent_writers_lose_nothing(tmp_path: Path) -> None:
     """Many writers of few keys: every file is whole, no key is missing, nothing is left over."""
     from fastsae_kernels.gpu import tune
-    from fastsae_kernels.gpu.rivals import Path as Way
+    from fastsae_kernels.gpu.choice import Choice
 
     def write(number: int) -> None:
-        tune._write(f"key {number % 4}", tune.Timing(Way("pointer", {"BLOCK_B": number}, ""), float(number)))
+        tune._write(f"key {number % 4}", tune.Timing(Choice("list_pointers", {"BLOCK_B": number}, ""), float(number)))
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(64)))
@@ -192,30 +192,30 @@ def test_unwritable_cache_is_said_and_does_no_harm(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     call = make_call()
     with pytest.warns(UserWarning, match="cannot keep the tuning result"):
-        tune.tune(call, stopwatch("chunks"))
-    found = tune.stored_path(call.x, call.W_enc)
+        tune.tune(call, stopwatch("list_products"))
+    found = tune.known(call.x, call.W_enc)
     assert found is not None
-    assert found.rival == "chunks"
+    assert found.kernel == "list_products"
 
 
 def test_candidate_that_fails_is_said_and_left_out() -> None:
     from fastsae_kernels.gpu import tune
 
     def bench(run: Callable[[], None]) -> float:
-        if run.__defaults__[0].rival != "chunks":  # type: ignore[attr-defined]
+        if run.__defaults__[0].kernel != "list_products":  # type: ignore[attr-defined]
             raise RuntimeError("out of resources")
         return 1.0
 
-    with pytest.warns(UserWarning, match="not a candidate on this machine: p.* out of resources"):
+    with pytest.warns(UserWarning, match="not a candidate on this machine: list_.* out of resources"):
         timings = tune.measure(make_call(), bench)
-    assert {timing.path.rival for timing in timings} == {"chunks"}
+    assert {timing.choice.kernel for timing in timings} == {"list_products"}
 
     def broken(run: Callable[[], None]) -> float:
         raise RuntimeError("out of resources")
 
     with (
         pytest.warns(UserWarning, match="not a candidate"),
-        pytest.raises(RuntimeError, match="no way of listing entries runs"),
+        pytest.raises(RuntimeError, match="no kernel that lists entries runs"),
     ):
         tune.measure(make_call(), broken)
 
@@ -228,13 +228,13 @@ def test_nothing_is_measured_while_tracing_or_capturing(monkeypatch: pytest.Monk
     capturing, compiling = {"value": False}, {"value": False}
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing["value"])
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling["value"])
-    assert tune.path(call.x, call.W_enc, None) is None  # chosen_path asks without a call: never measures
+    assert tune.tuned(call.x, call.W_enc, None) is None  # chosen_listing asks without a call: never measures
     for flag in (capturing, compiling):
         flag["value"] = True
-        assert tune.path(call.x, call.W_enc, call) is None
+        assert tune.tuned(call.x, call.W_enc, call) is None
         flag["value"] = False
     monkeypatch.setattr(tune, "tune", lambda call: [tune.Timing(next(tune.candidates(*call[:2])), 1.0)])
-    assert tune.path(call.x, call.W_enc, call) is not None
+    assert tune.tuned(call.x, call.W_enc, call) is not None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the command runs where there is a device")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fastsae import FusedBatchTopKSAE, FusedJumpReLUSAE, FusedReLUSAE, FusedTopKSAE, SparseAutoencoder
 from fastsae.sae import files
+from fastsae.sae.config_file import SavedConfig
 
 D_IN, D_SAE = 8, 16
 CLASSES = {
@@ -64,6 +65,18 @@ def test_loading_draws_no_random_numbers_and_keeps_the_layout(make: Any, tmp_pat
     x = torch.randn(5, D_IN)
     torch.testing.assert_close(loaded(x), sae(x))
     loaded.training_forward(x).loss.backward()
+
+
+@pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES)
+def test_reading_a_state_leaves_the_tensors_of_the_file_alone(make: Any, tmp_path: Path) -> None:
+    sae = make()
+    sae.save(tmp_path)
+    tensors = load_file(tmp_path / "sae_weights.safetensors")
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    config = SavedConfig.read(json.loads((tmp_path / "cfg.json").read_text()), sorted(sae.file_architectures))
+    type(sae).state_from(config, tensors)
+    assert tensors.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors.items())
 
 
 def test_a_subclass_of_the_user_loads_as_itself(folder: Path) -> None:

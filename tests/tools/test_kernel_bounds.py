@@ -42,7 +42,11 @@ class Bound:
 
 ROW_OF_2304 = {"BLOCK_O1": 2048, "BLOCK_O2": 256, "PENALTY": "l0", "scale_ptr": None}
 BOUNDS = (
-    Bound("sm_90", "persistent_encode_kernel", {"BLOCK_S": 256, "l0_ptr": None}, epilogue=4500, programs=1),
+    Bound("sm_80", "list_pointers_kernel", {"BLOCK_B": 128, "EVEN_D": True}, epilogue=1150, programs=1),
+    Bound("sm_90", "list_descriptors_kernel", {"BLOCK_B": 128, "BLOCK_S": 256}, epilogue=1500, programs=1),
+    Bound("sm_90", "list_descriptors_kernel", {"BLOCK_B": 128, "BLOCK_S": 128}, epilogue=1250, programs=2),
+    Bound("sm_90", "list_descriptors_kernel", {"BLOCK_B": 64, "num_stages": 3}, epilogue=850, programs=3),
+    Bound("sm_100", "list_descriptors_kernel", {"BLOCK_B": 128}, epilogue=1500, programs=1),
     Bound("sm_90", "decode_kernel", {"BLOCK_D": 512}, epilogue=600, programs=9),
     Bound("sm_90", "fused_backward_kernel", {**ROW_OF_2304, "GATED": True, "x_ptr": None}, epilogue=550, programs=9),
     Bound("sm_90", "fused_backward_kernel", {**ROW_OF_2304, "BLOCK_I1": 2048}, epilogue=830, programs=4),
@@ -50,7 +54,7 @@ BOUNDS = (
 )
 
 
-@pytest.mark.parametrize("bound", BOUNDS, ids=lambda bound: f"{bound.arch}-{bound.kernel}")
+@pytest.mark.parametrize("bound", BOUNDS, ids=lambda bound: f"{bound.arch}-{bound.kernel}-{bound.epilogue}")
 def test_a_hot_kernel_keeps_within_its_bounds(bound: Bound) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILE, bound.arch, bound.kernel, json.dumps(bound.constants)]

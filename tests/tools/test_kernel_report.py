@@ -46,11 +46,31 @@ def test_every_kernel_is_collected_without_a_device() -> None:
         "defined = {name for m in modules for name in vars(m) if name.endswith('_kernel')}\n"
         "launched = {(launch.kernel.__name__, launch.dtype) for launch in collect('sm_90')}\n"
         "assert {name for name, _ in launched} == defined, {name for name, _ in launched} ^ defined\n"
-        "ways = ('_encode_kernel', '_persistent_encode_kernel', '_compact_chunk_kernel')\n"
+        "ways = ('_list_pointers_kernel', '_list_descriptors_kernel', '_list_products_kernel')\n"
         "wanted = {(way, dtype) for way in ways for dtype in ('bf16', 'fp16', 'fp32')}\n"
-        "assert wanted - launched == {('_persistent_encode_kernel', 'fp32')}\n"  # it has no fp32 product
+        "assert wanted - launched == {('_list_descriptors_kernel', 'fp32')}\n"  # it has no fp32 product
     )
     assert done.returncode == 0, done.stderr
+
+
+@needs_triton
+def test_the_update_of_a_row_takes_no_slow_path_and_fits_twice() -> None:
+    """A correctly rounded division or root calls a function for numbers such as 0; registers allow two programs."""
+    done = python(
+        "from tools.kernel_report.launches import collect\n"
+        "from tools.kernel_report.report import _compile, _read_cubin\n"
+        "rows = [r for r in collect('sm_90') if r.name == 'adam_rows_kernel' and r.dtype == 'bf16']\n"
+        "everything = [r for r in rows if dict(r.constants)['BLOCK_D'] == 4096 and dict(r.options)['num_warps'] == 8][-1]\n"
+        "compiled = _compile(everything, 'sm_90')\n"
+        "found = _read_cubin(compiled.asm['cubin'])\n"
+        "ptx = compiled.asm['ptx']\n"
+        "programs = 65536 // (-(-found.registers // 8) * 8 * 32 * 8)\n"
+        "print(ptx.count('div.rn'), ptx.count('sqrt.rn'), found.stack_bytes, programs)\n"
+    )
+    assert done.returncode == 0, done.stderr
+    divisions, roots, stack, programs = map(int, done.stdout.split())
+    assert (divisions, roots, stack) == (0, 1, 0)  # the root is that of a row's norm
+    assert programs >= 2
 
 
 @needs_triton
@@ -61,13 +81,14 @@ def test_every_shipped_tile_that_lists_entries_is_compiled() -> None:
         "from fastsae_kernels.gpu.config import load_table\n"
         "for arch in ('sm_80', 'sm_90', 'sm_100', 'gfx942'):\n"
         "    launches = collect(arch)\n"
-        "    for table in ('encode', 'encode_persistent'):\n"
-        "        for key, tile in load_table(arch).get(table, {}).items():\n"
-        "            wanted = {(k, v) for k, v in tile.items() if k.isupper()}\n"
-        "            options = {(k, v) for k, v in tile.items() if not k.isupper()}\n"
-        "            dtype = 'fp32' if key.startswith('32') else 'bf16'\n"
-        "            found = [l for l in launches if l.dtype == dtype and wanted <= set(l.constants)]\n"
-        "            assert any(options <= set(l.options) for l in found), (arch, table, key)\n"
+        "    for table in ('list_pointers', 'list_descriptors'):\n"
+        "        for key, tiles in load_table(arch).get(table, {}).items():\n"
+        "            for tile in tiles if isinstance(tiles, list) else [tiles]:\n"
+        "                wanted = {(k, v) for k, v in tile.items() if k.isupper() and k != 'PROGRAMS'}\n"
+        "                options = {(k, v) for k, v in tile.items() if not k.isupper()}\n"
+        "                dtype = 'fp32' if key.startswith('32') else 'bf16'\n"
+        "                found = [l for l in launches if l.dtype == dtype and wanted <= set(l.constants)]\n"
+        "                assert any(options <= set(l.options) for l in found), (arch, table, key)\n"
     )
     assert done.returncode == 0, done.stderr
 
@@ -75,19 +96,20 @@ def test_every_shipped_tile_that_lists_entries_is_compiled() -> None:
 @needs_triton
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 def test_large_tiles_that_list_entries_are_clean(arch: str) -> None:
-    """With bounds and statistics, which take the most registers; the report compiles the others."""
+    """With bounds, which take the most registers; the report compiles the others."""
     done = python(
         "import json, dataclasses\n"
         "from tools.kernel_report import report\n"
-        f"launches = [l for l in report.collect('{arch}') if 'encode_kernel' in l.name and l.dtype == 'bf16'\n"
+        "names = ('list_pointers_kernel', 'list_descriptors_kernel')\n"
+        f"launches = [l for l in report.collect('{arch}') if l.name in names and l.dtype == 'bf16'\n"
         "             and 'BLOCK_B=128' in l.variant and 'EVEN_D=False' not in l.variant and 'without' not in l.variant]\n"
-        f"print(json.dumps([dataclasses.asdict(report.compile_launch(l, '{arch}')) for l in launches[:2]]))\n"
+        f"print(json.dumps([dataclasses.asdict(report.compile_launch(l, '{arch}')) for l in launches]))\n"
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert {row["kernel"] for row in rows} == {
-        "encode_kernel",
-        *(["persistent_encode_kernel"] if arch == "sm_90" else []),
+        "list_pointers_kernel",
+        *(["list_descriptors_kernel"] if arch == "sm_90" else []),
     }
     for row in rows:
         assert row["problem"] == ""

@@ -55,9 +55,9 @@ class Launch:
 
     kernel: Any
     dtype: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    aligned: tuple[int, ...]  # arguments divisible by 16
+    signature: tuple[tuple[str, Any], ...]  # type of each argument, of a named tuple a named tuple of types
+    constants: tuple[tuple[str, Any], ...]  # "argument" or "argument.field"
+    aligned: tuple[str, ...]  # arguments and fields divisible by 16
     options: tuple[tuple[str, int], ...]
 
     @property
@@ -68,9 +68,15 @@ class Launch:
     @property
     def variant(self) -> str:
         """The compile-time flags that tell specialisations of a kernel apart."""
-        flags = [f"{key}={value}" for key, value in self.constants if key.isupper() and key != "MAX_SPLITS"]
-        missing = [key.removesuffix("_ptr") for key, value in self.constants if value is None]
+        flags = [f"{key}={value}" for key, value in self.constants if key.isupper()]
+        missing = [key.removesuffix("_ptr").split(".")[-1] for key, value in self.constants if value is None]
         return " ".join(flags) + (f" without {','.join(missing)}" if missing else "")
+
+    def path(self, name: str) -> tuple[int, ...]:
+        """Where an argument, or the field of one, stands among the arguments."""
+        argument, _, field = name.partition(".")
+        number = [known for known, _ in self.signature].index(argument)
+        return (number, self.signature[number][1]._fields.index(field)) if field else (number,)
 
     @property
     def wants_matrix_instructions(self) -> bool:
@@ -102,20 +108,25 @@ def _recorded(dtype: str, launches: dict[tuple, Launch]) -> Iterator[None]:
 
     def record(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         signature, constants, aligned = [], [], []
-        for parameter in self.params:
-            value = kwargs.pop(parameter.name, parameter.default)
-            if parameter.is_constexpr:
-                kind, constant, divisible = "constexpr", value, False
-            else:
-                kind, constant, divisible = _specialise(parameter.name, value)
-                if parameter.do_not_specialize:
-                    kind = "i32" if constant == 1 else kind
-                    divisible = False
-            signature.append((parameter.name, kind))
+
+        def kind_of(name: str, value: Any, is_constexpr: bool, specialise: bool) -> str:
+            kind, constant, divisible = ("constexpr", value, False) if is_constexpr else _specialise(name, value)
+            if not specialise:
+                kind, divisible = "i32" if constant == 1 else kind, False
             if kind == "constexpr":
-                constants.append((parameter.name, constant))
+                constants.append((name, constant))
             elif divisible:
-                aligned.append(parameter.num)
+                aligned.append(name)
+            return kind
+
+        for parameter in self.params:
+            name, value = parameter.name, kwargs.pop(parameter.name, parameter.default)
+            if isinstance(value, tuple):
+                fields = value._asdict().items()  # type: ignore[attr-defined]
+                kinds: Any = type(value)(*(kind_of(f"{name}.{field}", item, False, True) for field, item in fields))
+            else:
+                kinds = kind_of(name, value, parameter.is_constexpr, not parameter.do_not_specialize)
+            signature.append((name, kinds))
         options = sorted(kwargs.items())
         launch = Launch(self, dtype, tuple(signature), tuple(constants), tuple(aligned), tuple(options))
         launches.setdefault((self.__name__, launch.signature, launch.constants, launch.aligned, launch.options), launch)
@@ -217,36 +228,29 @@ def _update(dtype: torch.dtype) -> None:
         grad_norms(by_feature, weights, vectors, rows, **flagged, project=True)
 
 
-def _list(dtype: torch.dtype, n_tokens: int, d_in: int, everything: bool) -> None:
-    """Launch every way of listing entries that can serve; with bounds and statistics where `everything`."""
-    from fastsae_kernels.gpu.encode import list_entries
-    from fastsae_kernels.gpu.rivals import RIVALS, refusal, use_rival
+def _list(dtype: torch.dtype, d_in: int, with_bounds: bool) -> None:
+    """Launch every kernel that can list entries with each of its tiles."""
+    from fastsae_kernels.gpu.choice import KERNELS
+    from fastsae_kernels.gpu.listing import Listing
+    from fastsae_kernels.gpu.tune import candidates
 
-    x, W_enc, b_enc, threshold = _operands(n_tokens, d_in, dtype)
-    integers = _empty(n_tokens, dtype=torch.int32)
-    options: dict[str, Any] = {}
-    if everything:
-        options = {"bounds": _empty(n_tokens), "l0": integers, "feature_counts": _empty(D_SAE, dtype=torch.int32)}
-    for rival in RIVALS:
-        if refusal(rival, x, W_enc):
-            continue
-        with use_rival(rival):
-            list_entries(
-                x, W_enc, b_enc, threshold, integers, integers, _empty(n_tokens * 128, dtype=torch.int64), **options
-            )  # fmt: skip
+    operands = _operands(N_TOKENS, d_in, dtype)
+    integers, entries = _empty(N_TOKENS, dtype=torch.int32), _empty(N_TOKENS * 128, dtype=torch.int64)
+    bounds = _empty(N_TOKENS) if with_bounds else None
+    for choice in candidates(*operands[:2]):
+        KERNELS[choice.kernel].launch(
+            Listing(*operands, integers, integers, entries, 0.0, bounds, 0), choice.config
+        )  # fmt: skip
 
 
 def _list_everything(dtype: torch.dtype) -> None:
-    """Launch every row of the launch table that lists entries. fp16 compiles as bf16 does: one shape shows it."""
-    from fastsae_kernels.gpu.config import SMALL_BATCHES
-
+    """Launch every tile of the launch table that lists entries. fp16 compiles as bf16 does: one shape shows it."""
     if dtype == torch.float16:
-        _list(dtype, N_TOKENS, D_IN, True)
+        _list(dtype, D_IN, True)
         return
     for d_in in (D_IN, UNEVEN_D_IN):
-        for n_tokens in (*SMALL_BATCHES, N_TOKENS):
-            for everything in (False, True):
-                _list(dtype, n_tokens, d_in, everything)
+        for with_bounds in (False, True):
+            _list(dtype, d_in, with_bounds)
 
 
 def collect(arch: str) -> list[Launch]:

@@ -134,8 +134,8 @@ def _compile(launch: Launch, arch: str) -> Any:
     source = ASTSource(
         launch.kernel,
         signature=dict(launch.signature),
-        constexprs=dict(launch.constants),
-        attrs={(number,): [["tt.divisibility", 16]] for number in launch.aligned},
+        constexprs={launch.path(name): value for name, value in launch.constants},
+        attrs={launch.path(name): [["tt.divisibility", 16]] for name in launch.aligned},
     )
     is_amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if is_amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)

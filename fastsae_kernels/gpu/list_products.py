@@ -1,4 +1,4 @@
-"""Listing entries in chunks of features: a library product into a small fp32 buffer, then a kernel that gates and appends.
+"""Listing entries of a library's products: x @ W_enc in chunks into a small fp32 buffer, then a kernel that gates and appends.
 
     for each chunk of tokens and features:
         buffer = x @ W_enc                  cuBLAS, fp32 accumulated and stored
@@ -19,9 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels.gpu.append import append_in_turn, count_active, listed_values
 from fastsae_kernels.gpu.config import LaunchConfig
-from fastsae_kernels.gpu.listing import Listing
+from fastsae_kernels.gpu.listing import Listing, list_tile
 
 MIN_WIDTH = 256
 WIDTH_STEP = 128
@@ -29,7 +28,7 @@ DENSE_SHARE = 0.03
 
 
 @triton.jit(do_not_specialize=["n_tokens", "first_feature"])
-def _compact_chunk_kernel(
+def _list_products_kernel(
     # inputs
     product_ptr,  # [B, S] fp32, contiguous
     b_enc_ptr,  # [S]
@@ -39,8 +38,6 @@ def _compact_chunk_kernel(
     # outputs
     cursors_ptr,  # [B] int32
     entries_ptr,  # [nnz] int64
-    l0_ptr,  # [B] or None
-    feature_counts_ptr,  # [S] or None
     # scalars and sizes
     half_bandwidth,
     first_feature,
@@ -48,20 +45,20 @@ def _compact_chunk_kernel(
     d_sae,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    RUN: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """Program owns one tile of the product and appends its entries."""
     tiles_s = tl.cdiv(d_sae, BLOCK_S)
-    offs_b = tl.program_id(0) // tiles_s * BLOCK_B + tl.arange(0, BLOCK_B)
-    offs_s = tl.program_id(0) % tiles_s * BLOCK_S + tl.arange(0, BLOCK_S)
+    start_b, start_s = tl.program_id(0) // tiles_s * BLOCK_B, tl.program_id(0) % tiles_s * BLOCK_S
+    offs_b, offs_s = start_b + tl.arange(0, BLOCK_B), start_s + tl.arange(0, BLOCK_S)
     mask = (offs_b < n_tokens)[:, None] & (offs_s < d_sae)[None, :]
     # int64: row * d_sae can pass 2^31
     product = tl.load(product_ptr + offs_b.to(tl.int64)[:, None] * d_sae + offs_s[None, :], mask=mask, other=0.0)
-    value = listed_values(
-        product, offs_b, offs_s, n_tokens, d_sae, b_enc_ptr, threshold_ptr, bounds_ptr, half_bandwidth
+    list_tile(
+        product, start_b, start_s, b_enc_ptr, threshold_ptr, row_ends_ptr, bounds_ptr, cursors_ptr, entries_ptr,
+        half_bandwidth, first_feature, n_tokens, d_sae, RUN, LANES,
     )  # fmt: skip
-    rows = offs_b % n_tokens
-    count_active(value, rows, offs_s % d_sae, l0_ptr, feature_counts_ptr)
-    append_in_turn(value, rows, offs_s, first_feature, cursors_ptr, row_ends_ptr, entries_ptr)
 
 
 def _fp32_products_use_tf32() -> bool:
@@ -123,4 +120,4 @@ def launch(call: Listing, config: LaunchConfig) -> None:
             product = buffer[: shape[0] * shape[1]].view(shape)
             _product(part.x, part.W_enc, product)
             grid = (triton.cdiv(shape[0], tiles["BLOCK_B"]) * triton.cdiv(shape[1], tiles["BLOCK_S"]),)
-            _compact_chunk_kernel[grid](product_ptr=product, **part.arguments(), **tiles)
+            _list_products_kernel[grid](product_ptr=product, **part.arguments(), **tiles)

@@ -106,7 +106,7 @@ def clear_tokens(x: Tensor, p: Parameters, architecture: str, k: int) -> Tensor:
 
 def relative_errors(got: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
     """Error in norm of each tensor, relative to its norm."""
-    return {name: ((got[name] - tensor).norm() / tensor.norm()).item() for name, tensor in exact.items()}
+    return {name: ((got[name].double() - tensor).norm() / tensor.norm()).item() for name, tensor in exact.items()}
 
 
 def worst(errors: dict[str, float], limits: dict[str, float]) -> tuple[float, float]:
