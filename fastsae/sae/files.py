@@ -27,6 +27,7 @@ SAE_LENS_VERSION = "6.54.12"  # whose format this is; below 6.0.0 SAELens would 
 # left, the file is as this library wrote it, and the checksum in its metadata is that of the weights beside it
 WRITER = "fastsae_version"
 CHECKSUM = "weights_sha256"
+_SCALING = "scaling_factor"  # a tensor of SAELens' oldest files
 KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 classes: list[type[SparseAutoencoder]] = []  # each class of SAE enters itself when it is defined
@@ -140,6 +141,8 @@ def _read_weights(path: Path, config: SavedConfig, shapes: dict[str, tuple[int, 
             if header.get_dtype() not in KINDS:
                 raise ValueError(f"{name}: expected a tensor of {', '.join(DTYPES)}, got {header.get_dtype()}")
         found = {name: tuple(header.get_shape()) for name, header in headers.items()}
+        if found.pop(_SCALING, None) == (config.d_sae,) and not torch.all(file.get_tensor(_SCALING) == 1):
+            raise ValueError(f"{_SCALING}: expected ones, got others; fold them into the weights first")
         if found != shapes:
             got = dict(list(found.items())[:8])
             raise ValueError(f"expected the tensors {shapes}, as {CONFIG_FILE} says, got {len(found)}: {got}")

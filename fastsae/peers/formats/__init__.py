@@ -77,17 +77,24 @@ def read(path: Path, format_name: str | None = None, *, k: int | None = None) ->
         raise UsageError(f"{path}: expected the files of one SAE of a known format, got others. Known are: {titles}")
     converted = same_dtype(found.read(source))
     earlier = converted.history or source.provenance()
-    converted = replace(converted, configs=converted.configs or earlier.get("configs") or {})
-    earlier = {"history": earlier} if earlier else {}
-    history = {"format": found.name, "files": list(source.digests()), **earlier}
-    return replace(converted, history=history)
+    said = {name: earlier[name] for name in ("configs", "metadata") if isinstance(earlier.get(name), dict)}
+    return replace(
+        converted,
+        configs=converted.configs or said.get("configs", {}),
+        metadata={**said.get("metadata", {}), **converted.metadata},
+        history={
+            "format": found.name,
+            "files": list(source.digests()),
+            **({"history": earlier} if earlier else {}),
+        },
+    )
 
 
 def provenance(converted: Converted) -> dict[str, Any]:
     """Where an SAE comes from and what was changed on the way, as it is written beside its weights."""
     versions = {"fastsae": __version__, "torch": torch.__version__}
-    configs = {"configs": converted.configs} if converted.configs else {}
-    return {**converted.history, "changes": list(converted.notes), "versions": versions, **configs}
+    kept = {name: getattr(converted, name) for name in ("configs", "metadata") if getattr(converted, name)}
+    return {**converted.history, "changes": list(converted.notes), "versions": versions, **kept}
 
 
 def write(converted: Converted, folder: Path, format_name: str) -> Converted:

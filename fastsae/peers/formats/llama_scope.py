@@ -68,7 +68,8 @@ def read_scope(source: Source) -> Converted:
         threshold=threshold,
         is_transcoder=hooks[1] is not None and hooks[0] != hooks[1],
         metadata=_metadata(hooks),
-        configs={"llama-scope": dict(found.values)},
+        configs={"llama-scope": {name: value for name, value in found.values.items() if name != "provenance"}},
+        history=found.fields("provenance", default={}).values,
     ).noted("transposed encoder.weight and decoder.weight")
     if found.boolean("sparsity_include_decoder_norm", default=False):
         converted = _gate_without_norms(converted)
@@ -162,7 +163,11 @@ def read_llamascopium(source: Source) -> Converted:
         log = tensors[_LOG]
         wide = torch.promote_types(log.dtype, torch.float32)
         converted = converted.noted("took the exponential of log_jumprelu_threshold", threshold=log.to(wide).exp())
-    converted = _gate_without_norms(converted) if include and act_fn == "jumprelu" else converted
+        converted = _gate_without_norms(converted) if include else converted
+    if converted.rescale_acts_by_decoder_norm:
+        converted = converted.noted(
+            "multiplied feature activations by |W_D|, by which they are ranked; sae_out is the same"
+        )
     if is_folded:
         return converted
     in_norm, out_norm = (_norm(path, norms, hook, found) for hook in hooks)

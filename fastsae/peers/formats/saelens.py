@@ -169,7 +169,10 @@ def content(converted: Converted, provenance: dict[str, Any]) -> tuple[dict[str,
         keys |= {"k": converted.k, "rescale_acts_by_decoder_norm": converted.rescale_acts_by_decoder_norm}
     if converted.is_transcoder:
         keys["d_out"] = converted.d_out
-    metadata = {"sae_lens_version": SAE_LENS_VERSION, **converted.metadata, "provenance": provenance}
+    provenance = {
+        name: value for name, value in provenance.items() if name != "metadata"
+    }  # which stands around it here
+    metadata = {**converted.metadata, "sae_lens_version": SAE_LENS_VERSION, "provenance": provenance}
     config = {
         **keys,
         "dtype": next(name for name, dtype in DTYPES.items() if dtype == converted.dtype),
@@ -178,7 +181,7 @@ def content(converted: Converted, provenance: dict[str, Any]) -> tuple[dict[str,
         "normalize_activations": "layer_norm" if converted.layer_norm else "none",
         "reshape_activations": "hook_z" if converted.is_hook_z else "none",
         WRITER: __version__,
-        "metadata": {**metadata, "sae_lens_version": SAE_LENS_VERSION, **({"fastsae": own} if own else {})},
+        "metadata": {**metadata, **({"fastsae": own} if own else {})},
     }
     names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "W_skip")
     return config, {name: getattr(converted, name) for name in names if getattr(converted, name) is not None}

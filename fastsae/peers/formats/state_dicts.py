@@ -107,12 +107,7 @@ def _read_linear(encoder: str, decoder: str) -> Callable[[Source], Converted]:
 
     def read(source: Source) -> Converted:
         path, stored = source.tensors()
-        tensors = take(path, stored, _linear(encoder, decoder), {})
-        W_enc, b_enc, W_dec, b_dec = (
-            tensors.values()
-            if list(tensors) == list(_linear(encoder, decoder))
-            else (tensors[name] for name in _linear(encoder, decoder))
-        )
+        W_enc, b_enc, W_dec, b_dec = take(path, stored, _linear(encoder, decoder), {}).values()
         return Converted("standard", W_enc.t(), b_enc, W_dec.t(), b_dec, metadata=_residual(source)).noted(
             f"transposed {encoder}.weight and {decoder}.weight"
         )

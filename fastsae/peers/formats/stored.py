@@ -173,9 +173,10 @@ def take(
     unknown = [name for name in stored if name not in shapes]
     if unknown:
         raise ValueError(f"{path}: {shown(unknown[0])}: expected no such tensor, only {', '.join(shapes)}")
-    for name, header in stored.items():
-        _check_header(path, name, header, shapes[name].split(), known)
-    tensors = {name: header.load() for name, header in stored.items()}
+    found = [name for name in shapes if name in stored]
+    for name in found:
+        _check_header(path, name, stored[name], shapes[name].split(), known)
+    tensors = {name: stored[name].load() for name in found}
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise ValueError(f"{path}: {name}: expected finite numbers, got NaN or infinity")
