@@ -40,7 +40,7 @@ def add_config_flags(parser: argparse.ArgumentParser, names: Sequence[str] = tup
 
 FORMATS = (
     "saelens gemma-scope gemma-scope-2 sparsify dictionary-learning llama-scope llamascopium openai goodfire deepseek-r1 "
-    "qwen-scope circuit-tracer"
+    "hook-z qwen-scope circuit-tracer"
 ).split()  # as the registry has them, whose import takes seconds
 _CONVERT = """\
 Turns an SAE of one library into files of another: the same function, or one error that says why the format cannot hold it.

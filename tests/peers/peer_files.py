@@ -335,6 +335,16 @@ def qwen_scope(root: Path) -> PeerFile:
     return peer_file(folder / "layer9.sae.pt", top, w, applied=False)
 
 
+def hook_z(root: Path) -> PeerFile:
+    w, path = weights(14), root / "gpt2-small_L3_Hcat_z.pt"
+    write_json(
+        root / "gpt2-small_L3_Hcat_z_cfg.json",
+        {"act_size": D_IN, "dict_size": D_SAE, "act_name": "blocks.3.attn.hook_z"},
+    )
+    torch.save({"W_enc": w.W_enc, "b_enc": w.b_enc, "W_dec": w.W_dec, "b_dec": w.b_dec}, path)
+    return peer_file(path, torch.relu, w, applied=True)
+
+
 def circuit_tracer(root: Path, *, is_gated: bool = True) -> PeerFile:
     w, skip = weights(13), torch.randn(D_IN, D_IN, generator=torch.Generator().manual_seed(13))
     state = {"W_enc": w.W_enc.t().contiguous(), "b_enc": w.b_enc, "W_dec": w.W_dec, "b_dec": w.b_dec}
@@ -376,6 +386,7 @@ OTHERS: dict[str, Callable[[Path], PeerFile]] = {
     "gemma-scope-2-affine": gemma_scope_2_affine,
     "sparsify-transcoder": lambda root: sparsify(root, transcode=True),
     "llama-scope-transcoder": lambda root: llama_scope(root, out_norm=OUT_NORM),
+    "hook-z": hook_z,
     "openai-topk": lambda root: openai(root, "TopK"),
     "circuit-tracer": circuit_tracer,
     "circuit-tracer-relu": lambda root: circuit_tracer(root, is_gated=False),

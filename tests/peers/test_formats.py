@@ -10,7 +10,7 @@ import pytest
 import torch
 from peer_files import AUTOENCODERS, D_IN, D_SAE, OTHERS, PeerFile, dictionary_learning, gemma_scope, saelens, sparsify
 
-from fastsae import FusedBatchTopKSAE, FusedJumpReLUSAE, FusedReLUSAE, FusedTopKSAE, SparseAutoencoder
+from fastsae import FusedBatchTopKSAE, FusedJumpReLUSAE, FusedReLUSAE, FusedTopKSAE, SparseAutoencoder, UsageError
 from fastsae.peers import formats
 from fastsae.peers.formats.stored import Stored
 
@@ -61,10 +61,14 @@ def test_load_runs_an_sae_of_any_library(case: str, tmp_path: Path) -> None:
     assert torch.equal(SparseAutoencoder.load(tmp_path / "again")(x), sae(x))
 
 
-@pytest.mark.parametrize("case", ["gemma-scope-2-affine", "sparsify-transcoder", "openai-topk", "circuit-tracer"])
+@pytest.mark.parametrize(
+    "case", ["gemma-scope-2-affine", "sparsify-transcoder", "openai-topk", "circuit-tracer", "hook-z"]
+)
 def test_load_refuses_by_name_what_it_does_not_run(case: str, tmp_path: Path) -> None:
     peer = OTHERS[case](tmp_path)
-    with pytest.raises(ValueError, match=r"architecture: .*transcoder|top-k transcoder|normalize_activations"):
+    with pytest.raises(
+        ValueError, match=r"architecture: .*transcoder|top-k transcoder|normalize_activations|reshape_activations"
+    ):
         SparseAutoencoder.load(peer.path)
 
 
@@ -91,6 +95,9 @@ def try_to_write(converted: formats.Converted, folder: Path, target: str) -> tup
         return formats.write(converted, folder, target), ""
     except ValueError as error:
         return None, str(error)
+    except UsageError as error:
+        assert target == "hook-z"
+        return None, str(error).removeprefix("--to: ").replace("is only read", "cannot hold it, it is only read")
 
 
 @pytest.mark.parametrize("target", FORMAT_NAMES)
@@ -192,8 +199,11 @@ def test_16_bits_are_kept_and_widened_only_to_fold(tmp_path: Path) -> None:
 def test_loader_names_of_saelens_are_formats() -> None:
     aliases = {alias for one in formats.FORMATS for alias in one.aliases} | set(FORMAT_NAMES)
     loaders = pytest.importorskip("sae_lens.loading.pretrained_sae_loaders")
-    not_one_sae = {"connor_rob_hook_z", "temporal", "mntss_clt_layer_transcoder"}
-    assert set(loaders.NAMED_PRETRAINED_SAE_LOADERS) - not_one_sae <= aliases
+    refused = {"temporal", "mntss_clt_layer_transcoder"}
+    assert set(loaders.NAMED_PRETRAINED_SAE_LOADERS) - refused <= aliases
+    for name in refused:
+        with pytest.raises(UsageError, match=f"--from: {name} is not converted: it "):
+            formats.read(Path(__file__), name)
 
 
 def test_shapes_of_inputs_are_kept(tmp_path: Path) -> None:

@@ -42,12 +42,18 @@ LOADERS = {
         for name in DICTIONARIES
         if name != "AutoEncoderNew"
     },
+    "hook-z": ("connor_rob_hook_z", "a/b", "gpt2-small_L3_Hcat_z.pt"),
     "circuit-tracer-relu": ("mwhanna_transcoder", "a/b", "layer_3.safetensors"),
 }
 
 
 def x_like(seed: int = 3) -> torch.Tensor:
     return torch.randn(50, D_IN, generator=torch.Generator().manual_seed(seed)) * 2 + 1
+
+
+def in_heads(x: torch.Tensor, case: str) -> torch.Tensor:
+    """As SAELens takes the activations of attention heads: `[..., heads, d_head]`."""
+    return x.unflatten(-1, (2, -1)) if case == "hook-z" else x
 
 
 def saelens_reads(case: str, root: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -61,6 +67,8 @@ def saelens_reads(case: str, root: Path, path: Path, monkeypatch: pytest.MonkeyP
             (root / filename).write_text(str({"model_name": "Qwen/Qwen3-0.6B", **width}))
             return str(root / filename)
         name = Path(filename).name
+        if name.endswith("_cfg.json"):
+            return str(path.with_name(name))
         return str(path / name if path.is_dir() else path)
 
     def shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
@@ -83,8 +91,9 @@ def test_saelens_loaders_agree(case: str, tmp_path: Path, monkeypatch: pytest.Mo
     peer = {**AUTOENCODERS, **OTHERS}[case](tmp_path)
     theirs = saelens_reads(case, tmp_path, peer.path, monkeypatch)
     acts, sae_out = formats.read(peer.path, LOADERS[case][0]).forward(x_like())
-    torch.testing.assert_close(acts, theirs.encode(x_like()))
-    torch.testing.assert_close(sae_out, theirs(x_like()), rtol=1e-5, atol=1e-5)
+    x = in_heads(x_like(), case)
+    torch.testing.assert_close(acts, theirs.encode(x))
+    torch.testing.assert_close(sae_out, theirs(x).reshape(sae_out.shape), rtol=1e-5, atol=1e-5)
 
 
 def test_llama_scope_agrees_with_saelens_where_decoder_norms_are_one(
@@ -135,8 +144,9 @@ def test_saelens_runs_what_is_written_for_it(case: str, tmp_path: Path) -> None:
         return
     formats.write(converted, tmp_path / "out", "saelens")
     theirs = SAE.load_from_disk(tmp_path / "out")
-    torch.testing.assert_close(theirs.encode(x_like()).double(), peer.encode(x_like().double()), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(theirs(x_like()).double(), peer.forward(x_like().double()), rtol=1e-4, atol=1e-4)
+    x, expected = in_heads(x_like(), case), peer.forward(x_like().double())
+    torch.testing.assert_close(theirs.encode(x).double(), peer.encode(x_like().double()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(theirs(x).double().reshape(expected.shape), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk", "topk", "jumprelu"])

@@ -102,7 +102,7 @@ def read_second(source: Source) -> Converted:
         )
     try:
         if found is not None:
-            found.choice("architecture", ["jump_relu"], default="jump_relu")
+            found.choice("architecture", ["jump_relu"])
         is_transcoder = found is not None and found.get("hf_hook_point_out", None) not in (
             None,
             found.get("hf_hook_point_in", None),
@@ -128,7 +128,7 @@ def read_second(source: Source) -> Converted:
         is_transcoder=is_transcoder,
         metadata=_second_metadata(source, config),
         configs={"gemma-scope-2": {name: value for name, value in config.items() if name != "provenance"}},
-        history=config.get("provenance") or {},
+        history={} if found is None else found.fields("provenance", default={}).values,
     )
     return converted if skip is None else converted.noted("transposed affine_skip_connection")
 

@@ -36,6 +36,13 @@ class Format:
     aliases: tuple[str, ...] = ()
 
 
+# SAELens' other loaders, and why there is no format for them
+_REFUSED = {
+    "temporal": "it looks at earlier tokens, which no other format can say",
+    "mntss_clt_layer_transcoder": "it is one layer of a cross-layer transcoder, which reconstructs nothing alone",
+}
+
+
 def by_name(formats: list[Format], name: str, option: str) -> Format:
     """The format of a name or an alias.
 
@@ -45,5 +52,7 @@ def by_name(formats: list[Format], name: str, option: str) -> Format:
     for found in formats:
         if name in (found.name, *found.aliases):
             return found
+    if name in _REFUSED:
+        raise UsageError(f"{option}: {name} is not converted: {_REFUSED[name]}")
     names = ", ".join(one.name for one in formats)
     raise UsageError(f"{option}: expected one of {names}, got {name!r}")

@@ -41,8 +41,6 @@ def read(source: Source) -> Converted:
             raise found.wrong("signed", "false, because negative activations have no counterpart elsewhere")
     except ValueError as error:
         raise ValueError(f"{source.folder / _CONFIG}: {error}") from None
-    if "W_dec" not in stored and "encoder.weight" in stored:
-        raise ValueError(f"{path}: W_dec: expected a decoder, but the file holds an encoder alone")
     shapes = {"encoder.weight": "d_sae d_in", "encoder.bias": "d_sae", "W_dec": "d_sae d_in", "b_dec": "d_in"}
     tensors = take(path, stored, shapes | ({"W_skip": "d_in d_in"} if skip else {}), {"d_in": d_in, "d_sae": d_sae})
     return Converted(

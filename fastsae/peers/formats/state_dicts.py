@@ -178,6 +178,27 @@ def write_qwen(converted: Converted, folder: Path, provenance: dict[str, Any]) -
     return _save(folder / f"layer{found.group() if found else 0}.sae.pt", state, provenance, converted)
 
 
+def read_hook_z(source: Source) -> Converted:
+    """Reads an SAE of Kissane and Krzyzanowski on the heads of GPT-2: `NAME.pt` beside `NAME_cfg.json`."""
+    path, stored = source.tensors()
+    found = source.json(f"{path.stem}_cfg.json")
+    try:
+        sizes = {"d_in": found.integer("act_size", 1, 2**31), "d_sae": found.integer("dict_size", 1, 2**31)}
+    except ValueError as error:
+        raise ValueError(f"{path.parent / path.stem}_cfg.json: {error}") from None
+    shapes = {"W_enc": "d_in d_sae", "b_enc": "d_sae", "W_dec": "d_sae d_in", "b_dec": "d_in"}
+    W_enc, b_enc, W_dec, b_dec = take(path, stored, shapes, sizes).values()
+    metadata = {"model_name": "gpt2-small", "hook_name": found.values.get("act_name")}
+    return Converted(
+        "standard", W_enc, b_enc, W_dec, b_dec, apply_b_dec_to_input=True, is_hook_z=True, metadata=metadata
+    )
+
+
+def _is_hook_z(source: Source) -> bool:
+    weights = source.weights
+    return weights is not None and (weights.parent / f"{weights.stem}_cfg.json").is_file()
+
+
 def _has(*names: str) -> Callable[[Source], bool]:
     def recognises(source: Source) -> bool:
         weights = source.weights
@@ -211,6 +232,15 @@ FORMATS = [
         _read_linear("encoder", "decoder"),
         _write_linear("deepseek-r1", "encoder", "decoder"),
         ("deepseek_r1",),
+    ),
+    Format(
+        "hook-z",
+        "SAEs on GPT-2's heads: NAME.pt, NAME_cfg.json",
+        (),
+        _is_hook_z,
+        read_hook_z,
+        None,
+        ("connor_rob_hook_z",),
     ),
     Format(
         "qwen-scope",
