@@ -1,4 +1,4 @@
-"""The command line: `fastsae train` and `fastsae evaluate`."""
+"""The command line: `fastsae train`, `fastsae evaluate` and `fastsae convert`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fastsae.errors import FastsaeError, UsageError, is_out_of_memory
 from fastsae.flags import (
     OPTIONS,
     add_config_flags,
+    add_convert_command,
     as_flag,
     check_values,
     flag,
@@ -36,7 +37,8 @@ Sparse autoencoders (SAEs) for language models.
   fastsae train --architecture topk --k 32
   fastsae train --output my-sae --resume     go on with an interrupted run
   fastsae train --model ./my-model --dataset chats.jsonl     rows like {"messages": [{"role": ..., "content": ...}]}
-  fastsae evaluate my-sae             measure a saved SAE on held-out dialogues
+  fastsae evaluate my-sae             measure a saved SAE on held-out dialogues, of this or another library
+  fastsae convert params.npz my-sae   turn another library's SAE into this one's files, or back with --to
 
 Activation units: while training, activations are scaled to a mean norm of sqrt(d_in); options "in activation units" mean
 that scale. Exit status: 0 done, 1 the run failed, 2 an argument is wrong, 130 interrupted (Ctrl-C), 143 ended by
@@ -97,11 +99,17 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measures reconstruction, sparsity and delta loss. A folder of `fastsae train` knows its model and data.",
         allow_abbrev=False,
     )
-    measure.add_argument("path", type=path, metavar="FOLDER", help="folder with cfg.json and sae_weights.safetensors")
+    measure.add_argument(
+        "path",
+        type=path,
+        metavar="FOLDER",
+        help="folder with cfg.json and sae_weights.safetensors, or another library's (see fastsae convert --help)",
+    )
     measure.add_argument("--json", type=path, metavar="FILE", help="file to which the metrics are written as well")
     measure.add_argument("--quiet", action="store_true", help="show no progress bars")
     names = "model dataset split layer model_dtype max_length max_dialogues dedup_words eval_dialogues forward_tokens device seed"
     add_config_flags(measure, names.split())
+    add_convert_command(commands)
     return parser
 
 
@@ -148,7 +156,7 @@ def command_evaluate(arguments: argparse.Namespace) -> None:
     from fastsae.train.run import evaluate_folder
 
     given = _given(arguments)
-    if not arguments.path.is_dir():
+    if not arguments.path.exists():
         raise UsageError(f"{arguments.path}: expected the folder of a saved SAE, there is no such folder")
     if arguments.json:
         if arguments.json.is_dir():
@@ -165,6 +173,45 @@ def command_evaluate(arguments: argparse.Namespace) -> None:
     if arguments.json:
         write_json(arguments.json, result.metrics)
     print_summary(result.metrics)
+
+
+def command_convert(arguments: argparse.Namespace) -> None:
+    """`fastsae convert`."""
+    from fastsae.peers import formats
+
+    source, target = formats.find(arguments.source, formats.wanted_files()), arguments.target
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(
+            f"{target}: expected a new or an empty folder, got one that holds something; nothing was written"
+        )
+    try:
+        converted = formats.read(source, arguments.source_format, k=arguments.k)
+        changes = formats.write(converted, target, arguments.target_format).notes
+    except FileNotFoundError as error:
+        raise UsageError(str(error)) from None
+    except ValueError as error:
+        raise FastsaeError(str(error)) from None
+    kind = "transcoder" if converted.is_transcoder else "SAE"
+    origin = f"read as {converted.history['format']}"
+    print(f"{target}: a {converted.architecture} {kind}, d_in {converted.d_in:,}, d_sae {converted.d_sae:,}, {origin}")
+    for change in changes:
+        print(f"  {change}")
+    if arguments.check:
+        print_difference(formats.difference(converted, formats.read(target, arguments.target_format, k=arguments.k)))
+
+
+def print_difference(found: dict[str, float]) -> None:
+    """What `--check` has found.
+
+    Raises:
+        FastsaeError: The two SAEs are not the same function.
+    """
+    print(
+        f"  {found['sae_out']:.3g}  largest difference of a reconstruction, whose largest number is {found['size']:.3g}"
+    )
+    print(f"  {found['entries']:.0f}  activations are zero in one of the two alone")
+    if not found["sae_out"] <= 1e-3 * found["size"]:
+        raise FastsaeError("--check: the written SAE is not the one that was read; please report it with both files")
 
 
 def print_summary(metrics: dict[str, Any]) -> None:
@@ -191,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_log()
         try:
             with signals_end_the_command():
-                {"train": command_train, "evaluate": command_evaluate}[arguments.command](arguments)
+                commands = {"train": command_train, "evaluate": command_evaluate, "convert": command_convert}
+                commands[arguments.command](arguments)
         except FastsaeError as error:
             return fail(as_flag(str(error)), 2 if isinstance(error, UsageError) else 1)
         except OSError as error:

@@ -403,9 +403,10 @@ class SparseAutoencoder(nn.Module, ABC):
 
     @classmethod
     def load(cls: type[Module], path: str | Path, device: torch.device | str | None = None) -> Module:
-        """Reads an SAE from SAELens' two files; on the base class any known architecture, else the class's own.
+        """Reads an SAE from SAELens' two files, or from another library's; on the base class any known architecture.
 
-        Nothing is allocated beyond what the files hold, and no random numbers are drawn.
+        `docs/formats.md` lists the formats, which are recognised by their files; `metadata["provenance"]` then says which one it
+        was and what was folded. Nothing is allocated beyond what the files hold, and no random numbers are drawn.
 
         Raises:
             FileNotFoundError: A file is missing.

@@ -50,9 +50,9 @@ class SavedConfig:
         """
         found = Fields(content)
         metadata = dict(found.fields("metadata", default={}).values)
-        if _is_old(found, metadata):
-            found = _modern(found)
-            metadata |= {name: found.values[name] for name in _OLD_METADATA if name in found}
+        if is_old(found, metadata):
+            found = modern(found)
+            metadata |= old_metadata(found)
         own = Fields(metadata.pop("fastsae", None) or {}, "metadata.fastsae.")
         if own.values:
             own.choice("architecture", architectures)
@@ -79,7 +79,7 @@ class SavedConfig:
         )
 
 
-def _is_old(found: Fields, metadata: dict[str, Any]) -> bool:
+def is_old(found: Fields, metadata: dict[str, Any]) -> bool:
     """Whether SAELens before version 6 wrote the file, which named no version or another one."""
     version = found.values.get("sae_lens_version") or metadata.get("sae_lens_version")
     if version is None:
@@ -88,7 +88,12 @@ def _is_old(found: Fields, metadata: dict[str, Any]) -> bool:
     return major.isdigit() and len(major) < 4 and int(major) < 6
 
 
-def _modern(found: Fields) -> Fields:
+def old_metadata(found: Fields) -> dict[str, Any]:
+    """What an old file says at its top and a new one in its metadata."""
+    return {name: found.values[name] for name in _OLD_METADATA if name in found}
+
+
+def modern(found: Fields) -> Fields:
     """The keys as version 6 names them."""
     keys = {_RENAMED.get(name, name): value for name, value in found.values.items()}
     activation = keys.get("activation_fn") or "relu"

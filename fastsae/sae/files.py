@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ SAE_LENS_VERSION = "6.54.12"  # whose format this is; below 6.0.0 SAELens would 
 # left, the file is as this library wrote it, and the checksum in its metadata is that of the weights beside it
 WRITER = "fastsae_version"
 CHECKSUM = "weights_sha256"
+_SCALING = "scaling_factor"  # a tensor of SAELens' oldest files
 KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 classes: list[type[SparseAutoencoder]] = []  # each class of SAE enters itself when it is defined
@@ -61,7 +63,14 @@ def save(sae: SparseAutoencoder, path: Path, metadata: dict[str, Any]) -> None:
 
 
 def load(path: Path, device: torch.device | str | None, wanted: type[SparseAutoencoder]) -> SparseAutoencoder:
-    """Reads both files into the class that runs their architecture, `wanted` where more than one does."""
+    """Reads an SAE into the class that runs its architecture, `wanted` where more than one does."""
+    if not (path / CONFIG_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
+        formats = import_module(
+            "fastsae.peers.formats"
+        )  # by name: it stands on a floor above, and reads these files too
+        if path.exists() and formats.recognise(path) is not None:
+            content, tensors = formats.load_content(path)
+            return _from_content(path, content, tensors, device, wanted)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise FileNotFoundError(
@@ -72,11 +81,7 @@ def load(path: Path, device: torch.device | str | None, wanted: type[SparseAutoe
     except ValueError as error:
         raise ValueError(f"{path / CONFIG_FILE}: expected JSON, got a corrupt file ({error})") from None
     try:
-        config = SavedConfig.read(content, sorted({word for cls in classes for word in cls.file_architectures}))
-        cls = _class_of(config, wanted)
-        if config.own.get("architecture", None) != cls.architecture:
-            config = replace(config, own=Fields({}))  # options of another class, which trained it
-        arguments = cls.arguments_from(config)
+        cls, config, arguments = _understood(content, wanted)
     except ValueError as error:
         raise ValueError(f"{path / CONFIG_FILE}: {error}") from None
     try:
@@ -88,6 +93,32 @@ def load(path: Path, device: torch.device | str | None, wanted: type[SparseAutoe
         ) from None
     except ValueError as error:
         raise ValueError(f"{path / WEIGHTS_FILE}: {error}") from None
+
+
+def _understood(
+    content: Any, wanted: type[SparseAutoencoder]
+) -> tuple[type[SparseAutoencoder], SavedConfig, dict[str, Any]]:
+    """The class that a `cfg.json` asks for, what it says, and the arguments of the class."""
+    config = SavedConfig.read(content, sorted({word for cls in classes for word in cls.file_architectures}))
+    cls = _class_of(config, wanted)
+    if config.own.get("architecture", None) != cls.architecture:
+        config = replace(config, own=Fields({}))  # options of another class, which trained it
+    return cls, config, cls.arguments_from(config)
+
+
+def _from_content(
+    path: Path,
+    content: dict[str, Any],
+    tensors: dict[str, Tensor],
+    device: torch.device | str | None,
+    wanted: type[SparseAutoencoder],
+) -> SparseAutoencoder:
+    """An SAE of another library's files, from what these two files would hold."""
+    try:
+        cls, config, arguments = _understood(content, wanted)
+        return _built(cls, config, arguments, tensors, device)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _class_of(config: SavedConfig, wanted: type[SparseAutoencoder]) -> type[SparseAutoencoder]:
@@ -110,6 +141,8 @@ def _read_weights(path: Path, config: SavedConfig, shapes: dict[str, tuple[int, 
             if header.get_dtype() not in KINDS:
                 raise ValueError(f"{name}: expected a tensor of {', '.join(DTYPES)}, got {header.get_dtype()}")
         found = {name: tuple(header.get_shape()) for name, header in headers.items()}
+        if found.pop(_SCALING, None) == (config.d_sae,) and not torch.all(file.get_tensor(_SCALING) == 1):
+            raise ValueError(f"{_SCALING}: expected ones, got others; fold them into the weights first")
         if found != shapes:
             got = dict(list(found.items())[:8])
             raise ValueError(f"expected the tensors {shapes}, as {CONFIG_FILE} says, got {len(found)}: {got}")
