@@ -40,26 +40,28 @@ def _downloaded(repo_id: str, subfolder: str | None, revision: str | None) -> Pa
     names = [_inside(subfolder, name) for name in (files.CONFIG_FILE, files.WEIGHTS_FILE)]
     try:
         snapshot = Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=names))
-        if not (snapshot / names[0]).is_file():
-            found = hub.HfApi().list_repo_files(repo_id, revision=revision)
-            raise FileNotFoundError(f"{repo_id}: expected {names[0]} in this repository; {_saes_in(found)}")
+        is_there = (snapshot / names[0]).is_file()
+        others = [] if is_there else list(hub.HfApi().list_repo_files(repo_id, revision=revision))
     except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError) as error:
         what = "revision" if isinstance(error, hub.errors.RevisionNotFoundError) else "repository"
         raise FileNotFoundError(
             f"{repo_id}: there is no such folder, and no such {what} on the Hugging Face hub that you can read. "
             "Check the spelling; a private or gated one needs `hf auth login` first"
         ) from error
-    except (hub.errors.HfHubHTTPError, hub.errors.LocalEntryNotFoundError, ConnectionError) as error:
+    except Exception as error:  # what the network and its libraries raise
         raise FastsaeError(
-            f"{repo_id}: there is no such folder, and the Hugging Face hub could not be reached ({_short(error)}). "
-            "What was downloaded before is kept"
+            f"{repo_id}: there is no such folder, and it could not be read from the Hugging Face hub "
+            f"({_short(error)}). What was downloaded before is kept"
         ) from error
+    if not is_there:
+        raise FileNotFoundError(f"{repo_id}: expected {names[0]} in this repository; {_saes_in(others)}")
     return snapshot
 
 
 def _saes_in(names: list[str]) -> str:
     """What a repository holds instead of the SAE that was asked for."""
-    folders = sorted(name.rpartition("/")[0] or "its top" for name in names if name.endswith(files.CONFIG_FILE))
+    places = (name.rpartition("/") for name in names)
+    folders = sorted(folder or "its top" for folder, _, name in places if name == files.CONFIG_FILE)
     if not folders:
         return f"none of its {len(names)} files is a {files.CONFIG_FILE}"
     more = "" if len(folders) <= 8 else f" and {len(folders) - 8} more"
@@ -84,7 +86,7 @@ def push(
             if not api.file_exists(repo_id, CARD_FILE):
                 Path(folder, CARD_FILE).write_text(model_card(sae, repo_id, subfolder), encoding="utf-8")
             commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
-        except (hub.errors.HfHubHTTPError, ConnectionError) as error:
+        except Exception as error:  # what the network and its libraries raise
             raise FastsaeError(
                 f"{repo_id}: the Hugging Face hub took no upload ({_short(error)}). Uploading needs `hf auth login` "
                 "with a token that may write there"
