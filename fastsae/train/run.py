@@ -50,7 +50,8 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
     """Trains, evaluates and saves an SAE; returns the metrics.
 
     Writes to `output`: SAELens' `cfg.json`, `sae_weights.safetensors` and `sparsity.safetensors`, `config.json`,
-    `metrics.json`, `report.html`, and, while it runs, a checkpoint. Nothing is written before model, data and options are known to fit.
+    `metrics.json`, `report.html`, and, while it runs, a checkpoint. Nothing is written before model, data and options are
+    known to fit.
 
     Args:
         config: The run.

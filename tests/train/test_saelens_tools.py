@@ -100,6 +100,7 @@ def test_an_activations_store_starts_on_either_object(folder: Path, model: Any, 
 
 def test_saelens_evaluates_either_object_to_the_same(folder: Path, model: Any, dataset: Any) -> None:
     from sae_lens.evals import get_eval_everything_config, run_evals
+    from sae_lens.training.activation_scaler import ActivationScaler
 
     config = get_eval_everything_config(
         batch_size_prompts=2, n_eval_reconstruction_batches=1, n_eval_sparsity_variance_batches=1
@@ -109,11 +110,14 @@ def test_saelens_evaluates_either_object_to_the_same(folder: Path, model: Any, d
         store = sae_lens.ActivationsStore.from_sae(
             model, sae, dataset, streaming=False, store_batch_size_prompts=2, n_batches_in_buffer=2
         )
-        metrics, _ = run_evals(sae, store, model, config)
-        results.append(metrics)
-    assert "model_performance_preservation" in results[0]
+        metrics, by_feature = run_evals(sae, store, model, ActivationScaler(), config)
+        results.append({**metrics, "by feature": by_feature})
+    assert {"model_performance_preservation", "reconstruction_quality", "sparsity"} <= results[0].keys()
     for group, values in results[0].items():
-        assert results[1][group] == pytest.approx(values, rel=1e-4, abs=1e-5, nan_ok=True), group
+        for name, value in values.items():
+            expected, got = torch.tensor(value).double(), torch.tensor(results[1][group][name]).double()
+            assert expected.numel()
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, equal_nan=True, msg=f"{group}: {name}")
 
 
 def test_the_sparsity_is_the_one_of_the_held_out_tokens(folder: Path) -> None:
