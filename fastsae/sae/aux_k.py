@@ -2,49 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import fastsae_kernels as kernels
-from fastsae_kernels import ActivityHint, AutoencodeSpec
-from fastsae_kernels.memory import version_of
+from fastsae.sae.dead_features import DeadFeatures
+from fastsae_kernels import AutoencodeSpec
 
 if TYPE_CHECKING:
     from fastsae.sae.base import SparseAutoencoder
-
-
-class DeadFeatures:
-    """Ids of the features in a mask, looked up once per mask, because looking waits for a GPU."""
-
-    def __init__(self) -> None:
-        self.activity = ActivityHint()  # of the dead features' own passes
-        self._seen: tuple[Tensor, int | None, Tensor] | None = None  # mask, its version, its ids
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seen": None}
-
-    def ids(self, dead_mask: Tensor, d_sae: int, device: torch.device) -> Tensor:
-        """`[n_dead]` int64 on `device`.
-
-        Raises:
-            TypeError: `dead_mask` is no tensor.
-            ValueError: `dead_mask` is not bool of shape `[d_sae]`.
-        """
-        if not isinstance(dead_mask, Tensor):
-            raise TypeError(f"dead_mask: expected a torch.Tensor, got {type(dead_mask).__name__}")
-        if dead_mask.dtype != torch.bool or dead_mask.shape != (d_sae,):
-            got = f"{dead_mask.dtype} {tuple(dead_mask.shape)}"
-            raise ValueError(f"dead_mask: expected bool of shape [d_sae] = ({d_sae},), got {got}")
-        version = version_of(dead_mask)
-        if self._seen is not None and version is not None:
-            mask, seen_version, ids = self._seen
-            if mask is dead_mask and seen_version == version and ids.device == device:
-                return ids
-        ids = dead_mask.nonzero().squeeze(1).to(device)
-        self._seen = (dead_mask, version, ids)
-        return ids
 
 
 def aux_k_loss(sae: SparseAutoencoder, dead: DeadFeatures, x: Tensor, residual: Tensor, dead_mask: Tensor) -> Tensor:
@@ -65,11 +33,11 @@ def aux_k_loss(sae: SparseAutoencoder, dead: DeadFeatures, x: Tensor, residual: 
         dead: Remembers the ids between calls.
         x: `[..., d_in]` what is to be reconstructed.
         residual: `sae_out - x` of the pass whose error is to be reconstructed.
-        dead_mask: `[d_sae]` bool.
+        dead_mask: `[d_sae]` bool, or zeros and ones.
 
     Raises:
         TypeError: `dead_mask` is no tensor.
-        ValueError: `dead_mask` has the wrong shape or dtype.
+        ValueError: `dead_mask` has the wrong shape, or holds other numbers.
 
     Source:
         Gao et al. 2024, arXiv:2406.04093, appendix A.2.

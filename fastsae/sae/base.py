@@ -1,43 +1,39 @@
-"""The shared base of the sparse autoencoders: parameters, initialisation, the ops that run them, load and save."""
+"""The shared base of the sparse autoencoders: parameters, initialisation, and the ops that run them."""
 
 from __future__ import annotations
 
+import math
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastsae_kernels as kernels
-from fastsae.disk import local_path
-from fastsae.sae import files
 from fastsae.sae.compute_copies import ComputeCopies
-from fastsae.sae.config_file import SavedConfig
-from fastsae.sae.inference import TopActivations, check_feature_ids, check_integer, columns, top_activations
+from fastsae.sae.inference import (
+    TopActivations,
+    check_feature_ids,
+    check_integer,
+    columns,
+    from_sparse_tensor,
+    top_activations,
+)
 from fastsae.sae.outputs import TrainOutput, fraction_of_variance_unexplained
+from fastsae.sae.storage import StoredModule
 from fastsae_kernels import ActivityHint, AutoencodeOutput, AutoencodeSpec, Collector, SparseActs, reference
 from fastsae_kernels.memory import version_of
 from fastsae_kernels.weight_gradients import PassCollector
 
-Module = TypeVar("Module", bound="SparseAutoencoder")
 
-
-class SparseAutoencoder(nn.Module, ABC):
+class SparseAutoencoder(StoredModule, ABC):
     """Encoder, gate and decoder with SAELens' parameter names; a subclass says what the gate and the penalty are.
 
     All parameters of a new module are contiguous, as every module's. The kernels read `W_enc` fastest where it is stored
     feature by feature: `store_by_feature_` does that, and `FusedSAEAdam` calls it.
     """
-
-    architecture: ClassVar[str]  # SAELens' word
-    file_architectures: ClassVar[tuple[str, ...]]  # what cfg.json may call it
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        files.classes += [cls] if "file_architectures" in cls.__dict__ else []
 
     def __init__(
         self,
@@ -46,13 +42,16 @@ class SparseAutoencoder(nn.Module, ABC):
         *,
         k: int | None = None,
         apply_b_dec_to_input: bool = False,
+        decoder_init_norm: float = 1.0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if not 0 < decoder_init_norm < math.inf:
+            raise ValueError(f"decoder_init_norm: expected a finite number > 0, got {decoder_init_norm}")
         self.d_in, self.d_sae = check_integer("d_in", d_in), check_integer("d_sae", d_sae)
         self.k = None if k is None else check_integer("k", k, self.d_sae)
-        self.apply_b_dec_to_input = apply_b_dec_to_input
+        self.apply_b_dec_to_input, self.decoder_init_norm = apply_b_dec_to_input, decoder_init_norm
         self.metadata: dict[str, Any] = {}
         self._activity = ActivityHint()
         self.collector = Collector()
@@ -76,10 +75,11 @@ class SparseAutoencoder(nn.Module, ABC):
         return W if copies is None else copies.take(W)
 
     def reset_parameters(self) -> None:
-        """Draws `W_dec` Kaiming-uniform with unit-norm rows, sets `W_enc` to its transpose and the biases to 0."""
+        """Draws `W_dec` Kaiming-uniform with rows of `decoder_init_norm`, `W_enc` as its transpose, and biases of 0."""
         with torch.no_grad():
             nn.init.kaiming_uniform_(self.W_dec, a=5**0.5)
             self.normalize_decoder_()
+            self.W_dec.mul_(self.decoder_init_norm)
             self.W_enc.copy_(self.W_dec.t())
             self.b_enc.zero_()
             self.b_dec.zero_()
@@ -286,10 +286,12 @@ class SparseAutoencoder(nn.Module, ABC):
         return acts.reshape(*x.shape[:-1], ids.numel()).to(self.dtype)
 
     def decode(self, acts: Tensor | SparseActs) -> Tensor:
-        """The reconstruction from dense `[..., d_sae]` or sparse activations, `[..., d_in]` or `[N, d_in]`.
+        """The reconstruction from dense `[..., d_sae]` or sparse activations, `[..., d_in]`, of `SparseActs` `[N, d_in]`.
+
+        A sparse tensor of PyTorch, of any number of dimensions, is not made dense.
 
         Raises:
-            TypeError: `acts` is neither a tensor nor `SparseActs`.
+            TypeError: `acts` is neither a tensor nor `SparseActs`, or a sparse tensor with dense dimensions.
             ValueError: Its last dimension is not `d_sae`.
         """
         W_dec = self._decoder(self._rescaling())
@@ -299,6 +301,9 @@ class SparseAutoencoder(nn.Module, ABC):
             raise TypeError(f"acts: expected a torch.Tensor or SparseActs, got {type(acts).__name__}")
         if acts.dim() == 0 or acts.shape[-1] != self.d_sae:
             raise ValueError(f"acts: expected last dimension d_sae = {self.d_sae}, got shape {tuple(acts.shape)}")
+        if acts.layout is not torch.strided:
+            sae_out = kernels.decode(from_sparse_tensor(acts, self._wide()), W_dec, self.b_dec)
+            return sae_out.reshape(*acts.shape[:-1], self.d_in)
         return reference.decode(acts.to(self.dtype), W_dec, self.b_dec)
 
     def _train_output(self, x: Tensor, output: AutoencodeOutput, losses: dict[str, Tensor]) -> TrainOutput:
@@ -347,6 +352,32 @@ class SparseAutoencoder(nn.Module, ABC):
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8))
 
     @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:  # noqa: N802 - SAELens' name
+        """Moves the length of each row of `W_dec` into the encoder, in place: unit rows, and the same reconstruction.
+
+        Activations are then multiplied by that length; so is a threshold, but not the bandwidth of its gradient.
+
+        Raises:
+            NotImplementedError: The `k` largest activations would become others.
+        """
+        self._check_foldable()
+        norms = self._foldable_norms()
+        self.W_dec.div_(norms[:, None])
+        self.W_enc.mul_(norms)
+        self.b_enc.mul_(norms)
+
+    def _foldable_norms(self) -> Tensor:
+        """`[d_sae]` as `decoder_norms`, but never 0: a row of zeros stays one."""
+        return self.decoder_norms().clamp_min(1e-8)
+
+    def _check_foldable(self) -> None:
+        if self.k is not None:
+            raise NotImplementedError(
+                "fold_W_dec_norm: the k largest activations of a token would become others, because folding multiplies "
+                "each by its decoder row's norm"
+            )
+
+    @torch.no_grad()
     def fold_activation_scale_(self, scale: float) -> None:
         """Rewrites an SAE trained on `scale * x` as the equal one on `x`: everything in activation units is divided by `scale`.
 
@@ -354,65 +385,3 @@ class SparseAutoencoder(nn.Module, ABC):
         """
         self.b_enc.div_(scale)
         self.b_dec.div_(scale)
-
-    def config(self) -> dict[str, Any]:
-        """Options beyond the sizes, as saved beside the weights."""
-        return {"k": self.k}
-
-    def to_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What SAELens wants to find: keys of `cfg.json` beyond those of every architecture, and the tensors."""
-        return {"architecture": self.architecture}, self.state_dict()
-
-    @classmethod
-    def arguments_from(cls, config: SavedConfig) -> dict[str, Any]:
-        """Constructor arguments of this class from a `cfg.json`, beyond those that every architecture has.
-
-        Raises:
-            ValueError: A key is missing, or its value is not what it can be.
-        """
-        config.own.check_names(["architecture", "k"])
-        return {"k": config.own.integer("k", 1, config.d_sae, default=None)}
-
-    @classmethod
-    def file_shapes(cls, config: SavedConfig) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors in the weights' file."""
-        shape = (config.d_in, config.d_sae)
-        return {"W_enc": shape, "b_enc": shape[1:], "W_dec": shape[::-1], "b_dec": shape[:1]}
-
-    @classmethod
-    def state_from(cls, config: SavedConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The state dict, from the tensors of the weights' file.
-
-        Raises:
-            ValueError: A tensor does not hold what it can.
-        """
-        return tensors
-
-    def save(self, path: str | Path, **metadata: Any) -> None:
-        """Writes SAELens' `cfg.json` and `sae_weights.safetensors` to the folder `path`, each file atomically.
-
-        Args:
-            path: Folder; made where it does not exist.
-            metadata: Merged into the metadata of `cfg.json` (`model_name`, `hook_name`, ...).
-
-        Raises:
-            ValueError: A weight is NaN or infinite, or the metadata is no JSON; nothing was written.
-            OSError: The disk is full, or the folder cannot be written.
-        """
-        files.save(self, local_path(path), {**self.metadata, **metadata})
-
-    @classmethod
-    def load(cls: type[Module], path: str | Path, device: torch.device | str | None = None) -> Module:
-        """Reads an SAE from SAELens' two files, or from another library's; on the base class any known architecture.
-
-        `docs/formats.md` lists the formats, which are recognised by their files; `metadata["provenance"]` then says which one it
-        was and what was folded. Nothing is allocated beyond what the files hold, and no random numbers are drawn.
-
-        Raises:
-            FileNotFoundError: A file is missing.
-            ValueError: A file is corrupt, or holds what this class does not run; it names the key or the tensor.
-        """
-        sae = files.load(local_path(path), device, cls)
-        if not isinstance(sae, cls):
-            raise ValueError(f"{path}: expected an SAE that {cls.__name__} runs, got architecture {sae.architecture!r}")
-        return sae

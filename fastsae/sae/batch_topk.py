@@ -14,8 +14,6 @@ from fastsae.sae.outputs import TrainOutput
 from fastsae.sae.topk import TopKFamily, family_arguments
 from fastsae_kernels import AutoencodeSpec, SparseActs
 
-THRESHOLD_RATE = 0.01  # SAELens' topk_threshold_lr
-
 
 class FusedBatchTopKSAE(TopKFamily):
     """A BatchTopK SAE whose passes never hold a `[tokens, d_sae]` tensor, forward or backward.
@@ -28,7 +26,7 @@ class FusedBatchTopKSAE(TopKFamily):
     its neighbours. (SAELens' training class chooses by batch there too, until it is saved for inference.)
 
     `topk_threshold` is a buffer, a float64 scalar whatever the dtype: the moving average of the smallest surviving
-    activation, 0.99 of the old one and 0.01 of the new one per `training_forward`, from 0, as in SAELens. So it needs some
+    activation, which moves by `topk_threshold_lr` of the way per `training_forward`, from 0, as in SAELens. So it needs some
     hundred steps to settle, and before the first one inference is a plain ReLU, about half of all features active, in
     SAELens and dictionary_learning alike.
 
@@ -42,6 +40,8 @@ class FusedBatchTopKSAE(TopKFamily):
         k: Average number of active features of a token in training, an integer.
         apply_b_dec_to_input: Subtract `b_dec` before the encoder, as all peers do.
         rescale_acts_by_decoder_norm: Choose by `hidden_pre * |W_dec|`, SAELens' default.
+        topk_threshold_lr: Weight of the new value in the moving average `topk_threshold`.
+        decoder_init_norm: Length of each initial row of `W_dec`; SAELens' default is 0.1.
         dtype: Of the weights.
         device: Where the parameters are made.
 
@@ -65,6 +65,8 @@ class FusedBatchTopKSAE(TopKFamily):
         *,
         apply_b_dec_to_input: bool = True,
         rescale_acts_by_decoder_norm: bool = True,
+        topk_threshold_lr: float = 0.01,
+        decoder_init_norm: float = 1.0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
@@ -74,9 +76,13 @@ class FusedBatchTopKSAE(TopKFamily):
             k,
             apply_b_dec_to_input=apply_b_dec_to_input,
             rescale_acts_by_decoder_norm=rescale_acts_by_decoder_norm,
+            decoder_init_norm=decoder_init_norm,
             dtype=dtype,
             device=device,
         )
+        if not 0 < topk_threshold_lr <= 1:
+            raise ValueError(f"topk_threshold_lr: expected a number > 0 and <= 1, got {topk_threshold_lr}")
+        self.topk_threshold_lr = topk_threshold_lr
         self.register_buffer("topk_threshold", torch.zeros((), dtype=torch.float64, device=device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedBatchTopKSAE:
@@ -105,12 +111,12 @@ class FusedBatchTopKSAE(TopKFamily):
 
         Args:
             x: `[..., d_in]`; all leading dimensions are the batch.
-            dead_mask: `[d_sae]` bool, features to revive; see there.
+            dead_mask: `[d_sae]` bool, or zeros and ones, features to revive; see there.
             aux_loss_coefficient: Weight of the auxiliary loss.
 
         Raises:
             TypeError: `x` is not floating-point, or `dead_mask` no tensor.
-            ValueError: A shape is wrong, or `dead_mask` is not bool.
+            ValueError: A shape is wrong, or `dead_mask` holds other numbers.
         """
         spec = AutoencodeSpec(k=self.k, batch_topk=True)
         x = self._checked(x)
@@ -127,7 +133,7 @@ class FusedBatchTopKSAE(TopKFamily):
         """One step towards the smallest active value, on the device; none where nothing is active (+inf)."""
         # a view of one dimension: graphs of torch.compile lose what is written to an fp64 scalar of a CPU (torch 2.13)
         old, new = self.topk_threshold.view(1), min_active.to(torch.float64)
-        moved = (1 - THRESHOLD_RATE) * old + THRESHOLD_RATE * new
+        moved = (1 - self.topk_threshold_lr) * old + self.topk_threshold_lr * new
         old.copy_(torch.where(torch.isfinite(new), moved, old))
 
     @torch.no_grad()
@@ -151,7 +157,11 @@ class FusedBatchTopKSAE(TopKFamily):
         self.topk_threshold.div_(scale)
 
     def config(self) -> dict[str, Any]:
-        return {**super().config(), "topk_threshold": self.topk_threshold.item()}
+        own = {"topk_threshold": self.topk_threshold.item(), "topk_threshold_lr": self.topk_threshold_lr}
+        return {**super().config(), **own}
+
+    def saelens_options(self) -> dict[str, Any]:
+        return {**super().saelens_options(), "topk_threshold_lr": self.topk_threshold_lr}
 
     @torch.no_grad()
     def to_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -170,14 +180,19 @@ class FusedBatchTopKSAE(TopKFamily):
         elif config.own.values:
             saved = config.own
             saved.number("topk_threshold", default=0.0)
-            saved.check_names(["architecture", "k", "rescale_acts_by_decoder_norm", "topk_threshold"])
+            saved.check_names(
+                ["architecture", "k", "rescale_acts_by_decoder_norm", "topk_threshold", "topk_threshold_lr"]
+            )
         else:
             saved = Fields(config.metadata, "metadata.").fields("training_architecture_details", default={})
             if not saved.values:
                 raise ValueError(
                     "metadata: expected what a batchtopk SAE was trained with, such as k, got nothing of it"
                 )
-        return family_arguments(saved, config.d_sae, rescale=True)
+        rate = saved.number("topk_threshold_lr", 0, above=True, default=0.01)
+        if rate > 1:
+            raise saved.wrong("topk_threshold_lr", "a number > 0 and <= 1")
+        return {**family_arguments(saved, config.d_sae, rescale=True), "topk_threshold_lr": rate}
 
     @classmethod
     def file_shapes(cls, config: SavedConfig) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from fastsae.sae.config_file import SavedConfig
 from fastsae.version import __version__
 
 if TYPE_CHECKING:
-    from fastsae.sae.base import SparseAutoencoder
+    from fastsae.sae.storage import StoredModule
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
 SAE_LENS_VERSION = "6.54.12"  # whose format this is; below 6.0.0 SAELens would convert the file as a legacy one
@@ -30,11 +30,11 @@ CHECKSUM = "weights_sha256"
 _SCALING = "scaling_factor"  # a tensor of SAELens' oldest files
 KINDS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-classes: list[type[SparseAutoencoder]] = []  # each class of SAE enters itself when it is defined
+classes: list[type[StoredModule]] = []  # each class of SAE enters itself when it is defined
 logger = logging.getLogger(__name__)
 
 
-def save(sae: SparseAutoencoder, path: Path, metadata: dict[str, Any]) -> None:
+def save(sae: StoredModule, path: Path, metadata: dict[str, Any]) -> None:
     """Writes both files to the folder `path`."""
     keys, state = sae.to_files()
     if sae.k_per_token is not None and "k" not in keys:
@@ -62,12 +62,11 @@ def save(sae: SparseAutoencoder, path: Path, metadata: dict[str, Any]) -> None:
     write_json(path / CONFIG_FILE, config)
 
 
-def load(path: Path, device: torch.device | str | None, wanted: type[SparseAutoencoder]) -> SparseAutoencoder:
+def load(path: Path, device: torch.device | str | None, wanted: type[StoredModule]) -> StoredModule:
     """Reads an SAE into the class that runs its architecture, `wanted` where more than one does."""
     if not (path / CONFIG_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
-        formats = import_module(
-            "fastsae.peers.formats"
-        )  # by name: it stands on a floor above, and reads these files too
+        # by name: it stands on a floor above, and reads these files too
+        formats = import_module("fastsae.peers.formats")
         if path.exists() and formats.recognise(path) is not None:
             content, tensors = formats.load_content(path)
             return _from_content(path, content, tensors, device, wanted)
@@ -95,10 +94,20 @@ def load(path: Path, device: torch.device | str | None, wanted: type[SparseAutoe
         raise ValueError(f"{path / WEIGHTS_FILE}: {error}") from None
 
 
-def _understood(
-    content: Any, wanted: type[SparseAutoencoder]
-) -> tuple[type[SparseAutoencoder], SavedConfig, dict[str, Any]]:
-    """The class that a `cfg.json` asks for, what it says, and the arguments of the class."""
+def from_saelens(sae: Any, wanted: type[StoredModule]) -> StoredModule:
+    """A copy of an object of SAELens, through what it would write to its two files."""
+    if not hasattr(getattr(sae, "cfg", None), "to_dict") or not isinstance(sae, torch.nn.Module):
+        raise TypeError(f"sae: expected an SAE of SAELens, got {type(sae).__name__}")
+    options: Any = sae.cfg
+    cls, config, arguments = _understood(options.to_dict(), wanted)
+    tensors = {name: tensor.detach() for name, tensor in sae.state_dict().items()}
+    _check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, cls.file_shapes(config))
+    config = replace(config, dtype=tensors["W_enc"].dtype)
+    return _built(cls, config, arguments, tensors, tensors["W_enc"].device)
+
+
+def _understood(content: Any, wanted: type[StoredModule]) -> tuple[type[StoredModule], SavedConfig, dict[str, Any]]:
+    """The class for a `cfg.json`, what that says, and the constructor's arguments."""
     config = SavedConfig.read(content, sorted({word for cls in classes for word in cls.file_architectures}))
     cls = _class_of(config, wanted)
     if config.own.get("architecture", None) != cls.architecture:
@@ -111,8 +120,8 @@ def _from_content(
     content: dict[str, Any],
     tensors: dict[str, Tensor],
     device: torch.device | str | None,
-    wanted: type[SparseAutoencoder],
-) -> SparseAutoencoder:
+    wanted: type[StoredModule],
+) -> StoredModule:
     """An SAE of another library's files, from what these two files would hold."""
     try:
         cls, config, arguments = _understood(content, wanted)
@@ -121,7 +130,7 @@ def _from_content(
         raise ValueError(f"{path}: {error}") from None
 
 
-def _class_of(config: SavedConfig, wanted: type[SparseAutoencoder]) -> type[SparseAutoencoder]:
+def _class_of(config: SavedConfig, wanted: type[StoredModule]) -> type[StoredModule]:
     """The class for a folder; a BatchTopK SAE is saved as the `jumprelu` that it is at inference, so either may run it."""
     able = [cls for cls in classes if config.architecture in cls.file_architectures]
     for cls in able:
@@ -143,11 +152,15 @@ def _read_weights(path: Path, config: SavedConfig, shapes: dict[str, tuple[int, 
         found = {name: tuple(header.get_shape()) for name, header in headers.items()}
         if found.pop(_SCALING, None) == (config.d_sae,) and not torch.all(file.get_tensor(_SCALING) == 1):
             raise ValueError(f"{_SCALING}: expected ones, got others; fold them into the weights first")
-        if found != shapes:
-            got = dict(list(found.items())[:8])
-            raise ValueError(f"expected the tensors {shapes}, as {CONFIG_FILE} says, got {len(found)}: {got}")
+        _check_shapes(found, shapes)
         _check_digest(path, config)
         return {name: file.get_tensor(name) for name in found}
+
+
+def _check_shapes(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    if found != expected:
+        got = dict(list(found.items())[:8])
+        raise ValueError(f"expected the tensors {expected}, as {CONFIG_FILE} says, got {len(found)}: {got}")
 
 
 def _check_digest(path: Path, config: SavedConfig) -> None:
@@ -160,12 +173,12 @@ def _check_digest(path: Path, config: SavedConfig) -> None:
 
 
 def _built(
-    cls: type[SparseAutoencoder],
+    cls: type[StoredModule],
     config: SavedConfig,
     arguments: dict[str, Any],
     tensors: dict[str, Tensor],
     device: torch.device | str | None,
-) -> SparseAutoencoder:
+) -> StoredModule:
     wide = torch.promote_types(config.dtype, torch.float32)
     for name, tensor in tensors.items():
         dtype = config.dtype if name in ("W_enc", "b_enc", "W_dec", "b_dec") else wide

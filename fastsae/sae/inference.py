@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -76,6 +77,26 @@ def top_activations(acts: SparseActs, k: int) -> TopActivations:
     # stable, and a row lists its features in ascending order: the lower one of equals stays in front
     values, order = values.sort(dim=1, descending=True, stable=True)
     return TopActivations(values, indices.gather(1, order))
+
+
+def from_sparse_tensor(acts: Tensor, dtype: torch.dtype) -> SparseActs:
+    """The entries of a sparse tensor `[..., d_sae]`, in `dtype`, its leading dimensions flattened; differentiable.
+
+    Raises:
+        TypeError: It is no sparse tensor of numbers, but one of blocks or with dense dimensions.
+    """
+    if acts.layout is not torch.sparse_coo:
+        acts = acts.to_sparse_coo()
+    if acts.dense_dim():
+        raise TypeError(f"acts: expected a sparse tensor without dense dimensions, got {acts.dense_dim()} of them")
+    *leading, d_sae = acts.shape
+    acts, n_tokens = acts.coalesce(), math.prod(leading)
+    places, rows = acts.indices(), acts.indices().new_zeros(acts.values().numel())
+    for size, place in zip(leading, places, strict=False):  # row-major, as the entries are sorted
+        rows = rows * size + place
+    row_offsets = rows.new_zeros(n_tokens + 1)
+    row_offsets[1:] = torch.bincount(rows, minlength=n_tokens).cumsum(0)
+    return SparseActs(row_offsets, places[-1].int(), acts.values().to(dtype), (n_tokens, d_sae))
 
 
 def columns(acts: SparseActs, feature_ids: Tensor) -> Tensor:

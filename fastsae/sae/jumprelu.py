@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastsae.fields import Fields
 from fastsae.sae.base import SparseAutoencoder
 from fastsae.sae.config_file import SavedConfig
+from fastsae.sae.dead_features import checked_mask
 from fastsae.sae.outputs import TrainOutput
 from fastsae_kernels import AutoencodeSpec
 from fastsae_kernels.pre_act import pre_act_loss
@@ -38,12 +39,13 @@ class FusedJumpReLUSAE(SparseAutoencoder):
         ste_to_input: Let the straight-through estimate reach encoder and input (Anthropic, January 2025).
         log_threshold: Train `log_threshold` instead of `threshold`, its logarithm, whose gradient is threshold times that of
             the threshold; `sae.threshold` is then computed, and saved as such. Adam moves it far slower: prefer the raw one.
+        decoder_init_norm: Length of each initial row of `W_dec`; SAELens' default is 0.1.
         dtype: Of the weights; `threshold` stays float32.
         device: Where the parameters are made.
 
     Raises:
         TypeError: A size or `k` is no integer.
-        ValueError: A size, `k`, `bandwidth` or `init_threshold` is out of its range.
+        ValueError: A size, `k`, `bandwidth`, `init_threshold` or `decoder_init_norm` is out of its range.
 
     Source:
         Rajamanoharan et al. 2024, arXiv:2407.14435.
@@ -61,10 +63,19 @@ class FusedJumpReLUSAE(SparseAutoencoder):
         apply_b_dec_to_input: bool = False,
         ste_to_input: bool = False,
         log_threshold: bool = False,
+        decoder_init_norm: float = 1.0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(d_in, d_sae, k=k, apply_b_dec_to_input=apply_b_dec_to_input, dtype=dtype, device=device)
+        super().__init__(
+            d_in,
+            d_sae,
+            k=k,
+            apply_b_dec_to_input=apply_b_dec_to_input,
+            decoder_init_norm=decoder_init_norm,
+            dtype=dtype,
+            device=device,
+        )
         if not 0 < bandwidth < math.inf:
             raise ValueError(f"bandwidth: expected a finite number > 0, got {bandwidth}")
         if not 0 <= init_threshold < math.inf:
@@ -102,10 +113,16 @@ class FusedJumpReLUSAE(SparseAutoencoder):
     def gate_threshold(self) -> Tensor:
         return self.threshold.clamp(min=0)
 
-    def _spec(self, penalty: Any = "l0") -> AutoencodeSpec:
+    def _spec(self, penalty: Any = "l0", tanh_scale: float = 4.0) -> AutoencodeSpec:
         # without a gradient the window's inactive entries would be listed for nothing
         bandwidth = self.bandwidth if torch.is_grad_enabled() else 0.0
-        return AutoencodeSpec(bandwidth=bandwidth, k=self.k_per_token, penalty=penalty, ste_to_input=self.ste_to_input)
+        return AutoencodeSpec(
+            bandwidth=bandwidth,
+            k=self.k_per_token,
+            penalty=penalty,
+            tanh_scale=tanh_scale,
+            ste_to_input=self.ste_to_input,
+        )
 
     def training_forward(
         self,
@@ -114,6 +131,7 @@ class FusedJumpReLUSAE(SparseAutoencoder):
         sparsity: Sparsity = "step",
         *,
         target_l0: float | None = None,
+        tanh_scale: float = 4.0,
         dead_mask: Tensor | None = None,
         pre_act_loss_coefficient: float = 3e-6,
     ) -> TrainOutput:
@@ -122,7 +140,7 @@ class FusedJumpReLUSAE(SparseAutoencoder):
             mse_loss     = mean over tokens of |x - sae_out|^2
             l0_loss      = l0_coefficient * mean of  L0                                   "step"
                                                      2 / target_l0 * (L0 - target_l0)^2   "quadratic"
-                                                     sum tanh(4 acts |W_dec|)             "tanh"
+                                                     sum tanh(tanh_scale acts |W_dec|)    "tanh"
             pre_act_loss = pre_act_loss_coefficient * mean of sum over dead relu(threshold - hidden_pre) |W_dec|
 
         The same terms, reductions and gradients as SAELens' `JumpReLUTrainingSAE.training_forward_pass`.
@@ -132,20 +150,25 @@ class FusedJumpReLUSAE(SparseAutoencoder):
             l0_coefficient: Weight of the sparsity term.
             sparsity: Its form.
             target_l0: For `quadratic`: active features per token to aim at.
-            dead_mask: `[d_sae]` bool, features to pull back towards firing.
+            tanh_scale: For `tanh`: how steeply an activation counts, SAELens' `jumprelu_tanh_scale`.
+            dead_mask: `[d_sae]` bool, or zeros and ones, features to pull back towards firing.
             pre_act_loss_coefficient: Weight of that pull.
 
         Raises:
-            ValueError: `sparsity` is unknown, `target_l0` is missing or not positive, or a shape is wrong.
+            ValueError: `sparsity` is unknown, `target_l0` is missing or not positive, `tanh_scale` not positive, or
+                `dead_mask` holds other numbers, or a shape is wrong.
+            TypeError: `x` is not floating-point, or `dead_mask` no tensor.
         """
         if sparsity not in get_args(Sparsity):
             raise ValueError(f"sparsity: expected one of {', '.join(get_args(Sparsity))}, got {sparsity!r}")
         if sparsity == "quadratic" and not (target_l0 is not None and target_l0 > 0):
             raise ValueError(f"target_l0: expected a number > 0 with sparsity='quadratic', got {target_l0}")
+        if not 0 < tanh_scale < math.inf:
+            raise ValueError(f"tanh_scale: expected a finite number > 0, got {tanh_scale}")
         x = self._checked(x)
         self.threshold.data.clamp_(min=0)  # .data: an earlier pass may still wait for its backward
         if sparsity == "tanh":
-            output = self._autoencode(x, self._spec("tanh"), self.decoder_norms(), target=x)
+            output = self._autoencode(x, self._spec("tanh", tanh_scale), self.decoder_norms(), target=x)
         else:
             output = self._autoencode(x, target=x)
         penalty = output.penalty
@@ -154,8 +177,9 @@ class FusedJumpReLUSAE(SparseAutoencoder):
             penalty = (penalty - target_l0).square() * (2 / target_l0)
         losses = {"l0_loss": l0_coefficient * penalty.mean()}
         if dead_mask is not None:
+            dead = checked_mask(dead_mask, self.d_sae)
             sae_in = self._sae_in(x).reshape(-1, self.d_in)
-            pull = pre_act_loss(sae_in, self.W_enc, self.b_enc, self.threshold, self.decoder_norms(), dead_mask)
+            pull = pre_act_loss(sae_in, self.W_enc, self.b_enc, self.threshold, self.decoder_norms(), dead)
             losses["pre_act_loss"] = pre_act_loss_coefficient * pull
         return self._train_output(x, output, losses)
 
@@ -176,6 +200,15 @@ class FusedJumpReLUSAE(SparseAutoencoder):
             self.threshold.data.copy_(shifted)
 
     @torch.no_grad()
+    def fold_W_dec_norm(self) -> None:  # noqa: N802 - SAELens' name
+        norms = self._foldable_norms()
+        super().fold_W_dec_norm()
+        if "log_threshold" in self._parameters:
+            self.log_threshold.add_(norms.log())
+        else:
+            self.threshold.mul_(norms)
+
+    @torch.no_grad()
     def fold_activation_scale_(self, scale: float) -> None:
         super().fold_activation_scale_(scale)
         if "log_threshold" in self._parameters:
@@ -192,6 +225,9 @@ class FusedJumpReLUSAE(SparseAutoencoder):
             "ste_to_input": self.ste_to_input,
             "log_threshold": "log_threshold" in self._parameters,
         }
+
+    def saelens_options(self) -> dict[str, Any]:
+        return {f"jumprelu_{name}": getattr(self, name) for name in ("bandwidth", "init_threshold", "ste_to_input")}
 
     def to_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         keys, state = super().to_files()

@@ -21,6 +21,7 @@ class FusedReLUSAE(SparseAutoencoder):
         d_sae: Number of features.
         k: At most the k largest active features of a token survive; None keeps all.
         apply_b_dec_to_input: Subtract `b_dec` before the encoder.
+        decoder_init_norm: Length of each initial row of `W_dec`; SAELens' default is 0.1.
         dtype: Of the weights.
         device: Where the parameters are made.
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastsae.fields import Fields
-from fastsae.sae.aux_k import DeadFeatures, aux_k_loss
+from fastsae.sae.aux_k import aux_k_loss
 from fastsae.sae.base import SparseAutoencoder
 from fastsae.sae.config_file import SavedConfig
+from fastsae.sae.dead_features import DeadFeatures
 from fastsae.sae.outputs import TrainOutput
 from fastsae_kernels import AutoencodeOutput
 
@@ -35,12 +36,21 @@ class TopKFamily(SparseAutoencoder, ABC):
         *,
         apply_b_dec_to_input: bool = True,
         rescale_acts_by_decoder_norm: bool = True,
+        decoder_init_norm: float = 1.0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         if k is None:
             raise TypeError(f"k: expected an integer from 1 to d_sae = {d_sae}, got None")
-        super().__init__(d_in, d_sae, k=k, apply_b_dec_to_input=apply_b_dec_to_input, dtype=dtype, device=device)
+        super().__init__(
+            d_in,
+            d_sae,
+            k=k,
+            apply_b_dec_to_input=apply_b_dec_to_input,
+            decoder_init_norm=decoder_init_norm,
+            dtype=dtype,
+            device=device,
+        )
         self.rescale_acts_by_decoder_norm = rescale_acts_by_decoder_norm
         self._dead = DeadFeatures()
 
@@ -61,6 +71,13 @@ class TopKFamily(SparseAutoencoder, ABC):
             loss = aux_k_loss(self, self._dead, x, output.sae_out, dead_mask)
             losses["auxiliary_reconstruction_loss"] = aux_loss_coefficient * loss
         return self._train_output(x, output, losses)
+
+    def _check_foldable(self) -> None:
+        if not self.rescale_acts_by_decoder_norm:  # with it a feature's rank is that of the folded one already
+            super()._check_foldable()
+
+    def saelens_options(self) -> dict[str, Any]:
+        return {"k": self.k, "rescale_acts_by_decoder_norm": self.rescale_acts_by_decoder_norm}
 
     def config(self) -> dict[str, Any]:
         return {**super().config(), "rescale_acts_by_decoder_norm": self.rescale_acts_by_decoder_norm}
@@ -98,6 +115,7 @@ class FusedTopKSAE(TopKFamily):
         k: How many features of a token are active at most; fewer where fewer are positive.
         apply_b_dec_to_input: Subtract `b_dec` before the encoder, as all peers do.
         rescale_acts_by_decoder_norm: Choose by `hidden_pre * |W_dec|`, SAELens' default in training.
+        decoder_init_norm: Length of each initial row of `W_dec`; SAELens' default is 0.1.
         dtype: Of the weights.
         device: Where the parameters are made.
 
@@ -134,13 +152,13 @@ class FusedTopKSAE(TopKFamily):
 
         Args:
             x: `[..., d_in]`.
-            dead_mask: `[d_sae]` bool, features to revive. Its ids are looked up once per mask, which waits for a GPU, so
-                hand in the same tensor until it changes. Breaks a graph of `torch.compile`.
+            dead_mask: `[d_sae]` bool, or zeros and ones, features to revive. Its ids are looked up once per mask, which
+                waits for a GPU, so hand in the same tensor until it changes. Breaks a graph of `torch.compile`.
             aux_loss_coefficient: Weight of the auxiliary loss.
 
         Raises:
             TypeError: `x` is not floating-point, or `dead_mask` no tensor.
-            ValueError: A shape is wrong, or `dead_mask` is not bool.
+            ValueError: A shape is wrong, or `dead_mask` holds other numbers.
         """
         x = self._checked(x)
         return self._train_output_with_aux(x, self._autoencode(x, target=x), dead_mask, aux_loss_coefficient)

@@ -80,6 +80,11 @@ class Pipeline:
         at_load = self.dialogues.drops if isinstance(self.dialogues, ChatDataset) else Dropped(len(self.dialogues))
         return sum((replace(sequencer.drops, seen=0) for sequencer in sequencers), at_load)
 
+    def begins_with_bos(self) -> bool:
+        """Whether the model sees a BOS token before the text of a context."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and _short_context(self.tokenizer, self.max_length)[:1] == [bos]
+
     def sequencer(self) -> FastSequencer:
         """Endless shuffled training batches."""
         return self._sequencer(self.train, seed=self.config.seed)
@@ -191,11 +196,7 @@ def _max_length(model: Any, config: TrainConfig) -> int:
 
 def _check_model(residual: ResidualStream, tokenizer: Any, max_length: int) -> None:
     """Raises UsageError unless one short dialogue shows that the model is read and spliced rightly."""
-    try:
-        ids = render(tokenizer, _CHECKED, max_length)
-    except FastsaeError:  # a template that wants other roles: any text does
-        ids = tokenizer(_CHECKED[0]["content"], add_special_tokens=False)["input_ids"][:max_length]
-    input_ids = torch.tensor([ids])
+    input_ids = torch.tensor([_short_context(tokenizer, max_length)])
     try:
         SplicedModel(residual).check(input_ids, torch.ones_like(input_ids))
     except FastsaeError:
@@ -205,6 +206,15 @@ def _check_model(residual: ResidualStream, tokenizer: Any, max_length: int) -> N
             raise
         text = " ".join(str(error).split())[:300]
         raise unsupported(residual.model, f"it fails on a short dialogue ({type(error).__name__}: {text})") from error
+
+
+def _short_context(tokenizer: Any, max_length: int) -> list[int]:
+    """The token ids of a short dialogue; of its text alone where the chat template wants other roles."""
+    try:
+        return render(tokenizer, _CHECKED, max_length)
+    except FastsaeError:
+        ids: list[int] = tokenizer(_CHECKED[0]["content"], add_special_tokens=False)["input_ids"]
+        return ids[:max_length]
 
 
 def split_dialogues(

@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
+from fastsae.data.activations import ResidualStream
 from fastsae.data.buffer import ActivationBatch, MixingBuffer, activation_stream
 from fastsae.data.progress import bar
 from fastsae.data.sequencing import FastSequencer
-from fastsae.disk import local_path, write_json
+from fastsae.disk import local_path, write_json, write_tensors
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate import Evaluation, evaluate, write_report
 from fastsae.fields import Fields, is_finite
@@ -27,6 +28,7 @@ from fastsae.train.folder import (
     CONFIG_FILE,
     METRICS_FILE,
     REPORT_FILE,
+    SPARSITY_FILE,
     check_fingerprints,
     described,
     how_to_go_on,
@@ -47,8 +49,9 @@ logger = logging.getLogger(__name__)
 def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
     """Trains, evaluates and saves an SAE; returns the metrics.
 
-    Writes to `output`: SAELens' `cfg.json` and `sae_weights.safetensors`, `config.json`, `metrics.json`, `report.html`, and,
-    while it runs, a checkpoint. Nothing is written before model, data and options are known to fit.
+    Writes to `output`: SAELens' `cfg.json`, `sae_weights.safetensors` and `sparsity.safetensors`, `config.json`,
+    `metrics.json`, `report.html`, and, while it runs, a checkpoint. Nothing is written before model, data and options are
+    known to fit.
 
     Args:
         config: The run.
@@ -210,22 +213,40 @@ def run_with_bar(trainer: Trainer, save_checkpoint: Callable[[], None], progress
         trainer.run(on_log, save_checkpoint)
 
 
-def hook_name(layer: int | None) -> str:
-    """TransformerLens' name of the residual stream after a block, which SAELens writes and reads."""
-    return f"blocks.{layer}.hook_resid_post"
+def hook_names(residual: ResidualStream) -> tuple[str, str]:
+    """Names of the place in the model that an SAE reads: the module whose output it is, and TransformerLens' name."""
+    modules = residual.model.named_modules()
+    return next(
+        name for name, module in modules if module is residual.block
+    ), f"blocks.{residual.layer}.hook_resid_post"
 
 
 def save_sae(output: Path, pipeline: Pipeline, sae: SparseAutoencoder, **metadata: Any) -> None:
-    """Saves the SAE with what SAELens wants to know of its place in the model."""
+    """Saves the SAE with what SAELens' tools want to know of the model, of its place in it, and of the data."""
     config = pipeline.config
     sae.save(
         output,
         model_name=config.model,
-        hook_name=hook_name(config.layer),
+        model_class_name="AutoModelForCausalLM",  # SAELens' word for a model of transformers, as it is
+        hook_name=hook_names(pipeline.residual)[0],
         dataset_path=config.dataset,
         context_size=pipeline.max_length,
+        prepend_bos=pipeline.begins_with_bos(),
+        seqpos_slice=[1, None] if config.drop_first_position else None,
+        exclude_special_tokens=False,
+        disable_concat_sequences=True,  # each dialogue is a context of its own
         **metadata,
     )
+
+
+def write_sparsity(output: Path, result: Evaluation) -> None:
+    """Writes SAELens' `sparsity.safetensors`: log10 of the share of held-out tokens on which each feature fires.
+
+    Attention sinks are left out, as in every figure. 1e-10 is added to each share, as SAELens does.
+    """
+    tokens = (result.metrics["tokens"] or 0) - (result.metrics["sinks"] or 0)
+    share = result.feature_counts.float() / max(tokens, 1)
+    write_tensors(output / SPARSITY_FILE, {"sparsity": (share + 1e-10).log10()})
 
 
 def write_run(
@@ -238,6 +259,7 @@ def write_run(
 ) -> None:
     """Writes the run's files, the metrics last: where they are, the run is complete. Then drops its checkpoints."""
     save_sae(output, pipeline, sae, l0=metrics["l0"])
+    write_sparsity(output, result)
     settings = described(pipeline.config)
     write_report(output / REPORT_FILE, config=settings, metrics=metrics, history=trainer.history, evaluation=result)
     write_json(output / METRICS_FILE, metrics)
@@ -260,7 +282,7 @@ def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True)
         raise FastsaeError(str(error)) from None
     pipeline = build_pipeline(config, progress=progress, evaluated=sae)
     trained_on = sae.metadata.get("hook_name")
-    if trained_on not in (None, hook_name(pipeline.residual.layer)):
+    if trained_on not in (None, *hook_names(pipeline.residual)):
         logger.warning("this SAE was trained on %s, not on layer %d", trained_on, pipeline.residual.layer)
     return evaluate_sae(sae.to(pipeline.residual.device), pipeline, progress=progress)
 

@@ -245,7 +245,7 @@ def test_bad_calls_name_the_argument() -> None:
     with pytest.raises(ValueError, match="target_l0"):
         sae.training_forward(x, 1.0, "quadratic")
     with pytest.raises(ValueError, match="dead_mask"):
-        sae.training_forward(x, 1.0, dead_mask=torch.ones(40))
+        sae.training_forward(x, 1.0, dead_mask=torch.full((40,), 0.5))
     weights = (sae.W_enc, sae.b_enc, sae.threshold)
     with pytest.raises(TypeError, match="W_enc"):
         kernels.encode(x.double(), *weights)

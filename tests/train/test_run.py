@@ -75,7 +75,14 @@ def test_run_leaves_what_it_promises(config: TrainConfig, tmp_path: Path) -> Non
     output = tmp_path / "run"
     returned = train(config, output, progress=False)
     names = {path.name for path in output.iterdir()}
-    assert names == {"cfg.json", "sae_weights.safetensors", "config.json", "metrics.json", "report.html"}
+    assert names == {
+        "cfg.json",
+        "sae_weights.safetensors",
+        "sparsity.safetensors",
+        "config.json",
+        "metrics.json",
+        "report.html",
+    }
     metrics = json.loads((output / "metrics.json").read_text())
     assert metrics == returned
     assert set(KEYS) <= metrics.keys()
@@ -259,10 +266,12 @@ def test_evaluating_on_another_layer_is_said(
     monkeypatch.setattr(run.logger, "warning", lambda text, *values: warnings.append(text % values))
     FusedJumpReLUSAE(16, 32).save(tmp_path, hook_name="blocks.0.hook_resid_post")
     evaluate_folder(tmp_path, replace(config, layer=0), progress=False)
+    FusedJumpReLUSAE(16, 32).save(tmp_path, hook_name="model.layers.0")
+    evaluate_folder(tmp_path, replace(config, layer=0), progress=False)
     assert warnings == []
     evaluate_folder(tmp_path, replace(config, layer=1), progress=False)
     assert len(warnings) == 1
-    assert "blocks.0.hook_resid_post" in warnings[0]
+    assert "model.layers.0" in warnings[0]
 
 
 def test_model_broken_behind_the_layer_is_reported(config: TrainConfig, tiny_model: Path, tmp_path: Path) -> None:
