@@ -33,7 +33,9 @@ def test_no_peer_is_imported_before_its_object_comes() -> None:
     assert "expected an object of sae-lens, eai-sparsify, dictionary-learning" in run.stdout
 
 
-@pytest.mark.parametrize("obj", [None, 3, "sae", torch.nn.Linear, {"a": 1}, object()], ids=str)
+@pytest.mark.parametrize(
+    "obj", [None, 3, "sae", torch.nn.Linear, {"a": 1}, object()], ids=lambda obj: type(obj).__name__
+)
 def test_what_is_of_no_peer_is_refused(obj: object) -> None:
     with pytest.raises(UsageError, match="obj: expected an object of"):
         accelerate(obj)
