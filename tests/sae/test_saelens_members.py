@@ -209,6 +209,15 @@ def test_folding_is_refused_where_it_would_choose_other_features(make: Any) -> N
     torch.testing.assert_close(sae.state_dict(), before, rtol=0, atol=0)
 
 
+def test_folding_is_refused_where_a_parametrization_would_undo_half_of_it() -> None:
+    sae = fill(MAKE["jumprelu"]())
+    nn.utils.parametrizations.weight_norm(sae, "W_dec")
+    before = copy.deepcopy(sae.state_dict())
+    with pytest.raises(NotImplementedError, match="remove the parametrization"):
+        sae.fold_W_dec_norm()
+    torch.testing.assert_close(sae.state_dict(), before, rtol=0, atol=0)
+
+
 def test_reshaping_is_off_and_stays_off() -> None:
     sae = FusedReLUSAE(**WIDTHS)
     assert sae.hook_z_reshaping_mode is False
