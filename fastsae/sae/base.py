@@ -358,8 +358,12 @@ class SparseAutoencoder(StoredModule, ABC):
         Activations are then multiplied by that length; so is a threshold, but not the bandwidth of its gradient.
 
         Raises:
-            NotImplementedError: The `k` largest activations would become others.
+            NotImplementedError: The `k` largest activations would become others, or a parametrization computes a weight.
         """
+        if not {"W_enc", "b_enc", "W_dec"} <= self._parameters.keys():
+            raise NotImplementedError(
+                "fold_W_dec_norm: expected weights that are parameters; remove the parametrization"
+            )
         self._check_foldable()
         norms = self._foldable_norms()
         self.W_dec.div_(norms[:, None])

@@ -30,7 +30,7 @@ class FusedBatchTopKSAE(TopKFamily):
     hundred steps to settle, and before the first one inference is a plain ReLU, about half of all features active, in
     SAELens and dictionary_learning alike.
 
-    Drop-in for SAELens' `BatchTopKTrainingSAE`: same parameters, state dict and numbers. Saved as SAELens saves it for
+    Parameters, state dict and numbers are those of SAELens' `BatchTopKTrainingSAE`. Saved as SAELens saves it for
     inference: as a `jumprelu` SAE with that threshold and decoder norms folded into the encoder. `load` makes of it a
     `FusedBatchTopKSAE` that can train on, `FusedJumpReLUSAE.load` a JumpReLU SAE.
 

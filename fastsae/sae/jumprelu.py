@@ -27,7 +27,7 @@ class FusedJumpReLUSAE(SparseAutoencoder):
         feature_acts = hidden_pre * (hidden_pre > threshold)      then the k largest of a token, if k is given
         sae_out      = feature_acts @ W_dec + b_dec
 
-    Drop-in for SAELens' `JumpReLUSAE` and `JumpReLUTrainingSAE`: same parameters, state dict, files and numbers.
+    Parameters, state dict, files and numbers are those of SAELens' `JumpReLUSAE` and `JumpReLUTrainingSAE`.
 
     Args:
         d_in: Width of the activations.

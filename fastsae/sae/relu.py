@@ -14,7 +14,7 @@ class FusedReLUSAE(SparseAutoencoder):
 
         feature_acts = relu(x @ W_enc + b_enc) ;  sae_out = feature_acts @ W_dec + b_dec
 
-    Drop-in for SAELens' `standard` architecture.
+    Parameters, state dict, files and numbers are those of SAELens' `StandardSAE` and `StandardTrainingSAE`.
 
     Args:
         d_in: Width of the activations.
@@ -32,7 +32,7 @@ class FusedReLUSAE(SparseAutoencoder):
     architecture, file_architectures = "standard", ("standard",)
 
     def gate_threshold(self) -> Tensor:
-        return torch.zeros(self.d_sae, dtype=self._wide(), device=self.device)
+        return torch.zeros_like(self.b_enc, dtype=self._wide())
 
     @torch.no_grad()
     def shift_gates_(self, shift: Tensor) -> None:

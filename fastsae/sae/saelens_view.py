@@ -1,37 +1,36 @@
-"""What SAELens' tools ask an SAE beyond its weights: `cfg` and its metadata, as read-only views."""
+"""What SAELens' tools ask an SAE beyond its weights: `cfg` with its metadata, and an activation function to look at."""
 
 from __future__ import annotations
 
 from collections.abc import ItemsView, KeysView, ValuesView
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 if TYPE_CHECKING:
     from fastsae.sae.storage import StoredModule
 
 
 class MetadataView:
-    """`sae.metadata` as SAELens' metadata object: attributes or keys, None for what is not there. Read-only.
+    """`sae.metadata` as SAELens' metadata object: attributes or keys, None for what is not there.
 
     Args:
-        values: What is known of the place of the SAE in its model.
+        values: `sae.metadata` itself; what is written here is written there.
     """
 
     def __init__(self, values: dict[str, Any]) -> None:
-        self.__dict__.update(values)
+        self.__dict__ = values
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):  # what copy, pickle and others look for in any object
             raise AttributeError(name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self or self[name] != value:
-            raise _read_only(f"metadata.{name}", f"set sae.metadata[{name!r}] instead")
-
     def __getitem__(self, name: str) -> Any:
         return self.__dict__.get(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        setattr(self, name, value)
+        self.__dict__[name] = value
 
     def __contains__(self, name: str) -> bool:
         return name in self.__dict__
@@ -66,13 +65,15 @@ class MetadataView:
 
 
 class ConfigView:
-    """An SAE's options under the names of SAELens' config; always those that the SAE has now. Read-only.
+    """An SAE's options under the names of SAELens' config; always those that the SAE has now.
 
     `d_in`, `d_sae`, `dtype` and `device` (texts), `apply_b_dec_to_input`, `normalize_activations`, `reshape_activations`,
-    `metadata`, and what SAELens' config of this architecture has beside them, as far as this library has it: `k`,
+    and what SAELens' config of this architecture has beside them, as far as this library has it: `k`,
     `rescale_acts_by_decoder_norm`, `topk_threshold_lr`, `jumprelu_bandwidth`, `jumprelu_init_threshold`,
-    `jumprelu_ste_to_input`. Writing what is there already changes nothing and raises nothing: evaluations do so with
-    `dtype` after `sae.to`.
+    `jumprelu_ste_to_input`. These are read-only: another value raises, the same one does nothing.
+
+    Every other name is one of `metadata`, where SAELens kept them at the top before version 6: tools such as SAEBench
+    still read `cfg.hook_name`, and write notes of their own there.
 
     Args:
         sae: Whose options these are.
@@ -87,7 +88,7 @@ class ConfigView:
 
     @property
     def metadata(self) -> MetadataView:
-        """What is known of the place of the SAE in its model."""
+        """What is known of the place of the SAE in its model; `sae.metadata` by another name."""
         return MetadataView(self._sae.metadata)
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,18 +111,20 @@ class ConfigView:
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_"):
-            options = self._options()
-            if name in options:
-                return options[name]
+            for values in (self._options(), self._sae.metadata):
+                if name in values:
+                    return values[name]
         raise AttributeError(f"cfg has no {name!r}; it holds what SAELens' config of this architecture does")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        options = self._options()
-        if name not in options or options[name] != value:
-            raise _read_only(name, "change the SAE itself (sae.to, its attributes)")
+        fixed = {**self._options(), "metadata": self.metadata, "architecture": None}
+        if name not in fixed and not name.startswith("_"):
+            self._sae.metadata[name] = value
+        elif name not in fixed or fixed[name] != value:
+            raise AttributeError(f"cfg.{name}: it says what the SAE is; change the SAE itself (sae.to, its attributes)")
 
     def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *self._options()]
+        return [*super().__dir__(), *self._options(), *self._sae.metadata]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ConfigView) and self.to_dict() == other.to_dict()
@@ -132,5 +135,16 @@ class ConfigView:
         return f"ConfigView({self.to_dict()})"
 
 
-def _read_only(name: str, advice: str) -> AttributeError:
-    return AttributeError(f"cfg.{name}: cfg is a read-only view of the SAE; {advice}")
+def activation_fn(k: int | None) -> nn.Module:
+    """SAELens' `TopK` for a number of features per token, by which its tools know such SAEs; else a ReLU.
+
+    Raises:
+        AttributeError: There is a `k`, and SAELens is not installed.
+    """
+    if k is None:
+        return nn.ReLU()
+    try:
+        activation: nn.Module = import_module("sae_lens.saes.topk_sae").TopK(k)
+    except ImportError as error:
+        raise AttributeError("activation_fn: expected SAELens to be installed, whose class it is") from error
+    return activation

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastsae.disk import local_path
 from fastsae.sae import files, hub
 from fastsae.sae.config_file import SavedConfig
-from fastsae.sae.saelens_view import ConfigView
+from fastsae.sae.saelens_view import ConfigView, activation_fn
 
 Module = TypeVar("Module", bound="StoredModule")
 
@@ -50,8 +50,17 @@ class StoredModule(nn.Module, ABC):
 
     @property
     def cfg(self) -> ConfigView:
-        """The options as SAELens' tools read them; a read-only view."""
+        """The options as SAELens' tools read them; a view, read-only but for the metadata."""
         return ConfigView(self)
+
+    @property
+    def activation_fn(self) -> nn.Module:
+        """What SAELens' tools look at to tell TopK SAEs from others; no pass of this library uses it.
+
+        Raises:
+            AttributeError: This is a TopK SAE, and SAELens is not installed.
+        """
+        return activation_fn(self.k_per_token)
 
     def saelens_options(self) -> dict[str, Any]:
         """Options by the names that SAELens' config of this architecture has beside those of every architecture."""
@@ -171,8 +180,8 @@ class StoredModule(nn.Module, ABC):
     ) -> str:
         """Uploads both files, and a model card where the repository has none, in one commit; returns its address.
 
-        `load(repo_id, subfolder=subfolder)` reads them again. SAELens reads them from a subfolder only:
-        `SAE.from_pretrained(repo_id, subfolder)`.
+        `load(repo_id, subfolder=subfolder)` reads them again, and SAELens' `SAE.from_pretrained(repo_id, subfolder)`, which
+        wants a subfolder.
 
         Args:
             repo_id: `owner/name`; made where it does not exist.

@@ -106,7 +106,7 @@ class FusedTopKSAE(TopKFamily):
         feature_acts = relu of the k largest hidden_pre of a token; ties go to the lower feature
         sae_out      = feature_acts @ W_dec + b_dec               (W_dec / |W_dec|, with rescale_acts_by_decoder_norm)
 
-    Drop-in for SAELens' `TopKSAE` and `TopKTrainingSAE`: same parameters, state dict, files and numbers; the auxiliary
+    Parameters, state dict, files and numbers are those of SAELens' `TopKSAE` and `TopKTrainingSAE`; the auxiliary
     loss differs in one point (see `fastsae.sae.aux_k.aux_k_loss`).
 
     Args:

@@ -55,31 +55,44 @@ def test_cfg_says_what_the_sae_is_now(make: Any) -> None:
     sae.to(torch.bfloat16)
     sae.metadata["context_size"] = 128
     assert (cfg.dtype, cfg.metadata.context_size) == ("bfloat16", 128)
-    assert not hasattr(cfg, "hook_name")  # as in SAELens since version 6: code that tries both goes on to the metadata
+    assert cfg.hook_name == "blocks.3.hook_resid_post"  # where SAELens had it before version 6
+    assert not hasattr(cfg, "prepend_bos")
 
 
 @MODULES
-def test_cfg_is_read_only(make: Any) -> None:
-    sae = make()
-    sae.metadata["hook_name"] = "a"
-    cfg = sae.to(torch.bfloat16).cfg
+def test_cfg_is_read_only_where_it_says_what_the_sae_is(make: Any) -> None:
+    cfg = make().to(torch.bfloat16).cfg
     cfg.dtype = "bfloat16"  # what evaluations write after `sae.to`: it is so already
-    cfg.metadata.hook_name = "a"
-    with pytest.raises(AttributeError, match=r"^cfg\.dtype: cfg is a read-only view of the SAE; change the SAE itself"):
-        cfg.dtype = "float32"
-    with pytest.raises(AttributeError, match=r"^cfg\.metadata\.hook_name: .*set sae\.metadata\['hook_name'\] instead"):
-        cfg.metadata.hook_name = "b"
-    with pytest.raises(AttributeError, match="training_tokens"):
-        cfg.training_tokens = 1
-    assert (cfg.dtype, sae.metadata) == ("bfloat16", {"hook_name": "a"})
+    for name in ("dtype", "d_sae", "architecture", "metadata", "_sae", "reshape_activations"):
+        with pytest.raises(AttributeError, match=rf"^cfg\.{name}: it says what the SAE is; change the SAE itself"):
+            setattr(cfg, name, "other")
+    assert cfg.dtype == "bfloat16"
+
+
+@MODULES
+def test_notes_of_tools_are_kept_in_the_metadata(make: Any, tmp_path: Path) -> None:
+    sae = make()
+    sae.cfg.metadata.hook_name = "blocks.3.hook_resid_post"
+    sae.cfg.metadata["model_name"] = "m"
+    sae.cfg.hook_layer = 3
+    sae.cfg.metadata = sae.cfg.metadata
+    expected = {"hook_name": "blocks.3.hook_resid_post", "model_name": "m", "hook_layer": 3}
+    assert sae.metadata == sae.cfg.metadata.to_dict() == expected
+    sae.save(tmp_path)
+    assert SparseAutoencoder.load(tmp_path).cfg.hook_layer == 3
 
 
 @MODULES
 def test_cfg_can_be_copied_printed_and_pickled(make: Any) -> None:
     cfg = make().cfg
+    cfg.metadata.hook_name = "a"
     for other in (copy.deepcopy(cfg), pickle.loads(pickle.dumps(cfg))):
         assert other == cfg
         assert other.metadata == cfg.metadata
+        other.metadata.hook_name = "b"
+        assert cfg.metadata.hook_name == "a"
+    metadata = copy.deepcopy(cfg.metadata)
+    assert metadata == cfg.metadata == pickle.loads(pickle.dumps(metadata))
     assert "'d_sae': 80" in repr(cfg)
     assert "jumprelu_bandwidth" in dir(cfg) or cfg.architecture() != "jumprelu"
 
@@ -196,6 +209,15 @@ def test_folding_is_refused_where_it_would_choose_other_features(make: Any) -> N
     torch.testing.assert_close(sae.state_dict(), before, rtol=0, atol=0)
 
 
+def test_folding_is_refused_where_a_parametrization_would_undo_half_of_it() -> None:
+    sae = fill(MAKE["jumprelu"]())
+    nn.utils.parametrizations.weight_norm(sae, "W_dec")
+    before = copy.deepcopy(sae.state_dict())
+    with pytest.raises(NotImplementedError, match="remove the parametrization"):
+        sae.fold_W_dec_norm()
+    torch.testing.assert_close(sae.state_dict(), before, rtol=0, atol=0)
+
+
 def test_reshaping_is_off_and_stays_off() -> None:
     sae = FusedReLUSAE(**WIDTHS)
     assert sae.hook_z_reshaping_mode is False
@@ -307,6 +329,29 @@ def test_sparse_tensors_of_other_layouts_edits_and_gradients() -> None:
         sae.decode(leaf).square().sum().backward()
         grads.append([leaf.grad.to_dense(), sae.W_dec.grad, sae.b_dec.grad])
     torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "standard"])
+def test_the_calls_of_saedashboard_go_through(kind: str) -> None:
+    """It encodes with the weights of a few features in the place of all, and puts the others back."""
+    sae, ids, x = fill(MAKE[kind]()), [3, 70, 5], inputs(2, 16)
+    expected, before = sae.encode(x)[..., ids], dict(sae.named_parameters())
+    assert isinstance(sae.activation_fn, nn.ReLU)
+    for name, parameter in before.items():
+        if name != "b_dec":
+            setattr(sae, name, nn.Parameter(parameter[:, ids] if name == "W_enc" else parameter[ids]))
+    torch.testing.assert_close(sae.encode(x), expected)
+    for name, parameter in before.items():
+        setattr(sae, name, parameter)
+    torch.testing.assert_close(sae.encode(x)[..., ids], expected)
+
+
+def test_the_activation_function_tells_topk_from_others() -> None:
+    topk_sae = pytest.importorskip("sae_lens.saes.topk_sae")
+    activation = MAKE["topk"]().activation_fn
+    assert isinstance(activation, topk_sae.TopK)
+    assert activation.k == 8
+    assert "activation_fn" not in dict(MAKE["topk"]().named_modules())
 
 
 def test_the_calls_of_saebench_go_through() -> None:

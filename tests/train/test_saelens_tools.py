@@ -113,11 +113,55 @@ def test_saelens_evaluates_either_object_to_the_same(folder: Path, model: Any, d
         metrics, by_feature = run_evals(sae, store, model, ActivationScaler(), config)
         results.append({**metrics, "by feature": by_feature})
     assert {"model_performance_preservation", "reconstruction_quality", "sparsity"} <= results[0].keys()
+    compare(results)
+
+
+def compare(results: list[dict[str, dict[str, Any]]]) -> None:
     for group, values in results[0].items():
         for name, value in values.items():
             expected, got = torch.tensor(value).double(), torch.tensor(results[1][group][name]).double()
-            assert expected.numel()
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, equal_nan=True, msg=f"{group}: {name}")
+
+
+def test_saebench_evaluates_either_object_to_the_same(folder: Path, model: Any, dataset: Any) -> None:
+    main = pytest.importorskip("sae_bench.evals.core.main", reason="sae-bench is not installed (pip install sae-bench)")
+    from sae_bench.sae_bench_utils.general_utils import load_and_format_sae
+
+    config = main.CoreEvalConfig(
+        batch_size_prompts=2,
+        n_eval_reconstruction_batches=1,
+        compute_kl=True,
+        compute_ce_loss=True,
+        compute_l2_norms=True,
+        compute_sparsity_metrics=True,
+        compute_variance_metrics=True,
+        compute_featurewise_density_statistics=True,
+        compute_featurewise_weight_based_metrics=True,
+    )
+    results = []
+    for sae in (sae_lens.SAE.load_from_disk(str(folder)), SparseAutoencoder.load(folder)):
+        load_and_format_sae("run", sae, "cpu")  # writes what it needs to cfg
+        store = sae_lens.ActivationsStore.from_sae(
+            model, sae, dataset, streaming=False, store_batch_size_prompts=2, n_batches_in_buffer=2
+        )
+        metrics, by_feature = main.run_evals(sae, store, model, config)
+        results.append({**metrics, "by feature": by_feature})
+    compare(results)
+
+
+def test_saedashboard_sees_the_same_features_in_either_object(folder: Path) -> None:
+    generator = pytest.importorskip("sae_dashboard.feature_data_generator", reason="sae-dashboard is not installed")
+    x = 20 * torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
+    found = []
+    for sae in (sae_lens.SAE.load_from_disk(str(folder)), SparseAutoencoder.load(folder)):
+        sae.fold_W_dec_norm()
+        whole = sae.encode(x)
+        with generator.FeatureMaskingContext(sae, [5, 60, 7]), torch.inference_mode():
+            found.append(sae.encode(x))
+        torch.testing.assert_close(found[-1], whole[..., [5, 60, 7]])
+        torch.testing.assert_close(sae.encode(x), whole)
+    assert (found[0] > 0).any()
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_the_sparsity_is_the_one_of_the_held_out_tokens(folder: Path) -> None:
