@@ -90,6 +90,7 @@ class _Encode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, SparseActs]:
         x, W_enc, b_enc, threshold, spec = inputs
+        ctx.backend = sparse_backend(x)  # a backward may run outside of `use_backend`
         acts = list_entries(x, W_enc, b_enc, threshold, spec)
         # detached, or values -> grad_fn -> ctx -> values would live until the garbage collector comes by
         ctx.acts, ctx.bandwidth = replace(acts, values=acts.values.detach()), spec.bandwidth
@@ -102,7 +103,7 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, grad_values: Tensor, _: Any) -> tuple[Any, ...]:
         x, W_enc, threshold = ctx.saved_tensors
         grad_x, grad_W_enc, grad_b_enc, grad_threshold = encode_gradients(
-            ctx.acts, x, W_enc, threshold, ctx.bandwidth, grad_values, ctx.needs_input_grad[0]
+            ctx.backend, ctx.acts, x, W_enc, threshold, ctx.bandwidth, grad_values, ctx.needs_input_grad[0]
         )
         return grad_x, grad_W_enc, grad_b_enc.to(ctx.bias_dtype), grad_threshold, None
 
@@ -124,13 +125,14 @@ class _Decode(torch.autograd.Function):
         _, W_dec, b_dec, acts = inputs
         ctx.acts, ctx.bias_dtype = acts, None if b_dec is None else b_dec.dtype
         ctx.save_for_backward(W_dec)
-        return sparse_backend(W_dec).decode(acts, W_dec, b_dec)
+        ctx.backend = sparse_backend(W_dec)
+        return ctx.backend.decode(acts, W_dec, b_dec)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
         (W_dec,) = ctx.saved_tensors
-        grad_values, grad_W_dec = decode_gradients(ctx.acts, W_dec, grad_out)
+        grad_values, grad_W_dec = decode_gradients(ctx.backend, ctx.acts, W_dec, grad_out)
         return grad_values, grad_W_dec, grad_out.sum(0, dtype=ctx.bias_dtype) if ctx.bias_dtype else None, None
 
 

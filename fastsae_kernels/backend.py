@@ -180,6 +180,7 @@ def list_entries(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, spe
 
 
 def encode_gradients(
+    backend: SparseBackend,
     acts: SparseActs,
     x: Tensor,
     W_enc: Tensor,
@@ -188,9 +189,12 @@ def encode_gradients(
     grad_values: Tensor,
     needs_x: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-    """Gradients of `encode` for x (on demand), `W_enc`, `b_enc` (in at least fp32) and `threshold` (with a bandwidth)."""
+    """Gradients of `encode` by the backend of its forward: x (on demand), `W_enc`, `b_enc` (in at least fp32), `threshold`.
+
+    The last is None without a bandwidth.
+    """
     grad_hidden_pre = grad_values * (acts.values > 0)
-    grad_x, grad_W_enc, grad_b_enc = sparse_backend(x).encode_backward(acts, x, W_enc, grad_hidden_pre, needs_x)
+    grad_x, grad_W_enc, grad_b_enc = backend.encode_backward(acts, x, W_enc, grad_hidden_pre, needs_x)
     grad_threshold = None
     if bandwidth:
         threshold_of_entry = threshold[acts.indices.long()]
@@ -203,7 +207,9 @@ def encode_gradients(
     return grad_x, grad_W_enc.to(W_enc.dtype), grad_b_enc, grad_threshold
 
 
-def decode_gradients(acts: SparseActs, W_dec: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `decode` for the values and `W_dec`, in their dtypes."""
-    grad_values, grad_W_dec = sparse_backend(W_dec).decode_backward(acts, W_dec, grad_out.contiguous())
+def decode_gradients(
+    backend: SparseBackend, acts: SparseActs, W_dec: Tensor, grad_out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """By the backend of the forward, gradients of `decode` for the values and `W_dec`, in their dtypes."""
+    grad_values, grad_W_dec = backend.decode_backward(acts, W_dec, grad_out.contiguous())
     return grad_values.to(acts.values.dtype), grad_W_dec.to(W_dec.dtype)

@@ -333,7 +333,7 @@ def _encode_backward(
     """Gradients of x, `W_enc`, `b_enc` (in the dtype of `threshold`) and `threshold`."""
     acts = _entries(values, indices, row_offsets, row_counts, W_enc.shape[1])
     grad_x, grad_W_enc, grad_b_enc, grad_threshold = encode_gradients(
-        acts, x, W_enc, threshold, bandwidth, grad_values[: acts.values.numel()], needs_x=True
+        sparse_backend(x), acts, x, W_enc, threshold, bandwidth, grad_values[: acts.values.numel()], needs_x=True
     )
     assert grad_x is not None
     grad_threshold = torch.zeros_like(threshold) if grad_threshold is None else grad_threshold
@@ -385,7 +385,7 @@ def _decode_backward(
     """Gradients of the values and `W_dec`."""
     acts = _entries(values, indices, row_offsets, row_counts, W_dec.shape[0])
     grad_values = torch.zeros_like(values)
-    grad_values[: acts.values.numel()], grad_W_dec = decode_gradients(acts, W_dec, grad_out)
+    grad_values[: acts.values.numel()], grad_W_dec = decode_gradients(sparse_backend(W_dec), acts, W_dec, grad_out)
     return grad_values, grad_W_dec.contiguous()
 
 

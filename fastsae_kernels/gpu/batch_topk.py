@@ -69,7 +69,8 @@ def _list_tile(
     if bounds_ptr is not None:
         listed = listed & (bits >= tl.load(bounds_ptr + rows)[:, None])
     counts = tl.sum(listed.to(tl.int32), 1)
-    base = tl.atomic_add(cursor_ptr, tl.sum(counts, 0).to(tl.int64), sem="relaxed")
+    # over two dimensions, for Triton 3.6 cannot compile the sum of a vector that comes from tensor memory (sm_100)
+    base = tl.atomic_add(cursor_ptr, tl.sum(counts[:, None]).to(tl.int64), sem="relaxed")
     first = tl.minimum(base, size).to(tl.int32) + tl.cumsum(counts, 0) - counts
     slots = first[:, None] + tl.cumsum(listed.to(tl.int32), 1) - 1
     fits = listed & (slots < size)

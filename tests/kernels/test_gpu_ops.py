@@ -113,7 +113,8 @@ def test_public_encode_and_decode_are_differentiable() -> None:
     with kernels.use_backend("triton"):
         moved = [tensor.to(DEVICE) for tensor in (x, W_enc, b_enc, threshold, W_dec, b_dec)]
         acts = kernels.encode(*moved[:4])
-        kernels.decode(acts, *moved[4:]).backward(p.grad_out.to(DEVICE))
+        sae_out = kernels.decode(acts, *moved[4:])
+    sae_out.backward(p.grad_out.to(DEVICE))  # by the same backend, also out here
     truth = [leaf.double().detach().requires_grad_() for leaf in (x, W_enc, b_enc, threshold, W_dec, b_dec)]
     dense = reference.encode(*truth[:4])
     reference.decode(dense, *truth[4:]).backward(p.grad_out.double())
