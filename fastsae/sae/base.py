@@ -406,7 +406,7 @@ class SparseAutoencoder(nn.Module, ABC):
         """Reads an SAE from SAELens' two files, or from another library's; on the base class any known architecture.
 
         `docs/formats.md` lists the formats, which are recognised by their files; `metadata["provenance"]` then says which one it
-        was and what was folded. Nothing is allocated beyond what the files hold, and no random numbers are drawn.
+        was and what was folded. Nothing is allocated beyond what SAELens' files hold, and no random numbers are drawn.
 
         Raises:
             FileNotFoundError: A file is missing.
