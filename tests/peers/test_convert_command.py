@@ -95,9 +95,12 @@ def test_loader_names_of_saelens_are_taken(capsys: pytest.CaptureFixture[str], t
 
 def test_a_check_that_fails_is_a_failure() -> None:
     with pytest.raises(cli.FastsaeError, match="--check: the written SAE is not the one"):
-        cli.print_difference({"sae_out": 0.1, "size": 10.0, "entries": 3.0})
+        cli.print_difference({"sae_out": 0.1, "size": 10.0, "tokens": 64, "other_features": 3})
     with pytest.raises(cli.FastsaeError, match="--check"):
-        cli.print_difference({"sae_out": float("nan"), "size": 10.0, "entries": 0.0})
+        cli.print_difference({"sae_out": float("nan"), "size": 10.0, "tokens": 64, "other_features": 0})
+    with pytest.raises(cli.FastsaeError, match="--check"):
+        cli.print_difference({"sae_out": 0.0, "size": 10.0, "tokens": 64, "other_features": 40})
+    cli.print_difference({"sae_out": 1e-6, "size": 10.0, "tokens": 64, "other_features": 3})
 
 
 def test_evaluate_takes_another_librarys_file(

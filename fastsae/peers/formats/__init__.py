@@ -68,7 +68,7 @@ def read(path: Path, format_name: str | None = None, *, k: int | None = None) ->
         UsageError: No format has that name, or none looks like the files.
         ValueError: A file is corrupt, or holds what `Converted` does not say; it names the file and the key.
     """
-    source = Source(path, k)
+    source = Source(path, k, format_name)
     found = next((one for one in FORMATS if one.recognises(source)), None)
     if format_name is not None:
         found = by_name(FORMATS, format_name, "--from")
@@ -121,8 +121,9 @@ def difference(one: Converted, other: Converted, n_tokens: int = 64) -> dict[str
     """How far two SAEs are apart on random inputs, by dense formulas in float32 (float64 where either has it).
 
     Returns:
-        `sae_out`: the largest difference of a reconstruction; `size`: the largest number in one; `entries`: how many
-        activations are zero in one and not in the other.
+        `tokens`: how many there were; `other_features`: for how many of them other features fire, which rounding decides at a
+        gate or between equal ranks; `sae_out`: the largest difference of a reconstruction of the rest; `size`: the largest
+        number in a reconstruction.
     """
     dtype = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -130,8 +131,10 @@ def difference(one: Converted, other: Converted, n_tokens: int = 64) -> dict[str
     x[n_tokens // 2 :] *= 10  # thresholds of many sizes are met
     acts, sae_out = one.forward(x)
     other_acts, other_out = other.forward(x)
+    same = ((acts != 0) == (other_acts != 0)).all(dim=-1)
     return {
-        "sae_out": float((sae_out - other_out).abs().max()),
+        "tokens": n_tokens,
+        "other_features": int((~same).sum()),
+        "sae_out": float((sae_out - other_out)[same].abs().max()) if same.any() else 0.0,
         "size": float(sae_out.abs().max()),
-        "entries": float(((acts != 0) != (other_acts != 0)).sum()),
     }

@@ -11,6 +11,7 @@ from torch import Tensor
 
 Architecture = Literal["standard", "jumprelu", "topk"]
 LAYER_NORM_EPS = 1e-5  # of OpenAI and SAELens alike
+_FEATURES_AT_ONCE = 4096  # of which float64 copies are made
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,17 @@ def with_b_dec_applied(converted: Converted, wanted: bool) -> Converted:
     if not converted.b_dec.any():
         return replace(converted, apply_b_dec_to_input=wanted)
     converted = widened(converted)
-    shift = (converted.b_dec.double() @ converted.W_enc.double()) * (1 if wanted else -1)
-    b_enc = (converted.b_enc.double() + shift).to(converted.dtype)
+    b_dec = converted.b_dec.double()
+    shift = torch.cat([b_dec @ columns.double() for columns in converted.W_enc.split(_FEATURES_AT_ONCE, dim=1)])
+    b_enc = (converted.b_enc.double() + (shift if wanted else -shift)).to(converted.dtype)
     sign = "+" if wanted else "-"
     note = f"folded b_dec: b_enc = b_enc {sign} b_dec @ W_enc, since the target's apply_b_dec_to_input is {str(wanted).lower()}"
     return converted.noted(note, b_enc=b_enc, apply_b_dec_to_input=wanted)
+
+
+def decoder_norms(W_dec: Tensor) -> Tensor:
+    """`[d_sae]` float64: the length of each row."""
+    return torch.cat([rows.double().norm(dim=1) for rows in W_dec.split(_FEATURES_AT_ONCE)])
 
 
 def without_rescaling(converted: Converted) -> Converted:
@@ -161,12 +168,12 @@ def without_rescaling(converted: Converted) -> Converted:
     if not converted.rescale_acts_by_decoder_norm:
         return converted
     converted = widened(converted)
-    norms = converted.W_dec.double().norm(dim=1).clamp_min(1e-8)
+    norms = decoder_norms(converted.W_dec).clamp_min(1e-8).to(converted.dtype)
     return converted.noted(
         "folded decoder norms: W_enc *= |W_dec|, b_enc *= |W_dec|, W_dec /= |W_dec|",
-        W_enc=(converted.W_enc.double() * norms).to(converted.dtype),
-        b_enc=(converted.b_enc.double() * norms).to(converted.dtype),
-        W_dec=(converted.W_dec.double() / norms[:, None]).to(converted.dtype),
+        W_enc=converted.W_enc * norms,
+        b_enc=converted.b_enc * norms,
+        W_dec=converted.W_dec / norms[:, None],
         rescale_acts_by_decoder_norm=False,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,15 @@ def read_first(source: Source) -> Converted:
     """Reads `params.npz`; an SAE of embeddings is rescaled, because it was trained on embeddings times sqrt(d_in)."""
     path, stored = source.tensors()
     stored = {f"W{name[1:]}" if name.startswith("w_") else name: value for name, value in stored.items()}
-    is_transcoder = "transcoder" in source.words
+    is_transcoder = (
+        source.asked == "gemma_2_transcoder" or re.search(r"gemma-scope[^/]*-transcoders", source.words) is not None
+    )
     tensors = take(path, stored, _SHAPES, {})
     W_enc, W_dec = tensors["W_enc"], tensors["W_dec"]
     if not is_transcoder and W_enc.shape[0] != W_dec.shape[1]:
         raise ValueError(
-            f"{path}: W_dec: expected rows as wide as the input, {W_enc.shape[0]}, got {W_dec.shape[1]}; a transcoder is known "
-            "by the word transcoder in its path"
+            f"{path}: W_dec: expected rows as wide as the input, {W_enc.shape[0]}, got {W_dec.shape[1]}; if it is a transcoder, "
+            "say so with --from gemma_2_transcoder"
         )
     converted = Converted(
         "jumprelu",
@@ -50,7 +53,7 @@ def read_first(source: Source) -> Converted:
         is_transcoder=is_transcoder,
         metadata=_first_metadata(source),
     )
-    if "embedding" not in source.words:
+    if not _is_of_embeddings(source):
         return converted
     scale = math.sqrt(converted.d_in)
     return converted.noted(
@@ -60,10 +63,15 @@ def read_first(source: Source) -> Converted:
     )
 
 
+def _is_of_embeddings(source: Source) -> bool:
+    """As they are published: `embedding/width_4k/average_l0_6`."""
+    return re.search(r"/embedding/width_[^/]*/average_l0_[^/]*$", source.folder.absolute().as_posix()) is not None
+
+
 def _first_metadata(source: Source) -> dict[str, Any]:
     layer = source.layer()
     site = next((hook for word, hook in _SITES.items() if f"-{word}/" in f"{source.words}/"), None)
-    if "embedding" in source.words:
+    if _is_of_embeddings(source):
         return {"hook_name": "hook_embed"}
     return {} if layer is None or site is None else {"hook_name": f"blocks.{layer}.{site}"}
 
@@ -109,7 +117,8 @@ def read_second(source: Source) -> Converted:
         )
     except ValueError as error:
         raise ValueError(f"{source.folder / _CONFIG}: {error}") from None
-    is_transcoder = is_transcoder or "transcoder" in source.words or "affine_skip_connection" in stored
+    named = source.folder.absolute().parent.name.startswith("transcoder")  # as they are published
+    is_transcoder = is_transcoder or named or "affine_skip_connection" in stored
     tensors = take(
         path, stored, {**shapes, "affine_skip_connection": "d_in d_out"}, {}, optional="affine_skip_connection"
     )

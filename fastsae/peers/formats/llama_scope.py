@@ -21,7 +21,15 @@ from torch import Tensor
 
 from fastsae.disk import write_json, write_tensors
 from fastsae.fields import Fields
-from fastsae.peers.formats.converted import Converted, refuse, refuse_unless, same_dtype, widened, with_b_dec_applied
+from fastsae.peers.formats.converted import (
+    Converted,
+    decoder_norms,
+    refuse,
+    refuse_unless,
+    same_dtype,
+    widened,
+    with_b_dec_applied,
+)
 from fastsae.peers.formats.registry import Format
 from fastsae.peers.formats.source import Source
 from fastsae.peers.formats.stored import take
@@ -93,7 +101,7 @@ def _metadata(hooks: list[Any]) -> dict[str, Any]:
 def _gate_without_norms(converted: Converted) -> Converted:
     """`hidden_pre * |W_D| > threshold` as `hidden_pre > threshold / |W_D|`."""
     assert converted.threshold is not None
-    norms = converted.W_dec.double().norm(dim=1)
+    norms = decoder_norms(converted.W_dec)
     if (norms - 1).abs().max() < 1e-6:
         return converted
     if not norms.all():
@@ -121,7 +129,7 @@ def _raw(converted: Converted, in_norm: float, out_norm: float, *, threshold_is_
     return converted.noted(
         note,
         b_enc=(converted.b_enc.double() / c_in).to(dtype),
-        W_dec=converted.W_dec if c_in == c_out else (converted.W_dec.double() * (c_in / c_out)).to(dtype),
+        W_dec=converted.W_dec if c_in == c_out else converted.W_dec * (c_in / c_out),
         b_dec=(converted.b_dec.double() / c_out).to(dtype),
         threshold=threshold,
     )

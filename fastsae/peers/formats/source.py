@@ -22,15 +22,16 @@ class Source:
     Args:
         path: A folder, or a single file of weights.
         k: Active features per token, where the format keeps it in no file.
+        asked: The format's name as the user gave it; some of SAELens' names say more than the format.
 
     Raises:
         FileNotFoundError: There is no such path.
     """
 
-    def __init__(self, path: Path, k: int | None = None) -> None:
+    def __init__(self, path: Path, k: int | None = None, asked: str | None = None) -> None:
         if not path.exists():
             raise FileNotFoundError(f"{path}: expected the folder or the file of a saved SAE, there is no such path")
-        self.path, self.k = path, k
+        self.path, self.k, self.asked = path, k, asked
         self.folder = path if path.is_dir() else path.parent
         self.read: dict[str, Path] = {}
         self._opened: dict[Path, dict[str, Any]] = {}

@@ -116,7 +116,7 @@ def _read_linear(encoder: str, decoder: str) -> Callable[[Source], Converted]:
 
 
 def _residual(source: Source) -> dict[str, Any]:
-    found = re.search(r"(?:layer|-l|_l|/l)(\d+)", source.words)
+    found = re.search(r"(?:layer|-l|_l)(\d+)", source.path.name)
     return {"hook_name": f"blocks.{found.group(1)}.hook_resid_post"} if found else {}
 
 
