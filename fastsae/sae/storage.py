@@ -134,7 +134,7 @@ class StoredModule(nn.Module, ABC):
         """Reads an SAE from SAELens' two files, or from another library's; on the base class any known architecture.
 
         `docs/formats.md` lists the formats, which are recognised by their files; `metadata["provenance"]` then says which one it
-        was and what was folded. Nothing is allocated beyond what the files hold, and no random numbers are drawn.
+        was and what was folded. Nothing is allocated beyond what SAELens' files hold, and no random numbers are drawn.
 
         Args:
             path: A folder, or, as a text, a repository of the Hugging Face hub, such as `owner/name`; a folder of that name
