@@ -32,10 +32,13 @@ def state():
     }
 """
 IMPORT_ALL = """
+# Triton is optional, and so are the peers: a module of ours that imports one is only imported where the peer is already
+OPTIONAL = ("fastsae_kernels.gpu", *(f"fastsae.peers.{name}" for name in ("dictionary_learning", "saelens", "sparsify")))
+
 def import_all(*packages):
     for package in packages:
         for found in pkgutil.walk_packages(importlib.import_module(package).__path__, package + "."):
-            if not found.name.startswith("fastsae_kernels.gpu"):  # Triton is optional
+            if not found.name.startswith(OPTIONAL):
                 importlib.import_module(found.name)
 """
 
