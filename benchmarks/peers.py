@@ -46,7 +46,7 @@ from benchmarks.harness import Call, Provider
 from benchmarks.shapes import BANDWIDTH, DEVICE, HEADLINE, Shape, parameters, tokens
 from fastsae_kernels import reference
 
-MANY_STEPS = 2**30  # of a run: no schedule ends while it is timed
+MANY_STEPS = 2**30  # a run is given so many steps that no schedule ends while it is timed
 
 
 def load(module: str) -> Any:

@@ -39,10 +39,9 @@ from benchmarks.steps import MAX_GRAD_NORM, Step, fused_step, make_sae, plain_st
 from fastsae import FusedJumpReLUSAE, FusedSAEAdam
 
 LR = 1e-4
-SUM_ROUNDING = 2e-6  # of a relative error: sums over 4,096 tokens in another order
-SIGN_ROUNDING = (
-    1e-3  # of a change of parameters: the first step of Adam is the sign of the gradient, however small that is
-)
+SUM_ROUNDING = 2e-6  # a relative error this large comes from adding 4,096 tokens in another order
+# the changes of the parameters may differ by this share: Adam's first step is the gradient's sign, however small that is
+SIGN_ROUNDING = 1e-3
 
 
 def fused_loss(x: Tensor, p: Parameters, hint: kernels.ActivityHint | None = None) -> Tensor:
@@ -174,7 +173,7 @@ def scaling_case(axis: str, value: int, shape: Shape) -> Case:
 N_SCALED = {"cpu": 256, "cuda": 8192}[DEVICE]
 SCALING = [
     *(scaling_case("d_sae", n, Shape(N_SCALED, 768, n, 64)) for n in (4096, 8192, 16384, 32768, 65536)),
-    # of 16,384; the fused ops take the dense path from an eighth on
+    # from 2,048 of the 16,384 features on, an eighth, the fused ops take the dense path
     *(scaling_case("L0", n, Shape(N_SCALED, 768, 16384, n)) for n in (8, 32, 128, 512, 1024, 1536, 3072)),
 ]
 

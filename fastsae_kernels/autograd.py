@@ -54,9 +54,8 @@ class _Autoencode(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None, *others: Any) -> tuple[Any, ...]:
-        *tensors, residual, hidden_pre = (
-            ctx.saved_tensors
-        )  # once: non-reentrant checkpointing unpacks a tensor a single time
+        # once: non-reentrant checkpointing unpacks a tensor a single time
+        *tensors, residual, hidden_pre = ctx.saved_tensors
         inputs, asked = PassInputs(*tensors), list(ctx.needs_input_grad)
         kept = ctx.kept._replace(hidden_pre=hidden_pre)
         collected = None if ctx.collector is None else ctx.collector.now()

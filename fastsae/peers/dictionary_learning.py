@@ -153,7 +153,7 @@ class FusedJumpReluAutoEncoder(FusedDictionary, JumpReluAutoEncoder):
 class FusedTrainer(SAETrainer, Accelerated):
     """`loss` in one op."""
 
-    known: type  # of the dictionary
+    known: type  # the class that the dictionary must have
 
     def _why_not_loss(self, x: Any, logging: bool) -> str | None:
         if logging:

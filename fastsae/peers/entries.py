@@ -32,7 +32,7 @@ def to_dense(acts: SparseActs, shape: tuple[int, ...], dtype: torch.dtype) -> Te
     Args:
         acts: Active entries alone.
         shape: `[..., d_sae]`, of as many tokens.
-        dtype: Of the dense tensor, to which the entries are rounded too.
+        dtype: The dtype of the dense tensor; the entries are rounded to it, too.
     """
     acts = acts.packed()
     values = acts.values.to(dtype)

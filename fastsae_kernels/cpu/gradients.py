@@ -12,7 +12,7 @@ from fastsae_kernels.types import FeatureMajor, SparseActs
 
 
 def by_feature(acts: SparseActs) -> FeatureMajor:
-    """The entries of packed `acts` by feature, then token."""
+    """The entries of `acts` by feature, then as they lie, which is by token; padding is among those of feature 0."""
     if acts.feature_major is None:
         features, order = torch.sort(acts.indices, stable=True)
         offsets = torch.searchsorted(features, torch.arange(acts.shape[1] + 1, dtype=torch.int32), out_int32=True)
@@ -25,21 +25,21 @@ def of_entries(of_features: Tensor, offsets: Tensor) -> Tensor:
     return torch.from_numpy(np.repeat(of_features.detach().numpy(), offsets.diff().numpy()))
 
 
-def row_order(tokens: Tensor) -> Tensor:
-    """Permutation that takes entries from feature-major to row-major order."""
-    return torch.sort(tokens, stable=True).indices
+def _feature_order(acts: SparseActs) -> Tensor:
+    """Permutation that takes entries from the row-major order of `acts`, whatever that is inside a row, to feature-major."""
+    return torch.sort(acts.indices, stable=True).indices
 
 
 def to_rows(acts: SparseActs, by_feature_values: Tensor) -> Tensor:
     """Reorders one number per entry from feature-major to the row-major order of `acts`."""
-    return by_feature_values[row_order(by_feature(acts).tokens)]
+    out = torch.empty_like(by_feature_values)
+    out[_feature_order(acts)] = by_feature_values
+    return out
 
 
 def to_features(acts: SparseActs, by_row_values: Tensor) -> Tensor:
     """Reorders one number per entry from the row-major order of `acts` to feature-major."""
-    out = torch.empty_like(by_row_values)
-    out[row_order(by_feature(acts).tokens)] = by_row_values
-    return out
+    return by_row_values[_feature_order(acts)]
 
 
 def grad_of_acts(entries: FeatureMajor, W_dec: Tensor, grad_out: Tensor) -> Tensor:

@@ -81,8 +81,8 @@ def decode_backward(acts: SparseActs, W_dec: Tensor, grad_out: Tensor) -> tuple[
     (d_sae, d_out), by_feature = W_dec.shape, feature_order(acts)
     fused = d_out <= MAX_DEPTH
     # no gate: an L1 penalty whose gradient is 0 adds nothing
-    nothing = torch.zeros(d_sae + 1, dtype=torch.float32, device=W_dec.device)
-    grad_penalty, threshold = nothing[-1].expand(acts.shape[0]), nothing[:-1]
+    threshold = torch.zeros(d_sae, dtype=torch.float32, device=W_dec.device)
+    grad_penalty = threshold[0].expand(acts.shape[0])
     grad_values, _, grad_W_dec, *_ = fused_backward(
         by_feature, acts.values.contiguous(), None, W_dec, grad_out, grad_penalty, threshold, None,
         AutoencodeSpec(penalty="l1"), None, with_W_dec=fused, gated=False,

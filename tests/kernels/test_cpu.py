@@ -311,3 +311,20 @@ def test_a_small_dense_pass_multiplies_no_tile_again(dtype: torch.dtype, monkeyp
         problems.assert_matches(results[0], problem)
     for kept_grads, again in zip(results[0].grads.values(), results[1].grads.values(), strict=True):
         assert torch.equal(kept_grads, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padded_and_unsorted_rows_have_their_own_gradients(dtype: torch.dtype) -> None:
+    """Entries need not come from `encode`: rows made by hand have padding, and features in any order."""
+    indices = torch.tensor([7, 3, 0, 0, 1, 0, 0, 0, 4, 0, 2, 8], dtype=torch.int32)
+    counts = torch.tensor([2, 1, 4])
+    values = torch.tensor([1.0, 2, 0, 0, 3, 0, 0, 0, 4, 5, 6, 7], requires_grad=True)
+    W_dec, grad_out = torch.randn(9, 5).to(dtype).requires_grad_(), torch.randn(3, 5).to(dtype)
+    acts = kernels.SparseActs(torch.tensor([0, 4, 8, 12]), indices, values, (3, 9), counts)
+    grads = torch.autograd.grad(kernels.decode(acts, W_dec), (values, W_dec), grad_out)
+    truth = torch.autograd.grad(acts.to_dense() @ W_dec.float(), (values, W_dec), grad_out.float())
+    valid = acts.valid()
+    assert valid is not None
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(grads[0][valid], truth[0][valid], **tolerance)
+    torch.testing.assert_close(grads[1], truth[1], **tolerance)

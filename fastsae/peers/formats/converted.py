@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Architecture = Literal["standard", "jumprelu", "topk"]
-LAYER_NORM_EPS = 1e-5  # of OpenAI and SAELens alike
+LAYER_NORM_EPS = 1e-5  # OpenAI and SAELens add the same number
 _FEATURES_AT_ONCE = 4096  # of which float64 copies are made
 
 
