@@ -1,16 +1,44 @@
-"""Which options and state dicts of PyTorch's optimisers `FusedSAEAdam` can go on from."""
+"""What `FusedSAEAdam` takes: SAEs, arguments, options and state dicts of PyTorch's optimisers; and what its moments owe."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fastsae.errors import UsageError
+from fastsae_kernels import Collector
 
 UNSUPPORTED = ("amsgrad", "capturable", "decoupled_weight_decay", "differentiable")  # options of torch.optim.Adam
 GROUP_KEYS = {"params", "lr", "betas", "eps", "weight_decay"}
+
+
+def check_sae(sae: Any) -> None:
+    """Raises UsageError unless `sae` collects weight gradients and has two weight matrices that a kernel can update."""
+    if not isinstance(sae, nn.Module) or not isinstance(getattr(sae, "collector", None), Collector):
+        raise UsageError(f"sae: expected an SAE of fastsae, got {type(sae).__name__}")
+    matrices = {name: sae._parameters.get(name) for name in ("W_enc", "W_dec")}
+    for name, W in matrices.items():
+        if W is None or type(W.data) is not Tensor:
+            what = "a parametrization" if W is None else type(W.data).__name__
+            raise UsageError(f"sae: expected {name} to be a plain parameter, got {what}; use torch.optim.Adam")
+    if len({W.data_ptr() for W in matrices.values() if W is not None}) == 1:
+        raise UsageError("sae: expected W_enc and W_dec in memory of their own, got one for both; use torch.optim.Adam")
+
+
+def check_arguments(max_grad_norm: Any, exp_avg_dtype: Any, compute_dtype: Any) -> None:
+    """Raises UsageError where an argument that `torch.optim.Adam` has not is of the wrong kind or out of range."""
+    is_number = isinstance(max_grad_norm, Real) and math.isfinite(max_grad_norm)
+    if max_grad_norm is not None and not (is_number and max_grad_norm > 0):
+        raise UsageError(f"max_grad_norm: expected None or a number > 0, got {max_grad_norm!r}")
+    if exp_avg_dtype not in (torch.float32, torch.bfloat16):
+        raise UsageError(f"exp_avg_dtype: expected torch.float32 or torch.bfloat16, got {exp_avg_dtype}")
+    if compute_dtype not in (None, torch.bfloat16, torch.float16):
+        raise UsageError(f"compute_dtype: expected None, torch.bfloat16 or torch.float16, got {compute_dtype}")
 
 
 def check_options(group: Mapping[str, Any]) -> None:
@@ -42,3 +70,34 @@ def check_state_dict(state_dict: Any, parameters: Sequence[Tensor]) -> None:
             raise UsageError(f"state_dict: expected two moments of shape {tuple(p.shape)} at {index}, got {shapes}")
         if "step" not in state:
             raise UsageError(f"state_dict: expected a step at {index}, got {', '.join(state)}")
+
+
+class OwedDecay:
+    """The decay that the second moments of untouched rows owe, with `betas[0] == 0`.
+
+    The update of such a row is zero, so a step leaves it alone; its second moment is multiplied by a power of `beta2` when it
+    is touched again or read.
+
+    Attributes:
+        last_step: For each weight matrix, [d_sae] int32: the step to which each row's second moment has decayed.
+        beta2: The base of the power.
+    """
+
+    def __init__(self) -> None:
+        self.last_step: dict[nn.Parameter, Tensor] = {}
+        self.beta2 = 1.0
+
+    def begin(self, p: nn.Parameter, step: int, d_sae: int) -> None:
+        """From this step on rows of `p` may be left alone."""
+        if p not in self.last_step:
+            self.last_step[p] = torch.full((d_sae,), step, dtype=torch.int32, device=p.device)
+
+    def factor(self, steps: Tensor, like: Tensor) -> Tensor:
+        """Returns `[C, 1]`: what so many steps without a gradient leave of the rows of a second moment."""
+        return torch.pow(self.beta2, steps.double()).to(like.dtype)[:, None]
+
+    def pay(self, p: nn.Parameter, step: int, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+        """Brings the moments of `p`, `[d_sae, d_in]`, to this step."""
+        owed = step - self.last_step[p]
+        exp_avg.masked_fill_((owed > 0)[:, None], 0)
+        exp_avg_sq *= self.factor(owed, exp_avg_sq)

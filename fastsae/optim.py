@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from fastsae.adam_state import check_options, check_state_dict
+from fastsae.adam_state import OwedDecay, check_arguments, check_options, check_sae, check_state_dict
 from fastsae.errors import UsageError
 from fastsae.pending import Collecting, PendingGradient, PendingGradients
 from fastsae.sae.compute_copies import ComputeCopies, WrittenState, written_state
-from fastsae_kernels import Collector
 
 if TYPE_CHECKING:
     from fastsae_kernels.gpu.weight_gradients import RowSums
@@ -78,24 +75,8 @@ class FusedSAEAdam(torch.optim.Adam):
         exp_avg_dtype: torch.dtype = torch.float32,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(sae, nn.Module) or not isinstance(getattr(sae, "collector", None), Collector):
-            raise UsageError(f"sae: expected an SAE of fastsae, got {type(sae).__name__}")
-        is_number = isinstance(max_grad_norm, Real) and math.isfinite(max_grad_norm)
-        if max_grad_norm is not None and not (is_number and max_grad_norm > 0):
-            raise UsageError(f"max_grad_norm: expected None or a number > 0, got {max_grad_norm!r}")
-        if exp_avg_dtype not in (torch.float32, torch.bfloat16):
-            raise UsageError(f"exp_avg_dtype: expected torch.float32 or torch.bfloat16, got {exp_avg_dtype}")
-        if compute_dtype not in (None, torch.bfloat16, torch.float16):
-            raise UsageError(f"compute_dtype: expected None, torch.bfloat16 or torch.float16, got {compute_dtype}")
-        for name in ("W_enc", "W_dec"):
-            W = sae._parameters.get(name)
-            if W is None or type(W.data) is not Tensor:
-                what = "a parametrization" if W is None else type(W.data).__name__
-                raise UsageError(f"sae: expected {name} to be a plain parameter, got {what}; use torch.optim.Adam")
-        if sae.W_enc.data_ptr() == sae.W_dec.data_ptr():
-            raise UsageError(
-                "sae: expected W_enc and W_dec in memory of their own, got one for both; use torch.optim.Adam"
-            )
+        check_sae(sae)
+        check_arguments(max_grad_norm, exp_avg_dtype, compute_dtype)
         sae.store_by_feature_()
         super().__init__(sae.parameters(), lr=lr, betas=betas, eps=eps, fused=True)
         self.sae, self.max_grad_norm, self.normalize_decoder = sae, max_grad_norm, normalize_decoder
@@ -109,9 +90,7 @@ class FusedSAEAdam(torch.optim.Adam):
         self._pending = PendingGradients(self.sae, self.matrices)
         self._kept: dict[nn.Parameter, Tensor] = {}  # summed gradients, where they are clipped
         self._steps: dict[nn.Parameter, int] = {}  # as in the state, where reading it would wait for a GPU
-        # [d_sae] int32, with betas[0] == 0: the step to which each row's second moment has decayed
-        self._last_step: dict[nn.Parameter, Tensor] = {}
-        self._owed_beta2 = 1.0  # by which they decay
+        self._owed = OwedDecay()
         self._left: dict[nn.Parameter, WrittenState] = {}  # weights whose rows are all as a step leaves them
         self._copies: ComputeCopies | None = None
         if self.compute_dtype is not None:
@@ -297,7 +276,7 @@ class FusedSAEAdam(torch.optim.Adam):
                 s.by_feature, s.weights, s.vectors, self._by_feature(p, p.detach()), exp_avg if beta1 else None, exp_avg_sq,
                 lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], step=self._step_of(p) + 1,
                 extra=s.extra, extra_flag=s.extra_flag, project=on_sphere, unit_norm=on_sphere, scale=scale,
-                last_step=self._last_step.get(p), copy=self._copy(p),
+                last_step=self._owed.last_step.get(p), copy=self._copy(p),
             )  # fmt: skip
 
     def _update(self, p: nn.Parameter, scale: Tensor | None, touched: Tensor | None) -> None:
@@ -308,7 +287,7 @@ class FusedSAEAdam(torch.optim.Adam):
             at = slice(None) if touched is None else touched[rows].nonzero().squeeze(1)
             parts = [matrix[at].contiguous() for matrix in whole]
             if touched is not None:
-                parts[2] *= self._decay(self._step_of(p) - self._last_step[p][rows][at], parts[2])
+                parts[2] *= self._owed.factor(self._step_of(p) - self._owed.last_step[p][rows][at], parts[2])
             grad = grad[at] if scale is None else grad[at] * scale
             self._update_rows(p, grad.to(p.dtype).contiguous(), *parts)
             for matrix, part in zip(whole, parts, strict=True):
@@ -317,7 +296,7 @@ class FusedSAEAdam(torch.optim.Adam):
             if copy is not None:
                 copy[rows][at] = parts[0].to(copy.dtype)
         if touched is not None:
-            self._last_step[p].masked_fill_(touched, self._step_of(p) + 1)
+            self._owed.last_step[p].masked_fill_(touched, self._step_of(p) + 1)
 
     def _kept_gradients(self, p: nn.Parameter) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, self.sae.d_sae, self._chunk):
@@ -353,29 +332,21 @@ class FusedSAEAdam(torch.optim.Adam):
         group = self.param_groups[0]
         from_entries = weights and all(p in self._pending for p in weights)
         leaves = from_entries and group["betas"][0] == 0 and group["weight_decay"] == 0
-        if not leaves or group["betas"][1] != self._owed_beta2:
+        if not leaves or group["betas"][1] != self._owed.beta2:
             self._catch_up()
         if not leaves:
             return False
-        self._owed_beta2 = group["betas"][1]
+        self._owed.beta2 = group["betas"][1]
         for p in weights:
-            if p not in self._last_step:
-                self._last_step[p] = torch.full((self.sae.d_sae,), self._step_of(p), dtype=torch.int32, device=p.device)
+            self._owed.begin(p, self._step_of(p), self.sae.d_sae)
         return True
-
-    def _decay(self, steps: Tensor, like: Tensor) -> Tensor:
-        """`[C, 1]`: what so many steps without a gradient leave of the rows of a second moment."""
-        return (self._owed_beta2 ** steps.double()).to(like.dtype)[:, None]
 
     def _catch_up(self) -> None:
         """Does to the moments of untouched rows what the steps since would have done."""
         self._follow_state()
-        for p, last_step in self._last_step.items():
-            exp_avg, exp_avg_sq = (self._by_feature(p, moment) for moment in self._moments(p))
-            owed = self._step_of(p) - last_step
-            exp_avg.masked_fill_((owed > 0)[:, None], 0)
-            exp_avg_sq *= self._decay(owed, exp_avg_sq)
-        self._last_step.clear()
+        for p in self._owed.last_step:
+            self._owed.pay(p, self._step_of(p), *(self._by_feature(p, moment) for moment in self._moments(p)))
+        self._owed.last_step.clear()
 
     def _finish(self, weights: list[nn.Parameter], changed: set[nn.Parameter]) -> None:
         """Counts the step; weights that were `changed` elsewhere get what a step that visits every row would have done."""
@@ -398,7 +369,7 @@ class FusedSAEAdam(torch.optim.Adam):
         for p in self.matrices:
             if not self.state.get(p):
                 self._steps.pop(p, None)
-                self._last_step.pop(p, None)
+                self._owed.last_step.pop(p, None)
 
     def _normalize_decoder(self) -> None:
         """Gives every row unit norm; one that has it stays as it is, bit for bit."""
@@ -455,7 +426,7 @@ class FusedSAEAdam(torch.optim.Adam):
         check_state_dict(state_dict, [p for group in self.param_groups for p in group["params"]])
         super().load_state_dict(state_dict)
         self._steps.clear()
-        self._last_step.clear()
+        self._owed.last_step.clear()
         self._left.clear()
         for p, state in self.state.items():
             state |= self._laid_out(p, state["exp_avg"], state["exp_avg_sq"])

@@ -1,7 +1,8 @@
 """The contract between the ops and what runs them, and the choice of who does.
 
 A backend is a module with the functions of `Backend`: `cpu`, `gpu` (Triton) and `dense`. The first two list the entries of
-a pass and fulfil `SparseBackend` too. `autograd.py` drives a backend in eager code, `graph.py` in compiled graphs.
+a pass and fulfil `SparseBackend` too. `autograd.py` drives a backend in eager code, `graph.py` and `graph_pair.py` do in
+compiled graphs.
 """
 
 from __future__ import annotations

@@ -50,3 +50,9 @@ def version_of(tensor: Tensor) -> int | None:
         return tensor._version
     except RuntimeError:  # no `is_inference()`, which cannot be traced
         return None
+
+
+def laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """A contiguous tensor, or one that is contiguous once transposed where `like` is: what a fake op can promise."""
+    transposed = like.dim() == 2 and like.stride(0) == 1 and like.stride(1) != 1
+    return tensor.t().contiguous().t() if transposed else tensor.contiguous()

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from fastsae_kernels import autograd, graph
+from fastsae_kernels import autograd, graph, graph_pair
 from fastsae_kernels.activity import ActivityHint
 from fastsae_kernels.checks import check_decode, check_encode, check_feature_scale, check_target
 from fastsae_kernels.memory import narrowed
@@ -174,7 +174,7 @@ def encode(
     check_encode(x, W_enc, b_enc, threshold, k)
     if x.dim() != 2:
         raise ValueError(f"x: expected two dimensions [n_tokens, d_in], got shape {tuple(x.shape)}")
-    driver = graph if torch.compiler.is_compiling() else autograd
+    driver = graph_pair if torch.compiler.is_compiling() else autograd
     with _without_autocast(x.device.type):
         return driver.encode(x, W_enc, b_enc, threshold, spec)
 
@@ -200,5 +200,5 @@ def decode(acts: SparseActs, W_dec: Tensor, b_dec: Tensor | None = None) -> Tens
     W_dec, *bias = _autocast("W_dec", (W_dec,), () if b_dec is None else (b_dec,))
     b_dec = bias[0] if bias else None
     check_decode(acts.shape[1], W_dec.dtype, acts.device, W_dec, b_dec)
-    driver = graph if torch.compiler.is_compiling() else autograd
+    driver = graph_pair if torch.compiler.is_compiling() else autograd
     return driver.decode(acts, W_dec, b_dec)

@@ -202,7 +202,7 @@ def test_rows_that_no_token_touches_are_left_alone_and_exact() -> None:
             optimizer.sae.b_enc[:10] = -50.0  # never
             optimizer.sae.b_enc[10:20] = -2.0  # now and then
         train(optimizer, range(30))
-    for last_step in fused._last_step.values():
+    for last_step in fused._owed.last_step.values():
         assert (last_step[:10] == 0).all()
         assert (last_step[10:] > 0).all()
         assert (last_step[10:20] < 30).any()
@@ -210,7 +210,7 @@ def test_rows_that_no_token_touches_are_left_alone_and_exact() -> None:
     ours, theirs = fused.state_dict()["state"], unfused.optimizer.state_dict()["state"]
     for index in theirs:  # the decay that untouched rows owe has been applied
         torch.testing.assert_close(ours[index]["exp_avg_sq"], theirs[index]["exp_avg_sq"])
-    assert not fused._last_step
+    assert not fused._owed.last_step
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.9)], ids=str)
@@ -314,7 +314,7 @@ def test_steps_of_every_kind(betas: tuple[float, float], clip: float | None, nor
     assert len(overflowed) == (22 if road == "triton" else 0)
     assert road == "cpu" or 5 < sum(n > 0 for n in overflowed) < 17
     if betas[0] == 0:
-        assert min(last_step.min() for last_step in fused._last_step.values()) < 24
+        assert min(last_step.min() for last_step in fused._owed.last_step.values()) < 24
 
 
 def test_autocast_and_frozen_weights() -> None:
