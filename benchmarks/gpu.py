@@ -52,8 +52,8 @@ TESTS = {
             "gpu_weight_gradients tune"
         ).split()
     },
-    "tests/test_optim.py": "triton",
-    "tests/test_optim_contract.py": "kernels",
+    "tests/optim/test_fused_adam.py": "triton",
+    "tests/optim/test_pending_gradients.py": "kernels",
     "tests/kernels/test_residual.py": "triton",
     "tests/kernels/test_graph.py": "triton",
     "tests/kernels/test_autocast.py": "triton",
