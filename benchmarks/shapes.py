@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -52,25 +51,8 @@ EARLY_SHAPES = {
     "64 tokens, half active": Shape(64, 512, 4096, 2048),
 }
 SHAPES = CPU_SHAPES if DEVICE == "cpu" else GPU_SHAPES
-# what a run on a CPU leaves out without --full, by operation: shapes whose story others tell, and the longest group
-FULL_ONLY: defaultdict[str, tuple[str, ...]] = defaultdict(
-    tuple,
-    {
-        "forward+backward": (
-            "gpt2-small x32", "gemma-2-2b 16k", "gemma-2-2b 65k", "llama-3.1-8b x8", "1M features",
-            "demo, half active", "64 tokens, half active",
-        ),
-        "encode": ("64 tokens",),
-        "top-k": ("64 tokens",),
-        "inference": ("pythia-70m",),
-        "scaling with d_sae": ("8,192", "32,768"),
-        "scaling with L0": ("8", "128", "1,024"),
-        "epoch": ("embedded model",),
-        "optimiser": ("pythia-70m", "gemma-2-2b 16k"),
-        "optimiser, clipped and unit norm": ("pythia-70m", "gemma-2-2b 16k", "gemma-2-2b 65k"),
-    },
-)  # fmt: skip
-QUICK = ("demo", "demo, half active", "64 tokens", "64 tokens, half active", "one token")
+# what a run on a CPU measures without --full
+SMALL = ("demo", "demo, half active", "64 tokens", "64 tokens, half active", "one token", "512 tokens")
 
 
 def too_large(provider: str, shape: Shape) -> str | None:

@@ -1,4 +1,4 @@
-"""A JumpReLU training step, ours against dense PyTorch: its passes, the backward alone, the whole step, the optimiser, scaling.
+"""A JumpReLU training step, ours against dense PyTorch: forward and backward, the whole step, the optimiser, scaling.
 
 A pass is timed once the error of every gradient against fp64 is at most twice that of the dense eager pass in the same dtype (in
 norm, over the tokens none of whose features is active or not by rounding); a step once the same holds for what it adds to the
@@ -32,8 +32,7 @@ from benchmarks.baselines import (
     worst,
 )  # fmt: skip
 from benchmarks.floor import step_work
-from benchmarks.harness import Call, Case, Prepared, Provider, cases_and_providers
-from benchmarks.peers import PEER_SHAPES, peer_providers
+from benchmarks.harness import Call, Case, Provider, cases_and_providers
 from benchmarks.shapes import DEVICE, EARLY_SHAPES, HEADLINE, SHAPES, Shape, parameters, tokens, too_large
 from benchmarks.steps import MAX_GRAD_NORM, Step, fused_step, make_sae, plain_step
 from fastsae import FusedJumpReLUSAE, FusedSAEAdam
@@ -123,13 +122,8 @@ def make_pass(name: str, shape: Shape) -> Call:
     return partial(gradients, LOSSES[name](), *operands(shape))
 
 
-def make_backward(name: str, shape: Shape) -> Call:
-    loss, (x, p) = LOSSES[name](), operands(shape)
-    return Prepared(lambda: loss(x, p), lambda found: torch.autograd.grad(found, list(p.values())))
-
-
-def pass_provider(name: str, shape: Shape, make: Callable[[str, Shape], Call] = make_pass) -> Provider:
-    return provider(name, shape, partial(make, name, shape), check_pass)
+def pass_provider(name: str, shape: Shape) -> Provider:
+    return provider(name, shape, partial(make_pass, name, shape), check_pass)
 
 
 def pass_case(shape_name: str, shape: Shape) -> Case:
@@ -141,26 +135,12 @@ def pass_case(shape_name: str, shape: Shape) -> Case:
     return Case("forward+backward", shape_name, shape, providers, work=partial(step_work, shape))
 
 
-def backward_case(shape_name: str) -> Case:
-    """Without the forward; no floor: what is dense in a step is done there."""
-    shape, names = SHAPES[shape_name], [name for name in LOSSES if name not in COSTLY]
-    providers = {name: pass_provider(name, shape, make_backward) for name in names}
-    return Case("backward", shape_name, shape, providers)
+# at pythia-70m on a CPU, scaling tells the story
+PASS_SHAPES = SHAPES if DEVICE == "cuda" else {**SHAPES, **EARLY_SHAPES}
+PASS_CASES = [pass_case(name, shape) for name, shape in PASS_SHAPES.items() if DEVICE == "cuda" or name != "pythia-70m"]
 
 
-def pass_cases() -> list[Case]:
-    """A shape's backward comes beside its whole pass, whose truth in fp64 it shares."""
-    found = []
-    backward_at = "gemma-2-2b 65k" if DEVICE == "cuda" else "demo"
-    for name, shape in (SHAPES if DEVICE == "cuda" else {**SHAPES, **EARLY_SHAPES}).items():
-        if name == "pythia-70m" and DEVICE == "cpu":  # whose TopK step is timed, with the peers
-            continue
-        found.append(pass_case(name, shape))
-        found += [backward_case(name)] if name == backward_at else []
-    return found
-
-
-@cases_and_providers(pass_cases())
+@cases_and_providers(PASS_CASES)
 def test_forward_backward(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
     timed(case, provider)
 
@@ -274,15 +254,13 @@ def make_step(operation: str, name: str, shape: Shape) -> Call:
 
 
 def step_case(operation: str, shape_name: str) -> Case:
-    shape, is_whole = SHAPES[shape_name], operation == "whole step"
+    shape = SHAPES[shape_name]
     # eager bf16 is slower than compiled bf16 and takes long where the shape is large
     names = [
         name for name in STEPS[operation] if name != "dense eager bf16" or DEVICE == "cuda" or shape_name != HEADLINE
     ]
     make = partial(partial, make_step, operation)
     providers = {name: provider(name, shape, make(name, shape), check_step, operation) for name in names}
-    if is_whole and shape_name in PEER_SHAPES:
-        providers |= peer_providers(shape, "jumprelu", "train_step")
     return Case(operation, shape_name, shape, providers, work=partial(step_work, shape, adam=True))
 
 
