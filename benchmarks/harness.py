@@ -139,6 +139,7 @@ class Outcome:
         row.median_s, row.iqr_s, row.rounds, row.calls = median(rounds), iqr(calls), len(rounds), len(calls)
         if others:
             row.allocator, row.other_median_s = setting, median(others[0][1])
+        row.speedup = None  # the baseline may have failed since
         if baseline.rounds:
             their_rounds = next(iter(baseline.by_setting().values()))
             ratios = [median({n: their_rounds[n]}) / median({n: rounds[n]}) for n in rounds if n in their_rounds]

@@ -184,9 +184,9 @@ def share_of(floor_s: float | None, row: Row) -> str:
 
 def peers_table(result: Result) -> str:
     """Returns a line for each peer's step at a shape, as it is and accelerated."""
-    titles = ["peer", "shape", "ms", "peak, MiB"]
-    titles += ["accelerated, ms", "times as fast", "with glibc's default", "peak, MiB"]
-    titles += ["with FusedSAEAdam, ms", "times as fast", "peak, MiB", "goal"]
+    titles = ["peer", "shape", "as it is, ms", "its peak, MiB"]
+    titles += ["accelerated, ms", "times as fast", "with glibc's default allocator", "peak, MiB"]
+    titles += ["with FusedSAEAdam, ms", "times as fast with it", "peak with it, MiB", "goal"]
     lines = []
     for group in result.groups.values():
         if group[0].operation == PEERS:
