@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from decimal import Decimal
@@ -53,8 +54,10 @@ def why_no_time(row: Row) -> str:
     return f"{'RED' if row.status == 'red' else 'skipped'}: {short}"
 
 
-def milliseconds(row: Row, unit: str = "") -> str:
+def milliseconds(row: Row | None, unit: str = "") -> str:
     """Returns the median, marked where no claim rests on it, or why there is none."""
+    if row is None:
+        return NONE
     return why_no_time(row) if row.median_s is None else digits(row.ms, unit=unit) + " (unsteady)" * row.is_unsteady
 
 
@@ -182,33 +185,39 @@ def share_of(floor_s: float | None, row: Row) -> str:
     return NONE if floor_s is None or row.median_s is None else digits(100 * floor_s / row.median_s, unit=" %")
 
 
-def peers_table(result: Result) -> str:
-    """Returns a line for each peer's step at a shape, as it is and accelerated."""
-    titles = ["peer", "shape", "as it is, ms", "its peak, MiB"]
-    titles += ["accelerated, ms", "times as fast", "with glibc's default allocator", "peak, MiB"]
-    titles += ["with FusedSAEAdam, ms", "times as fast with it", "peak with it, MiB", "goal"]
+PEER_COLUMNS: dict[str, Callable[[Row, Row | None, Row | None], str]] = {
+    "peer": lambda before, after, adam: before.subject,
+    "shape": lambda before, after, adam: before.shape,
+    "as it is, ms": lambda before, after, adam: milliseconds(before),
+    "accelerated, ms": lambda before, after, adam: milliseconds(after),
+    "times as fast": lambda before, after, adam: times_as_fast(faster_by(after, before)),
+    "with glibc's default allocator": lambda before, after, adam: times_as_fast(faster_by_default(after, before)),
+    "with FusedSAEAdam, ms": lambda before, after, adam: milliseconds(adam),
+    "times as fast with it": lambda before, after, adam: times_as_fast(faster_by(adam, before)),
+    "goal": lambda before, after, adam: times_as_fast(before.goal),
+    "peak as it is, MiB": lambda before, after, adam: digits(before.peak_mib),
+    "peak, MiB": lambda before, after, adam: digits(after and after.peak_mib),
+    "peak with FusedSAEAdam, MiB": lambda before, after, adam: digits(adam and adam.peak_mib),
+}
+README_COLUMNS = ("peer", "as it is, ms", "accelerated, ms", "times as fast", "peak as it is, MiB", "peak, MiB")
+
+
+def peers_table(result: Result, shape: str | None = None, titles: Iterable[str] = tuple(PEER_COLUMNS)) -> str:
+    """Returns a line for each peer's step, as it is and accelerated; of one shape, where that is given."""
     lines = []
-    for group in result.groups.values():
-        if group[0].operation == PEERS:
-            before, after, adam = (
-                provider_of(group, name) for name in (group[0].baseline, ACCELERATED, WITH_OPTIMIZER)
-            )
-            assert before is not None
-            lines.append([before.subject, before.shape, milliseconds(before), digits(before.peak_mib)])
-            lines[-1] += (
-                cells_against(before, after) + cells_against(before, adam)[:2] + cells_against(before, adam)[3:]
-            )
-            lines[-1] += [times_as_fast(before.goal)]
-    return table(titles, lines, 2)
+    for baseline in result.rows_of(PEERS, shape):
+        if baseline.provider == baseline.baseline:
+            group = result.groups[baseline.group]
+            after, adam = (provider_of(group, name) for name in (ACCELERATED, WITH_OPTIMIZER))
+            lines.append([PEER_COLUMNS[title](baseline, after, adam) for title in titles])
+    return table(list(titles), lines)
 
 
-def cells_against(before: Row, row: Row | None) -> list[str]:
-    """Returns median, ratio, ratio under the default allocator and peak."""
-    if row is None:
-        return [NONE] * 4
-    ours, theirs = by_default_s(row), by_default_s(before)
-    by_default = theirs / ours if ours and theirs and row.is_sound and before.is_sound else None
-    return [milliseconds(row), times_as_fast(faster_by(row, before)), times_as_fast(by_default), digits(row.peak_mib)]
+def faster_by_default(row: Row | None, other: Row) -> float | None:
+    """Returns how many times as fast as the other, both under the allocator's default setting."""
+    if row is None or not (row.is_sound and other.is_sound):
+        return None
+    return (by_default_s(other) or 0.0) / (by_default_s(row) or math.inf)
 
 
 def has_plot(result: Result, operation: str) -> bool:
@@ -274,7 +283,8 @@ def headline_table(results: list[Result], folder: str) -> str:
     cut = f", a cut of {shape}" if steps[0].is_cut else ""
     source = f"{result.commits}, {result.date} ([result]({folder}/results/{result.path.name}))"
     caption = f"A step of {sizes(steps[:1])}{cut} on {result.machine.name}; torch {result.machine.torch}; {source}."
-    return f"{table(titles, lines)}\n{plot}\n\n{caption}\n"
+    accelerated = f"{peers_table(result, shape, README_COLUMNS)}\n" if result.rows_of(PEERS, shape) else ""
+    return f"{table(titles, lines)}\n{accelerated}{plot}\n\n{caption}\n"
 
 
 def ours_in(rows: list[Row]) -> Row | None:
