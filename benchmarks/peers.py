@@ -10,28 +10,24 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count, repeat
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastsae
-from benchmarks.baselines import checked, clear_tokens, in_fp64, relative_errors, worst
-from benchmarks.shapes import DEVICE, Shape, parameters, tokens
+from benchmarks.shapes import DEVICE, Shape, parameters
+from benchmarks.steps import Make, Training
 
 LR = 1e-4
 MANY_STEPS = 2**30  # a run is given so many steps that no schedule ends while it is timed
-SUM_ROUNDING = 2e-6  # a relative error this large comes from adding 4,096 tokens in another order
-# the changes of the parameters may differ by this share: Adam's first step is the gradient's sign, however small that is
-SIGN_ROUNDING = 1e-3
 IMPORTS = {"sae-lens": "sae_lens", "dictionary-learning": "dictionary_learning", "eai-sparsify": "sparsify"}
 
 
@@ -85,26 +81,7 @@ def why_not(package: str) -> str | None:
     return None
 
 
-class Made(NamedTuple):
-    """A peer's SAE that is ready to be trained, or to be run.
-
-    Args:
-        module: The SAE.
-        target: What `fastsae.accelerate` takes.
-        step: One step of the peer's trainer; at inference it returns the reconstruction.
-        loss: Returns the loss of a batch; None at inference.
-    """
-
-    module: nn.Module
-    target: Any
-    step: Callable[[Tensor], Any]
-    loss: Callable[[Tensor], Tensor] | None = None
-
-
-Make = Callable[[Shape, torch.dtype], Made]
-
-
-def saelens(architecture: str, shape: Shape, dtype: torch.dtype) -> Made:
+def saelens(architecture: str, shape: Shape, dtype: torch.dtype) -> Training:
     """`SAETrainer.step`: forward, firing statistics, backward, clipping to 1.0, `torch.optim.Adam`, schedulers."""
     library, n = load("sae_lens"), shape.n_tokens
     options = {} if architecture == "JumpReLU" else {"k": round(shape.l0)}
@@ -117,7 +94,7 @@ def saelens(architecture: str, shape: Shape, dtype: torch.dtype) -> Made:
     def loss(x: Tensor) -> Tensor:
         return sae.training_forward_pass(make_input(x, trainer.get_coefficients(), **options)).loss
 
-    return Made(sae, trainer, lambda x: trainer.step(x), loss)
+    return Training(sae, lambda x: trainer.step(x), loss, trainer)
 
 
 def _saelens_sae(name: str, shape: Shape, dtype: torch.dtype, **options: Any) -> nn.Module:
@@ -126,7 +103,7 @@ def _saelens_sae(name: str, shape: Shape, dtype: torch.dtype, **options: Any) ->
     return getattr(library, name)(getattr(library, f"{name}Config")(**shared, **options))
 
 
-def saelens_pair(shape: Shape, dtype: torch.dtype) -> Made:
+def saelens_pair(shape: Shape, dtype: torch.dtype) -> Training:
     """`decode(encode(x))` as SAELens' transformer, its evaluations and SAEBench call it."""
     sae = _saelens_sae("JumpReLUSAE", shape, dtype)
 
@@ -134,10 +111,10 @@ def saelens_pair(shape: Shape, dtype: torch.dtype) -> Made:
     def step(x: Tensor) -> Tensor:
         return sae.decode(sae.encode(x))
 
-    return Made(sae, sae, step)
+    return Training(sae, step, target=sae)
 
 
-def dictionary_learning(module: str, trainer: str, shape: Shape, dtype: torch.dtype) -> Made:
+def dictionary_learning(module: str, trainer: str, shape: Shape, dtype: torch.dtype) -> Training:
     """A trainer's `update` as after warm-up; it ends with the decoder at unit norm, and reads the loss back."""
     trainer_class = getattr(load(f"dictionary_learning.trainers.{module}"), trainer)
     options: dict[str, Any] = {} if module == "jumprelu" else {"k": round(shape.l0)}
@@ -145,10 +122,10 @@ def dictionary_learning(module: str, trainer: str, shape: Shape, dtype: torch.dt
     made = trainer_class(**sizes, lr=LR, warmup_steps=0, device=DEVICE, layer=0, lm_name="", **options)
     made.ae.to(dtype)
     steps = count(10_000)
-    return Made(made.ae, made, lambda x: made.update(next(steps), x), lambda x: made.loss(x, step=10_000))
+    return Training(made.ae, lambda x: made.update(next(steps), x), lambda x: made.loss(x, step=10_000), made)
 
 
-def sparsify(shape: Shape, dtype: torch.dtype) -> Made:
+def sparsify(shape: Shape, dtype: torch.dtype) -> Training:
     """What `Trainer.fit` does with a batch of activations, without model, mask and DDP.
 
     That is: decoder to unit norm, forward, fired features, the FVU read back for the log, backward, projection of the
@@ -175,7 +152,7 @@ def sparsify(shape: Shape, dtype: torch.dtype) -> Made:
         optimizer.zero_grad()
         n_since_fired.add_(x.shape[0]).masked_fill_(fired, 0)
 
-    return Made(sae, sae, step, lambda x: sae(x).fvu)
+    return Training(sae, step, lambda x: sae(x).fvu, sae)
 
 
 @dataclass(frozen=True)
@@ -214,48 +191,27 @@ PEERS = (
 )
 
 
-def made(peer: Peer, shape: Shape, dtype: torch.dtype = torch.float32) -> Made:
-    """Returns the peer's object with the weights of `benchmarks.shapes.parameters`."""
-    found, p = peer.make(shape, dtype), parameters(shape)
-    p |= {"encoder.weight": p["W_enc"].t(), "encoder.bias": p["b_enc"], "decoder.weight": p["W_dec"].t()}
-    with torch.no_grad():
-        for name, parameter in found.module.named_parameters():
-            parameter.copy_(p[name])
-    return found
+@cache  # one object for each, so that what it gives is computed once
+def own(peer: Peer) -> Make:
+    """Returns what makes the peer's object, with the weights of `benchmarks.shapes.parameters`."""
+
+    def make(shape: Shape, dtype: torch.dtype) -> Training:
+        found, p = peer.make(shape, dtype), dict(parameters(shape))
+        p |= {"encoder.weight": p["W_enc"].t(), "encoder.bias": p["b_enc"], "decoder.weight": p["W_dec"].t()}
+        with torch.no_grad():
+            for name, parameter in found.module.named_parameters():
+                parameter.copy_(p[name])
+        return found
+
+    return make
 
 
-def accelerated(peer: Peer, shape: Shape, optimizer: bool = False) -> Made:
-    """Returns the same, accelerated."""
-    found = made(peer, shape)
-    fastsae.accelerate(found.target, optimizer=optimizer)
-    return found
+def accelerated(peer: Peer, optimizer: bool = False) -> Make:
+    """Returns what makes the same, accelerated."""
 
+    def make(shape: Shape, dtype: torch.dtype) -> Training:
+        found = own(peer)(shape, dtype)
+        fastsae.accelerate(found.target, optimizer=optimizer)
+        return found
 
-def results(found: Made, x: Tensor) -> dict[str, Tensor]:
-    """Returns what is compared: the loss's gradients and what a step adds to the parameters, or else the reconstruction."""
-    if found.loss is None:
-        return {"sae_out": found.step(x)}
-    parameters = dict(found.module.named_parameters())
-    found.loss(x).backward()
-    grads = {f"gradient of {name}": p.grad for name, p in parameters.items() if p.grad is not None}
-    found.module.zero_grad()
-    before = deepcopy(found.module.state_dict())
-    found.step(x)
-    return grads | {f"change of {name}": p.detach() - before[name] for name, p in parameters.items()}
-
-
-@lru_cache(1)
-def truth(peer: Peer, shape: Shape) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
-    """Tokens that can be compared, what the peer computes of them in fp64, and its own errors in fp32."""
-    part = checked(shape)
-    x = tokens(part)[clear_tokens(*in_fp64(part), peer.architecture, round(part.l0))]
-    exact = results(made(peer, part, torch.float64), x.double())
-    return x, exact, relative_errors(results(made(peer, part), x), exact)
-
-
-def check(make: Callable[[Peer, Shape], Made], peer: Peer, shape: Shape) -> tuple[float, float]:
-    """Returns the worst error against the peer in fp64, and twice that of the peer in fp32."""
-    x, exact, errors = truth(peer, shape)
-    got = results(make(peer, checked(shape)), x)
-    rounding = {name: SIGN_ROUNDING if name.startswith("change") else SUM_ROUNDING for name in exact}
-    return worst(relative_errors(got, exact), {name: 2 * errors[name] + rounding[name] for name in exact})
+    return make

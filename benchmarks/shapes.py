@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -68,19 +69,19 @@ def threshold_for(shape: Shape) -> float:
     return torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - shape.l0 / shape.d_sae)).item()
 
 
-def parameters(shape: Shape, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Leaves of one step: random unit-norm decoder, thresholds at the quantile that gives the shape's L0."""
+@lru_cache(2)  # all providers of a group start from them
+def parameters(shape: Shape) -> dict[str, Tensor]:
+    """Weights to be copied: random unit-norm decoder, thresholds at the quantile that gives the shape's L0."""
     g = torch.Generator(DEVICE).manual_seed(0)
     W_dec = torch.randn(shape.d_sae, shape.d_in, generator=g, device=DEVICE)
     W_dec /= W_dec.norm(dim=1, keepdim=True)
-    tensors = {
-        "W_enc": W_dec.clone().t(),
+    return {
+        "W_enc": W_dec.t(),
         "b_enc": torch.zeros(shape.d_sae, device=DEVICE),
         "threshold": torch.full((shape.d_sae,), threshold_for(shape), device=DEVICE),
         "W_dec": W_dec,
         "b_dec": torch.zeros(shape.d_in, device=DEVICE),
     }
-    return {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
 
 
 def tokens(shape: Shape) -> Tensor:

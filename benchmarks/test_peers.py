@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
+
+import torch
 
 from benchmarks.floor import encode_work, step_work
 from benchmarks.harness import Call, Case, Provider, cases_and_providers
-from benchmarks.peers import PEERS, Made, Peer, accelerated, check, made, why_not
+from benchmarks.peers import PEERS, Peer, accelerated, own, why_not
 from benchmarks.result import PEERS as OPERATION
 from benchmarks.shapes import DEVICE, HEADLINE, SHAPES, Shape, tokens
+from benchmarks.steps import Make, check
 
 PEER_SHAPES = {
     "cpu": {HEADLINE: SHAPES.get(HEADLINE), "512 tokens": Shape(512, 256, 2048, 78)},
@@ -18,20 +20,19 @@ PEER_SHAPES = {
 SMALL_GOAL = 2.0  # how many times as fast as the peer at a small shape
 
 
-def call(make: Callable[[Peer, Shape], Made], peer: Peer, shape: Shape) -> Call:
-    return partial(make(peer, shape).step, tokens(shape))
+def call(make: Make, shape: Shape) -> Call:
+    return partial(make(shape, torch.float32).step, tokens(shape))
 
 
 def case(peer: Peer, shape_name: str) -> Case:
-    shape, makes = PEER_SHAPES[shape_name], {peer.title: made, "accelerated": accelerated}
+    shape, makes = PEER_SHAPES[shape_name], {peer.title: own(peer), "accelerated": accelerated(peer)}
     assert shape is not None
     if peer.has_optimizer:
-        makes["accelerated, FusedSAEAdam"] = partial(accelerated, optimizer=True)
-    skip = partial(why_not, peer.package)
-    providers = {
-        name: Provider(partial(call, make, peer, shape), partial(check, make, peer, shape), "fp32", skip)
-        for name, make in makes.items()
-    }
+        makes["accelerated, FusedSAEAdam"] = accelerated(peer, optimizer=True)
+    providers = {}
+    for name, make in makes.items():
+        gate = partial(check, make, shape, own(peer), own(peer), peer.architecture)
+        providers[name] = Provider(partial(call, make, shape), gate, "fp32", partial(why_not, peer.package))
     work = partial(encode_work, shape) if peer.is_inference else partial(step_work, shape, adam=True)
     goal = peer.goal if shape_name != "512 tokens" else SMALL_GOAL
     return Case(OPERATION, shape_name, shape, providers, work=work, subject=f"{peer.package} {peer.what}", goal=goal)

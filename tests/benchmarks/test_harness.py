@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastsae_kernels as kernels
-from benchmarks import allocator, floor, harness, test_encode, test_steps
+from benchmarks import allocator, floor, harness, steps, test_encode, test_steps
 from benchmarks.allocator import DEFAULT, TUNED
 from benchmarks.floor import Work, step_work
 from benchmarks.harness import Case, Group, Outcome, Provider
@@ -32,7 +32,7 @@ needs_glibc = pytest.mark.skipif(
 def soon_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harness, "CALLS_S", 0.0)
     monkeypatch.setattr(Work, "floor_s", lambda self, with_gathers=False: 1e-6)
-    for cached in (test_steps.exact_gradients, test_steps.operands, test_steps.eager_pass_errors):
+    for cached in (steps.truth, steps.errors_of):
         cached.cache_clear()
 
 
@@ -63,7 +63,7 @@ def tiny(providers: dict[str, Provider]) -> Case:
 
 
 def step_case(*names: str) -> Case:
-    return Case("forward+backward", "tiny", SHAPE, {name: test_steps.pass_provider(name, SHAPE) for name in names})
+    return test_steps.case("forward+backward", "tiny", SHAPE, tuple(set(test_steps.LOSSES) - set(names)))
 
 
 def measured(case: Case, rounds: int = 4) -> dict[str, Outcome]:
@@ -90,7 +90,7 @@ def break_the_op(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
 def test_a_working_op_is_timed() -> None:
     row = measured(step_case("dense eager fp32", "fused fp32"))["fused fp32"].row
     assert row.status == "ok"
-    assert row.error <= row.error_limit < 1e-4
+    assert row.error <= row.error_limit < 2e-3
     assert row.median_s > 0
     assert row.speedup > 0
 
@@ -274,8 +274,8 @@ def test_a_shape_that_was_compiled_is_not_compiled_again() -> None:
     # monkeypatch would delete the option when it undoes this, for it is no attribute of the module's own
     with torch._dynamo.config.patch(recompile_limit=1):  # each compilation takes seconds
         shapes = [Shape(n_tokens=8 + n, d_in=4, d_sae=16, l0=4) for n in range(2)]  # more than PyTorch allows by itself
-        name = "dense compiled fp32"
-        groups = [Group(tiny({name: test_steps.pass_provider(name, shape)})) for shape in shapes]
+        others = tuple(set(test_steps.LOSSES) - {"dense compiled fp32"})
+        groups = [Group(test_steps.case("forward+backward", "tiny", shape, others)) for shape in shapes]
         for group in groups:
             group.measure()
         compiled = counters["stats"]["unique_graphs"]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import peers
-from benchmarks.peers import PEERS, Peer, accelerated, check, made, results
+from benchmarks.peers import PEERS, Peer, accelerated, own
 from benchmarks.shapes import Shape, parameters, tokens
+from benchmarks.steps import Make, Training, check, results
 
 SHAPE = Shape(n_tokens=64, d_in=16, d_sae=128, l0=8)
 
@@ -21,32 +21,34 @@ SHAPE = Shape(n_tokens=64, d_in=16, d_sae=128, l0=8)
 def peer(request: pytest.FixtureRequest) -> Peer:
     if (reason := peers.why_not(request.param.package)) is not None:
         pytest.skip(reason)
-    peers.truth.cache_clear()
     return request.param
 
 
+def checked(peer: Peer, make: Make) -> tuple[float, float]:
+    return check(make, SHAPE, own(peer), own(peer), peer.architecture)
+
+
 def test_the_check_lets_a_peer_and_its_accelerated_self_through(peer: Peer) -> None:
-    makes = [made, accelerated] + [partial(accelerated, optimizer=True)] * peer.has_optimizer
-    for make in makes:
-        error, limit = check(make, peer, SHAPE)
+    for make in [own(peer), accelerated(peer)] + [accelerated(peer, optimizer=True)] * peer.has_optimizer:
+        error, limit = checked(peer, make)
         assert 0 < error <= limit < 5e-3
 
 
 def test_the_check_fails_where_the_numbers_are_wrong(peer: Peer) -> None:
     """Of a gradient that is off by a factor, which Adam's step would hide, and of a reconstruction."""
 
-    def wrong(peer: Peer, shape: Shape) -> peers.Made:
-        found = accelerated(peer, shape)
+    def wrong(shape: Shape, dtype: torch.dtype) -> Training:
+        found = accelerated(peer)(shape, dtype)
         if found.loss is None:
             return found._replace(step=lambda x: 1.01 * found.step(x))
         return found._replace(loss=lambda x: 1.01 * found.loss(x))
 
-    error, limit = check(wrong, peer, SHAPE)
+    error, limit = checked(peer, wrong)
     assert error > limit
 
 
 def test_a_step_takes_the_weights_that_it_is_given(peer: Peer) -> None:
-    found, p = made(peer, SHAPE), parameters(SHAPE)
+    found, p = own(peer)(SHAPE, torch.float32), parameters(SHAPE)
     weights = dict(found.module.named_parameters())
     encoder = weights["W_enc"] if "W_enc" in weights else weights["encoder.weight"].t()
     assert torch.equal(encoder, p["W_enc"])
