@@ -28,7 +28,7 @@ FILE = pytest.StashKey[ResultFile]()
 NO_TIME = "no time left"
 # an even number has each setting of the allocator as often; the largest is reached where there is time
 FEWEST_ROUNDS, MOST_ROUNDS = 4, 6
-ROUNDS_S = {"full": 1100.0, "small": 60.0}  # the seconds in which the rounds should end
+ROUNDS_S = {"full": 1250.0, "small": 90.0}  # the seconds after which no round begins but the fewest
 MOST_EXTRA_ROUNDS = 4  # a group whose times are unsteady is measured again so often at most
 
 
@@ -36,7 +36,7 @@ class Run:
     """The groups of a run, and their rows.
 
     Args:
-        rounds_s: The seconds in which the rounds should end.
+        rounds_s: The seconds after which no round begins but the fewest.
         last_s: The seconds after which nothing begins; groups that have not begun by then are skipped and named.
         say: Tells the user what is measured.
         save: Takes all rows so far, after each round of a group.
@@ -69,22 +69,27 @@ class Run:
     def save(self) -> None:
         self._save(self.rows)
 
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started
+
     def _measure(self, cases: list[Case]) -> None:
         for n in range(MOST_ROUNDS):
             started = time.monotonic()
             for at, case in enumerate(random.Random(n).sample(cases, len(cases)) if n else cases):
                 self._visit(case, f"round {n + 1} of {FEWEST_ROUNDS} to {MOST_ROUNDS}, {len(cases) - at} groups left")
-            now = time.monotonic()
-            if n + 1 >= FEWEST_ROUNDS and now + (now - started) * (MOST_ROUNDS - n - 1) - self._started > self.rounds_s:
+            # all further rounds or none, for an odd number would have one setting more often
+            further_s = (time.monotonic() - started) * (MOST_ROUNDS - n - 1)
+            if n + 1 >= FEWEST_ROUNDS and self._elapsed() + further_s > self.rounds_s:
                 break
         for _ in range(MOST_EXTRA_ROUNDS):
             for case in cases:
-                if case.group in self.groups and (unsteady := self.groups[case.group].unsteady()):
+                unsteady = self.groups[case.group].unsteady() if case.group in self.groups else []
+                if unsteady and self._elapsed() < self.rounds_s:
                     self._visit(case, f"again, because of {', '.join(unsteady[1:] or unsteady)}", unsteady)
         gc.unfreeze()
 
     def _visit(self, case: Case, why: str, providers: list[str] | None = None) -> None:
-        if time.monotonic() - self._started >= self.last_s:
+        if self._elapsed() >= self.last_s:
             return
         self._say(f"{why}: {case.group}")
         if case.group not in self.groups:

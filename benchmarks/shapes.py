@@ -27,12 +27,10 @@ HEADLINE = "gpt2-small-16k"
 CPU_SHAPES = {
     HEADLINE: Shape(4096, 768, 16384, 78),
     "demo": Shape(1024, 256, 2048, 32),
-    "pythia-70m": Shape(512, 512, 16384, 64, is_cut=True),
     "gpt2-small x32": Shape(256, 768, 24576, 64, is_cut=True),
     "gemma-2-2b 16k": Shape(128, 2304, 16384, 64, is_cut=True),
     "gemma-2-2b 65k": Shape(64, 2304, 65536, 64, is_cut=True),
     "qwen2.5-7b x8": Shape(64, 3584, 28672, 64, is_cut=True),
-    "llama-3.1-8b x8": Shape(64, 4096, 32768, 64, is_cut=True),
     "1M features": Shape(32, 64, 1048576, 64, is_cut=True),
 }
 GPU_SHAPES = {

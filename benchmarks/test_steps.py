@@ -139,9 +139,7 @@ def pass_case(shape_name: str, shape: Shape) -> Case:
     return case("forward+backward", shape_name, shape, left_out)
 
 
-# at pythia-70m on a CPU, scaling tells the story
-PASS_SHAPES = SHAPES if DEVICE == "cuda" else {**SHAPES, **EARLY_SHAPES}
-PASSES = [pass_case(name, shape) for name, shape in PASS_SHAPES.items() if DEVICE == "cuda" or name != "pythia-70m"]
+PASSES = [pass_case(name, shape) for name, shape in (SHAPES | (EARLY_SHAPES if DEVICE == "cpu" else {})).items()]
 N_SCALED = {"cpu": 256, "cuda": 8192}[DEVICE]
 SERIES = {
     "d_sae": {n: Shape(N_SCALED, 768, n, 64) for n in (4096, 8192, 16384, 32768, 65536)},
@@ -160,7 +158,7 @@ STEPS = [
     case("whole step", name, SHAPES[name], COSTLY if DEVICE == "cpu" and name == HEADLINE else ())
     for name in STEP_NAMES
 ]
-OPTIMISER_NAMES = tuple(SHAPES) if DEVICE == "cuda" else (*STEP_NAMES, "gemma-2-2b 16k", "gemma-2-2b 65k")
+OPTIMISER_NAMES = tuple(SHAPES) if DEVICE == "cuda" else (*STEP_NAMES, "gemma-2-2b 65k")
 OPTIMISER_CASES = [case(name, shape, SHAPES[shape]) for name in list(OPERATIONS)[2:] for shape in OPTIMISER_NAMES]
 
 
