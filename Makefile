@@ -1,4 +1,4 @@
-.PHONY: check lint format imports types test test-slow test-package test-shuffle test-ttsem stale bench bench-full bench-quick
+.PHONY: check lint format imports types test test-slow test-package test-shuffle test-ttsem stale bench bench-full
 .PHONY: bench-gpu bench-compare report report-matrix
 
 check: lint imports types stale test-package test  ## what CI runs, but for the checks of the GPU kernels below
@@ -35,15 +35,12 @@ test-ttsem:  ## the GPU kernels as Triton 3.8.0 compiles them, every access chec
 stale:  ## fails where tables and plots are not those of the committed results
 	python -m benchmarks.report --check
 
-bench:  ## the most telling groups with every provider; ten minutes on 2 cores, writes nothing
+bench:  ## small shapes with every provider; three minutes on 2 cores, writes nothing
 	pytest benchmarks/
 
 bench-full:  ## every provider of every operation, then its result file, tables and plots; about 25 minutes
 	pytest benchmarks/ --full --results benchmarks/results
 	python -m benchmarks.report
-
-bench-quick:  ## small shapes, three rounds; a minute or two, writes nothing
-	pytest benchmarks/ --quick
 
 bench-compare:  ## fails where a median is 30 % above that of the last run saved on this machine, then saves this one
 	pytest benchmarks/ --benchmark-autosave --benchmark-compare --benchmark-compare-fail=median:30%

@@ -2,8 +2,8 @@
 
 By default glibc gives a large tensor's pages back to the system when it is freed, and the next call faults them in again, one
 by one: that is a third of the time of an eager dense step of 4,096 tokens. Whoever trains with another allocator, or with
-`MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_MAX_` set, does not pay it. So each provider is timed under both settings where they
-can differ, and its better one counts.
+`MALLOC_TRIM_THRESHOLD_` and `MALLOC_MMAP_MAX_` set, does not pay it. So rounds have one setting in turn, and where page faults
+cost a provider time, its better setting counts.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ FEWEST_FAULTS, SMALLEST_SHARE = 32, 0.01
 @cache
 def _libc() -> ctypes.CDLL | None:
     """Returns the C library if it is glibc, whose settings can be changed while a process runs."""
-    if not sys.platform.startswith("linux"):
+    if DEVICE != "cpu" or not sys.platform.startswith("linux"):  # a GPU has an allocator of its own
         return None
     found = ctypes.CDLL(None)
     return found if hasattr(found, "gnu_get_libc_version") and hasattr(found, "mallopt") else None
 
 
-def settings() -> tuple[str, ...]:
-    """Returns the settings under which time is measured: a GPU has an allocator of its own, which keeps its pages."""
-    return (DEFAULT, TUNED) if DEVICE == "cpu" and _libc() is not None else (DEFAULT,)
+def setting_of(number: int) -> str:
+    """Returns the setting of the round with that number."""
+    return TUNED if number % 2 and _libc() is not None else DEFAULT
 
 
 @contextmanager
@@ -69,8 +69,8 @@ def _set(libc: ctypes.CDLL, setting: str) -> None:
 
 
 def page_faults() -> int:
-    """Returns how many pages this process has been given so far; 0 where time is measured under one setting alone."""
-    if TUNED not in settings():
+    """Returns how many pages this process has been given so far; 0 where there is one setting alone."""
+    if _libc() is None:
         return 0
     import resource  # which only Unix has, as it has mallopt
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import BANDWIDTH, DEVICE, Shape, parameters, tokens
+from benchmarks.shapes import BANDWIDTH, DEVICE, Shape
 from fastsae_kernels import AutoencodeSpec, reference
 
 SPEC = AutoencodeSpec(bandwidth=BANDWIDTH)
@@ -65,24 +65,10 @@ def compiled(function: Function) -> Function:
     return torch.compile(function, dynamic=False)  # type: ignore[return-value]
 
 
-def gradients(loss: Loss, x: Tensor, p: Parameters) -> dict[str, Tensor]:
-    """One forward and backward; the gradients by name."""
-    for tensor in p.values():
-        tensor.grad = None
-    loss(x, p).backward()
-    return {name: tensor.grad for name, tensor in p.items() if tensor.grad is not None}
-
-
 def checked(shape: Shape) -> Shape:
     """The part of a shape that is compared with fp64."""
     d_sae = min(shape.d_sae, CHECKED_FEATURES, CHECKED_WEIGHTS // shape.d_in)
     return replace(shape, n_tokens=min(shape.n_tokens, CHECKED_TOKENS), d_sae=d_sae)
-
-
-def in_fp64(shape: Shape) -> tuple[Tensor, Parameters]:
-    """Tokens and parameters of a shape, widened."""
-    wide = {name: tensor.detach().double().requires_grad_() for name, tensor in parameters(shape).items()}
-    return tokens(shape).double(), wide
 
 
 @torch.no_grad()

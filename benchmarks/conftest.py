@@ -1,10 +1,9 @@
 """Collects a row for each provider, prints them after a run, and writes them where `--results DIR` says.
 
-A whole run visits all its groups in every round, in another order each time, so that no group always follows the same one. Groups
-whose times are unsteady after the last round are measured again. On a CPU only the groups that a reader needs most are measured,
-and the run ends within ten minutes; `--full`, or the names of files or tests, add the others. With `--quick` or `--minutes` a
-group has all its rounds at the time when it is reported, and with `--minutes M` no group begins after M minutes. The file is
-written anew after every round of a group, so that a run that has to end early keeps what it has measured.
+The first benchmark of a run measures all groups: it visits them in every round, in another order each time, so that no group
+always follows the same one. Groups whose times are unsteady after the last round are measured again. On a CPU only small shapes
+are measured, in less than three minutes; `--full`, or the names of files or tests, add the others. With `--minutes M` nothing
+begins after M minutes. The file is written anew after every round of a group, so that a run that ends early keeps what it has.
 """
 
 from __future__ import annotations
@@ -14,123 +13,98 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.harness import ROUNDS_PER_SLOW_ONE, Case, Group, report
-from benchmarks.shapes import DEVICE, FULL_ONLY, QUICK
-from benchmarks.writer import ResultFile, commit_of, line, machine
+from benchmarks.harness import Case, Group, report
+from benchmarks.result import Machine, ReportError, ResultFile, Row, commit_of
+from benchmarks.shapes import DEVICE, SMALL
 
 RUN = pytest.StashKey["Run"]()
 FILE = pytest.StashKey[ResultFile]()
-LEFT_OUT = pytest.StashKey[int]()
 NO_TIME = "no time left"
-AT_ONCE, QUICK_ROUNDS = (3, 9), (3, 3)  # the fewest and the most rounds of a group that has them one after the other
-AT_ONCE_S = 1.0  # no more than the fewest begin after so many seconds
-MOST_EXTRA_ROUNDS = 3  # a group whose times are unsteady is measured again so often at most
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How many rounds a whole run has, and until when.
-
-    Args:
-        rounds: The smallest number of rounds, and the largest, which is reached where there is time.
-        rounds_s: The seconds in which the rounds should end.
-        last_s: The seconds after which no group begins; those that have not begun by then are skipped and named.
-    """
-
-    rounds: tuple[int, int]
-    rounds_s: float
-    last_s: float = math.inf
-
-
-DEFAULT, FULL = Limits((3, 6), 360.0, 480.0), Limits((3, 6), 1000.0)
+# an even number has each setting of the allocator as often; the largest is reached where there is time
+FEWEST_ROUNDS, MOST_ROUNDS = 4, 6
+ROUNDS_S = {"full": 1250.0, "small": 90.0}  # the seconds after which no round begins but the fewest
+MOST_EXTRA_ROUNDS = 4  # a group whose times are unsteady is measured again so often at most
 
 
 class Run:
-    """The groups of a run, their rows, and when the last of them may begin."""
+    """The groups of a run, and their rows.
+
+    Args:
+        rounds_s: The seconds after which no round begins but the fewest.
+        last_s: The seconds after which nothing begins; groups that have not begun by then are skipped and named.
+        say: Tells the user what is measured.
+        save: Takes all rows so far, after each round of a group.
+    """
 
     def __init__(
         self,
-        limits: Limits,
+        rounds_s: float,
+        last_s: float = math.inf,
         say: Callable[[str], None] = lambda text: None,
-        save: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
-        at_once: tuple[int, int] = AT_ONCE,
+        save: Callable[[list[Row]], None] = lambda rows: None,
     ) -> None:
-        self.limits, self._say, self._save, self._at_once = limits, say, save, at_once
+        self.rounds_s, self.last_s, self._say, self._save = rounds_s, last_s, say, save
         self._started = time.monotonic()
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
         self.groups: dict[str, Group] = {}
         self.late: list[str] = []
-        self.to_visit: list[Case] = []  # the cases that have their rounds together, before the first is reported
-
-    @property
-    def is_late(self) -> bool:
-        return time.monotonic() - self._started >= self.limits.last_s
+        self.to_visit: list[Case] = []
 
     def report(self, benchmark: Any, case: Case, provider: str) -> None:
-        """Reports the time of a case's provider; the first report measures all groups that are to visit, or else its own."""
-        self._visit_all()
+        """Reports the time of a case's provider; the first report measures all groups."""
+        cases, self.to_visit = self.to_visit, []
+        if cases:
+            self._measure(cases)
         if case.group not in self.groups:
-            if self.is_late:
-                self.late += [case.group] if case.group not in self.late else []
-                pytest.skip(NO_TIME)
-            self._measure_at_once(case)
+            self.late += [case.group] if case.group not in self.late else []
+            pytest.skip(NO_TIME)
         report(benchmark, self.groups[case.group], provider)
 
     def save(self) -> None:
         self._save(self.rows)
 
-    def _measure_at_once(self, case: Case) -> None:
-        started, (fewest, most) = time.monotonic(), self._at_once
-        for n in range(most):
-            if n >= fewest and time.monotonic() - started >= AT_ONCE_S:
-                break
-            self._measure(case)
+    def _elapsed(self) -> float:
+        return time.monotonic() - self._started
 
-    def _visit_all(self) -> None:
-        cases, self.to_visit = self.to_visit, []
-        (fewest, most), seconds = self.limits.rounds if cases else (0, 0), []
-        for n in range(most):
+    def _measure(self, cases: list[Case]) -> None:
+        for n in range(MOST_ROUNDS):
             started = time.monotonic()
-            for at, case in enumerate(cases):
-                self._visit(case, f"round {n + 1} of {fewest} to {most}, {len(cases) - at} groups left")
-            now = time.monotonic()
-            seconds.append(now - started)
-            # the next round has the providers of the round before the last one, and takes as long as that did
-            if n + 1 >= fewest and now + seconds[-ROUNDS_PER_SLOW_ONE] - self._started > self.limits.rounds_s:
+            for at, case in enumerate(random.Random(n).sample(cases, len(cases)) if n else cases):
+                self._visit(case, f"round {n + 1} of {FEWEST_ROUNDS} to {MOST_ROUNDS}, {len(cases) - at} groups left")
+            # all further rounds or none, for an odd number would have one setting more often
+            further_s = (time.monotonic() - started) * (MOST_ROUNDS - n - 1)
+            if n + 1 >= FEWEST_ROUNDS and self._elapsed() + further_s > self.rounds_s:
                 break
-            random.Random(n).shuffle(cases)
         for _ in range(MOST_EXTRA_ROUNDS):
             for case in cases:
-                if case.group in self.groups and (unsteady := self.groups[case.group].unsteady()):
+                unsteady = self.groups[case.group].unsteady() if case.group in self.groups else []
+                if unsteady and self._elapsed() < self.rounds_s:
                     self._visit(case, f"again, because of {', '.join(unsteady[1:] or unsteady)}", unsteady)
         gc.unfreeze()
 
     def _visit(self, case: Case, why: str, providers: list[str] | None = None) -> None:
-        if self.is_late:
+        if self._elapsed() >= self.last_s:
             return
         self._say(f"{why}: {case.group}")
-        self._measure(case, providers)
-        gc.freeze()  # or else each round spends a second on a search through all that was imported
-
-    def _measure(self, case: Case, providers: list[str] | None = None) -> None:
         if case.group not in self.groups:
             self.groups[case.group] = Group(case)
             self.rows += [outcome.row for outcome in self.groups[case.group].outcomes.values()]
         self.groups[case.group].measure(providers)
         self.save()
+        gc.freeze()  # or else each round spends a second on a search through all that was imported
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="also write <machine>_<date>_<commit>.json to this folder")
-    parser.addoption("--full", action="store_true", help="all groups: about 25 minutes (default: the most telling, 10)")
-    parser.addoption("--quick", action="store_true", help="small shapes and three rounds alone: less than 3 minutes")
+    parser.addoption(
+        "--full", action="store_true", help="all shapes: about 25 minutes (default: small ones, 3 minutes)"
+    )
     parser.addoption("--minutes", type=float, help=f"skip the groups that have not begun by then: {NO_TIME!r}")
     parser.addoption("--commit", help="what is measured, for the file (default: of the git checkout, else `unknown`)")
 
@@ -143,32 +117,21 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    folder, minutes, is_quick = (config.getoption(name) for name in ("--results", "--minutes", "--quick"))
+    folder, minutes = config.getoption("--results"), config.getoption("--minutes")
     if folder is not None and not config.getoption("--benchmark-disable"):
-        config.stash[FILE] = ResultFile(folder, config.getoption("--commit") or commit_of())
-    limits = DEFAULT if _is_reduced(config) else FULL
-    if minutes is not None:
-        limits = Limits((0, 0), 0.0, 60 * minutes)
+        try:
+            config.stash[FILE] = ResultFile(folder, config.getoption("--commit") or commit_of())
+        except ReportError as error:
+            raise pytest.UsageError(str(error)) from None
     save = config.stash[FILE].write if FILE in config.stash else lambda rows: None
-    config.stash[RUN] = Run(limits, partial(_say, config), save, QUICK_ROUNDS if is_quick else AT_ONCE)
+    last_s = math.inf if minutes is None else 60 * minutes
+    config.stash[RUN] = Run(ROUNDS_S["small" if _is_small(config) else "full"], last_s, partial(_say, config), save)
 
 
-def _is_reduced(config: pytest.Config) -> bool:
-    """Whether groups are left out: on a CPU, unless options, files or tests say what to run."""
+def _is_small(config: pytest.Config) -> bool:
+    """Whether large shapes are left out: on a CPU, unless options, files or tests say what to run."""
     is_chosen = config.getoption("keyword") or any(Path(part.partition("::")[0]).suffix for part in config.args)
-    return DEVICE == "cpu" and not (is_chosen or config.getoption("--full") or config.getoption("--quick"))
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--quick"):
-        left_out = [item for item in items if (case := _case(item)) and case.shape_name not in QUICK]
-    elif _is_reduced(config):
-        left_out = [item for item in items if (case := _case(item)) and case.shape_name in FULL_ONLY[case.operation]]
-        config.stash[LEFT_OUT] = len({case.group for item in left_out if (case := _case(item))})
-    else:
-        return
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    return DEVICE == "cpu" and not (is_chosen or config.getoption("--full"))
 
 
 def _case(item: pytest.Item) -> Case | None:
@@ -183,18 +146,24 @@ def _say(config: pytest.Config, text: str) -> None:
         reporter.write_line(text)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _is_small(config):
+        large = [item for item in items if (case := _case(item)) and case.shape_name not in SMALL]
+        config.hook.pytest_deselected(items=large)
+        items[:] = [item for item in items if item not in large]
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    config = session.config
-    if any(config.getoption(name) for name in ("--quick", "--minutes", "--benchmark-disable", "--collect-only")):
+    if session.config.getoption("--collect-only"):
         return
     cases = [_case(item) for item in session.items if "timed" in getattr(item, "fixturenames", ())]
     groups = {case.group: case for case in cases if case is not None}.values()
     # the headline comes first: where time runs out, it is not what is missing
-    config.stash[RUN].to_visit = sorted(groups, key=lambda case: case.operation != "whole step")
+    session.config.stash[RUN].to_visit = sorted(groups, key=lambda case: case.operation != "whole step")
 
 
 @pytest.fixture
-def timed_rows(request: pytest.FixtureRequest) -> Iterator[list[dict[str, Any]]]:
+def timed_rows(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
     """The rows of this run, to be added to."""
     run = request.config.stash[RUN]
     yield run.rows
@@ -208,9 +177,7 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Case, str
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    run, left_out = config.stash[RUN], config.stash.get(LEFT_OUT, 0)
-    if left_out:
-        terminalreporter.write_line(f"{left_out} groups are left out; `--full` measures them too")
+    run = config.stash[RUN]
     if run.late:
         terminalreporter.section(f"{NO_TIME} for {len(run.late)} groups")
         for group in run.late:
@@ -219,7 +186,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.section("ratio to the baseline of each group (above 1: faster)")
     for row in run.rows:
-        terminalreporter.write_line(line(row))
-    terminalreporter.write_line(", ".join(f"{key} {value}" for key, value in machine().items()))
+        terminalreporter.write_line(row.line())
+    terminalreporter.write_line(str(Machine.here()))
     if FILE in config.stash:
         terminalreporter.write_line(f"written to {config.stash[FILE].path}")

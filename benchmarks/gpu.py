@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.writer import ROOT, commit_of, line, newest
+from benchmarks.result import ROOT, all_in, commit_of
 
 MINUTES = 10.0
 TESTS_SHARE = 0.4  # of the time, at most
@@ -215,8 +215,8 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(text for part in parts for text in part.described()), flush=True)
     if arguments.only != "tests":
         parts += run_benchmarks(logs, results, commit, deadline)
-        measured = newest(results)
-        print("\n".join(line(row) for row in measured["results"]) if measured else "nothing was measured")
+        measured = max(all_in(results), key=lambda result: result.finished, default=None)
+        print("\n".join(row.line() for row in measured.rows) if measured else "nothing was measured")
     failed = [part for part in parts if not part.is_good]
     for part in failed:
         print(part.described()[0])

@@ -3,22 +3,22 @@
 A machine's speed drifts: by a tenth in a minute, by more in a quarter of an hour, and one call differs from the next by up to a
 third, depending on where its arrays happen to lie. Some of the differences that count are smaller than that. So a group is
 measured in several rounds. A round makes every provider anew and times a few calls of each, in an order that changes from round
-to round; a whole run visits all its groups in every round, so that the rounds of a group are minutes apart. The spread in a row
-is that of all rounds, and a ratio compares two providers in the same round.
-
-In a training run a step follows another one like it, so the first call in a round, which finds caches and heap as another
-provider left them, counts only where calls are long. A slow provider takes part in every second round. A provider to which page
-faults cost time is timed under both settings of `benchmarks.allocator`, and the better one counts.
+to round; a run visits all its groups in every round, so that the rounds of a group are minutes apart. The spread in a row is
+that of all rounds, and a ratio compares two providers in the same round. Rounds have one setting of `benchmarks.allocator` in
+turn: a provider to which page faults cost time has the better one in its row.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import random
+import statistics
 import time
 import traceback
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from typing import Any
 
@@ -28,31 +28,19 @@ from torch import Tensor
 
 from benchmarks import allocator, peak
 from benchmarks.floor import Work
-from benchmarks.outcome import Outcome
 from benchmarks.peak import memory_bytes
+from benchmarks.result import Row
 from benchmarks.shapes import DEVICE, Shape
-from benchmarks.writer import clock_mhz
 
 CALLS_S = 0.1  # a provider's calls in a round take about so long together
 MOST_CALLS = 50  # a round has no more calls of a provider than this
+LONG_S = 1.0  # where calls take longer, a cold cache costs next to nothing, so a round's first call counts
 MOST_REPEATS = 4  # calls are repeated so often at most while page faults show that their memory is still being found
-WARM_CALLS = {"cpu": 0, "cuda": 3}[DEVICE]  # they compile and tune; ours is dense until it has counted
-ROUNDS_PER_SLOW_ONE = 2  # slow providers take part in every second round
+WARM_CALLS = {"cpu": 1, "cuda": 3}[DEVICE]  # they compile and tune; ours is dense until it has counted
 FLUSHED_BYTES = 2**28  # no cache of a GPU holds more
 MOST_GRAPHS = 256  # a compiled function has one for each shape; those of an earlier round are not compiled again
 MEMORY_SHARE = 0.5  # the share of the memory that all providers of a group may keep; their calls take more
 Call = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A call that takes what `before` returns, which is made again each time, and is not timed."""
-
-    before: Callable[[], Any]
-    timed: Callable[[Any], object]
-
-    def __call__(self) -> object:
-        return self.timed(self.before())
 
 
 @dataclass(frozen=True)
@@ -74,41 +62,101 @@ class Provider:
 
 @dataclass(frozen=True)
 class Case:
-    """An operation at a shape; its providers, the first of which is the baseline of the ratios."""
+    """An operation at a shape; its providers, the first of which is the baseline of the ratios.
+
+    Args:
+        operation: The operation, whose groups share a table.
+        shape_name: The name of the shape.
+        shape: The sizes.
+        providers: The providers by name.
+        dtype: The dtype of all providers, where a group has one for each.
+        work: Returns what the operation cannot do without, given the dtype of a provider.
+        x: The place in a series.
+        subject: What is compared, where an operation has several groups at a shape.
+        goal: How many times as fast as the baseline ours should be.
+    """
 
     operation: str
     shape_name: str
     shape: Shape
     providers: dict[str, Provider] = field(hash=False, compare=False)
     dtype: str = ""
-    work: Callable[[str], Work] | None = field(default=None, hash=False, compare=False)  # takes the dtype of a provider
-    x: float | None = None  # of a series
+    work: Callable[[str], Work] | None = field(default=None, hash=False, compare=False)
+    x: float | None = None
+    subject: str = ""
+    goal: float | None = None
 
     @property
     def group(self) -> str:
         """What the tables are grouped by."""
-        return ", ".join(part for part in (self.operation, self.shape_name, self.dtype) if part)
+        return ", ".join(part for part in (self.operation, self.subject, self.shape_name, self.dtype) if part)
 
     def fits_in_memory(self) -> bool:
         """Returns whether all providers can be alive at a time, each with weights, gradients and Adam's moments."""
         s = self.shape
         return 2 * s.d_in * s.d_sae * 16 * len(self.providers) < MEMORY_SHARE * memory_bytes()
 
-    def work_of(self, provider: str) -> Work | None:
-        """Returns what the operation cannot do without in a provider's own dtype; None where nothing is known of that."""
-        return self.work(self.providers[provider].dtype or self.dtype) if self.work else None
-
-    def row(self, provider: str) -> dict[str, Any]:
+    def row(self, provider: str) -> Row:
         """Returns what a result file says of a provider before it is timed."""
-        s = self.shape
-        return {
-            "operation": self.operation, "group": self.group, "shape": self.shape_name, "is_cut": s.is_cut,
-            "n_tokens": s.n_tokens, "d_in": s.d_in, "d_sae": s.d_sae, "l0": s.l0, "x": self.x,
-            "dtype": self.providers[provider].dtype or self.dtype, "provider": provider,
-            "baseline": next(iter(self.providers)), "status": "ok", "reason": None, "error": None, "error_limit": None,
-            "median_s": None, "iqr_s": None, "allocator": None, "other_median_s": None, "rounds": 0, "calls": 0,
-            "speedup": None, "speedup_iqr": None, "peak_mib": None, "floor_s": None, "gather_floor_s": None, "clock_mhz": None,
-        }  # fmt: skip
+        dtype, baseline = self.providers[provider].dtype or self.dtype, next(iter(self.providers))
+        about = {"subject": self.subject, "goal": self.goal, "x": self.x}
+        row = Row(self.operation, self.group, self.shape_name, **asdict(self.shape), dtype=dtype, provider=provider,
+                  baseline=baseline, **about)  # fmt: skip
+        if self.work is not None:
+            work = self.work(dtype)
+            row.floor_s = work.floor_s()
+            row.gather_floor_s = work.floor_s(with_gathers=True) if work.gathered_bytes else None
+        return row
+
+
+@dataclass
+class Outcome:
+    """A provider's row, and the seconds of each counted call by the number of the round."""
+
+    row: Row
+    rounds: dict[int, list[float]] = field(default_factory=dict)
+    has_faults: bool = False  # whether the allocator's setting makes a difference
+    n_calls: int = 0  # the same in every round, or rounds in the machine's fast minutes would outweigh the others
+
+    def by_setting(self) -> dict[str, dict[int, list[float]]]:
+        """Returns the rounds under each setting, the better one first; one setting where they make no difference."""
+        found: dict[str, dict[int, list[float]]] = {}
+        for n, seconds in self.rounds.items():
+            found.setdefault(allocator.setting_of(n) if self.has_faults else "", {})[n] = seconds
+        return dict(sorted(found.items(), key=lambda item: median(item[1])))
+
+    def reject(self, status: str, reason: str) -> None:
+        """Marks the row as red or skipped: it has no time."""
+        self.row.status, self.row.reason, self.rounds = status, reason, {}
+        self.row.median_s = self.row.iqr_s = self.row.other_median_s = self.row.speedup = self.row.allocator = None
+
+    def fill_in(self, baseline: Outcome) -> None:
+        """Writes into the row what the calls say so far."""
+        if not self.rounds:
+            return
+        row, (setting, rounds), *others = self.row, *self.by_setting().items()
+        calls = [seconds for found in rounds.values() for seconds in found]
+        row.median_s, row.iqr_s, row.rounds, row.calls = median(rounds), iqr(calls), len(rounds), len(calls)
+        if others:
+            row.allocator, row.other_median_s = setting, median(others[0][1])
+        row.speedup = None  # the baseline may have failed since
+        if baseline.rounds:
+            their_rounds = next(iter(baseline.by_setting().values()))
+            ratios = [median({n: their_rounds[n]}) / median({n: rounds[n]}) for n in rounds if n in their_rounds]
+            row.speedup = statistics.median(ratios) if ratios else median(their_rounds) / row.median_s
+
+
+def median(rounds: dict[int, list[float]]) -> float:
+    """Returns the median of all calls."""
+    return statistics.median(seconds for calls in rounds.values() for seconds in calls)
+
+
+def iqr(values: list[float]) -> float | None:
+    """Returns the distance between the quartiles; None for fewer than two values."""
+    if len(values) < 2:
+        return None
+    quartiles = statistics.quantiles(values, n=4, method="inclusive")
+    return quartiles[2] - quartiles[0]
 
 
 class Group:
@@ -120,149 +168,111 @@ class Group:
 
     def unsteady(self) -> list[str]:
         """Returns the baseline and the providers whose times differ too much for one number; nothing if there are none."""
-        found = [name for name, outcome in self.outcomes.items() if outcome.is_unsteady]
+        found = [name for name, outcome in self.outcomes.items() if outcome.row.is_unsteady]
         return list(dict.fromkeys([next(iter(self.outcomes)), *found])) if found else []
 
     def measure(self, providers: Collection[str] | None = None) -> None:
-        """Measures one round; an error while calls are timed leaves the whole group red.
+        """Measures one round.
 
         Args:
-            providers: The names of those that take part; by default all, but the slow ones only in every second round.
+            providers: The names of those that take part; by default all.
         """
-        if providers is None:
-            is_for_all = self.n_rounds % ROUNDS_PER_SLOW_ONE == 0
-            providers = [name for name, outcome in self.outcomes.items() if is_for_all or not outcome.is_slow]
-        names = [name for name, outcome in self.outcomes.items() if name in providers and outcome.row["status"] == "ok"]
-        try:
-            with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
-                # what is too large to stand beside others is timed alone
-                for together in [names] if self.case.fits_in_memory() else [[name] for name in names]:
-                    self._measure(together)
-                    gc.collect()  # what they kept
-        except Exception as error:  # measuring the group again would end the same way
-            traceback.print_exc()
-            for outcome in self.outcomes.values():
-                outcome.reject("red", _first_line(error))
-        self.n_rounds += 1
+        number, self.n_rounds = self.n_rounds, self.n_rounds + 1
+        names = [name for name in self.outcomes if providers is None or name in providers]
+        with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+            # what is too large to stand beside others is timed alone
+            for together in [names] if self.case.fits_in_memory() else [[name] for name in names]:
+                self._measure(together, number)
+                gc.collect()  # what they kept
         baseline = next(iter(self.outcomes.values()))
-        for name, outcome in self.outcomes.items():
-            outcome.fill_in(baseline, self.case.work_of(name))
+        for outcome in self.outcomes.values():
+            outcome.fill_in(baseline)
 
-    def _measure(self, names: list[str]) -> None:
-        made = {name: self._made(name) for name in names}
-        calls = {name: call for name, call in made.items() if call is not None}
+    def _measure(self, names: list[str], number: int) -> None:
+        calls: dict[str, Call] = {}
+        for name in names:
+            with self._guarded(name):
+                if self._may_run(name, number):
+                    calls[name] = self.case.providers[name].make()
         if DEVICE == "cuda":
             _flushed()  # is nobody's peak
         gc.collect()
-        order = random.Random(self.n_rounds)
-        for setting in allocator.settings():
-            due = [name for name in calls if self.outcomes[name].is_due(setting)]
-            with allocator.use(setting):
-                for name in order.sample(due, len(due)):
-                    if self.n_rounds == 0 and setting == allocator.DEFAULT:
-                        _time_first_calls(calls[name], self.outcomes[name])
-                    else:
-                        _time_calls(calls[name], self.outcomes[name], self.n_rounds, setting)
-        for name in calls:
-            self.outcomes[name].row["clock_mhz"] = clock_mhz()
+        with allocator.use(allocator.setting_of(number)):
+            for name in random.Random(number).sample(list(calls), len(calls)):
+                with self._guarded(name):
+                    _time(calls[name], self.outcomes[name], number)
 
-    def _made(self, name: str) -> Call | None:
-        """The call, once its numbers are right and it has run; None, and a reason in the row, where there is none."""
+    def _may_run(self, name: str, number: int) -> bool:
+        """Whether nothing stands against it; before its first round its numbers are compared."""
         provider, outcome = self.case.providers[name], self.outcomes[name]
-        row, is_first, is_compiled = outcome.row, not outcome.rounds, "compiled" in name
-        if provider.skip and (reason := provider.skip()):
-            outcome.reject("skipped", reason)
-            return None
+        row = outcome.row
+        if number == 0 and row.status == "ok":
+            if provider.skip and (reason := provider.skip()):
+                outcome.reject("skipped", reason)
+            elif provider.check is not None:
+                row.error, row.error_limit = provider.check()
+                if not row.error <= row.error_limit:
+                    limit = f"over the limit of {row.error_limit:.2g}"
+                    outcome.reject("red", f"error {row.error:.2g} against fp64, {limit}")
+        return row.status == "ok"
+
+    @contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
+        """An error leaves the provider without a time, and the others have theirs."""
         try:
-            if provider.check is not None and is_first:
-                row["error"], row["error_limit"] = provider.check()
-            if row["error"] is not None and not row["error"] <= row["error_limit"]:
-                limit = f"over the limit of {row['error_limit']:.2g}"
-                outcome.reject("red", f"error {row['error']:.2g} against fp64, {limit}")
-                return None
-            call = provider.make()
-            for _ in range(max(WARM_CALLS, int(is_first and is_compiled))):
-                call()
-                if DEVICE == "cuda":
-                    torch.cuda.synchronize()
-            if is_first or not outcome.is_slow:  # for a slow one, the first timed call finds the round's memory
-                _make_first_call(call, outcome, self.n_rounds)
+            yield
         except torch.OutOfMemoryError as error:
-            outcome.reject("skipped", f"out of memory: {str(error).splitlines()[0]}")
-            return None
+            self.outcomes[name].reject("skipped", f"out of memory: {str(error).splitlines()[0]}")
         except Exception as error:
-            if is_compiled and "compiler" in str(error).lower():
-                outcome.reject("skipped", f"torch.compile needs a C++ compiler: {_first_line(error)}")
-            else:  # the others shall have their times
+            first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+            if "compiled" in name and "compiler" in str(error).lower():
+                self.outcomes[name].reject("skipped", f"torch.compile needs a C++ compiler: {first_line}")
+            else:
                 traceback.print_exc()
-                outcome.reject("red", _first_line(error))
-            return None
-        return call
+                self.outcomes[name].reject("red", first_line)
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def _time(call: Call, outcome: Outcome, number: int) -> None:
+    """Adds the seconds of each call that counts in the round.
 
-
-def _make_first_call(call: Call, outcome: Outcome, number: int) -> None:
-    """Makes the first call of a round, which counts where calls are long."""
-    (first,) = _seconds(call, 1)
-    outcome.fastest = min(outcome.fastest, first)
-    if outcome.is_long and outcome.is_due(allocator.DEFAULT):
-        outcome.take(allocator.DEFAULT, number, [first])
-
-
-def _time_first_calls(call: Call, outcome: Outcome) -> None:
-    """Tells the peak too, since earlier calls have made what stays, such as an optimiser's moments, and what pages cost."""
-    with peak.measured() as found:
-        call()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-    outcome.row["peak_mib"] = found.mib
-    faults = _time_calls(call, outcome, 0)
-    if allocator.TUNED in allocator.settings() and allocator.matters(faults, outcome.fastest):
-        outcome.by_setting[allocator.TUNED] = {}
-
-
-def _time_calls(call: Call, outcome: Outcome, number: int, setting: str = allocator.DEFAULT) -> float:
-    """Adds the seconds of each call that counts in the round; returns the page faults of one."""
-    (first,), faults = _seconds_and_faults(call, 1)
-    outcome.fastest, counted = min(outcome.fastest, first), [first]
-    outcome.n_calls = outcome.n_calls or max(1, min(MOST_CALLS, round(CALLS_S / first)))
-    if not outcome.is_long:
-        counted, faults = _seconds_and_faults(call, outcome.n_calls)
-    for _ in range(MOST_REPEATS if setting == allocator.TUNED else 0):
-        if not allocator.matters(faults, counted[-1]):
-            break  # all the memory that it keeps has been found
-        counted, faults = _seconds_and_faults(call, outcome.n_calls)
-    outcome.take(setting, number, counted)
-    return faults
-
-
-def _seconds_and_faults(call: Call, count: int) -> tuple[list[float], float]:
-    """Seconds of each of so many calls, and the page faults of one."""
-    before = allocator.page_faults()
-    seconds = _seconds(call, count)
-    return seconds, (allocator.page_faults() - before) / count
+    In a training run a step follows another one like it, so a round's first call, which finds caches and heap as another
+    provider left them, counts only where calls are long. Under a setting that keeps memory, calls count once it was found.
+    """
+    is_first, is_tuned = number == 0, allocator.setting_of(number) == allocator.TUNED
+    if is_first:  # what stays, such as an optimiser's moments, is no part of the peak
+        for _ in range(WARM_CALLS):
+            call()
+        with peak.measured() as found:
+            _seconds(call, 1)
+        outcome.row.peak_mib = found.mib
+    elif DEVICE == "cuda":
+        _seconds(call, WARM_CALLS)
+    faults, seconds = math.inf, _seconds(call, 1)
+    outcome.n_calls = outcome.n_calls or max(1, min(MOST_CALLS, round(CALLS_S / seconds[0])))
+    if is_tuned or seconds[0] < LONG_S:
+        for _ in range(MOST_REPEATS if is_tuned else 1):
+            if not allocator.matters(faults, seconds[-1]):
+                break
+            before = allocator.page_faults()
+            seconds = _seconds(call, outcome.n_calls)
+            faults = (allocator.page_faults() - before) / len(seconds)
+    if is_first:
+        outcome.has_faults = allocator.setting_of(1) != allocator.DEFAULT and allocator.matters(faults, seconds[-1])
+    outcome.rounds[number] = seconds
 
 
 def _seconds(call: Call, count: int) -> list[float]:
     """Seconds of each of so many calls, on the device's own clock where that is a GPU, whose caches are emptied first."""
     if DEVICE == "cpu":
-        return [_host_seconds(_ready(call)) for _ in range(count)]
+        return [_host_seconds(call) for _ in range(count)]
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
     for start, end in events:
-        ready = _ready(call)
         _flushed().zero_()  # the host gets ahead of the device meanwhile: launches are not timed, unless they are the bottleneck
         start.record()
-        ready()
+        call()
         end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) / 1e3 for start, end in events]
-
-
-def _ready(call: Call) -> Call:
-    return partial(call.timed, call.before()) if isinstance(call, Prepared) else call
 
 
 def _host_seconds(call: Call) -> float:
@@ -293,8 +303,8 @@ def report(benchmark: Any, group: Group, provider: str) -> None:
     """Ends every benchmark: it fails where the provider is wrong, skips where it cannot run, else reports its time."""
     outcome = group.outcomes[provider]
     benchmark.group = group.case.group
-    if outcome.row["status"] == "red":
-        pytest.fail(f"{benchmark.group}: {provider}: {outcome.row['reason']}")
-    if outcome.row["status"] == "skipped":
-        pytest.skip(f"{provider}: {outcome.row['reason']}")
-    replay(benchmark, outcome.calls)
+    if outcome.row.status == "red":
+        pytest.fail(f"{benchmark.group}: {provider}: {outcome.row.reason}")
+    if outcome.row.status == "skipped":
+        pytest.skip(f"{provider}: {outcome.row.reason}")
+    replay(benchmark, [seconds for calls in next(iter(outcome.by_setting().values())).values() for seconds in calls])

@@ -13,8 +13,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.drawing import Plot, digest_of, draw, plots
-from benchmarks.result import ReportError, newest_of_each_machine
+from benchmarks.plots import draw, mark_in, mark_of, plotted
+from benchmarks.result import ReportError, Result, newest_of_each_machine
 from benchmarks.tables import NONE, all_tables, figures, headline_table
 
 HERE = Path(__file__).parent
@@ -33,23 +33,21 @@ stands between two markers, the first of which names it:
   2. Write what follows from the files:            python -m benchmarks.report
   3. Commit results, tables and plots together.    CI runs: python -m benchmarks.report --check
 
-A plot is drawn again only where its data changed; delete the file to force it. Drawing needs matplotlib
-(pip install -e ".[plots]"), --check does not: each SVG carries a digest of the data that it shows.
+A plot is drawn again only where the result changed; delete the file to force it. Drawing needs matplotlib
+(pip install -e ".[plots]"), --check does not: each SVG names the result that it shows.
 Exit status: 0 done, or nothing stale; 1 something is stale, or a file cannot be used; 2 wrong arguments."""
 
 
-def texts(folder: Path, readme: Path) -> tuple[dict[Path, str], dict[Path, Plot]]:
-    """Returns what the text files should hold, and the plots, by path.
+def texts(results: list[Result], folder: Path, readme: Path) -> dict[Path, str]:
+    """Returns what both READMEs should hold.
 
     Raises:
-        ReportError: A result file, or a README's markers, cannot be used.
+        ReportError: A README's markers cannot be used.
     """
-    results = newest_of_each_machine(folder / "results")
     link = Path(os.path.relpath(folder, readme.parent)).as_posix()
     blocks = {folder / "README.md": all_tables(results), readme: headline_table(results, link)}
     values = figures(results)
-    expected = {path: with_figures(with_block(path, block), path, values) for path, block in blocks.items()}
-    return expected, {folder / "plots" / name: plot for name, plot in plots(results).items()}
+    return {path: with_figures(with_block(path, block), path, values) for path, block in blocks.items()}
 
 
 def with_block(readme: Path, block: str) -> str:
@@ -85,11 +83,12 @@ def with_figures(text: str, readme: Path, values: dict[str, str]) -> str:
     return FIGURE.sub(lambda found: f"{OPEN}{found[1]} -->{values[found[1]]}{CLOSE}", text)
 
 
-def stale_plots(expected: dict[Path, Plot], folder: Path) -> tuple[list[Path], list[Path]]:
+def stale_plots(results: list[Result], folder: Path) -> tuple[list[str], list[Path]]:
     """Returns plots to draw, and plots that show what no result has any more; files that this did not draw are left alone."""
-    found = {path: digest_of(_read(path)) for path in sorted(folder.glob("*.svg"))}
-    to_draw = [path for path, plot in expected.items() if found.get(path) != plot.digest()]
-    return to_draw, [path for path, digest in found.items() if digest is not None and path not in expected]
+    expected = {name: mark_of(result) for name, (result, _) in plotted(results).items()}
+    found = {path.name: mark_in(_read(path)) for path in sorted(folder.glob("*.svg"))}
+    to_draw = [name for name, mark in expected.items() if found.get(name) != mark]
+    return to_draw, [folder / name for name, mark in found.items() if mark is not None and name not in expected]
 
 
 def main(argv: list[str] | None = None, folder: Path = HERE, readme: Path = README) -> int:
@@ -99,19 +98,21 @@ def main(argv: list[str] | None = None, folder: Path = HERE, readme: Path = READ
     )
     parser.add_argument("--check", action="store_true", help="write nothing; name what is stale and exit with 1")
     is_check = parser.parse_args(argv).check
+    plots = folder / "plots"
     try:
-        expected, plotted = texts(folder, readme)
-        written = {path: text for path, text in expected.items() if _read(path) != text}
-        to_draw, to_remove = stale_plots(plotted, folder / "plots")
+        results = newest_of_each_machine(folder / "results")
+        written = {path: text for path, text in texts(results, folder, readme).items() if _read(path) != text}
+        to_draw, to_remove = stale_plots(results, plots)
         if is_check:
-            return _tell_stale([*written, *to_draw, *to_remove])
+            return _tell_stale([*written, *(plots / name for name in to_draw), *to_remove])
         if to_draw and find_spec("matplotlib") is None:  # before anything is written
             raise ReportError('the plots need matplotlib: pip install -e ".[plots]"')
     except ReportError as error:
         print(f"benchmarks.report: error: {error}", file=sys.stderr)
         return 1
-    for path, text in {**written, **{path: draw(plotted[path]) for path in to_draw}}.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    plots.mkdir(exist_ok=True)
+    written |= {plots / name: draw(*plotted(results)[name]) for name in to_draw}
+    for path, text in written.items():
         path.write_text(text, encoding="utf-8", newline="\n")
         print(f"written: {path}")
     for path in to_remove:

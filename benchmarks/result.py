@@ -1,33 +1,45 @@
-"""Reads the benchmarks' result files, and compares the rows of a group."""
+"""A run's result: one row for each provider of each group, written while it is measured and read for the tables."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import re
-from dataclasses import dataclass, field, fields
-from datetime import datetime
+import subprocess
+import time
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from functools import cached_property
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.outcome import is_unsteady
+import torch
+
+from benchmarks import floor
 
 OPERATIONS = (  # in the order of the tables
-    "whole step", "forward+backward", "backward", "inference", "encode", "top-k", "batch top-k", "decode", "epoch",
+    "whole step", "forward+backward", "peers before and after", "encode", "top-k", "batch top-k", "decode", "epoch",
     "trainer overhead", "scaling with d_sae", "scaling with L0",
 )  # fmt: skip
-PYTORCH = ("dense", "F.linear", "embedding_bag")  # how the names of its providers begin
-PEERS = ("sae-lens", "eai-sparsify", "dictionary-learning")
-RERUN = "run the benchmarks again, or delete the file"
+PEERS = "peers before and after"
+MAX_SPREAD = 0.5  # where the IQR is a larger share of the median, the median says little
+ROOT, CPUINFO = Path(__file__).parents[1], Path("/proc/cpuinfo")
 Kind = Literal["fused", "dense", "peer", "tiles", "other"]
+OURS = ("fused", "accelerated")  # how the names of providers begin
+PYTORCH = ("dense", "F.linear", "embedding_bag")
+PEER_PACKAGES = ("sae-lens", "eai-sparsify", "dictionary-learning")
 
 
 class ReportError(Exception):
     """What the user has to put right, in one line."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
-    """One provider's time and error in a group; the fields are those of the file that the tables use."""
+    """One provider's time and error in a group."""
 
     operation: str
     group: str
@@ -39,8 +51,11 @@ class Row:
     dtype: str
     provider: str
     baseline: str
-    status: str
+    status: str = "ok"  # or "red", where its numbers are wrong, or "skipped"
     is_cut: bool = False
+    subject: str = ""  # what is compared, where an operation has several groups at a shape
+    goal: float | None = None  # how many times as fast as the baseline it should be
+    x: float | None = None  # of a series
     reason: str | None = None
     error: float | None = None
     error_limit: float | None = None
@@ -48,39 +63,56 @@ class Row:
     iqr_s: float | None = None
     allocator: str | None = None  # the setting under which it was faster, where it was timed under both
     other_median_s: float | None = None  # under the other setting
+    rounds: int = 0
+    calls: int = 0
     speedup: float | None = None  # over the baseline: median of the rounds' ratios
     peak_mib: float | None = None
     floor_s: float | None = None
     gather_floor_s: float | None = None
-    clock_mhz: float | None = None  # after the group
-    x: float | None = None
     commit: str | None = None  # where it is not the file's: a partial run keeps the rows that it does not replace
 
     @property
     def kind(self) -> Kind:
-        """Who did it: we; dense PyTorch; another library, by its version; our own dense path, asked for; or a part of it."""
-        if self.provider.startswith("fused"):
+        """Who did it: we; dense PyTorch; another library, by its name; our own dense path, asked for; or a part of it."""
+        if self.provider.startswith(OURS):
             return "fused"
         if self.provider.startswith("dense in "):
             return "tiles"
         if self.provider.startswith(PYTORCH):
             return "dense"
-        return "peer" if self.provider.startswith(PEERS) or re.search(r" v?\d+\.\d+", self.provider) else "other"
+        return "peer" if self.provider.startswith(PEER_PACKAGES) else "other"
 
     @property
     def is_unsteady(self) -> bool:
         """Whether its calls are too far apart for its median to be claimed or compared."""
-        return is_unsteady(self.median_s, self.iqr_s)
+        return self.median_s is not None and self.iqr_s is not None and self.iqr_s > MAX_SPREAD * self.median_s
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether it has a time that may be claimed."""
+        return self.median_s is not None and not self.is_unsteady
 
     @property
     def ms(self) -> float:
         """The median of a row that has one."""
         return (self.median_s or 0.0) * 1e3
 
+    def line(self) -> str:
+        """Returns time, ratio to the baseline (above 1: faster), error against fp64, and peak memory beyond the start."""
+        name = f"{self.group:58} {self.provider:28}"
+        if self.status != "ok" or self.median_s is None:
+            return f"{name} {self.status}: {self.reason}"
+        times = f"{self.ms:9.3f} ms  IQR {(self.iqr_s or 0) * 1e3:8.3f}" + " (unsteady)" * self.is_unsteady
+        speedup = f"{self.speedup:6.2f}x" if self.speedup else "      -"
+        error = "" if self.error is None else f"  error {self.error:.1e}"
+        memory = "" if self.peak_mib is None else f"  peak {self.peak_mib:7.1f} MiB"
+        share = f"  {self.floor_s / self.median_s:4.0%} of the floor" if self.floor_s else ""
+        return f"{name} {times} {speedup}{error}{memory}{share}"
+
 
 @dataclass(frozen=True)
 class Machine:
-    """What the numbers were measured on; the fields are those of the file."""
+    """What the numbers were measured on."""
 
     processor: str
     threads: int
@@ -93,7 +125,27 @@ class Machine:
     cuda: str | None = None
     copy_gb_per_s: float | None = None
     gemm_tflop_per_s: dict[str, float] = field(default_factory=dict)
-    clock_mhz: float | None = None
+
+    @classmethod
+    def here(cls) -> Machine:
+        """Returns this machine, whose rates are measured the first time."""
+        has_gpu = torch.cuda.is_available()
+        return cls(
+            processor=processor(CPUINFO.read_text() if CPUINFO.exists() else ""),
+            capability=torch.backends.cpu.get_cpu_capability(),
+            bf16_units=getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)(),
+            threads=torch.get_num_threads(),
+            gpu=torch.cuda.get_device_name() if has_gpu else None,
+            python=platform.python_version(),
+            torch=torch.__version__,
+            # some builds are installed under another name, so metadata would not find it
+            triton=import_module("triton").__version__ if find_spec("triton") else None,
+            cuda=torch.version.cuda,
+            copy_gb_per_s=floor.copy_gb_per_s(),
+            gemm_tflop_per_s={
+                dtype: floor.product_tflop_per_s(dtype) for dtype in ("fp32", *(("tf32",) if has_gpu else ()), "bf16")
+            },
+        )
 
     @property
     def name(self) -> str:
@@ -110,17 +162,45 @@ class Machine:
         return ", ".join(f"{name} {version}" for name, version in found.items() if version)
 
 
-@dataclass(frozen=True)
+def processor(cpuinfo: str) -> str:
+    """Returns its name, with what tells two generations apart that go by the same name in a virtual machine."""
+    about = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", cpuinfo, re.MULTILINE))
+    if "model name" not in about:
+        return platform.processor() or platform.machine()
+    numbers = [f"{name.removeprefix('cpu ')} {about[name]}" for name in ("cpu family", "model") if name in about]
+    return " ".join([about["model name"].strip(), *numbers])
+
+
+def commit_of(root: Path = ROOT) -> str:
+    """Returns a checkout's short hash; `unknown` outside of one, also where the copy lies inside another repository."""
+    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    if not (root / ".git").exists():
+        return "unknown"
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    except OSError:  # no git on this machine
+        return "unknown"
+
+
+@dataclass
 class Result:
-    """One result file."""
+    """One result file; `write` writes it anew, so that a killed run loses little."""
 
     path: Path
     machine: Machine
     commit: str
     date: str
-    finished: datetime
+    finished: str  # ISO 8601, UTC
     seconds: float
     rows: list[Row] = field(repr=False)
+
+    def write(self) -> None:
+        content = {key: value for key, value in asdict(self).items() if key not in ("path", "rows")}
+        content["results"] = [asdict(row) for row in self.rows]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        aside = self.path.with_suffix(".tmp")
+        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, self.path)  # whoever reads it, or kills this process, finds a whole file
 
     @property
     def commits(self) -> str:
@@ -136,6 +216,7 @@ class Result:
         found = dict.fromkeys(row.operation for row in self.rows)
         return [*(known for known in OPERATIONS if known in found), *(new for new in found if new not in OPERATIONS)]
 
+    @cached_property
     def groups(self) -> dict[str, list[Row]]:
         """Rows that are compared with one another."""
         found: dict[str, list[Row]] = {}
@@ -143,10 +224,92 @@ class Result:
             found.setdefault(row.group, []).append(row)
         return found
 
-    def file_name_of(self, operation: str) -> str:
+    def plot_of(self, operation: str) -> str:
         """The name of an operation's plot."""
         machine = re.sub(r"[^A-Za-z0-9.]+", "-", self.machine.name).strip("-")
         return f"{machine}_{re.sub('[^a-zA-Z0-9_]+', '-', operation)}.svg"
+
+
+class ResultFile:
+    """The result file of this run in a folder.
+
+    Groups that the newest earlier file of this machine holds and this run does not measure are kept, each row with its
+    commit, and the seconds they took with them.
+    """
+
+    def __init__(self, folder: Path, commit: str) -> None:
+        self.folder, self.commit, self._started = folder, commit, time.time()
+        self._found = all_in(folder)  # at once: a file that cannot be read should not end a run of many minutes
+        self._earlier: Result | None = None
+        self._result: Result | None = None
+
+    @property
+    def path(self) -> Path | None:
+        return self._result and self._result.path
+
+    def write(self, rows: list[Row]) -> None:
+        """Writes all rows of the run so far."""
+        now = datetime.now(timezone.utc)
+        if self._result is None:
+            machine, date = Machine.here(), str(now.date())
+            stem = "-".join((machine.gpu or machine.processor).split())
+            earlier = [result for result in self._found if result.path.name.startswith(f"{stem}_")]
+            self._earlier = max(earlier, key=lambda result: result.finished, default=None)
+            path = self.folder / f"{stem}_{date}_{self.commit}.json"
+            self._result = Result(path, machine, self.commit, date, "", 0.0, [])
+        measured, kept = {row.group for row in rows}, []
+        for row in self._earlier.rows if self._earlier else []:
+            row.commit = row.commit or self._earlier.commit
+            kept += [row] if row.group not in measured else []
+        for row in rows:
+            row.commit = self.commit
+        self._result.rows, self._result.finished = rows + kept, now.isoformat(timespec="seconds")
+        self._result.seconds = round(time.time() - self._started) + (self._earlier.seconds if kept else 0)
+        self._result.write()
+
+
+def all_in(folder: Path) -> list[Result]:
+    """Reads all result files in a folder.
+
+    Raises:
+        ReportError: A file cannot be read as one.
+    """
+    return [read(path) for path in sorted(folder.glob("*.json"))]
+
+
+def newest_of_each_machine(folder: Path) -> list[Result]:
+    """Reads the last run on each machine: those with a GPU first, then by name.
+
+    Raises:
+        ReportError: There is no result, or a file that cannot be read as one.
+    """
+    newest = {result.machine.name: result for result in sorted(all_in(folder), key=lambda r: (r.date, r.finished))}
+    if not newest:
+        raise ReportError(f"{folder}: no result files; `pytest benchmarks/ --results {folder}` writes one")
+    return sorted(newest.values(), key=lambda result: (result.machine.gpu is None, result.machine.name))
+
+
+def read(path: Path) -> Result:
+    """Reads one file.
+
+    Raises:
+        ReportError: It is no JSON, or not of that form.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rows = [_known(Row, values) for values in content.pop("results")]
+        return Result(path, _known(Machine, content.pop("machine")), rows=rows, **content)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"not a result file ({type(error).__name__}: {error})"
+        raise ReportError(f"{path}: {reason}; run the benchmarks again, or delete the file") from None
+
+
+def _known(kind: type, values: dict[str, Any]) -> Any:
+    names = {f.name for f in fields(kind)}
+    return kind(**{name: value for name, value in values.items() if name in names})
+
+
+# ---- comparisons
 
 
 def faster_by(row: Row | None, other: Row | None) -> float | None:
@@ -154,27 +317,16 @@ def faster_by(row: Row | None, other: Row | None) -> float | None:
 
     None where one of them has no time, or an unsteady one.
     """
-    if row is None or other is None or fastest([row]) is None or fastest([other]) is None:
+    if row is None or other is None or not (row.is_sound and other.is_sound):
         return None
-    if row.speedup is not None and row.baseline == other.provider:
+    if row.speedup is not None and row.group == other.group and row.baseline == other.provider:
         return row.speedup
     return other.ms / row.ms
 
 
-def baseline_of(row: Row, group: list[Row]) -> Row | None:
-    return next((other for other in group if other.provider == row.baseline), None)
-
-
-def compiled_of(row: Row, group: list[Row]) -> Row | None:
-    """Returns the `torch.compile`d dense provider with products of the row's dtype."""
-    compiled = [other for other in group if other.provider.startswith("dense compiled")]
-    return next((other for other in compiled if other.dtype == row.dtype), None)
-
-
 def fastest(rows: list[Row]) -> Row | None:
     """Returns the row with the least median; None where none has a time that is steady."""
-    timed = [row for row in rows if row.median_s is not None and not row.is_unsteady]
-    return min(timed, key=lambda row: row.ms, default=None)
+    return min((row for row in rows if row.is_sound), key=lambda row: row.ms, default=None)
 
 
 def lost(result: Result) -> list[tuple[Row, Row]]:
@@ -184,7 +336,7 @@ def lost(result: Result) -> list[tuple[Row, Row]]:
     stands for it; where one is unsteady and none is steady, nothing is claimed.
     """
     found = []
-    for group in result.groups().values():
+    for group in result.groups.values():
         for dtype in dict.fromkeys(row.dtype for row in group if row.kind == "fused"):
             same = [row for row in group if row.dtype == dtype]
             all_ours = [row for row in same if row.kind == "fused"]
@@ -196,45 +348,3 @@ def lost(result: Result) -> list[tuple[Row, Row]]:
                 if theirs is not None and (ours is None or ours.ms > theirs.ms):
                     found.append((theirs, ours or all_ours[0]))
     return found
-
-
-def max_density(machine: Machine) -> float:
-    """Returns the share of active features up to which the ops of a step take the sparse path."""
-    from fastsae_kernels.activity import MAX_DENSITY
-
-    return MAX_DENSITY["cuda" if machine.gpu else "cpu"]
-
-
-def newest_of_each_machine(folder: Path) -> list[Result]:
-    """Reads the last run on each machine: those with a GPU first, then by name.
-
-    Raises:
-        ReportError: There is no result, or a file that cannot be read as one.
-    """
-    paths = sorted(folder.glob("*.json"))
-    if not paths:
-        raise ReportError(f"{folder}: no result files; `pytest benchmarks/ --results {folder}` writes one")
-    results = sorted(map(read, paths), key=lambda result: (result.date, result.finished))
-    newest = {result.machine.name: result for result in results}
-    return sorted(newest.values(), key=lambda result: (result.machine.gpu is None, result.machine.name))
-
-
-def read(path: Path) -> Result:
-    """Reads one file, as `benchmarks.writer` wrote it.
-
-    Raises:
-        ReportError: It is no JSON, or not of that form.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        rows = [_known(Row, values) for values in content["results"]]
-        finished = datetime.fromisoformat(content["finished"])
-        about = {key: content[key] for key in ("commit", "date", "seconds")}
-        return Result(path, _known(Machine, content["machine"]), finished=finished, rows=rows, **about)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ReportError(f"{path}: not a result file ({type(error).__name__}: {error}); {RERUN}") from None
-
-
-def _known(kind: type, values: dict[str, Any]) -> Any:
-    names = {f.name for f in fields(kind)}
-    return kind(**{name: value for name, value in values.items() if name in names})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,12 +27,10 @@ HEADLINE = "gpt2-small-16k"
 CPU_SHAPES = {
     HEADLINE: Shape(4096, 768, 16384, 78),
     "demo": Shape(1024, 256, 2048, 32),
-    "pythia-70m": Shape(512, 512, 16384, 64, is_cut=True),
     "gpt2-small x32": Shape(256, 768, 24576, 64, is_cut=True),
     "gemma-2-2b 16k": Shape(128, 2304, 16384, 64, is_cut=True),
     "gemma-2-2b 65k": Shape(64, 2304, 65536, 64, is_cut=True),
     "qwen2.5-7b x8": Shape(64, 3584, 28672, 64, is_cut=True),
-    "llama-3.1-8b x8": Shape(64, 4096, 32768, 64, is_cut=True),
     "1M features": Shape(32, 64, 1048576, 64, is_cut=True),
 }
 GPU_SHAPES = {
@@ -52,25 +50,8 @@ EARLY_SHAPES = {
     "64 tokens, half active": Shape(64, 512, 4096, 2048),
 }
 SHAPES = CPU_SHAPES if DEVICE == "cpu" else GPU_SHAPES
-# what a run on a CPU leaves out without --full, by operation: shapes whose story others tell, and the longest group
-FULL_ONLY: defaultdict[str, tuple[str, ...]] = defaultdict(
-    tuple,
-    {
-        "forward+backward": (
-            "gpt2-small x32", "gemma-2-2b 16k", "gemma-2-2b 65k", "llama-3.1-8b x8", "1M features",
-            "demo, half active", "64 tokens, half active",
-        ),
-        "encode": ("64 tokens",),
-        "top-k": ("64 tokens",),
-        "inference": ("pythia-70m",),
-        "scaling with d_sae": ("8,192", "32,768"),
-        "scaling with L0": ("8", "128", "1,024"),
-        "epoch": ("embedded model",),
-        "optimiser": ("pythia-70m", "gemma-2-2b 16k"),
-        "optimiser, clipped and unit norm": ("pythia-70m", "gemma-2-2b 16k", "gemma-2-2b 65k"),
-    },
-)  # fmt: skip
-QUICK = ("demo", "demo, half active", "64 tokens", "64 tokens, half active", "one token")
+# what a run on a CPU measures without --full
+SMALL = ("demo", "demo, half active", "64 tokens", "64 tokens, half active", "one token", "512 tokens")
 
 
 def too_large(provider: str, shape: Shape) -> str | None:
@@ -86,19 +67,19 @@ def threshold_for(shape: Shape) -> float:
     return torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - shape.l0 / shape.d_sae)).item()
 
 
-def parameters(shape: Shape, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Leaves of one step: random unit-norm decoder, thresholds at the quantile that gives the shape's L0."""
+@lru_cache(2)  # all providers of a group start from them
+def parameters(shape: Shape) -> dict[str, Tensor]:
+    """Weights to be copied: random unit-norm decoder, thresholds at the quantile that gives the shape's L0."""
     g = torch.Generator(DEVICE).manual_seed(0)
     W_dec = torch.randn(shape.d_sae, shape.d_in, generator=g, device=DEVICE)
     W_dec /= W_dec.norm(dim=1, keepdim=True)
-    tensors = {
-        "W_enc": W_dec.clone().t(),
+    return {
+        "W_enc": W_dec.t(),
         "b_enc": torch.zeros(shape.d_sae, device=DEVICE),
         "threshold": torch.full((shape.d_sae,), threshold_for(shape), device=DEVICE),
         "W_dec": W_dec,
         "b_dec": torch.zeros(shape.d_in, device=DEVICE),
     }
-    return {name: tensor.to(dtype).requires_grad_() for name, tensor in tensors.items()}
 
 
 def tokens(shape: Shape) -> Tensor:

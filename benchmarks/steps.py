@@ -1,24 +1,50 @@
-"""Training steps as one writes them: around any optimiser, and around `FusedSAEAdam`."""
+"""Training steps around any optimiser and around `FusedSAEAdam`, and how they are compared with fp64 before they are timed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.shapes import BANDWIDTH, DEVICE, Shape, parameters
+from benchmarks.baselines import checked, clear_tokens, relative_errors, worst
+from benchmarks.shapes import BANDWIDTH, DEVICE, Shape, parameters, tokens
 from fastsae import FusedJumpReLUSAE, FusedSAEAdam
 
 MAX_GRAD_NORM = 1.0
-Step = Callable[[Tensor], None]
+SUM_ROUNDING = 2e-6  # a relative error this large comes from adding 4,096 tokens in another order
+# the changes of the parameters may differ by this share: Adam's first step is the gradient's sign, however small that is
+SIGN_ROUNDING = 1e-3
+Step = Callable[[Tensor], Any]
 Forward = Callable[[Tensor], Tensor]
 
 
-def make_sae(shape: Shape) -> FusedJumpReLUSAE:
+class Training(NamedTuple):
+    """An SAE that is ready to be trained, or to be run.
+
+    Args:
+        module: The SAE.
+        step: One training step; at inference it returns the reconstruction.
+        loss: Returns the loss of a batch; None at inference.
+        target: What `fastsae.accelerate` takes, of a peer.
+    """
+
+    module: nn.Module
+    step: Step
+    loss: Forward | None = None
+    target: Any = None
+
+
+Make = Callable[[Shape, torch.dtype], Training]
+
+
+def make_sae(shape: Shape, dtype: torch.dtype = torch.float32) -> FusedJumpReLUSAE:
     sae = FusedJumpReLUSAE(shape.d_in, shape.d_sae, BANDWIDTH, device=DEVICE)
-    sae.load_state_dict({name: tensor.detach() for name, tensor in parameters(shape).items()})
-    return sae
+    sae.load_state_dict(parameters(shape))
+    return sae.to(dtype)
 
 
 def plain_step(
@@ -57,3 +83,59 @@ def fused_step(forward: Forward, optimizer: FusedSAEAdam) -> Step:
         optimizer.step()
 
     return step
+
+
+# ---- the comparison
+
+
+def results(training: Training, x: Tensor) -> dict[str, Tensor]:
+    """Returns what is compared: the loss's gradients and what a step adds to the parameters, or else the reconstruction.
+
+    (A second step would meet features that are active by rounding; tests compare many.)
+    """
+    if training.loss is None:
+        return {"sae_out": training.step(x)}
+    named = dict(training.module.named_parameters())
+    if DEVICE == "cuda":  # or our first pass would be dense, which is not what is timed
+        training.loss(x)
+        torch.cuda.synchronize()
+    training.loss(x).backward()
+    grads = {f"gradient of {name}": p.grad for name, p in named.items() if p.grad is not None}
+    training.module.zero_grad()
+    before = deepcopy(training.module.state_dict())
+    training.step(x)
+    return grads | {f"change of {name}": p.detach().double() - before[name].double() for name, p in named.items()}
+
+
+@lru_cache(1)  # the next would not fit beside it
+def truth(make: Make, shape: Shape, architecture: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Returns the tokens none of whose features is active or not by rounding, and what is exact of them."""
+    wide = {name: tensor.double() for name, tensor in parameters(shape).items()}
+    x = tokens(shape)[clear_tokens(tokens(shape).double(), wide, architecture, round(shape.l0))]
+    return x, results(make(shape, torch.float64), x.double())
+
+
+@lru_cache(2)
+def errors_of(make: Make, exact: Make, shape: Shape, architecture: str) -> dict[str, float]:
+    """Returns the relative error of each result in fp32, or under autocast, against what `exact` gives in fp64."""
+    x, found = truth(exact, shape, architecture)
+    return relative_errors(results(make(shape, torch.float32), x), found)
+
+
+def check(make: Make, shape: Shape, baseline: Make, exact: Make, architecture: str = "jumprelu") -> tuple[float, float]:
+    """Returns the worst error against fp64, and what it may be: twice that of the baseline, and rounding.
+
+    Args:
+        make: Makes what is compared.
+        shape: The shape, of which a part is compared where it is large.
+        baseline: Makes the same as one writes it in PyTorch, or as the peer has it, in the dtype of `make`.
+        exact: Makes what is exact in fp64.
+        architecture: "jumprelu" or "topk".
+    """
+    part = checked(shape)
+    limits = {
+        name: 2 * error + (SIGN_ROUNDING if name.startswith("change") else SUM_ROUNDING)
+        for name, error in errors_of(baseline, exact, part, architecture).items()
+    }
+    x, found = truth(exact, part, architecture)
+    return worst(relative_errors(results(make(part, torch.float32), x), found), limits)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from decimal import Decimal
 
 from benchmarks.allocator import DEFAULT
-from benchmarks.result import Result, Row, baseline_of, compiled_of, faster_by, fastest, lost, max_density
+from benchmarks.result import PEERS, Result, Row, faster_by, fastest, lost
 from benchmarks.shapes import HEADLINE
 
 NONE = "-"
@@ -22,8 +23,14 @@ DENSE = {
     "dense compiled fp32": "dense PyTorch, `torch.compile`",
     "dense compiled bf16": "dense PyTorch in bf16, `torch.compile`",
 }
-# the shapes with little to save, of many active features and of few tokens: there each dtype is compared with its own
-HARD = {"half-active": f"{HEADLINE}, half active", "few-tokens": "qwen2.5-7b x8"}
+# passes with little to save, of many active features and of few tokens: there each dtype is compared with its own
+HARD = {
+    "half-active": f"{HEADLINE}, half active",
+    "half-active-demo": "demo, half active",
+    "half-active-64-tokens": "64 tokens, half active",
+    "few-tokens": "qwen2.5-7b x8",
+}
+ACCELERATED, WITH_OPTIMIZER = "accelerated", "accelerated, FusedSAEAdam"
 
 
 def digits(value: float | None, count: int = 3, unit: str = "") -> str:
@@ -41,14 +48,17 @@ def times_as_fast(ratio: float | None) -> str:
     return digits(ratio, 3 if ratio and ratio >= 100 else 2, "x")
 
 
-def milliseconds(row: Row | None) -> str:
-    return NONE if row is None or row.median_s is None else digits(row.ms, unit=" ms")
-
-
 def why_no_time(row: Row) -> str:
     reason = " ".join((row.reason or "no reason given").split())
     short = reason if len(reason) <= LONGEST_REASON else reason[: LONGEST_REASON - 1] + "…"
     return f"{'RED' if row.status == 'red' else 'skipped'}: {short}"
+
+
+def milliseconds(row: Row | None, unit: str = "") -> str:
+    """Returns the median, marked where no claim rests on it, or why there is none."""
+    if row is None:
+        return NONE
+    return why_no_time(row) if row.median_s is None else digits(row.ms, unit=unit) + " (unsteady)" * row.is_unsteady
 
 
 def table(titles: list[str], rows: Iterable[list[str]], n_words: int = 1) -> str:
@@ -58,13 +68,8 @@ def table(titles: list[str], rows: Iterable[list[str]], n_words: int = 1) -> str
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
-def sizes(row: Row) -> str:
-    """Returns the shape in words."""
-    return f"{row.n_tokens:,} tokens, d_in {row.d_in:,}, d_sae {row.d_sae:,}, L0 {plain(row.l0)}"
-
-
-def constant_sizes(rows: list[Row]) -> str:
-    """Returns the sizes that all rows share."""
+def sizes(rows: list[Row]) -> str:
+    """Returns the sizes that all rows share, in words."""
     names = {"{} tokens": "n_tokens", "d_in {}": "d_in", "d_sae {}": "d_sae", "L0 {}": "l0"}
     found = {words: {getattr(row, name) for row in rows} for words, name in names.items()}
     return ", ".join(words.format(plain(*values)) for words, values in found.items() if len(values) == 1)
@@ -72,6 +77,11 @@ def constant_sizes(rows: list[Row]) -> str:
 
 def shape_name(row: Row) -> str:
     return row.shape + (" (cut)" if row.is_cut else "")
+
+
+def by_default_s(row: Row) -> float | None:
+    """Returns the median under the allocator's default setting, which is the only one where there are not two."""
+    return row.median_s if row.allocator in (None, DEFAULT) else row.other_median_s
 
 
 # ---- benchmarks/README.md
@@ -87,7 +97,7 @@ def machine_section(result: Result) -> str:
     """Returns everything that one machine measured."""
     heading = f"## {'GPU' if result.machine.gpu else 'CPU'}: {result.machine.name}\n"
     source = f"{machine_line(result)} From [{result.path.name}](results/{result.path.name}).\n"
-    operations = [operation_section(result, operation) for operation in result.operations()]
+    operations = [section(result, operation) for operation in result.operations()]
     return "\n".join([heading, source, shapes_table(result), *operations, where_dense_wins(result)])
 
 
@@ -96,16 +106,13 @@ def machine_line(result: Result) -> str:
     m, products = result.machine, result.machine.gemm_tflop_per_s
     rates = [f"copies {digits(m.copy_gb_per_s)} GB/s"] if m.copy_gb_per_s else []
     rates += [f"products {' and '.join(f'{digits(products[d])} TFLOP/s in {d}' for d in products)}"] if products else []
-    if clocks := [round(row.clock_mhz) for row in result.rows if row.clock_mhz]:
-        low, high = min(clocks), max(clocks)
-        rates.append(f"{low:,} MHz" if low == high else f"{low:,} to {high:,} MHz")
     run = f"{result.commits}, {result.date}, {digits(result.seconds)} s in all"
     return "; ".join([", ".join([m.name, *rates]), f"Python {m.python}, {m.versions}", run]) + "."
 
 
 def shapes_table(result: Result) -> str:
     """Returns what the names of shapes stand for; a series has its own axis."""
-    rows = {shape_name(row): row for row in result.rows if not row.operation.startswith("scaling")}
+    rows = {shape_name(row): row for row in result.rows if row.x is None}
     titles = ["shape", "tokens", "d_in", "d_sae", "L0", "one dense fp32 tensor, tokens x d_sae, MiB"]
     lines = [
         [name, *map(plain, (r.n_tokens, r.d_in, r.d_sae, r.l0)), digits(r.n_tokens * r.d_sae * 4 / 2**20)]
@@ -114,43 +121,58 @@ def shapes_table(result: Result) -> str:
     return table(titles, lines)
 
 
-def operation_section(result: Result, operation: str) -> str:
+def section(result: Result, operation: str) -> str:
     """Returns the tables of one operation, one for each baseline, and its plot."""
-    groups, rows, axis = result.groups(), result.rows_of(operation), operation.partition("scaling with ")[2]
-    parts = [f"### {operation[0].upper()}{operation[1:]}\n", *([f"{constant_sizes(rows)}.\n"] if axis else [])]
-    for baseline in dict.fromkeys(row.baseline for row in rows):
-        cells = columns(axis, baseline)
-        same = [row for row in rows if row.baseline == baseline]
-        titles, lines = list(cells), [[cell(row, groups[row.group]) for cell in cells.values()] for row in same]
-        filled = [i for i in range(len(titles)) if {line[i] for line in lines} != {NONE}]
-        parts.append(table([titles[i] for i in filled], [[line[i] for i in filled] for line in lines], 3))
+    rows, axis = result.rows_of(operation), operation.partition("scaling with ")[2]
+    parts = [f"### {operation[0].upper()}{operation[1:]}\n", *([f"{sizes(rows)}.\n"] if axis else [])]
+    if operation == PEERS:
+        parts.append(peers_table(result))
+    else:
+        for baseline in dict.fromkeys(row.baseline for row in rows):
+            same = [row for row in rows if row.baseline == baseline]
+            parts.append(providers_table(result, same, columns(axis, baseline)))
     if has_plot(result, operation):
-        parts.append(f"![{operation}: medians by provider](plots/{result.file_name_of(operation)})\n")
+        parts.append(f"![{operation}: medians by provider](plots/{result.plot_of(operation)})\n")
     return "\n".join(parts)
 
 
-def columns(axis: str, baseline: str) -> dict[str, Callable[[Row, list[Row]], str]]:
-    """Returns each column's title and cell; a column that no row fills is left out."""
+Columns = dict[str, Callable[[Row, list[Row]], str]]
+
+
+def providers_table(result: Result, rows: list[Row], cells: Columns) -> str:
+    """Returns a line for each row; a column that no row fills is left out."""
+    lines = [[cell(row, result.groups[row.group]) for cell in cells.values()] for row in rows]
+    filled = [i for i in range(len(cells)) if {line[i] for line in lines} != {NONE}]
+    return table([list(cells)[i] for i in filled], [[line[i] for i in filled] for line in lines], 3)
+
+
+def columns(axis: str, baseline: str) -> Columns:
+    """Returns each column's title and cell."""
     return {
         axis or "shape": lambda row, _: shape_name(row) if row.x is None else plain(row.x),
         "dtype": lambda row, _: row.dtype or NONE,
         "provider": lambda row, _: row.provider,
-        "median ± IQR, ms": lambda row, _: median(row),
+        "median ± IQR, ms": lambda row, _: median_and_iqr(row),
         "with the other allocator setting": lambda row, _: other_median(row),
-        f"vs {baseline}": lambda row, group: times_as_fast(faster_by(row, baseline_of(row, group))),
-        "vs dense compiled, same dtype": lambda row, group: times_as_fast(faster_by(row, compiled_of(row, group))),
+        f"vs {baseline}": lambda row, group: times_as_fast(faster_by(row, provider_of(group, row.baseline))),
+        "vs dense compiled, same dtype": lambda row, group: times_as_fast(
+            faster_by(row, provider_of(group, f"dense compiled {row.dtype}"))
+        ),
         "peak, MiB": lambda row, _: digits(row.peak_mib),
         "of the floor": lambda row, _: share_of(row.floor_s, row),
         "of the floor with gathers": lambda row, _: share_of(row.gather_floor_s, row),
-        "error / limit": lambda row, _: error_share(row),
+        "error / limit": lambda row, _: NONE if not row.error_limit else digits((row.error or 0) / row.error_limit, 2),
     }
 
 
-def median(row: Row) -> str:
-    if row.median_s is None:
-        return why_no_time(row)
-    spread = "" if row.iqr_s is None else f" ± {digits(row.iqr_s * 1e3)}"
-    return digits(row.ms) + spread + (" (unsteady)" if row.is_unsteady else "")
+def provider_of(group: list[Row], name: str) -> Row | None:
+    return next((row for row in group if row.provider == name), None)
+
+
+def median_and_iqr(row: Row) -> str:
+    if row.median_s is None or row.iqr_s is None:
+        return milliseconds(row)
+    return f"{digits(row.ms)} ± {digits(row.iqr_s * 1e3)}" + " (unsteady)" * row.is_unsteady
 
 
 def other_median(row: Row) -> str:
@@ -163,8 +185,39 @@ def share_of(floor_s: float | None, row: Row) -> str:
     return NONE if floor_s is None or row.median_s is None else digits(100 * floor_s / row.median_s, unit=" %")
 
 
-def error_share(row: Row) -> str:
-    return NONE if row.error is None or not row.error_limit else digits(row.error / row.error_limit, 2)
+PEER_COLUMNS: dict[str, Callable[[Row, Row | None, Row | None], str]] = {
+    "peer": lambda before, after, adam: before.subject,
+    "shape": lambda before, after, adam: before.shape,
+    "as it is, ms": lambda before, after, adam: milliseconds(before),
+    "accelerated, ms": lambda before, after, adam: milliseconds(after),
+    "times as fast": lambda before, after, adam: times_as_fast(faster_by(after, before)),
+    "with glibc's default allocator": lambda before, after, adam: times_as_fast(faster_by_default(after, before)),
+    "with FusedSAEAdam, ms": lambda before, after, adam: milliseconds(adam),
+    "times as fast with it": lambda before, after, adam: times_as_fast(faster_by(adam, before)),
+    "goal": lambda before, after, adam: times_as_fast(before.goal),
+    "peak as it is, MiB": lambda before, after, adam: digits(before.peak_mib),
+    "peak, MiB": lambda before, after, adam: digits(after and after.peak_mib),
+    "peak with FusedSAEAdam, MiB": lambda before, after, adam: digits(adam and adam.peak_mib),
+}
+README_COLUMNS = ("peer", "as it is, ms", "accelerated, ms", "times as fast", "peak as it is, MiB", "peak, MiB")
+
+
+def peers_table(result: Result, shape: str | None = None, titles: Iterable[str] = tuple(PEER_COLUMNS)) -> str:
+    """Returns a line for each peer's step, as it is and accelerated; of one shape, where that is given."""
+    lines = []
+    for baseline in result.rows_of(PEERS, shape):
+        if baseline.provider == baseline.baseline:
+            group = result.groups[baseline.group]
+            after, adam = (provider_of(group, name) for name in (ACCELERATED, WITH_OPTIMIZER))
+            lines.append([PEER_COLUMNS[title](baseline, after, adam) for title in titles])
+    return table(list(titles), lines)
+
+
+def faster_by_default(row: Row | None, other: Row) -> float | None:
+    """Returns how many times as fast as the other, both under the allocator's default setting."""
+    if row is None or not (row.is_sound and other.is_sound):
+        return None
+    return (by_default_s(other) or 0.0) / (by_default_s(row) or math.inf)
 
 
 def has_plot(result: Result, operation: str) -> bool:
@@ -213,29 +266,25 @@ def headline_table(results: list[Result], folder: str) -> str:
     rows = {f"**fastsae**, `{ours.provider}`": ours} if ours else {}
     rows |= {f"`{row.provider}`": row for row in steps if row.kind == "fused" and row.status != "ok"}
     rows |= {DENSE[row.provider]: row for row in steps if row.provider in DENSE}
-    rows |= {row.provider: row for row in steps if row.kind == "peer"}
+    peers = [row for row in result.rows_of(PEERS, shape) if row.subject.endswith(" JumpReLU")]
+    rows |= {row.provider: row for row in [*steps, *peers] if row.kind == "peer"}
     lines = [
         [
             name,
-            why_no_time(row) if row.median_s is None else milliseconds(row) + " (unsteady)" * row.is_unsteady,
+            milliseconds(row, " ms"),
             NONE if row is ours else times_as_fast(faster_by(ours, row)),
             digits(row.peak_mib),
-            milliseconds_by_default(row),
+            NONE if row.allocator is None else digits((by_default_s(row) or 0) * 1e3, unit=" ms"),
         ]
         for name, row in rows.items()
     ]
     titles = ["", "a training step", "fastsae vs it", "peak MiB", "with glibc's default allocator"]
-    plot = f"![{STEP}: medians by provider]({folder}/plots/{result.file_name_of(STEP)})"
+    plot = f"![{STEP}: medians by provider]({folder}/plots/{result.plot_of(STEP)})"
     cut = f", a cut of {shape}" if steps[0].is_cut else ""
     source = f"{result.commits}, {result.date} ([result]({folder}/results/{result.path.name}))"
-    caption = f"A step of {sizes(steps[0])}{cut} on {result.machine.name}; torch {result.machine.torch}; {source}."
-    return f"{table(titles, lines)}\n{plot}\n\n{caption}\n"
-
-
-def milliseconds_by_default(row: Row) -> str:
-    """Returns the median under the allocator's default setting, where the row was timed under both."""
-    seconds = row.median_s if row.allocator == DEFAULT else row.other_median_s
-    return NONE if row.allocator is None or seconds is None else digits(seconds * 1e3, unit=" ms")
+    caption = f"A step of {sizes(steps[:1])}{cut} on {result.machine.name}; torch {result.machine.torch}; {source}."
+    accelerated = f"{peers_table(result, shape, README_COLUMNS)}\n" if result.rows_of(PEERS, shape) else ""
+    return f"{table(titles, lines)}\n{accelerated}{plot}\n\n{caption}\n"
 
 
 def ours_in(rows: list[Row]) -> Row | None:
@@ -249,29 +298,52 @@ def figures(results: list[Result]) -> dict[str, str]:
 
     `step` and `pass` are our median in fp32, `step/PROVIDER` how many times as fast as a provider that is, `step/peak` the MiB
     that it takes; `half-active/PROVIDER` and `few-tokens/PROVIDER` are ratios of a pass to a provider in the same dtype.
+    `accelerate/PEER` is how many times as fast a peer's step becomes, and `accelerate/PEER/FusedSAEAdam` with that optimiser,
+    `accelerate-512-tokens/...` the same at a small shape; `accelerate/least` is the least of them.
     """
     if (shown := headline(results)) is None:
         return {}
     result, shape = shown
     found = {
         "machine": result.machine.name,
-        "max-density": f"{100 * max_density(result.machine):g} %",
+        "max-density": f"{100 * max_density(result):g} %",
         "cases-that-dense-wins": str(len(lost(result))),
         "unsteady-rows": str(sum(row.is_unsteady for row in result.rows)),
     }
     for name, operation in {"step": STEP, "pass": PASSES}.items():
         rows = result.rows_of(operation, shape)
         ours = ours_in(rows)
-        found |= {name: milliseconds(ours), f"{name}/peak": digits(ours.peak_mib if ours else None, unit=" MiB")}
-        found |= {f"{name}/{slug(row)}": times_as_fast(faster_by(ours, row)) for row in rows if row.kind != "fused"}
+        found |= {
+            name: digits(ours and ours.ms, unit=" ms"),
+            f"{name}/peak": digits(ours and ours.peak_mib, unit=" MiB"),
+        }
+        found |= {
+            f"{name}/{slug(row.provider)}": times_as_fast(faster_by(ours, row)) for row in rows if row.kind != "fused"
+        }
     for name, hard in HARD.items():
         rows = result.rows_of(PASSES, hard)
         for row in (row for row in rows if row.kind != "fused"):
             ours = fastest([r for r in rows if r.kind == "fused" and r.dtype == row.dtype])
-            found[f"{name}/{slug(row)}"] = times_as_fast(faster_by(ours, row))
+            found[f"{name}/{slug(row.provider)}"] = times_as_fast(faster_by(ours, row))
+    for row in result.rows_of(PEERS):
+        name = "accelerate" if row.shape == shape else f"accelerate-{slug(row.shape)}"
+        adam = "/FusedSAEAdam" if row.provider == WITH_OPTIMIZER else ""
+        if row.kind == "fused":
+            before = provider_of(result.groups[row.group], row.baseline)
+            found[f"{name}/{slug(row.subject)}{adam}"] = times_as_fast(faster_by(row, before))
+    for name in {name.partition("/")[0] for name in found if name.startswith("accelerate")}:
+        ratios = [value for key, value in found.items() if key.startswith(f"{name}/") and value != NONE]
+        found[f"{name}/least"] = min(ratios, key=lambda ratio: float(ratio[:-1]), default=NONE)
     return found
 
 
-def slug(row: Row) -> str:
-    """Returns the provider's name without its version, as a part of a figure's: `dense-eager-fp32`, `eai-sparsify-Adam`."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", re.sub(r" v?\d+(\.\w+)+", "", row.provider))
+def max_density(result: Result) -> float:
+    """Returns the share of active features up to which the ops of a step take the sparse path."""
+    from fastsae_kernels.activity import MAX_DENSITY
+
+    return MAX_DENSITY["cuda" if result.machine.gpu else "cpu"]
+
+
+def slug(name: str) -> str:
+    """Returns a name without its version, as a part of a figure's: `dense-eager-fp32`, `eai-sparsify-TopK`."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", re.sub(r" v?\d+(\.\w+)+", "", name))

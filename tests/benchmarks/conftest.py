@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,85 +9,50 @@ from typing import Any
 import pytest
 
 from benchmarks.report import BEGIN, END, main
-from benchmarks.result import Result, newest_of_each_machine
+from benchmarks.result import PEERS, Machine, Result, Row, newest_of_each_machine
 
-Content = dict[str, Any]
-HEADLINE = {"shape": "gpt2-small-16k", "n_tokens": 4096, "d_in": 768, "d_sae": 16384, "l0": 78}
-SMALL = {"shape": "small", "n_tokens": 64, "d_in": 512, "d_sae": 4096, "l0": 32, "is_cut": True}
 EAGER = "dense eager fp32"
+SHAPES = {"gpt2-small-16k": (4096, 768, 16384, 78.0), "small": (64, 512, 4096, 32.0)}
+CPU = Machine("AMD EPYC", 2, "3.11.7", "2.13.0+cpu", capability="AVX512", bf16_units=True, copy_gb_per_s=31.25)
 
 
-def row(operation: str, provider: str, ms: float | None, **values: Any) -> Content:
-    """A row as the harness writes it; right numbers unless `values` say otherwise."""
-    shape = values.get("shape", "gpt2-small-16k")
-    measured = {
-        "status": "ok",
-        "reason": None,
-        "error": 1.5e-7,
-        "error_limit": 3e-7,
-        "median_s": None if ms is None else ms / 1e3,
-        "iqr_s": None if ms is None else ms / 1e4,
-        "rounds": 3,
-        "calls": 15,
-        "speedup": None,
-        "peak_mib": None,
-        "floor_s": None,
-    }
-    where = {"operation": operation, "group": f"{operation}, {shape}", "provider": provider, "baseline": EAGER}
-    dtype = "bf16" if "bf16" in provider else "fp32"
-    return {**HEADLINE, "is_cut": False, **where, "dtype": dtype, **measured, **values}
+def row(operation: str, provider: str, ms: float | None = None, shape: str = "gpt2-small-16k", **values: Any) -> Row:
+    """A row as the harness makes it; right numbers unless `values` say otherwise."""
+    sizes = dict(zip(("n_tokens", "d_in", "d_sae", "l0"), SHAPES.get(shape, SHAPES["gpt2-small-16k"]), strict=True))
+    about = {**sizes, "dtype": "bf16" if "bf16" in provider else "fp32", "baseline": EAGER, **values}
+    group = about.pop("group", ", ".join(part for part in (operation, about.get("subject"), shape) if part))
+    if ms is not None:
+        about = {"median_s": ms / 1e3, "iqr_s": ms / 1e4, "error": 1.5e-7, "error_limit": 3e-7, **about}
+    return Row(operation, group, shape, provider=provider, **about)
 
 
-def skipped(operation: str, provider: str, reason: str, **values: Any) -> Content:
-    return row(operation, provider, None, status="skipped", reason=reason, error=None, error_limit=None, **values)
-
-
-def red(operation: str, provider: str, reason: str, **values: Any) -> Content:
-    return row(operation, provider, None, status="red", reason=reason, error=3.25e-2, error_limit=1e-6, **values)
-
-
-def scaling(l0: int, eager_ms: float, fused_ms: float) -> list[Content]:
-    where = {"group": f"scaling with L0, {l0}", "l0": l0, "x": l0, "error": None, "error_limit": None}
-    return [row("scaling with L0", EAGER, eager_ms, **where), row("scaling with L0", "fused fp32", fused_ms, **where)]
-
-
-@pytest.fixture
-def content() -> Content:
+def rows() -> list[Row]:
     """What one CPU measured."""
-    rows = [
+    subject = {"subject": "sae-lens JumpReLU", "baseline": "sae-lens 6.54.12", "goal": 6.5}
+    return [
         row("whole step", EAGER, 5849, speedup=1.0, peak_mib=1680),
         row("whole step", "dense compiled fp32", 3565.4, peak_mib=544),
-        skipped("whole step", "dense compiled bf16", "torch.compile needs a C++ compiler"),
+        row("whole step", "dense compiled bf16", status="skipped", reason="torch.compile needs a C++ compiler"),
         row("whole step", "fused fp32", 310.25, speedup=18.75, peak_mib=111.4, floor_s=0.2, gather_floor_s=0.25),
-        row("whole step", "sae-lens 6.54.12", 6200, peak_mib=1700),
         row("forward+backward", EAGER, 6475, speedup=1.0),
-        row("forward+backward", "dense compiled bf16", 1271),
         row("forward+backward", "fused fp32", 357),
-        red("forward+backward", "eai-sparsify 1.3.3", "error 0.033 against fp64,\nover the limit | of 1e-06"),
-        row("encode", "product alone", 0.58, baseline="product alone", error=None, **SMALL),
-        row("encode", "dense, threshold", 0.5612, baseline="product alone", error=None, **SMALL),
-        row("encode", "fused", 0.6, baseline="product alone", **SMALL),
-        row("trainer overhead", "trainer", 22.5, baseline="25 steps alone", error=None),
-        *scaling(512, 90, 30),
-        *scaling(2048, 91, 80),
+        row(
+            "forward+backward",
+            "fused bf16",
+            status="red",
+            reason="error 0.033 against fp64,\nover | the limit of 1e-06",
+        ),
+        row(PEERS, "sae-lens 6.54.12", 6200, peak_mib=1700, allocator="tuned", other_median_s=8.0, **subject),
+        row(PEERS, "accelerated", 620, peak_mib=290, speedup=10.0, **subject),
+        row("encode", "product alone", 0.58, "small", baseline="product alone", is_cut=True),
+        row("encode", "dense, threshold", 0.5612, "small", baseline="product alone", is_cut=True),
+        row("encode", "fused", 0.6, "small", baseline="product alone", is_cut=True),
+        *(
+            row("scaling with L0", provider, ms, group=f"scaling with L0, {l0}", l0=l0, x=l0)
+            for l0, times in {512: (90, 30), 2048: (91, 80)}.items()
+            for provider, ms in zip((EAGER, "fused fp32"), times, strict=True)
+        ),
     ]
-    machine = {
-        "processor": "AMD EPYC",
-        "capability": "AVX512",
-        "bf16_units": True,
-        "threads": 2,
-        "gpu": None,
-        "python": "3.11.7",
-        "torch": "2.13.0+cpu",
-        "triton": "3.9.0",
-        "cuda": None,
-        "copy_gb_per_s": 31.25,
-        "gemm_tflop_per_s": {"fp32": 0.2, "bf16": 1.234},
-        "a key of the future": 1,
-    }
-    finished = "2026-11-23T10:00:00+00:00"
-    about = {"commit": "abc1234", "date": "2026-11-23", "finished": finished, "seconds": 412.3}
-    return {"machine": machine, **about, "results": rows}
 
 
 class Bench:
@@ -96,14 +60,21 @@ class Bench:
 
     def __init__(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder, self.readme, self._capsys = root / "benchmarks", root / "README.md", capsys
-        (self.folder / "results").mkdir(parents=True)
+        self.rows = rows()
         for readme in (self.readme, self.folder / "README.md"):
+            readme.parent.mkdir(parents=True, exist_ok=True)
             readme.write_text(f"# name\n\n{BEGIN}\nold\n{END}\n\nthe rest\n", encoding="utf-8")
 
-    def add(self, content: Content, name: str = "cpu.json") -> Path:
+    def add(self, name: str = "cpu.json", machine: Machine = CPU, **values: str) -> Path:
+        """Writes the rows as a result file."""
+        about = {"commit": "abc1234", "date": "2026-11-23", "finished": "2026-11-23T10:00:00+00:00", **values}
         path = self.folder / "results" / name
-        path.write_text(json.dumps(content), encoding="utf-8")
+        Result(path, machine, seconds=412.3, rows=self.rows, **about).write()
         return path
+
+    def result(self) -> Result:
+        self.add()
+        return newest_of_each_machine(self.folder / "results")[0]
 
     def report(self, *arguments: str) -> tuple[int, str]:
         """Exit status, and what was printed."""
@@ -111,11 +82,8 @@ class Bench:
         printed = self._capsys.readouterr()
         return status, printed.out + printed.err
 
-    def results(self) -> list[Result]:
-        return newest_of_each_machine(self.folder / "results")
-
-    def written(self) -> dict[str, str]:
-        """Every file, by its path."""
+    def files(self) -> dict[str, str]:
+        """Every file but the results, by its path."""
         paths = [path for path in self.folder.parent.rglob("*") if path.is_file() and path.suffix != ".json"]
         return {path.relative_to(self.folder.parent).as_posix(): path.read_text(encoding="utf-8") for path in paths}
 
@@ -126,7 +94,7 @@ def bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Bench:
 
 
 @pytest.fixture
-def make_row() -> Callable[..., Content]:
+def make_row() -> Callable[..., Row]:
     return row
 
 
