@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from fastsae.disk import digest, write_json, write_tensors
 from fastsae.fields import DTYPES, Fields, is_finite, read_json
+from fastsae.foreign import readers
 from fastsae.sae.config_file import SavedConfig
 from fastsae.version import __version__
 
@@ -65,11 +65,10 @@ def save(sae: StoredModule, path: Path, metadata: dict[str, Any]) -> None:
 def load(path: Path, device: torch.device | str | None, wanted: type[StoredModule]) -> StoredModule:
     """Reads an SAE into the class that runs its architecture, `wanted` where more than one does."""
     if not (path / CONFIG_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
-        # by name: it stands on a floor above, and reads these files too
-        formats = import_module("fastsae.peers.formats")
-        if path.exists() and formats.recognise(path) is not None:
-            content, tensors = formats.load_content(path)
-            return _from_content(path, content, tensors, device, wanted)
+        for read in readers if path.exists() else ():
+            found = read(path)
+            if found is not None:
+                return _from_content(path, *found, device, wanted)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise FileNotFoundError(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from saelens_problem import close, sae_lens
+from safetensors.torch import load_file
 
 from fastsae import accelerate
 from fastsae.peers.handle import Handle
