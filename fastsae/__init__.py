@@ -4,8 +4,10 @@ Names are imported when they are first used: torch takes seconds to import, whic
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastsae import foreign
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.version import __version__
 
@@ -47,6 +49,15 @@ _MODULES = {  # the other names: fastsae.sae
     "accelerate": "fastsae.peers",
 }
 _SUBMODULES = ("optim", "sae")
+
+
+def _read_foreign(path: Path) -> Any:
+    from fastsae.peers import formats  # once a file of another library is read
+
+    return formats.load_content(path)
+
+
+foreign.readers.append(_read_foreign)
 
 
 def __getattr__(name: str) -> Any:

@@ -101,9 +101,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     measure.add_argument(
         "path",
-        type=path,
-        metavar="FOLDER",
-        help="folder with cfg.json and sae_weights.safetensors, or another library's (see fastsae convert --help)",
+        metavar="SAE",
+        help="folder with cfg.json and sae_weights.safetensors, another library's, or a hub id: owner/name/folder@revision",
     )
     measure.add_argument("--json", type=path, metavar="FILE", help="file to which the metrics are written as well")
     measure.add_argument("--quiet", action="store_true", help="show no progress bars")
@@ -152,24 +151,26 @@ def command_train(arguments: argparse.Namespace) -> None:
 def command_evaluate(arguments: argparse.Namespace) -> None:
     """`fastsae evaluate`."""
     from fastsae.disk import write_json
+    from fastsae.peers import formats
     from fastsae.train.folder import CONFIG_FILE, check_writable, read_config
     from fastsae.train.run import evaluate_folder
 
     given = _given(arguments)
-    if not arguments.path.exists():
-        raise UsageError(f"{arguments.path}: expected the folder of a saved SAE, there is no such folder")
     if arguments.json:
         if arguments.json.is_dir():
             raise UsageError(f"--json: expected the name of a file, got the folder {arguments.json}")
         check_writable("--json", arguments.json.absolute().parent)
-    if (arguments.path / CONFIG_FILE).is_file():
-        config = replace(read_config(arguments.path), **given)
+    folder = formats.find(arguments.path, formats.wanted_files())
+    found = formats.recognise(folder)
+    is_ours = found is None or found.name == "saelens"  # other libraries have a config.json, too
+    if is_ours and (folder / CONFIG_FILE).is_file():
+        config = replace(read_config(folder), **given)
     else:
         missing = [f"--{name}" for name in ("model", "dataset", "layer") if name not in given]
         if missing:
             raise UsageError(f"{arguments.path} has no {CONFIG_FILE} that names its data; give {', '.join(missing)}")
         config = TrainConfig(**given)
-    result = evaluate_folder(arguments.path, config, progress=not arguments.quiet)
+    result = evaluate_folder(folder, config, progress=not arguments.quiet)
     if arguments.json:
         write_json(arguments.json, result.metrics)
     print_summary(result.metrics)

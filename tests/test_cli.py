@@ -80,7 +80,7 @@ def bad_inputs(model: Path, chats: Path, tmp: Path) -> dict[str, tuple[list[obje
         "no such choice": (["train", "--architecture", "gated"], 2, "expected jumprelu or relu or topk or batchtopk, got"),
         "no such GPU": ([*base, "--device", "cuda:99"], 2, "--device: expected"),
         "no such split": ([*base, "--split", "dev"], 2, "--split: dataset"),
-        "no such SAE": (["evaluate", tmp / "nothing"], 2, "there is no such folder"),
+        "no such SAE": (["evaluate", tmp / "nothing"], 2, "expected a folder, a file or a hub id"),
         "metrics over a folder": (["evaluate", full, "--json", full], 2, "--json: expected the name of a file"),
         "features beyond memory": ([*base, "--d-sae", 2_000_000_000], 2, "--d-sae: expected a run that fits"),
         "unknown command": (["trian"], 2, "trian"),

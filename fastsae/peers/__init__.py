@@ -52,7 +52,8 @@ def accelerate(obj: Any, *, optimizer: bool = False, layout: bool = True, fix_au
             dictionary, a trainer, or a trainer class, whose fast subclass is `handle.accelerated`. Or a list or a dict of such.
         optimizer: Put `FusedSAEAdam` in the place of the peer's Adam (`SAETrainer` alone).
         layout: Store the encoder or decoder as the ops read it fastest; shapes, names and parameters stay. An optimiser that has
-            made steps must be reachable from `obj`, as a trainer's is, or be made afterwards.
+            made steps must be reachable from `obj`, as a trainer's is, or be made afterwards. `torch.randn_like` and its kind
+            fill a tensor in the order of its storage, so that weights drawn with a seed afterwards are others than without.
         fix_auxk: Let sparsify's AuxK loss reach the encoder, whose gradient the peer drops: not the peer's numbers.
 
     Returns:

@@ -185,6 +185,10 @@ class FusedBatchTopKTrainingSAE(FusedTopKTrainingSAE, BatchTopKTrainingSAE):
 class FusedSAETrainer(SAETrainer, Accelerated):
     """`SAETrainer` with counts of firing features from the pass."""
 
+    def __class_getitem__(cls, parameters: Any) -> type[FusedSAETrainer]:
+        """The class itself: who imports it in the place of theirs may annotate with `SAETrainer[...]`."""
+        return cls
+
     def _train_step(self, sae: TrainingSAE, sae_in: Tensor) -> TrainStepOutput:
         sae.train()
         with self.autocast_if_enabled:

@@ -12,6 +12,7 @@ from fastsae.fields import DTYPES, Fields
 
 # normalisations that SAELens can fold into the weights
 _FOLDABLE = ("expected_average_only_in", "covariance_whitening")
+_INITIAL = "decoder_init_norm"  # ours, or that of a checkpoint of SAELens, where it may be null
 _LARGEST = 2**31 - 1  # the largest size that is read; the weights' header says which it really is
 # what SAELens wrote at the top before version 6, and keeps in the metadata since
 _OLD_METADATA = (
@@ -38,6 +39,7 @@ class SavedConfig:
     d_sae: int
     dtype: torch.dtype
     apply_b_dec_to_input: bool
+    decoder_init_norm: float
     metadata: dict[str, Any]
     own: Fields
 
@@ -56,6 +58,7 @@ class SavedConfig:
         own = Fields(metadata.pop("fastsae", None) or {}, "metadata.fastsae.")
         if own.values:
             own.choice("architecture", architectures)
+        initial = next((one for one in (own, found) if one.values.get(_INITIAL) is not None), Fields({}))
         architecture = found.choice("architecture", architectures)
         for option in ("normalize_activations", "reshape_activations"):
             value = found.get(option, "none")
@@ -74,8 +77,9 @@ class SavedConfig:
             d_sae=found.integer("d_sae", 1, _LARGEST),
             dtype=DTYPES[dtype],
             apply_b_dec_to_input=found.boolean("apply_b_dec_to_input", default=True),
+            decoder_init_norm=initial.number(_INITIAL, 0, above=True, default=1.0),
             metadata=metadata,
-            own=own,
+            own=Fields({name: value for name, value in own.values.items() if name != _INITIAL}, own.place),
         )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +14,14 @@ from torch import Tensor
 
 from fastsae.disk import digest, write_json, write_tensors
 from fastsae.fields import DTYPES, Fields, is_finite, read_json
+from fastsae.foreign import readers
 from fastsae.sae.config_file import SavedConfig
 from fastsae.version import __version__
 
 if TYPE_CHECKING:
     from fastsae.sae.storage import StoredModule
 
-CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, SPARSITY_FILE = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 SAE_LENS_VERSION = "6.54.12"  # whose format this is; below 6.0.0 SAELens would convert the file as a legacy one
 # SAELens drops top-level keys that it does not know when it saves a folder, but keeps the metadata: where this key is
 # left, the file is as this library wrote it, and the checksum in its metadata is that of the weights beside it
@@ -43,7 +43,7 @@ def save(sae: StoredModule, path: Path, metadata: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise ValueError(f"{name}: expected finite numbers to save, got NaN or infinity; nothing was written")
-    own = {"architecture": sae.architecture, **sae.config()}
+    own = {"architecture": sae.architecture, "decoder_init_norm": sae.decoder_init_norm, **sae.config()}
     config = {
         **keys,
         "d_in": sae.d_in,
@@ -62,14 +62,22 @@ def save(sae: StoredModule, path: Path, metadata: dict[str, Any]) -> None:
     write_json(path / CONFIG_FILE, config)
 
 
+def save_sparsity(log_sparsity: Tensor, d_sae: int, path: Path) -> None:
+    """Writes SAELens' third file, log10 of the share of tokens on which each feature fires, to the folder `path`."""
+    if log_sparsity.shape != (d_sae,) or not is_finite(log_sparsity):
+        raise ValueError(
+            f"log_sparsity: expected {d_sae:,} finite numbers, got shape {tuple(log_sparsity.shape)} or NaN"
+        )
+    write_tensors(path / SPARSITY_FILE, {"sparsity": log_sparsity.detach().float().cpu().contiguous()})
+
+
 def load(path: Path, device: torch.device | str | None, wanted: type[StoredModule]) -> StoredModule:
     """Reads an SAE into the class that runs its architecture, `wanted` where more than one does."""
     if not (path / CONFIG_FILE).is_file() or not (path / WEIGHTS_FILE).is_file():
-        # by name: it stands on a floor above, and reads these files too
-        formats = import_module("fastsae.peers.formats")
-        if path.exists() and formats.recognise(path) is not None:
-            content, tensors = formats.load_content(path)
-            return _from_content(path, content, tensors, device, wanted)
+        for read in readers if path.exists() else ():
+            found = read(path)
+            if found is not None:
+                return _from_content(path, *found, device, wanted)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise FileNotFoundError(
@@ -189,6 +197,7 @@ def _built(
         config.d_in,
         config.d_sae,
         apply_b_dec_to_input=config.apply_b_dec_to_input,
+        decoder_init_norm=config.decoder_init_norm,
         dtype=config.dtype,
         device="meta",
         **arguments,

@@ -15,6 +15,8 @@ from fastsae.sae import files
 from fastsae.version import __version__
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fastsae.sae.storage import StoredModule
 
 CARD_FILE = "README.md"
@@ -69,7 +71,14 @@ def _saes_in(names: list[str]) -> str:
 
 
 def push(
-    sae: StoredModule, repo_id: str, subfolder: str | None, *, private: bool | None, token: str | None, message: str
+    sae: StoredModule,
+    repo_id: str,
+    subfolder: str | None,
+    *,
+    private: bool | None,
+    token: str | None,
+    message: str,
+    log_sparsity: Tensor | None,
 ) -> str:
     """Uploads an SAE in one commit; returns the address of the commit.
 
@@ -81,6 +90,8 @@ def push(
     api = hub.HfApi(token=token)
     with TemporaryDirectory() as folder:
         sae.save(Path(folder, subfolder or ""))
+        if log_sparsity is not None:
+            files.save_sparsity(log_sparsity, sae.d_sae, Path(folder, subfolder or ""))
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             if not api.file_exists(repo_id, CARD_FILE):

@@ -27,6 +27,7 @@ class StoredModule(nn.Module, ABC):
     d_sae: int
     k: int | None
     apply_b_dec_to_input: bool
+    decoder_init_norm: float
     metadata: dict[str, Any]
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -70,11 +71,16 @@ class StoredModule(nn.Module, ABC):
         """Does nothing: these classes never reshape. SAELens' evaluations call it."""
 
     def turn_on_forward_pass_hook_z_reshaping(self) -> None:
-        """Raises ValueError: these classes take activations with the heads already flattened, `[..., d_in]`.
+        """Does nothing, too: activations with their heads apart, `[..., n_heads, d_head]`, stay an error of their shape.
 
-        SAELens' tools call it only to restore `hook_z_reshaping_mode`, which is always False here.
+        SAELens' tools call it to restore a mode that they have turned off, and so never where it was off, as it is here.
+
+        Raises:
+            ValueError: The SAE's hook is known and is none of attention heads; the same as in SAELens.
         """
-        raise ValueError("hook_z reshaping: expected activations [..., d_in]; flatten the heads before the SAE")
+        hook = self.metadata.get("hook_name")
+        if hook is not None and not str(hook).endswith("_z"):
+            raise ValueError(f"hook_z reshaping: expected an SAE of attention heads, got one of {hook}")
 
     def config(self) -> dict[str, Any]:
         """Options beyond the sizes, as saved beside the weights."""
@@ -177,6 +183,7 @@ class StoredModule(nn.Module, ABC):
         private: bool | None = None,
         token: str | None = None,
         commit_message: str = "Upload an SAE",
+        log_sparsity: Tensor | None = None,
     ) -> str:
         """Uploads both files, and a model card where the repository has none, in one commit; returns its address.
 
@@ -189,9 +196,14 @@ class StoredModule(nn.Module, ABC):
             private: Whether a new repository is; None is the account's default.
             token: Of the hub; None takes the one of `hf auth login`.
             commit_message: Of the commit.
+            log_sparsity: `[d_sae]`, log10 of the share of tokens on which each feature fires, uploaded as SAELens'
+                `sparsity.safetensors`; a folder of `fastsae train` has it in a file of that name.
 
         Raises:
-            ValueError: A weight is NaN or infinite, or the metadata is no JSON; nothing was uploaded.
+            ValueError: A weight is NaN or infinite, `log_sparsity` is no number for each feature, or the metadata is no
+                JSON; nothing was uploaded.
             FastsaeError: The hub refused or could not be reached, or huggingface_hub is not installed.
         """
-        return hub.push(self, repo_id, subfolder, private=private, token=token, message=commit_message)
+        return hub.push(
+            self, repo_id, subfolder, private=private, token=token, message=commit_message, log_sparsity=log_sparsity
+        )

@@ -20,9 +20,8 @@ from fastsae.train.config import TrainConfig, field_names
 from fastsae.version import __version__
 
 CONFIG_FILE, METRICS_FILE, REPORT_FILE = "config.json", "metrics.json", "report.html"
-SPARSITY_FILE = "sparsity.safetensors"  # as SAELens names it
 MAY_MOVE = ("model", "dataset", "device")  # options that a resumed run may find elsewhere
-FILES = (CONFIG_FILE, METRICS_FILE, REPORT_FILE, SPARSITY_FILE, files.CONFIG_FILE, files.WEIGHTS_FILE)
+FILES = (CONFIG_FILE, METRICS_FILE, REPORT_FILE, files.CONFIG_FILE, files.WEIGHTS_FILE, files.SPARSITY_FILE)
 
 
 def prepare(output: Path, *, resume: bool) -> None:

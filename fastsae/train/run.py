@@ -16,19 +16,18 @@ from fastsae.data.activations import ResidualStream
 from fastsae.data.buffer import ActivationBatch, MixingBuffer, activation_stream
 from fastsae.data.progress import bar
 from fastsae.data.sequencing import FastSequencer
-from fastsae.disk import local_path, write_json, write_tensors
+from fastsae.disk import local_path, write_json
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate import Evaluation, evaluate, write_report
 from fastsae.fields import Fields, is_finite
 from fastsae.interrupt import Interrupted, Postponed
-from fastsae.sae import SparseAutoencoder
+from fastsae.sae import SparseAutoencoder, files
 from fastsae.train import checkpoint, fingerprint
 from fastsae.train.config import TrainConfig
 from fastsae.train.folder import (
     CONFIG_FILE,
     METRICS_FILE,
     REPORT_FILE,
-    SPARSITY_FILE,
     check_fingerprints,
     described,
     how_to_go_on,
@@ -246,7 +245,7 @@ def write_sparsity(output: Path, result: Evaluation) -> None:
     """
     tokens = (result.metrics["tokens"] or 0) - (result.metrics["sinks"] or 0)
     share = result.feature_counts.float() / max(tokens, 1)
-    write_tensors(output / SPARSITY_FILE, {"sparsity": (share + 1e-10).log10()})
+    files.save_sparsity((share + 1e-10).log10(), len(share), output)
 
 
 def write_run(

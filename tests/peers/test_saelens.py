@@ -154,6 +154,7 @@ def test_everything_that_the_package_makes(tmp_path: Path) -> None:
         from sae_lens import llm_sae_training_runner
 
         trainer = trainer_of(sae, cls=llm_sae_training_runner.SAETrainer)
+        assert llm_sae_training_runner.SAETrainer[Any, Any] is type(trainer)  # as annotations write it
         steps(trainer, 2)
         with torch.no_grad():
             assert close(loaded(activations(0)), theirs(activations(0)))

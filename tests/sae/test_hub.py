@@ -65,8 +65,10 @@ def test_what_was_pushed_is_loaded_again(hub: hub_server.Hub, make: Any, subfold
 def test_saelens_loads_what_was_pushed(hub: hub_server.Hub, request: pytest.FixtureRequest) -> None:
     sae_lens = pytest.importorskip("sae_lens")
     sae = filled()
-    sae.push_to_hub("me/my-saes", "layer-3")
-    theirs = sae_lens.SAE.from_pretrained("me/my-saes", "layer-3")
+    log_sparsity = torch.rand(32).log10()
+    sae.push_to_hub("me/my-saes", "layer-3", log_sparsity=log_sparsity)
+    theirs, _, sparsity = sae_lens.SAE.from_pretrained_with_cfg_and_sparsity("me/my-saes", "layer-3")
+    assert torch.equal(sparsity, log_sparsity)
     x = torch.randn(20, 8)
     torch.testing.assert_close(theirs(x), sae(x))
     assert theirs.cfg.metadata.hook_name == "model.layers.3"
@@ -146,6 +148,12 @@ def test_what_cannot_be_saved_is_not_pushed(hub: hub_server.Hub) -> None:
         sae.b_dec[0] = float("nan")
     with pytest.raises(ValueError, match="b_dec: expected finite numbers"):
         sae.push_to_hub("me/sae")
+    for wrong in (
+        torch.zeros(31),
+        torch.full((32,), -torch.inf),
+    ):  # a feature that never fires has a floor, as in SAELens
+        with pytest.raises(ValueError, match="log_sparsity: expected 32 finite numbers"):
+            filled().push_to_hub("me/sae", log_sparsity=wrong)
     assert hub.requests == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -221,9 +222,16 @@ def test_folding_is_refused_where_a_parametrization_would_undo_half_of_it() -> N
 def test_reshaping_is_off_and_stays_off() -> None:
     sae = FusedReLUSAE(**WIDTHS)
     assert sae.hook_z_reshaping_mode is False
-    sae.turn_off_forward_pass_hook_z_reshaping()
-    with pytest.raises(ValueError, match="flatten the heads"):
+    for hook_name in (None, "blocks.3.attn.hook_z"):
+        sae.metadata["hook_name"] = hook_name
+        sae.turn_off_forward_pass_hook_z_reshaping()
         sae.turn_on_forward_pass_hook_z_reshaping()
+        assert sae.hook_z_reshaping_mode is False
+    with pytest.raises(ValueError):
+        sae(torch.zeros(3, 2, sae.d_in // 2))  # heads that are apart are never taken for tokens
+    sae.metadata["hook_name"] = "blocks.3.hook_resid_post"
+    with pytest.raises(ValueError, match=r"expected an SAE of attention heads, got one of blocks\.3\.hook_resid_post"):
+        sae.turn_on_forward_pass_hook_z_reshaping()  # as SAELens' own do
 
 
 @MODULES
@@ -238,6 +246,25 @@ def test_initial_decoder_rows_have_the_length_that_is_asked_for(make: Any) -> No
     for wrong in (0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="decoder_init_norm: expected a finite number > 0"):
             make(decoder_init_norm=wrong)
+
+
+@MODULES
+def test_the_initial_length_is_kept_in_files(make: Any, tmp_path: Path) -> None:
+    make(decoder_init_norm=0.25).save(tmp_path)
+    assert SparseAutoencoder.load(tmp_path).decoder_init_norm == 0.25
+    content = json.loads((tmp_path / "cfg.json").read_text())
+    del content["metadata"]["fastsae"]["decoder_init_norm"]  # a file of an earlier version
+    (tmp_path / "cfg.json").write_text(json.dumps(content))
+    assert SparseAutoencoder.load(tmp_path).decoder_init_norm == 1.0
+
+
+@pytest.mark.parametrize("kind", ["jumprelu training", "batchtopk training"])
+@pytest.mark.parametrize("norm", [0.1, 0.3, None])
+def test_the_initial_length_of_saelens_is_taken_over(kind: str, norm: float | None, tmp_path: Path) -> None:
+    theirs = theirs_of(kind, **{**OPTIONS[kind], "decoder_init_norm": norm})
+    theirs.save_model(str(tmp_path))
+    for sae in (SparseAutoencoder.from_saelens(theirs), SparseAutoencoder.load(tmp_path)):
+        assert sae.decoder_init_norm == (1.0 if norm is None else norm)
 
 
 @pytest.mark.parametrize("scale", [0.5, 4.0, 20.0])

@@ -111,8 +111,13 @@ def write(converted: Converted, folder: Path, format_name: str) -> Converted:
     return found.write(converted, folder, provenance(converted))
 
 
-def load_content(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What SAELens' two files would say, of a folder or a file of any format: what `SparseAutoencoder.load` builds from."""
+def load_content(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """What SAELens' two files would say, of a folder or a file of any format: what `SparseAutoencoder.load` builds from.
+
+    None where no format looks like the files.
+    """
+    if recognise(path) is None:
+        return None
     converted = read(path)
     return saelens.content(converted, provenance(converted))
 
