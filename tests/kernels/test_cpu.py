@@ -27,8 +27,9 @@ cpu_encode = importlib.import_module("fastsae_kernels.cpu.encode")  # the packag
 def run(problem: problems.Problem, backend: Backend | None = None) -> problems.Result:
     inputs = problems.leaves(problem)
     *tensors, scale = inputs
+    options: dict[str, Any] = {"spec": problem.spec, "feature_scale": scale, "rank_scale": problem.rank_scale}
     with kernels.use_backend(backend):
-        output = kernels.autoencode(*tensors, spec=problem.spec, feature_scale=scale)  # type: ignore[arg-type]
+        output = kernels.autoencode(*tensors, **options)  # type: ignore[arg-type]
         named = {name: getattr(output, name) for name in ("sae_out", "penalty", "l0", "feature_counts")}
         return problems.collect(inputs, named, problem)
 
