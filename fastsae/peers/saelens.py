@@ -25,6 +25,7 @@ from fastsae.errors import UsageError
 from fastsae.optim import FusedSAEAdam
 from fastsae.peers.handle import Accelerated, Handle, store_transposed
 from fastsae.peers.saelens_base import FusedSAE, FusedStepOutput, FusedTrainingSAE
+from fastsae.peers.updates import fused
 from fastsae_kernels import AutoencodeOutput, AutoencodeSpec
 from fastsae_kernels.pre_act import pre_act_loss
 
@@ -221,7 +222,8 @@ class FusedSAETrainer(SAETrainer, Accelerated):
         else:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(sae.parameters(), MAX_GRAD_NORM)
-        self.optimizer.step()
+        with fused(self.optimizer):
+            self.optimizer.step()
         self.optimizer.zero_grad()
 
 

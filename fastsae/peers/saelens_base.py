@@ -143,7 +143,7 @@ class FusedSAE(SAE, Accelerated):
             acts, reason = self._list(x)
         if not self._is_fused("encode", reason) or acts is None:
             return self._by_peer(super().encode, x)
-        return entries.to_dense(acts, (*x.shape[:-1], self.cfg.d_sae), self.dtype)
+        return entries.to_dense(acts, (*x.shape[:-1], self.cfg.d_sae), self.dtype, self._fastsae.spare)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
