@@ -28,7 +28,7 @@ from fastsae_kernels.weight_gradients import PassCollector
 
 
 class _Autoencode(torch.autograd.Function):
-    """`autoencode`; differentiable in the seven tensors and the target."""
+    """`autoencode`; differentiable in all tensors but `rank_scale`."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Any, ...]:
@@ -70,7 +70,7 @@ class _Autoencode(torch.autograd.Function):
         results = ctx.backend.backward(inputs, kept, ctx.spec, grads, needs, collected)
         pairs = zip(results, ctx.dtypes[:7], strict=True)
         given = [None if grad is None or dtype is None else grad.to(dtype) for grad, dtype in pairs]
-        return (*given, target_gradient(grads, ctx.dtypes[7]) if asked[7] else None, None, None, None, None)
+        return (*given, target_gradient(grads, ctx.dtypes[7]) if asked[7] else None, *[None] * 5)
 
 
 def autoencode(

@@ -51,15 +51,15 @@ def check_encode(
         raise ValueError(f"k: expected at most d_sae = {d_sae}, got {k}")
 
 
-def check_feature_scale(feature_scale: Tensor | None, threshold: Tensor) -> None:
-    """Raises ValueError or TypeError unless `feature_scale` is None or like `threshold`."""
-    if feature_scale is None:
+def check_scale(name: str, scale: Tensor | None, threshold: Tensor) -> None:
+    """Raises ValueError or TypeError unless the scale of that name is None or like `threshold`."""
+    if scale is None:
         return
-    _check_shape("feature_scale", feature_scale, tuple(threshold.shape), f"shape [d_sae] = {tuple(threshold.shape)}")
-    if feature_scale.dtype != threshold.dtype:
-        raise TypeError(f"feature_scale: expected {threshold.dtype} as the threshold, got {feature_scale.dtype}")
-    if feature_scale.device != threshold.device:
-        raise ValueError(f"feature_scale: expected device {threshold.device}, got {feature_scale.device}")
+    _check_shape(name, scale, tuple(threshold.shape), f"shape [d_sae] = {tuple(threshold.shape)}")
+    if scale.dtype != threshold.dtype:
+        raise TypeError(f"{name}: expected {threshold.dtype} as the threshold, got {scale.dtype}")
+    if scale.device != threshold.device:
+        raise ValueError(f"{name}: expected device {threshold.device}, got {scale.device}")
 
 
 def check_target(target: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

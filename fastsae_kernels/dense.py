@@ -89,7 +89,7 @@ def forward(
     """
     if spec.k is not None:
         raise ValueError(f"k: expected None on the dense backend, got {spec.k}")
-    x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target = inputs
+    x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target, _ = inputs
     wide = torch.promote_types(x.dtype, torch.float32)
     sae_out = b_dec.to(wide).repeat(x.shape[0], 1)  # a copy: expand() of one row would be b_dec itself
     penalty = torch.zeros(x.shape[0], dtype=wide, device=x.device)
@@ -127,7 +127,7 @@ def backward(
     collected: WeightGradients | None = None,
 ) -> AutoencodeGrads:
     """Every gradient of `forward`, those of the weights in any case."""
-    x, W_enc, b_enc, threshold, W_dec, _, feature_scale, _ = inputs
+    x, W_enc, b_enc, threshold, W_dec, _, feature_scale, *_ = inputs
     grad_out, row_scale, grad_penalty = grads
     wide = torch.promote_types(x.dtype, torch.float32)
     W_enc_t = W_enc.t()

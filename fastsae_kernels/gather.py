@@ -31,7 +31,10 @@ def gather_sum(offsets: Tensor, indices: Tensor, weights: Tensor, rows: Tensor) 
         first, last = ends[block[0]], ends[block[-1] + 1]
         starts = torch.from_numpy(np.append(ends[block], last) - first)
         sums = _sums(starts, indices[first:last], weights[first:last], rows)
-        out.index_copy_(0, torch.from_numpy(block), sums)
+        if block[-1] - block[0] + 1 == block.size:  # no gaps, and a plain copy takes half the time
+            out[block[0] : block[-1] + 1] = sums
+        else:
+            out.index_copy_(0, torch.from_numpy(block), sums)
     return out
 
 

@@ -35,6 +35,7 @@ from fastsae_kernels.weight_gradients import PassCollector
 
 BITS = {4: torch.int32, 8: torch.int64}  # kept values travel as integers, which have no gradient
 N_INPUTS = len(PassInputs._fields)
+N_KEPT_INPUTS = 7  # those that a backward reads: not `target`, nor `rank_scale`
 N_OPTIONS = 6
 
 
@@ -62,6 +63,7 @@ def _autoencode(
     b_dec: Tensor,
     feature_scale: Tensor | None,
     target: Tensor | None,
+    rank_scale: Tensor | None,
     bandwidth: float,
     k: int | None,
     batch_topk: bool,
@@ -73,7 +75,7 @@ def _autoencode(
     hint: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     spec = AutoencodeSpec(bandwidth, k, batch_topk, penalty, tanh_scale, ste_to_input)  # type: ignore[arg-type]
-    inputs = PassInputs(x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target)
+    inputs = PassInputs(x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target, rank_scale)
     name, capacity = choose(inputs, spec, Capacity(row_capacity, mean_capacity))
     backend, known = backend_module(name), ActivityHint.of(hint)
     output, kept = backend.forward(inputs, spec, capacity)
@@ -198,8 +200,8 @@ def _autoencode_backward(
 
 @_autoencode_backward.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    inputs = PassInputs(*arguments[: N_INPUTS - 1])
-    likes = [None if like is None else like.new_empty(like.shape) for like in inputs[:-1]]
+    inputs = PassInputs(*arguments[:N_KEPT_INPUTS])
+    likes = [None if like is None else like.new_empty(like.shape) for like in inputs[:N_KEPT_INPUTS]]
     return _given_or_empty(AutoencodeGrads(*likes), inputs, arguments[-1])  # type: ignore[arg-type]
 
 
@@ -211,7 +213,7 @@ def _given_or_empty(grads: AutoencodeGrads, inputs: PassInputs, needs: list[bool
         inputs.threshold.new_empty(0)
         if like is None or not want
         else laid_out(torch.zeros_like(like) if grad is None else grad.to(like.dtype), like)
-        for grad, like, want in zip(grads, inputs[:-1], asked, strict=True)
+        for grad, like, want in zip(grads, inputs[:N_KEPT_INPUTS], asked, strict=True)
     ]
 
 
@@ -220,20 +222,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
     ctx.backend, _ = choose(arguments, ctx.spec, capacity)  # the thread of a backward knows no `use_backend`
     target = arguments.target
     ctx.target_dtype = None if target is None else target.dtype
-    ctx.save_for_backward(*arguments[:-1], None if target is None else output[0], *output[-1])
+    ctx.save_for_backward(*arguments[:N_KEPT_INPUTS], None if target is None else output[0], *output[-1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_penalty: Tensor | None, *others: Any) -> tuple[Any, ...]:
     saved = ctx.saved_tensors  # once, for checkpointing
-    inputs, residual, kept = PassInputs(*saved[: N_INPUTS - 1]), saved[N_INPUTS - 1], list(saved[N_INPUTS:])
+    inputs, residual = PassInputs(*saved[:N_KEPT_INPUTS]), saved[N_KEPT_INPUTS]
+    kept = list(saved[N_KEPT_INPUTS + 1 :])
     asked = ctx.needs_input_grad
     grads = output_grads(inputs, residual, grad_out, grad_penalty, others[-2])
     needs = [asked[0], asked[1], asked[4]]
-    results = torch.ops.fastsae.autoencode_backward(*inputs[:-1], kept, *grads, *_options(ctx.spec), ctx.backend, needs)
-    given = [grad if wants else None for grad, wants in zip(results, asked[: N_INPUTS - 1], strict=True)]
-    grad_target = target_gradient(grads, ctx.target_dtype) if asked[N_INPUTS - 1] else None
-    return (*given, grad_target, *[None] * (N_OPTIONS + 3))
+    arguments = inputs[:N_KEPT_INPUTS]
+    results = torch.ops.fastsae.autoencode_backward(*arguments, kept, *grads, *_options(ctx.spec), ctx.backend, needs)
+    given = [grad if wants else None for grad, wants in zip(results, asked[:N_KEPT_INPUTS], strict=True)]
+    grad_target = target_gradient(grads, ctx.target_dtype) if asked[N_KEPT_INPUTS] else None
+    return (*given, grad_target, *[None] * (N_OPTIONS + 4))
 
 
 _autoencode.register_autograd(_backward, setup_context=_setup_context)

@@ -1,15 +1,28 @@
-"""The terms of a loss and their gradients, shared by the backends: residual, sparsity penalty, straight-through gate."""
+"""The terms of a loss and their gradients, shared by the backends: residual, sparsity penalty, straight-through gate.
+
+And the weights that the choice of a top-k looks at, where it is not that of the pre-activations themselves.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fastsae_kernels.memory import empty_like
 from fastsae_kernels.types import AutoencodeSpec, OutputGrads, PassInputs
 
 SUMMED_ROWS = 128  # whose weighted sum is formed by one product
 WIDENED_ROWS = 1024
 BLOCK_ELEMENTS = 2**18  # of rows that are subtracted together: on a CPU they are still in cache when they are squared
+
+
+def scoring_encoder(inputs: PassInputs) -> tuple[Tensor, Tensor]:
+    """`W_enc` and `b_enc` whose pre-activations gate and top-k look at: those of the pass times `rank_scale`."""
+    W_enc_t, b_enc, scale = inputs.W_enc.t(), inputs.b_enc, inputs.rank_scale
+    if scale is None:
+        return inputs.W_enc, b_enc
+    scaled = torch.mul(W_enc_t, scale[:, None], out=empty_like(W_enc_t, W_enc_t.dtype))
+    return scaled.t(), (b_enc * scale).to(b_enc.dtype)
 
 
 def subtract_target(sae_out: Tensor, target: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

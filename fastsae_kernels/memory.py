@@ -8,6 +8,7 @@ writes is never handed out: of a gradient of zeros only those with a row of an a
 from __future__ import annotations
 
 import math
+import sys
 
 import numpy as np
 import torch
@@ -26,6 +27,37 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if not is_large(shape, dtype):
         return torch.zeros(shape, dtype=dtype)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+
+
+class Spare:
+    """Hands out zeroed arrays, and a large one again once nobody holds it any more: its pages are there already.
+
+    It keeps the last one's memory; a copy of it, and one that was pickled, keeps none.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[np.ndarray] = []  # of bytes; one at most
+
+    def __reduce__(self) -> tuple[type[Spare], tuple[()]]:
+        return Spare, ()
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """`torch.zeros(shape, dtype=dtype)` on a CPU."""
+        if not is_large(shape, dtype):
+            return torch.zeros(shape, dtype=dtype)
+        try:
+            kept = self._kept.pop()  # by one thread alone
+        except IndexError:
+            kept = np.zeros(0, dtype=np.uint8)
+        n_bytes = math.prod(shape) * dtype.itemsize
+        nobodys = np.zeros(0, dtype=np.uint8)  # a tensor of the kept memory, or a view of one, refers to it besides
+        if kept.size == n_bytes and sys.getrefcount(kept) == sys.getrefcount(nobodys):
+            tensor = torch.from_numpy(kept).zero_()
+        else:
+            kept = np.zeros(n_bytes, dtype=np.uint8)
+            tensor = torch.from_numpy(kept)
+        self._kept[:] = [kept]
+        return tensor.view(dtype).view(shape)
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastsae_kernels import autograd, graph, graph_pair
 from fastsae_kernels.activity import ActivityHint
-from fastsae_kernels.checks import check_decode, check_encode, check_feature_scale, check_target
+from fastsae_kernels.checks import check_decode, check_encode, check_scale, check_target
 from fastsae_kernels.memory import narrowed
 from fastsae_kernels.types import AutoencodeOutput, AutoencodeSpec, PassInputs, SparseActs
 from fastsae_kernels.weight_gradients import PassCollector
@@ -55,6 +55,7 @@ def autoencode(
     spec: AutoencodeSpec,
     target: Tensor | None = None,
     feature_scale: Tensor | None = None,
+    rank_scale: Tensor | None = None,
     hint: ActivityHint | None = None,
     collector: PassCollector | None = None,
 ) -> AutoencodeOutput:
@@ -84,6 +85,9 @@ def autoencode(
         spec: Bandwidth, top-k and penalty.
         target: `[..., d_out]`, floating-point of any dtype, what is to be reconstructed; differentiable.
         feature_scale: `[d_sae]` weight of each feature in the `l1` and `tanh` penalties; None for ones.
+        rank_scale: `[d_sae]` >= 0, only with `k` and without a bandwidth: gate and top-k look at `hidden_pre * rank_scale`,
+            nothing else does. It has no gradient. With decoder norms features are chosen as if these were 1, and so is
+            SAELens' rescaling by them, which cancels out but for the choice.
         hint: On a GPU, what earlier passes knew of the activity; a module keeps one.
         collector: While somebody collects with it, takes what the gradients of `W_enc` and `W_dec` are sums of in their place
             (where the sparse path ran; on a GPU from one pass). Both must be its parameters, or copies with their gradients.
@@ -94,8 +98,8 @@ def autoencode(
         ran and on a GPU.
 
     Raises:
-        ValueError: Shapes disagree, `k` exceeds `d_sae`, NaN or Inf meets `k`, or, in a compiled graph with `k`, more than an
-            eighth of the features lie in the window.
+        ValueError: Shapes disagree, `k` exceeds `d_sae`, NaN or Inf meets `k`, `rank_scale` comes without `k` or with a
+            bandwidth, or, in a compiled graph with `k`, more than an eighth of the features lie in the window.
         TypeError: Mixed or unsupported dtypes.
 
     Numerics:
@@ -114,11 +118,16 @@ def autoencode(
     autocasts = torch.is_autocast_enabled(x.device.type)
     check_encode(x, W_enc, b_enc, threshold, spec.k, narrows=autocasts)
     check_decode(W_enc.shape[1], x.dtype, x.device, W_dec, b_dec, narrows=autocasts)
-    check_feature_scale(feature_scale, threshold)
+    check_scale("feature_scale", feature_scale, threshold)
+    check_scale("rank_scale", rank_scale, threshold)
+    if rank_scale is not None and (spec.k is None or spec.bandwidth > 0):
+        raise ValueError(f"rank_scale: expected None without k or with a bandwidth, got it with {spec}")
     if target is not None:
         check_target(target, (*x.shape[:-1], W_dec.shape[1]), x.device)
         target = target.reshape(-1, W_dec.shape[1])
-    inputs = PassInputs(x.reshape(-1, x.shape[-1]), W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target)
+    x_rows = x.reshape(-1, x.shape[-1])
+    rank_scale = None if rank_scale is None else rank_scale.detach()
+    inputs = PassInputs(x_rows, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target, rank_scale)
     driver = graph if compiling else autograd
     with _without_autocast(x.device.type):
         output = driver.autoencode(inputs, spec, hint, collector)

@@ -131,11 +131,13 @@ def autoencode(
     b_dec: Tensor,
     feature_scale: Tensor | None,
     spec: AutoencodeSpec,
+    rank_scale: Tensor | None = None,
 ) -> ReferenceOutput:
     """Encode, gate, decode and penalise, densely.
 
         hidden_pre   = x @ W_enc + b_enc
         feature_acts = hidden_pre * (hidden_pre > threshold) * keep          keep: top-k, constant
+                       gate and top-k look at hidden_pre * rank_scale, where there is one
         sae_out      = feature_acts @ W_dec + b_dec
         penalty      = sum_j of  (hidden_pre > threshold) * keep                            "l0"
                                  feature_acts * feature_scale                               "l1"
@@ -155,13 +157,15 @@ def autoencode(
         b_dec: `[d_out]`.
         feature_scale: `[d_sae]` weight of each feature in the `l1` and `tanh` penalties, None for ones.
         spec: The options.
+        rank_scale: `[d_sae]`, >= 0, without a bandwidth; None for ones. It has no gradient, as no choice has.
     """
     pre = hidden_pre(x, W_enc, b_enc)
-    acts: Tensor = JumpReLU.apply(pre, threshold, spec.bandwidth, spec.ste_to_input)
-    keep = topk_keep(acts.detach(), spec.k, spec.batch_topk)
-    acts = acts * keep
+    scores = pre if rank_scale is None else pre.detach() * rank_scale
+    gated: Tensor = JumpReLU.apply(scores, threshold, spec.bandwidth, spec.ste_to_input)
+    keep = topk_keep(gated.detach(), spec.k, spec.batch_topk)
+    acts = gated * keep if rank_scale is None else pre * (gated > 0) * keep
     if spec.penalty == "l0":
-        step: Tensor = Step.apply(pre, threshold, spec.bandwidth, spec.ste_to_input)
+        step: Tensor = Step.apply(scores, threshold, spec.bandwidth, spec.ste_to_input)
         penalty = (step * keep).sum(-1)
     else:
         scaled = acts if feature_scale is None else acts * feature_scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Literal, NamedTuple, get_args
 
@@ -127,6 +127,15 @@ class SparseActs:
         row_offsets[1:] = counts.cumsum(0)
         return SparseActs(row_offsets, self.indices[keep], self.values[keep], self.shape)
 
+    def divided(self, divisor: Tensor) -> SparseActs:
+        """The same entries, each value divided by the `divisor` (`[d_sae]`) of its feature; those that are 0 stay 0."""
+        major = self.feature_major
+        if major is not None:
+            of_entries = divisor.repeat_interleave(major.offsets.diff(), output_size=major.values.numel())
+            major = major._replace(values=_quotient(major.values, of_entries))
+        values = _quotient(self.values, divisor.index_select(0, self.indices))
+        return replace(self, values=values, feature_major=major)
+
     def l0(self) -> Tensor:
         """Active features of each token, `[n_tokens]` int64."""
         counts = torch.zeros(self.shape[0], dtype=torch.int64, device=self.device)
@@ -148,6 +157,10 @@ class SparseActs:
             raise ValueError(f"k: expected an integer >= 1, got {k!r}")
         acts = self.active()
         return acts.select(topk_mask(acts.row_ids(), acts.values.detach(), acts.row_offsets, k))
+
+
+def _quotient(values: Tensor, divisor: Tensor) -> Tensor:
+    return torch.where(values == 0, 0, values / divisor)
 
 
 def topk_mask(rows: Tensor, values: Tensor, row_offsets: Tensor, k: int) -> Tensor:
@@ -182,6 +195,7 @@ class PassInputs(NamedTuple):
     b_dec: Tensor  # [d_out]
     feature_scale: Tensor | None = None  # [d_sae] like threshold: weights of the l1 and tanh penalties; None for ones
     target: Tensor | None = None  # [N, d_out] in a floating dtype of its own: the pass then returns the residual
+    rank_scale: Tensor | None = None  # [d_sae] like threshold, >= 0: gate and top-k look at hidden_pre times it
 
     @property
     def device(self) -> torch.device:
@@ -209,7 +223,7 @@ class AutoencodeOutput(NamedTuple):
     l0: Tensor  # [N] int64, active features of each token
     feature_counts: Tensor  # [d_sae] int64, tokens on which each feature is active
     acts: SparseActs | None  # the entries; None where none were kept for the caller
-    min_active: Tensor | None = None  # [] fp32, the smallest surviving activation, inf without one; BatchTopK only
+    min_active: Tensor | None = None  # [] fp32, the smallest that survived top-k, inf without one; BatchTopK only
     squared_error: Tensor | None = None  # [N] fp32 (fp64 for fp64 inputs), of the residual; only with a target
 
 

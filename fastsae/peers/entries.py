@@ -11,6 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastsae_kernels import SparseActs
 from fastsae_kernels.activity import MAX_DENSITY, sampled_share
+from fastsae_kernels.memory import Spare
 
 # not an attribute of the tensor, which would be copied and saved with it
 _entries = WeakTensorKeyDictionary()
@@ -26,17 +27,21 @@ def is_dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> bool
     return sampled_share(x, W_enc, b_enc, threshold) > MAX_DENSITY.get(x.device.type, MAX_DENSITY["cuda"])
 
 
-def to_dense(acts: SparseActs, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def to_dense(acts: SparseActs, shape: tuple[int, ...], dtype: torch.dtype, spare: Spare | None = None) -> Tensor:
     """Activations as a dense tensor that remembers its entries.
 
     Args:
         acts: Active entries alone.
         shape: `[..., d_sae]`, of as many tokens.
         dtype: The dtype of the dense tensor; the entries are rounded to it, too.
+        spare: Where a CPU's memory comes from, and is used again.
     """
     acts = acts.packed()
     values = acts.values.to(dtype)
-    dense = values.new_zeros(acts.shape)
+    if spare is None or values.device.type != "cpu":
+        dense = values.new_zeros(acts.shape)
+    else:
+        dense = spare.zeros(acts.shape, dtype)
     dense[acts.row_ids(), acts.indices.long()] = values
     dense = dense.reshape(shape)
     _entries[dense] = replace(acts, values=values.to(acts.values.dtype))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsae_kernels import ActivityHint, Collector
+from fastsae_kernels.memory import Spare
 
 STATE = "_fastsae"  # the attribute of an accelerated object that holds its `State`
 
@@ -58,6 +59,7 @@ class State:
     activity: ActivityHint = field(default_factory=ActivityHint)
     dead_activity: ActivityHint = field(default_factory=ActivityHint)  # of the auxiliary loss
     collector: Collector = field(default_factory=Collector)  # of weight gradients, for `FusedSAEAdam`
+    spare: Spare = field(default_factory=Spare)  # the memory of the last dense activations, once they are gone
     in_peer: bool = False  # inside of a call that was left to the peer
 
 

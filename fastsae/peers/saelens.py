@@ -25,7 +25,8 @@ from fastsae.errors import UsageError
 from fastsae.optim import FusedSAEAdam
 from fastsae.peers.handle import Accelerated, Handle, store_transposed
 from fastsae.peers.saelens_base import FusedSAE, FusedStepOutput, FusedTrainingSAE
-from fastsae_kernels import AutoencodeSpec
+from fastsae.peers.updates import fused
+from fastsae_kernels import AutoencodeOutput, AutoencodeSpec
 from fastsae_kernels.pre_act import pre_act_loss
 
 
@@ -126,11 +127,16 @@ class FusedTopKTrainingSAE(_LargestFeatures, FusedTrainingSAE, TopKTrainingSAE):
     """`TopKTrainingSAE` on the fused ops."""
 
     def _step(self, step_input: TrainStepInput) -> FusedStepOutput:
-        out = self._pass(step_input, self._spec())
-        loss = self._aux_k_loss(step_input, -out.sae_out.detach())
-        return self._output(step_input, out, {"auxiliary_reconstruction_loss": loss})
+        step, _ = self._step_and_pass(step_input)
+        return step
 
-    def _aux_k_loss(self, step_input: TrainStepInput, residual: Tensor) -> Tensor:
+    def _step_and_pass(self, step_input: TrainStepInput) -> tuple[FusedStepOutput, AutoencodeOutput]:
+        rescaling = self._rescaling()
+        out = self._pass(step_input, self._spec(), rank_scale=rescaling)
+        loss = self._aux_k_loss(step_input, -out.sae_out.detach(), rescaling)
+        return self._output(step_input, out, {"auxiliary_reconstruction_loss": loss}, rescaling), out
+
+    def _aux_k_loss(self, step_input: TrainStepInput, residual: Tensor, rescaling: Tensor | None) -> Tensor:
         """The dead features' reconstruction of what the others leave over, `[N, n_dead]` dense.
 
         It fills up with negative pre-activations where few are positive, as SAELens does, which the ops cannot.
@@ -145,8 +151,7 @@ class FusedTopKTrainingSAE(_LargestFeatures, FusedTrainingSAE, TopKTrainingSAE):
         hidden_pre = self.process_sae_in(step_input.sae_in) @ W_enc.t() + self.b_enc.index_select(0, dead)
         acts = hidden_pre
         if len(dead) > k_aux:
-            scale = self._rescaling()
-            ranked = hidden_pre.detach() if scale is None else hidden_pre.detach() * scale[dead]
+            ranked = hidden_pre.detach() if rescaling is None else hidden_pre.detach() * rescaling[dead]
             chosen = ranked.topk(k_aux, sorted=False).indices
             acts = torch.zeros_like(hidden_pre).scatter(-1, chosen, hidden_pre.gather(-1, chosen))
         loss = (acts @ W_dec - residual).pow(2).sum(-1).mean()
@@ -166,11 +171,9 @@ class FusedBatchTopKTrainingSAE(FusedTopKTrainingSAE, BatchTopKTrainingSAE):
         return None if 1 <= k <= self.cfg.d_sae and k == int(k) else "k is no number of features"
 
     def _step(self, step_input: TrainStepInput) -> FusedStepOutput:
-        out = self._pass(step_input, self._spec())
-        loss = self._aux_k_loss(step_input, -out.sae_out.detach())
+        step, out = self._step_and_pass(step_input)
         assert out.min_active is not None
         self._move_threshold(out.min_active)
-        step = self._output(step_input, out, {"auxiliary_reconstruction_loss": loss})
         step.metrics["topk_threshold"] = self.topk_threshold
         return step
 
@@ -223,7 +226,8 @@ class FusedSAETrainer(SAETrainer, Accelerated):
         else:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(sae.parameters(), MAX_GRAD_NORM)
-        self.optimizer.step()
+        with fused(self.optimizer):
+            self.optimizer.step()
         self.optimizer.zero_grad()
 
 

@@ -64,7 +64,7 @@ class FusedSAE(SAE, Accelerated):
     def _rescaling(self) -> Tensor | None:
         """`[d_sae]`: what pre-activations are multiplied by for the choice of the largest, and divided by in the decoder.
 
-        It carries no gradient: the choice has none, and in the reconstruction the factor cancels.
+        In the reconstruction the factor cancels, and so does its gradient.
         """
         if not getattr(self.cfg, "rescale_acts_by_decoder_norm", False):
             return None
@@ -108,32 +108,23 @@ class FusedSAE(SAE, Accelerated):
 
     def _encoder_inputs(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the ops encode, `W_enc` and `b_enc`; only together do they give every gradient."""
-        W_enc, b_enc, scale = self.W_enc, self.b_enc, self._rescaling()
-        if scale is not None:
-            W_enc, b_enc = (W_enc * scale).to(self.dtype), (b_enc * scale).to(self.dtype)
-        x = x.to(self.dtype)
+        x, b_enc = x.to(self.dtype), self.b_enc
         if self.cfg.apply_b_dec_to_input:
-            x, b_enc = kernels.subtract_pre_bias(x, self.b_dec, W_enc, b_enc)
-        return x, W_enc, b_enc
+            x, b_enc = kernels.subtract_pre_bias(x, self.b_dec, self.W_enc, b_enc)
+        return x, self.W_enc, b_enc
 
     def _autoencode(self, x: Tensor, spec: AutoencodeSpec, **options: Any) -> AutoencodeOutput:
-        scale = self._rescaling()
-        W_dec = self.W_dec if scale is None else (self.W_dec / scale[:, None]).to(self.dtype)
-        return kernels.autoencode(
-            *self._encoder_inputs(x),
-            self._gate(),
-            W_dec,
-            self.b_dec,
-            spec=spec,
-            hint=self._fastsae.activity,
-            **options,
-        )
+        tensors = (*self._encoder_inputs(x), self._gate(), self.W_dec, self.b_dec)
+        return kernels.autoencode(*tensors, spec=spec, hint=self._fastsae.activity, **options)
 
     def _list(self, x: Tensor) -> tuple[SparseActs | None, str | None]:
         """The active entries of all tokens, or why there are none."""
         if entries.wants_gradient([x, *self.parameters()]):
             return None, "a gradient is asked for (call it under torch.no_grad())"
         x, W_enc, b_enc = self._encoder_inputs(x)
+        scale = self._rescaling()
+        if scale is not None:
+            W_enc, b_enc = (W_enc * scale).to(self.dtype), (b_enc * scale).to(self.dtype)
         x, gate, spec = x.reshape(-1, self.cfg.d_in), self._gate(), self._spec()
         if len(x) == 0 or (spec.k is None and entries.is_dense(x, W_enc, b_enc, gate)):
             return None, "too many features are active"
@@ -152,7 +143,7 @@ class FusedSAE(SAE, Accelerated):
             acts, reason = self._list(x)
         if not self._is_fused("encode", reason) or acts is None:
             return self._by_peer(super().encode, x)
-        return entries.to_dense(acts, (*x.shape[:-1], self.cfg.d_sae), self.dtype)
+        return entries.to_dense(acts, (*x.shape[:-1], self.cfg.d_sae), self.dtype, self._fastsae.spare)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -176,7 +167,7 @@ class FusedSAE(SAE, Accelerated):
             return super().forward(x)
         reason, out = self._why_not(x) or self._why_not_now(), None
         if reason is None and not self._fastsae.in_peer:
-            out = self._finite(lambda: self._autoencode(x, self._spec()).sae_out)
+            out = self._finite(lambda: self._autoencode(x, self._spec(), rank_scale=self._rescaling()).sae_out)
             reason = None if out is not None else "the input or a weight is NaN or Inf"
         if not self._is_fused("forward", reason) or out is None:
             return self._by_peer(super().forward, x)
@@ -254,17 +245,23 @@ class FusedTrainingSAE(FusedSAE):
 
     def _pass(self, step_input: TrainStepInput, spec: AutoencodeSpec, **options: Any) -> AutoencodeOutput:
         collector = None
-        if self._rescaling() is None and {"W_enc", "W_dec"} <= self._parameters.keys():
-            collector = self.collector.of(self.W_enc, self.W_dec)  # else their gradients are not the pass's own
+        if {"W_enc", "W_dec"} <= self._parameters.keys():  # else their gradients are not the pass's own
+            collector = self.collector.of(self.W_enc, self.W_dec)
         x = step_input.sae_in
         return self._autoencode(x, spec, target=x.to(self.dtype), collector=collector, **options)
 
-    def _output(self, step_input: TrainStepInput, out: AutoencodeOutput, losses: dict[str, Tensor]) -> FusedStepOutput:
+    def _output(
+        self,
+        step_input: TrainStepInput,
+        out: AutoencodeOutput,
+        losses: dict[str, Tensor],
+        rescaling: Tensor | None = None,
+    ) -> FusedStepOutput:
         assert out.squared_error is not None
         x = step_input.sae_in
         losses = {"mse_loss": out.squared_error.mean(), **losses}
         again = self._encode_again(x)
-        acts: Any = again if out.acts is None else lambda: self._as_theirs(out.acts)
+        acts: Any = again if out.acts is None else lambda: self._as_theirs(out.acts, rescaling)
         if out.acts is None and (x.device.type == "cpu" or step_input.is_logging_step):
             acts = again()  # no entries were kept, and after the optimiser's step it is too late
         step = FusedStepOutput(
@@ -279,10 +276,12 @@ class FusedTrainingSAE(FusedSAE):
         return step
 
     @torch.no_grad()
-    def _as_theirs(self, acts: SparseActs | None) -> Tensor:
+    def _as_theirs(self, acts: SparseActs | None, rescaling: Tensor | None) -> Tensor:
         """Entries as the peer would have returned them."""
         assert acts is not None
         acts = acts.active()
+        if rescaling is not None:
+            acts = replace(acts, values=acts.values * rescaling.index_select(0, acts.indices))
         if getattr(self.activation_fn, "use_sparse_activations", False):
             at = torch.stack([acts.row_ids(), acts.indices.long()])
             return torch.sparse_coo_tensor(at, acts.values.to(self.dtype), acts.shape, is_coalesced=True)

@@ -14,6 +14,7 @@ import fastsae_kernels as kernels
 from fastsae.errors import UsageError
 from fastsae.peers.handle import Accelerated, Handle
 from fastsae.peers.hooks import hook_on, in_transform
+from fastsae.peers.updates import remove_parallel_, set_unit_norm_
 from fastsae_kernels import AutoencodeOutput, AutoencodeSpec, SparseActs
 
 FEW_POSITIVES = (
@@ -22,7 +23,10 @@ FEW_POSITIVES = (
 
 
 class FusedSparseCoder(SparseCoder, Accelerated):
-    """`SparseCoder` with `forward` in one op; what it returns as `latent_acts` carries no gradient."""
+    """`SparseCoder` with `forward` in one op; what it returns as `latent_acts` carries no gradient.
+
+    The decoder's norm and its gradient's projection are theirs, in fewer passes over memory.
+    """
 
     def forward(
         self,
@@ -44,6 +48,15 @@ class FusedSparseCoder(SparseCoder, Accelerated):
         if not self._is_fused("forward", reason) or output is None:
             return self._by_peer(super().forward, x, y, dead_mask=dead_mask, total_variance=total_variance)
         return output
+
+    def set_decoder_norm_to_unit_norm(self) -> None:
+        assert self.W_dec is not None
+        set_unit_norm_(self.W_dec)
+
+    def remove_gradient_parallel_to_decoder_directions(self) -> None:
+        assert self.W_dec is not None
+        assert self.W_dec.grad is not None
+        remove_parallel_(self.W_dec.grad, self.W_dec, None)
 
     def _why_not(self, x: Tensor, y: Tensor | None, dead_mask: Tensor | None) -> str | None:
         if in_transform():

@@ -19,7 +19,14 @@ from fastsae_kernels.cpu.gradients import (
     to_rows,
     weight_gradient,
 )
-from fastsae_kernels.loss_terms import gate_backward, penalty_slope, penalty_terms, subtract_target, weighted_sum
+from fastsae_kernels.loss_terms import (
+    gate_backward,
+    penalty_slope,
+    penalty_terms,
+    scoring_encoder,
+    subtract_target,
+    weighted_sum,
+)
 from fastsae_kernels.types import (
     AutoencodeGrads,
     AutoencodeNeeds,
@@ -50,13 +57,16 @@ def forward(
     Raises:
         ValueError: A value is NaN or Inf where `k` is given.
     """
-    x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target = inputs
+    x, _, _, threshold, W_dec, b_dec, feature_scale, target, rank_scale = inputs
     max_entries = kept_size(len(x), inputs.d_sae, spec, capacity).entries if spec.k is None else None
-    acts = encode(x, W_enc, b_enc, threshold, spec, max_entries)
+    acts = encode(x, *scoring_encoder(inputs), threshold, spec, max_entries)
     if acts is None:
         if spec.k is not None:
             raise ValueError("x, W_enc, b_enc: expected finite values where k is given, got NaN or Inf")
         return dense.forward(inputs, spec, capacity, keeps_dense)
+    smallest = acts.values.new_full((), float("inf")) if acts.values.numel() == 0 else acts.values.min()
+    if rank_scale is not None:
+        acts = acts.divided(rank_scale)
     # a wider bias joins the residual, which is rounded once: the reconstruction itself would be rounded with it before
     late_bias = b_dec if target is not None and b_dec.dtype != W_dec.dtype else None
     sae_out, squared_error = decode(acts, W_dec, b_dec if late_bias is None else None), None
@@ -70,7 +80,6 @@ def forward(
         scale = None if feature_scale is None else feature_scale.index_select(0, acts.indices)
         penalty = sum_segments(penalty_terms(values, scale, spec), acts.row_offsets)
     entries = by_feature(acts)
-    smallest = values.new_full((), float("inf")) if values.numel() == 0 else values.min()
     output = AutoencodeOutput(
         sae_out=sae_out,
         penalty=penalty,
@@ -95,7 +104,7 @@ def backward(
     acts = kept.acts
     if acts is None:
         return dense.backward(inputs, kept, spec, grads, needs, collected)
-    x, W_enc, _, threshold, W_dec, _, feature_scale, _ = inputs
+    x, W_enc, _, threshold, W_dec, _, feature_scale, *_ = inputs
     grad_out, row_scale, grad_penalty = grads
     entries = by_feature(acts)
     offsets, tokens, values = entries

@@ -10,6 +10,7 @@ Few tokens, and narrow features, take whole products and no chunks (`small.py`).
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from fastsae_kernels.cpu.small import MAX_ELEMENTS, encode_small
 from fastsae_kernels.cpu.topk import encode_topk
 from fastsae_kernels.types import AutoencodeSpec, SparseActs
 
+SAMPLE = (1024, 256)  # tokens and features that guess a batch's bound, at a hundredth of the whole product's cost or so
+SAMPLED_MARGIN = 3  # features fire unequally often, so that a sample may hold more or fewer than its share
 MIN_BLOCK_TOKENS = 256  # of a product that has all features; fewer read the weights too often
 
 
@@ -111,20 +114,47 @@ def _encode_threshold(
 
 
 def _encode_batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int) -> SparseActs | None:
-    """The bound of the batch joins the thresholds, chunk by chunk; the first chunk is small, as half of it may be active."""
+    """The bound of the batch joins the thresholds, chunk by chunk.
+
+    A sample guesses it at first. The guess is proved where as many entries reach it as survive, and dropped where not.
+    """
+    entries = BatchTopK(len(x), W_enc.shape[1], k * len(x))
+    guess = entries.bound = _guessed_bound(x, W_enc, b_enc, threshold, k)
+    is_finite = _list_above_bound(x, W_enc, b_enc, threshold, k, entries)
+    if is_finite and guess > 0 and entries.count < entries.n_kept:
+        entries = BatchTopK(len(x), W_enc.shape[1], k * len(x))
+        is_finite = _list_above_bound(x, W_enc, b_enc, threshold, k, entries)
+    return entries.finish() if is_finite else None
+
+
+def _guessed_bound(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int) -> float:
+    """What about `SAMPLED_MARGIN` times as many entries reach as survive, by a sample; 0 where that is no help."""
+    n_tokens, d_sae = x.shape[0], W_enc.shape[1]
+    every_token, every_feature = max(1, n_tokens // SAMPLE[0]), d_sae // SAMPLE[1]
+    if every_feature < SAMPLED_MARGIN:
+        return 0.0
+    gates, biases = threshold[::every_feature], b_enc[::every_feature]
+    hidden_pre = torch.mm(x[::every_token], W_enc[:, ::every_feature]).to(gates.dtype).add_(biases)
+    acts = torch.where(hidden_pre > gates, hidden_pre, 0).flatten().numpy()
+    at = acts.size - int(SAMPLED_MARGIN * k * acts.size / d_sae) - 1
+    return 0.0 if at < 0 else float(np.partition(acts, at)[at])
+
+
+def _list_above_bound(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, k: int, entries: BatchTopK) -> bool:
+    """Lists what reaches the bound, which rises; False where a product is not finite."""
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
     size = product.chunk_size(n_tokens, d_sae, x.shape[1] if product.is_rounded(x) else 0)
     chunks = product.Product(x, W_enc.t(), b_enc, size)
-    entries = BatchTopK(n_tokens, d_sae, k * n_tokens)
     start = 0
     while start < d_sae:
+        # without a bound half of a chunk may be active
         stop = min(start + (size if entries.bound else min(size, max(64, 2 * k))), d_sae)
         # what equals the bound is a candidate too, and may have the lower token
         candidates = chunks.candidates(start, stop, threshold[start:stop].clamp_min(entries.bound))
         if candidates is None:
-            return None
+            return False
         features, tokens, hidden_pre = candidates
         listed = (hidden_pre > threshold.index_select(0, features)) & (hidden_pre >= entries.bound)
         entries.append_listed(listed, features, tokens, hidden_pre)
         start = stop
-    return entries.finish()
+    return True

@@ -31,8 +31,11 @@ def largest_of_rows(rows: np.ndarray, values: np.ndarray, row_offsets: np.ndarra
     if longest <= k:
         return None
     if counts.size == 1:
-        keep = np.zeros(values.size, dtype=np.bool_)
-        keep[np.argsort(-values, kind="stable")[:k]] = True
+        kth = np.partition(values, longest - k)[longest - k]
+        keep = values >= kth
+        surplus = np.count_nonzero(keep) - k
+        if surplus:
+            keep[np.flatnonzero(values == kth)[-surplus:]] = False
         return keep
     padded = np.full((counts.size, longest), -np.inf, dtype=values.dtype)
     at = np.arange(rows.size) + (np.arange(counts.size) * longest - row_offsets[:-1]).take(rows)
@@ -90,9 +93,10 @@ class Entries:
 
     def select(self, keep: Tensor) -> None:
         """Keeps only some entries (`keep`: bool, in the order of `merge`)."""
-        features, tokens, values = self.merge()
-        self.parts = [(features[keep], tokens[keep], values[keep])]
-        self.count = self.parts[0][0].numel()
+        at = torch.from_numpy(np.flatnonzero(keep.numpy()))
+        features, tokens, values = (column.index_select(0, at) for column in self.merge())
+        self.parts = [(features, tokens, values)]
+        self.count = at.numel()
 
     def finish(self) -> SparseActs:
         """The entries in both orders."""
@@ -155,7 +159,8 @@ class BatchTopK(Entries):
         features, tokens, values = self.merge()
         if self.count <= self.n_kept:
             return
-        smallest = torch.topk(values, self.n_kept, sorted=False).values.min()
+        at = self.count - self.n_kept
+        smallest = np.partition(values.numpy(), at)[at]
         keep = values >= smallest
         surplus = int(keep.sum()) - self.n_kept
         if surplus:

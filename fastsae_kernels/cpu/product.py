@@ -14,6 +14,7 @@ small: at d_in = 768 it is 0.1 standard deviations of random pre-activations, a 
 
 from __future__ import annotations
 
+import os
 import warnings
 from functools import cache
 
@@ -27,13 +28,20 @@ MIN_ROUNDED_TOKENS = 64  # fewer multiplications per weight do not pay for round
 UNDERFLOW = 2.0**-120  # added to the margin: bf16 units flush what is smaller to zero
 OVERFLOW = 2.0**120  # of a product; beyond, sums of intermediate terms may reach Inf
 WORD = 8  # bytes of mask looked at together
+ISAS_WITH_BF16 = ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")  # in the names of oneDNN's sets of instructions
 NUMPY_THREADS = 4  # one thread of NumPy, whose loops are vectorised where PyTorch's are not, looks as fast as this many
 ROUNDED_TOKENS = 512  # whose rounding errors are looked at together
 
 
 @cache
 def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX)."""
+    """Whether this CPU multiplies bf16 matrices in hardware (AVX512-BF16 or AMX), and oneDNN, which PyTorch asks, may.
+
+    A limit to older instructions makes such a product 300 times as slow.
+    """
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
+    if not any(name in limit for name in ISAS_WITH_BF16):
+        return False
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
 

@@ -25,6 +25,7 @@ from fastsae_kernels.gpu.overflow import overflow_features, overflow_rows
 from fastsae_kernels.gpu.row_topk import capacity_of, encode_topk, list_topk
 from fastsae_kernels.gpu.topk import MAX_SORT, flag_rows, packed_offsets, sort_rows
 from fastsae_kernels.gpu.weight_gradients import GpuShare, gpu_share
+from fastsae_kernels.loss_terms import scoring_encoder
 from fastsae_kernels.types import (
     AutoencodeGrads,
     AutoencodeNeeds,
@@ -113,8 +114,10 @@ def forward(
         TypeError: x is fp64.
     """
     inputs = _contiguous_vectors(inputs)
-    x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target = inputs
-    acts, overflow, listed, min_active = _list(x, W_enc, b_enc, threshold, spec, capacity)
+    x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target, rank_scale = inputs
+    acts, overflow, listed, min_active = _list(x, *scoring_encoder(inputs), threshold, spec, capacity)
+    if rank_scale is not None:
+        acts = acts.divided(rank_scale)
     penalty, l0, feature_counts = stats = row_stats(acts, feature_scale, spec)
     sae_out, squared_error = decode_rows(acts, acts.values, W_dec, b_dec, x.dtype, target)
     if overflow is not None:
@@ -153,7 +156,7 @@ def backward(
         needs: Which of the large gradients are asked for; that of x costs one more gather.
         collected: Takes what the gradients of both weight matrices are sums of, unless it holds another pass's already.
     """
-    x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, _ = _contiguous_vectors(inputs)
+    x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, *_ = _contiguous_vectors(inputs)
     (acts, _, overflow, _), (grad_out, row_scale, grad_penalty) = kept, grads
     assert acts is not None
     scale = None if spec.penalty == "l0" else feature_scale

@@ -125,7 +125,8 @@ def run(
 
     tensors = [None if tensor is None else on_device(tensor) for tensor in problem.tensors()]
     target, row_scale = (None if tensor is None else on_device(tensor) for tensor in (target, row_scale))
-    inputs = PassInputs(*tensors, target=target)  # type: ignore[arg-type]
+    rank_scale = None if problem.rank_scale is None else on_device(problem.rank_scale)
+    inputs = PassInputs(*tensors, target=target, rank_scale=rank_scale)  # type: ignore[arg-type]
     output, kept = gpu.forward(inputs, problem.spec, Capacity(capacity, mean_capacity or capacity))
     grad_out = on_device(problem.grad_out) if target is None else output.sae_out
     output_grads = OutputGrads(grad_out, row_scale, on_device(problem.grad_penalty))

@@ -27,6 +27,7 @@ class Problem:
     grad_out: Tensor
     grad_penalty: Tensor
     spec: AutoencodeSpec
+    rank_scale: Tensor | None = None
 
     def tensors(self) -> list[Tensor | None]:
         return [getattr(self, name) for name in NAMES]
@@ -35,7 +36,7 @@ class Problem:
         """In another dtype, the threshold in at least fp32; values are rounded once, here."""
         wide = torch.promote_types(dtype, torch.float32)
         dtypes = dict.fromkeys((*NAMES, "grad_out"), dtype) | dict.fromkeys(
-            ("threshold", "feature_scale", "grad_penalty"), wide
+            ("threshold", "feature_scale", "grad_penalty", "rank_scale"), wide
         )
         moved = {name: getattr(self, name) for name in dtypes if getattr(self, name) is not None}
         return replace(self, **{name: tensor.to(dtypes[name]) for name, tensor in moved.items()})
@@ -175,7 +176,7 @@ def collect(inputs: list[Tensor | None], outputs: dict[str, Tensor], problem: Pr
 def run_reference(problem: Problem) -> Result:
     """The dense reference in the problem's dtype."""
     inputs = leaves(problem)
-    output = reference.autoencode(*inputs, problem.spec)  # type: ignore[arg-type]
+    output = reference.autoencode(*inputs, problem.spec, problem.rank_scale)  # type: ignore[arg-type]
     acts = output.feature_acts.detach()
     named = {"sae_out": output.sae_out, "penalty": output.penalty, "l0": (acts > 0).sum(-1)}
     return collect(inputs, {**named, "feature_counts": (acts > 0).sum(0)}, problem)

@@ -27,8 +27,9 @@ cpu_encode = importlib.import_module("fastsae_kernels.cpu.encode")  # the packag
 def run(problem: problems.Problem, backend: Backend | None = None) -> problems.Result:
     inputs = problems.leaves(problem)
     *tensors, scale = inputs
+    options: dict[str, Any] = {"spec": problem.spec, "feature_scale": scale, "rank_scale": problem.rank_scale}
     with kernels.use_backend(backend):
-        output = kernels.autoencode(*tensors, spec=problem.spec, feature_scale=scale)  # type: ignore[arg-type]
+        output = kernels.autoencode(*tensors, **options)  # type: ignore[arg-type]
         named = {name: getattr(output, name) for name in ("sae_out", "penalty", "l0", "feature_counts")}
         return problems.collect(inputs, named, problem)
 
@@ -328,3 +329,17 @@ def test_padded_and_unsorted_rows_have_their_own_gradients(dtype: torch.dtype) -
     tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(grads[0][valid], truth[0][valid], **tolerance)
     torch.testing.assert_close(grads[1], truth[1], **tolerance)
+
+
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("AVX2", False), ("avx512_core", False), ("AVX512_CORE_BF16", True), ("AVX512_CORE_AMX", True), ("ALL", True)],
+)
+def test_a_limit_of_onednn_to_older_instructions_is_heeded(
+    name: str, limit: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN emulates bf16 then, at a three-hundredth of the speed."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setenv(name, limit)
+    assert has_fast_bf16.__wrapped__() is expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +74,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         force_product(monkeypatch, rough="rough" in request.param, few="few" in request.param)
     if "small" not in request.param:
         monkeypatch.setattr(cpu_encode, "MAX_ELEMENTS", 0)
+        monkeypatch.setattr(cpu_encode, "SAMPLE", (8, 64))
         monkeypatch.setattr(cpu_product, "has_fast_bf16", lambda: "rounded" in request.param)
         monkeypatch.setattr(cpu_product, "MIN_ROUNDED_TOKENS", 0)
         monkeypatch.setattr(cpu_product, "SCRATCH_ELEMENTS", 2**12)
@@ -261,3 +263,23 @@ def test_rough_product_never_misses_what_a_careful_sum_finds(monkeypatch: pytest
 def test_public_encode_takes_k_of_the_batch() -> None:
     acts = kernels.encode(BASE.x, BASE.W_enc, BASE.b_enc, BASE.threshold, k=4, batch_topk=True)
     assert acts.values.numel() == 4 * 40
+
+
+@pytest.mark.parametrize("is_typical", [True, False], ids=["proved", "dropped"])
+def test_a_guess_of_the_batchs_bound_is_proved_or_dropped(monkeypatch: pytest.MonkeyPatch, is_typical: bool) -> None:
+    """Where the sampled features fire more than all others the guess is too high, and entries below it would be lost."""
+    monkeypatch.setattr(cpu_encode, "MAX_ELEMENTS", 0)
+    monkeypatch.setattr(cpu_encode, "SAMPLE", (8, 50))
+    passes = []
+    listing = cpu_encode._list_above_bound
+
+    def watched(*arguments: Any) -> bool:
+        passes.append(arguments[-1].bound)
+        return bool(listing(*arguments))
+
+    monkeypatch.setattr(cpu_encode, "_list_above_bound", watched)
+    b_enc = BASE.b_enc if is_typical else torch.where(torch.arange(700) % 14 == 0, 20.0, -1.0)
+    acts = cpu.encode(BASE.x, BASE.W_enc, b_enc, BASE.threshold, AutoencodeSpec(k=60, batch_topk=True))
+    assert_exact(acts, with_bias(BASE, b_enc), 60, True, torch.float32)
+    assert passes[0] > 0
+    assert passes[1:] == ([] if is_typical else [0.0])

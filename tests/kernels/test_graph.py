@@ -26,7 +26,7 @@ CAPACITY = ActivityHint.UNKNOWN
 
 
 def arguments(problem: problems.Problem, capacity: Capacity, target: torch.Tensor | None = None) -> tuple[Any, ...]:
-    return (*problems.leaves(problem), target, *dataclasses.astuple(problem.spec), *capacity, 0)
+    return (*problems.leaves(problem), target, problem.rank_scale, *dataclasses.astuple(problem.spec), *capacity, 0)
 
 
 def compiled(function: Callable) -> Callable:
@@ -36,11 +36,11 @@ def compiled(function: Callable) -> Callable:
 
 def run_compiled(problem: problems.Problem, device: str = "cpu") -> problems.Result:
     inputs = problems.leaves(problem)
-    *tensors, scale = (None if leaf is None else leaf.to(device) for leaf in inputs)
+    *tensors, scale, ranks = (None if leaf is None else leaf.to(device) for leaf in (*inputs, problem.rank_scale))
 
     @compiled
     def forward(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        output = kernels.autoencode(*tensors, spec=problem.spec, feature_scale=scale)
+        output = kernels.autoencode(*tensors, spec=problem.spec, feature_scale=scale, rank_scale=ranks)
         return output.sae_out, output.penalty, output.l0, output.feature_counts
 
     outputs = [output.cpu() for output in forward(*tensors)]  # type: ignore[arg-type]

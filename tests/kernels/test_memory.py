@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import problems
 import pytest
 import torch
@@ -70,3 +74,40 @@ def test_gradients_in_large_arrays(density: float, backend: kernels.Backend) -> 
         assert weight.grad is not None
         twice = 2 * weight.grad
         assert torch.equal(weight.grad.mul_(2), twice)  # in place, as a clipping of norms does
+
+
+@DTYPES
+def test_spare_memory_is_used_again_once_nobody_holds_it(dtype: torch.dtype) -> None:
+    spare = memory.Spare()
+    first = spare.zeros((4, 6), dtype)
+    assert torch.equal(first, torch.zeros(4, 6, dtype=dtype))
+    place = first.fill_(3).data_ptr()
+    view = first[1:].numpy(force=True) if dtype != torch.bfloat16 else first[1:]
+    del first
+    second = spare.zeros((4, 6), dtype)
+    assert second.data_ptr() != place
+    assert (view == 3).all()
+    place = second.fill_(5).data_ptr()
+    del second
+    third = spare.zeros((6, 4), dtype)
+    assert third.data_ptr() == place
+    assert torch.equal(third, torch.zeros(6, 4, dtype=dtype))
+
+
+def test_spare_memory_of_another_size_or_in_a_copy_is_not_used() -> None:
+    spare = memory.Spare()
+    place = spare.zeros((4, 6), torch.float32).data_ptr()
+    for other in (copy.deepcopy(spare), pickle.loads(pickle.dumps(spare))):
+        assert not other._kept
+    other = spare.zeros((4, 7), torch.float32)
+    assert other.data_ptr() != place
+    assert other.shape == (4, 7)
+    assert len(spare._kept) == 1
+
+
+def test_spare_memory_goes_to_one_thread_alone() -> None:
+    spare = memory.Spare()
+    spare.zeros((8, 8), torch.float32)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda i: spare.zeros((8, 8), torch.float32).fill_(i), range(64)))
+    assert [float(tensor.sum()) for tensor in made] == [64.0 * i for i in range(64)]

@@ -24,6 +24,7 @@ from saelens_problem import (
 )
 
 from fastsae import FusedSAEAdam, accelerate
+from fastsae.pending import PendingGradient
 
 
 def assert_same_run(kind: str, n: int, tolerance: float, *, whole_trainer: bool, **options: Any) -> None:
@@ -162,6 +163,23 @@ def test_fused_adam_in_the_middle_of_a_run(kind: str) -> None:
         assert float(ours.optimizer.state[p]["step"]) == 30
     accelerate(at_once, optimizer=True)
     assert_same_losses(steps(at_once, 30), expected, 1e-7)
+
+
+@pytest.mark.parametrize("kind", ["topk", "topk raw", "batchtopk"])
+def test_fused_adam_sums_the_weight_gradients_itself(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the choice is rescaled by decoder norms: no gradient of the weights' size is written."""
+    trainer = trainer_of(training_sae(kind))
+    accelerate(trainer, optimizer=True)
+    seen: list[type] = []
+    step = FusedSAEAdam.step
+
+    def watched(self: Any, closure: Any = None) -> Any:
+        seen.extend(type(p.grad) for p in self.matrices)
+        return step(self, closure)
+
+    monkeypatch.setattr(FusedSAEAdam, "step", watched)
+    steps(trainer, 2)
+    assert seen == [PendingGradient] * 4
 
 
 LEFT: dict[str, tuple[str, dict[str, Any], str]] = {
