@@ -58,6 +58,10 @@ SUMMARY = (
     ("delta_loss_percent", "% change of the cross-entropy (delta loss)", "{:+.2f}"),
     ("recovered", "of the loss between zeros and the model is recovered", "{:.1%}"),
 )
+SUMMARY_OF_TRAINING = (
+    ("padding_share", "of the tokens that the language model computed for training were padding", "{:.1%}"),
+    ("sinks_left_out", "tokens were left out of training as attention sinks, beside the first of each context", "{:,}"),
+)
 
 OUT_OF_MEMORY = (
     "there is not enough memory; lower --max-length (a dialogue of the evaluation is never cut further), --forward-tokens, "
@@ -107,8 +111,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--json", type=path, metavar="FILE", help="file to which the metrics are written as well")
     measure.add_argument("--quiet", action="store_true", help="show no progress bars")
-    names = "model dataset split layer model_dtype max_length max_dialogues dedup_words eval_dialogues forward_tokens device seed"
-    add_config_flags(measure, names.split())
+    of_data = (
+        "model dataset split layer model_dtype max_length max_dialogues dedup_words eval_dialogues max_norm_multiple"
+    )
+    add_config_flags(measure, [*of_data.split(), "forward_tokens", "device", "seed"])
     add_convert_command(commands)
     return parser
 
@@ -143,7 +149,8 @@ def command_train(arguments: argparse.Namespace) -> None:
     if unused := without_effect(config, given):
         log.warning("without effect on a %s run: %s", config.architecture, ", ".join(map(flag, unused)))
     metrics = train(config, output, resume=arguments.resume, progress=not arguments.quiet)
-    print(f"\n{output}: {metrics['tokens']:,} tokens in {metrics['seconds']:.0f} s")
+    cost = f"{metrics['seconds']:.0f} s, of which the evaluation took {metrics['seconds_of_evaluation']:.0f} s"
+    print(f"\n{output}: {metrics['tokens']:,} tokens in {cost}")
     print_summary(metrics)
     name = SAE_CLASSES[config.architecture].__name__
     print(f"\nreport   {output / REPORT_FILE}\nload it  fastsae.{name}.load({str(output)!r})")
@@ -218,7 +225,8 @@ def print_difference(found: dict[str, float]) -> None:
 
 def print_summary(metrics: dict[str, Any]) -> None:
     """The headline numbers, one a line, with what they mean."""
-    for name, meaning, form in SUMMARY:
+    of_training = [line for line in SUMMARY_OF_TRAINING if line[0] in metrics]
+    for name, meaning, form in (*SUMMARY, *of_training):
         value = metrics.get(name)
         print(f"  {'undefined' if value is None else form.format(value):>10}  {meaning}")
     if metrics.get("dialogues_dropped"):

@@ -7,7 +7,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastsae.data.sequencing import render
+from fastsae.data.tokens import render
 from fastsae.data.special_tokens import RoleHeader, SpecialTokens, find_special_tokens
 from fastsae.errors import FastsaeError, UsageError
 

@@ -68,7 +68,7 @@ class Operations:
 def result(output: Path, trainer: Trainer) -> dict[str, Any]:
     """All that must not depend on kills: weights, metrics and curves without times, names of files."""
     metrics = json.loads((output / "metrics.json").read_text())
-    del metrics["seconds"]
+    del metrics["seconds"], metrics["seconds_of_evaluation"]
     return {
         "weights": (output / "sae_weights.safetensors").read_bytes().hex(),
         "metrics": metrics,

@@ -46,7 +46,7 @@ def config(tiny_model: Path, chats: Path) -> TrainConfig:
 
 def outcome(output: Path) -> tuple[bytes, dict[str, Any]]:
     metrics = json.loads((output / "metrics.json").read_text())
-    del metrics["seconds"]
+    del metrics["seconds"], metrics["seconds_of_evaluation"]
     return (output / "sae_weights.safetensors").read_bytes(), metrics
 
 
