@@ -142,6 +142,10 @@ def command_train(arguments: argparse.Namespace) -> None:
             raise UsageError(
                 f"--resume: the run in {arguments.output} ended before it wrote {CONFIG_FILE}; start it again with its options"
             )
+        if given.get("text") is not None and "dataset" not in given:
+            raise UsageError(
+                "--text: expected --dataset with dialogues for the evaluation, which reads whole dialogues, got none"
+            )
         config = TrainConfig(**{**PRESETS[arguments.preset or "recommended"], **given})
         layer = "" if config.layer is None else f"-layer{config.layer}"
         name = local_path(config.model).resolve().name  # resolved, because `.` has no name

@@ -20,7 +20,12 @@ SIZES = {
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "Qwen2": {},
     "Llama": {},
@@ -67,7 +72,7 @@ def test_packed_activations_are_those_of_single_forwards(
     data = dialogues(40)
     sequencer = PackedSequencer(data, range(40), TokenIds(), batch_tokens=150, endless=False)
     stream = ActivationStream(residual, sequencer, drop_first_position=False)
-    n_rows = n_seen = 0
+    n_seen = 0
     for piece in stream:
         for index in piece.dialogue_ids.unique().tolist():
             of_it = piece.dialogue_ids == index
@@ -77,7 +82,6 @@ def test_packed_activations_are_those_of_single_forwards(
             alone = residual(ids, torch.ones_like(ids))[0]
             assert torch.allclose(piece.acts[of_it], alone, rtol=1e-4, atol=1e-5 * float(alone.abs().max()))
             n_seen += 1
-        n_rows += 1
     assert n_seen == 40
     assert stream.counts.padding < 0.1 * stream.counts.computed
 
@@ -116,7 +120,9 @@ def that_takes_no_positions() -> Any:
 
 @pytest.mark.parametrize("build", [state_space, with_own_positions, that_takes_no_positions])
 def test_a_model_that_mixes_packed_dialogues_is_refused(build: Any) -> None:
-    with pytest.raises(UsageError, match=r"sequencing: expected a model that keeps packed dialogues apart, got .*take --s"):
+    with pytest.raises(
+        UsageError, match=r"sequencing: expected a model that keeps packed dialogues apart, got .*take --s"
+    ):
         check_packing(ResidualStream(build(), 1), *dialogues(2))
 
 

@@ -98,7 +98,9 @@ def test_fast_batches_cost_the_least() -> None:
 
 def test_blocks_are_full_and_hold_whatever_follows() -> None:
     data = [list(range(100 * i, 100 * i + 50)) for i in range(7)]
-    sequencer = BlockSequencer(data, range(7), TokenIds(), batch_tokens=60, shuffle=False, endless=False, block_length=30)
+    sequencer = BlockSequencer(
+        data, range(7), TokenIds(), batch_tokens=60, shuffle=False, endless=False, block_length=30
+    )
     rows = [row for batch in sequencer for row in batch.input_ids.tolist()]
     joined = [token for ids in data for token in ids]
     assert rows == [joined[start : start + 30] for start in range(0, 330, 30)]

@@ -115,7 +115,9 @@ def test_an_epoch_serves_each_dialogue_alone_and_once(qwen, shuffle):
     ):
         assert batch.input_ids.numel() <= 300
         assert (batch.input_ids.dtype, batch.attention_mask.dtype) == (torch.int64, torch.bool)
-        for ids, mask, index in zip(batch.input_ids, batch.attention_mask, batch.dialogue_ids[:, 0].tolist(), strict=True):
+        for ids, mask, index in zip(
+            batch.input_ids, batch.attention_mask, batch.dialogue_ids[:, 0].tolist(), strict=True
+        ):
             length = int(mask.sum())
             assert mask[:length].all()  # padded on the right
             assert ids[:length].tolist() == reference(qwen, dialogues[index])[:40]
@@ -152,7 +154,8 @@ def test_a_long_dialogue_is_a_batch_by_itself(qwen):
 
 def equal(a, b):
     return all(
-        torch.equal(getattr(a, name), getattr(b, name)) for name in ("input_ids", "attention_mask", "dialogue_ids", "positions")
+        torch.equal(getattr(a, name), getattr(b, name))
+        for name in ("input_ids", "attention_mask", "dialogue_ids", "positions")
     )
 
 

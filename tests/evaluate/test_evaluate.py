@@ -4,7 +4,6 @@ import copy
 import itertools
 import json
 import math
-
 from dataclasses import replace
 
 import pytest
@@ -97,9 +96,7 @@ def test_the_mean_has_fvu_one(residual, tokenizer, batch):
 
 
 def test_position_0_keeps_its_activation_in_the_spliced_pass(residual, tokenizer, batch):
-    rows = TokenBatch.one_per_row(
-        batch.input_ids[:, :2], torch.ones(4, 2, dtype=torch.bool), batch.dialogue_ids[:, 0]
-    )
+    rows = TokenBatch.one_per_row(batch.input_ids[:, :2], torch.ones(4, 2, dtype=torch.bool), batch.dialogue_ids[:, 0])
     metrics = run(constant_sae(16, 3.0), residual, tokenizer, [rows]).metrics  # all predictions come from position 0
     assert metrics["ce"] == metrics["ce_spliced"] == metrics["ce_zero"]
     assert metrics["recovered"] is None
@@ -188,7 +185,7 @@ def test_dialogues_of_sinks_alone_leave_the_figures_undefined(residual, tokenize
 
 
 def test_the_median_does_not_depend_on_the_batches(residual, batch, monkeypatch):
-    monkeypatch.setattr(sinks, "_SAMPLE_TOKENS", 15)
+    monkeypatch.setattr(sinks, "SAMPLE_TOKENS", 15)
     x = residual(batch.input_ids, batch.attention_mask)
     first = torch.cat([x[0, 1:12], x[1, 1:7]]).norm(dim=-1)  # 11 tokens, then 17 with the second dialogue
     rows = [batch[i : i + 1] for i in range(len(batch.input_ids))]
