@@ -86,6 +86,12 @@ class TrainConfig:
         "number format of the language model (default: the one in which this machine computes it fastest, of the format "
         "of its files and float32)",
     )
+    model_kwargs: str | None = option(
+        None,
+        "data",
+        'more arguments for transformers\' from_pretrained, as JSON, such as \'{"revision": "main", '
+        '"attn_implementation": "eager"}\', device_map or quantization_config',
+    )
     max_length: int = option(8192, "data", "longest dialogue in tokens; what comes after is cut off", (2, 10**9))
     max_dialogues: int | None = option(
         None, "data", "number of dialogues to use, from the start of the dataset (default: all)", COUNT

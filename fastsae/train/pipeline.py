@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -34,6 +34,7 @@ from fastsae.sae import SparseAutoencoder
 from fastsae.train.config import ModelDtype, TrainConfig
 from fastsae.train.held_out import n_affordable_dialogues, split_dialogues
 from fastsae.train.limits import check_memory
+from fastsae.train.validate import model_options
 
 _CHECKED: Dialogue = [
     {"role": "user", "content": "What is the capital of France?"},
@@ -45,6 +46,7 @@ _ALSO_CHECKED: Dialogue = [
 ]
 
 _ROLES_REPORTED = 20
+GIVEN = "given-as-an-object"  # the name of a model or data that the caller has in hand
 
 logger = logging.getLogger(__name__)
 
@@ -141,8 +143,45 @@ def model_location(name: str) -> str:
     return str(demo.model_path())
 
 
+@dataclass(frozen=True)
+class Given:
+    """What the caller of a run has in hand, in the place of what the options name.
+
+    Attributes:
+        model: A causal language model of transformers.
+        tokenizer: Its tokenizer; given together with the model.
+        dialogues: Any iterable of dialogues, each a list of `{"role", "content"}` messages.
+        texts: Any iterable of plain texts, or of lists of token ids, to train on.
+    """
+
+    model: Any = None
+    tokenizer: Any = None
+    dialogues: Iterable[Dialogue] | None = None
+    texts: Iterable[Any] | None = None
+
+    def named(self, config: TrainConfig) -> TrainConfig:
+        """The options with names for what is given.
+
+        Raises:
+            UsageError: A model without its tokenizer, or the other way round, or in training mode.
+        """
+        if (self.model is None) != (self.tokenizer is None):
+            raise UsageError("model: expected a model and its tokenizer together, got one of them")
+        if getattr(self.model, "training", False):
+            raise UsageError("model: expected a model in evaluation mode, got one in training mode; call its eval()")
+        names = {"dataset": self.dialogues, "text": self.texts}
+        changes = {name: GIVEN for name, value in names.items() if value is not None}
+        if self.model is not None:
+            changes["model"] = str(getattr(self.model, "name_or_path", "") or GIVEN)
+        return replace(config, **changes)  # type: ignore[arg-type]
+
+
 def build_pipeline(
-    config: TrainConfig, *, progress: bool = False, evaluated: SparseAutoencoder | None = None
+    config: TrainConfig,
+    *,
+    progress: bool = False,
+    evaluated: SparseAutoencoder | None = None,
+    given: Given | None = None,
 ) -> Pipeline:
     """Loads and tests the model, loads the dialogues, drops repeated ones and splits the rest by `config.seed`.
 
@@ -153,14 +192,23 @@ def build_pipeline(
         config: The run.
         progress: Show progress bars.
         evaluated: The SAE that the pipeline is for; None where it is to train one, which takes more memory.
+        given: Objects in the place of what the options name.
 
     Raises:
         UsageError: Model, dataset, layer or split do not exist, the model is of a kind that is not supported, `evaluated` is
             not of its width, or training would need more memory than there is.
         FastsaeError: A download failed or a file is damaged.
     """
-    device = resolve_device(config.device)
-    model, tokenizer = load_model(model_location(config.model), config.model_dtype, device, progress=progress)
+    given = given or Given()
+    model, tokenizer = given.model, given.tokenizer
+    if model is None:
+        model, tokenizer = load_model(
+            model_location(config.model),
+            config.model_dtype,
+            resolve_device(config.device),
+            options=model_options(config.model_kwargs),
+            progress=progress,
+        )
     layer = len(decoder_layers(model)) // 2 if config.layer is None else config.layer
     found: Any = dtype_name(model.dtype)
     model_dtype = config.model_dtype or (found if found in get_args(ModelDtype) else None)
@@ -183,7 +231,10 @@ def build_pipeline(
     _tell_of_doubled_bos(tokenizer)
     if evaluated is None:
         _check_sequencing(residual, tokenizer, config, max_length)
-    dialogues = load_chats(config.dataset, config.split, progress=progress)
+    if given.dialogues is not None:
+        dialogues: Sequence[Dialogue] = ChatDataset(list(given.dialogues), GIVEN, progress=progress)
+    else:
+        dialogues = load_chats(config.dataset, config.split, progress=progress)
 
     def n_affordable(order: Sequence[int]) -> int:
         rows = TokenRows(dialogues, tokenizer, max_length, None)
@@ -192,7 +243,11 @@ def build_pipeline(
     options = {} if evaluated is not None else {"n_affordable": n_affordable}
     train, held_out = split_dialogues(dialogues, config, **options, progress=progress)
     config = replace(config, eval_dialogues=len(held_out))
-    texts = load_texts(config.text, progress=progress) if config.text is not None and evaluated is None else None
+    texts: Sequence[Any] | None = None
+    if given.texts is not None:
+        texts = list(given.texts)
+    elif config.text is not None and evaluated is None:
+        texts = load_texts(config.text, progress=progress)
     if texts is not None:
         train = list(range(len(texts)))
     what = "dialogues" if texts is None else "texts"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastsae.data.activations import ResidualStream
 from fastsae.data.buffer import ActivationBatch, MixingBuffer
+from fastsae.data.chat import Dialogue
 from fastsae.data.progress import bar
 from fastsae.data.sequencing import Sequencer
 from fastsae.data.sinks import MAX_NORM_MULTIPLE
@@ -41,14 +42,24 @@ from fastsae.train.folder import (
 )
 from fastsae.train.initialize import SAMPLE
 from fastsae.train.l0_control import l0_metrics
-from fastsae.train.pipeline import Pipeline, build_pipeline
+from fastsae.train.pipeline import Given, Pipeline, build_pipeline
 from fastsae.train.saved_state import check_buffer, check_options, check_stream, check_trainer
 from fastsae.train.trainer import Trainer, build_sae
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+def train(
+    config: TrainConfig,
+    output: Path | str,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    dialogues: Iterable[Dialogue] | None = None,
+    texts: Iterable[Any] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Trains, evaluates and saves an SAE; returns the metrics.
 
     Writes to `output`: SAELens' `cfg.json`, `sae_weights.safetensors` and `sparsity.safetensors`, `config.json`,
@@ -58,6 +69,10 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
     Args:
         config: The run.
         output: A folder that is new or empty, or, to resume, the folder of a run.
+        model: A causal language model of transformers, in the place of `config.model`; it is used where it is, as it is.
+        tokenizer: Its tokenizer.
+        dialogues: Dialogues, each a list of `{"role", "content"}` messages, in the place of `config.dataset`.
+        texts: Plain texts or lists of token ids to train on, in the place of `config.text`.
         resume: Go on from the newest checkpoint in `output`; from the first step where there is none yet.
         progress: Show progress bars.
 
@@ -66,13 +81,14 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
         FastsaeError: The run failed for a reason the message names.
     """
     output = local_path(output)
+    given = Given(model, tokenizer, dialogues, texts)
     try:
-        return _train(config, output, resume=resume, progress=progress)
+        return _train(given.named(config), output, given, resume=resume, progress=progress)
     except KeyboardInterrupt as interruption:
         raise Interrupted(how_to_go_on(output, config), getattr(interruption, "number", signal.SIGINT)) from None
 
 
-def _train(config: TrainConfig, output: Path, *, resume: bool, progress: bool) -> dict[str, Any]:
+def _train(config: TrainConfig, output: Path, given: Given, *, resume: bool, progress: bool) -> dict[str, Any]:
     started = time.perf_counter()
     text = None if config.text is None else located(config.text)
     config = replace(config, model=located(config.model), dataset=located(config.dataset), text=text)
@@ -80,7 +96,7 @@ def _train(config: TrainConfig, output: Path, *, resume: bool, progress: bool) -
         config = resumed_config(output, config)
     prepare(output, resume=resume)
     saved = checkpoint.load_latest(output) if resume else None
-    pipeline = build_pipeline(config, progress=progress)
+    pipeline = build_pipeline(config, progress=progress, given=given)
     config = pipeline.config
     fingerprints = {
         "dataset": fingerprint.of_dialogues(pipeline.dialogues, config.max_dialogues),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import types
@@ -94,7 +95,23 @@ def name_problem(text: str) -> str:
     return ""
 
 
+def model_options(text: str | None) -> dict[str, Any]:
+    """The arguments that `model_kwargs` holds as JSON.
+
+    Raises:
+        UsageError: It is not JSON, or no object.
+    """
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(f'model_kwargs: expected a JSON object such as {{"revision": "main"}}, got {shown(text)}')
+    return found
+
+
 def _validate_together(config: TrainConfig) -> None:
+    model_options(config.model_kwargs)
     if config.warm_up + config.decay > 1:
         raise UsageError(
             f"warm_up: expected at most 1 together with --decay, got {config.warm_up:g} + {config.decay:g}"

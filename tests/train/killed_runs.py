@@ -90,7 +90,7 @@ def main(model: str, chats: str, folder: Path, moments: str, architecture: str, 
         sequencing=sequencing, block_length=16, architecture=architecture, k=4 if architecture in TOPK_FAMILY else None,
     )  # fmt: skip
     pipeline = run.build_pipeline(config)
-    run.build_pipeline = lambda config, progress: pipeline  # the model is loaded once
+    run.build_pipeline = lambda config, progress, given: pipeline  # the model is loaded once
     trainers: list[Trainer] = []
     trained = Trainer.run
 
