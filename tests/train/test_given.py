@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from stopped_runs import make_config, stopped_run
 
@@ -49,7 +48,7 @@ def test_a_run_on_objects_resumes_with_the_same_objects(
 ) -> None:
     output = stopped_run(config, tmp_path / "run", at=5)
     dialogues = list(objects.pop("dialogues"))
-    with pytest.raises(UsageError, match="dataset .* has changed"):
+    with pytest.raises(UsageError, match=r"dataset .* has changed"):
         train(read_config(output), output, **objects, dialogues=dialogues[::-1], resume=True, progress=False)
     train(read_config(output), output, **objects, dialogues=dialogues, resume=True, progress=False)
 
