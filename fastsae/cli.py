@@ -58,6 +58,10 @@ SUMMARY = (
     ("delta_loss_percent", "% change of the cross-entropy (delta loss)", "{:+.2f}"),
     ("recovered", "of the loss between zeros and the model is recovered", "{:.1%}"),
 )
+SUMMARY_OF_TRAINING = (
+    ("padding_share", "of the tokens that the language model computed for training were padding", "{:.1%}"),
+    ("sinks_left_out", "tokens were left out of training as attention sinks, beside the first of each context", "{:,}"),
+)
 
 OUT_OF_MEMORY = (
     "there is not enough memory; lower --max-length (a dialogue of the evaluation is never cut further), --forward-tokens, "
@@ -106,8 +110,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--json", type=path, metavar="FILE", help="file to which the metrics are written as well")
     measure.add_argument("--quiet", action="store_true", help="show no progress bars")
-    names = "model dataset split layer model_dtype max_length max_dialogues dedup_words eval_dialogues forward_tokens device seed"
-    add_config_flags(measure, names.split())
+    of_data = (
+        "model dataset split layer model_dtype max_length max_dialogues dedup_words eval_dialogues max_norm_multiple"
+    )
+    add_config_flags(measure, [*of_data.split(), "forward_tokens", "device", "seed"])
     add_convert_command(commands)
     return parser
 
@@ -135,6 +141,10 @@ def command_train(arguments: argparse.Namespace) -> None:
             raise UsageError(
                 f"--resume: the run in {arguments.output} ended before it wrote {CONFIG_FILE}; start it again with its options"
             )
+        if given.get("text") is not None and "dataset" not in given:
+            raise UsageError(
+                "--text: expected --dataset with dialogues for the evaluation, which reads whole dialogues, got none"
+            )
         config = TrainConfig(**{**PRESETS[arguments.preset or "recommended"], **given})
         layer = "" if config.layer is None else f"-layer{config.layer}"
         name = local_path(config.model).resolve().name  # resolved, because `.` has no name
@@ -142,7 +152,8 @@ def command_train(arguments: argparse.Namespace) -> None:
     if unused := without_effect(config, given):
         log.warning("without effect on a %s run: %s", config.architecture, ", ".join(map(flag, unused)))
     metrics = train(config, output, resume=arguments.resume, progress=not arguments.quiet)
-    print(f"\n{output}: {metrics['tokens']:,} tokens in {metrics['seconds']:.0f} s")
+    cost = f"{metrics['seconds']:.0f} s, of which the evaluation took {metrics['seconds_of_evaluation']:.0f} s"
+    print(f"\n{output}: {metrics['tokens']:,} tokens in {cost}")
     print_summary(metrics)
     name = SAE_CLASSES[config.architecture].__name__
     print(f"\nreport   {output / REPORT_FILE}\nload it  fastsae.{name}.load({str(output)!r})")
@@ -219,7 +230,8 @@ def print_difference(found: dict[str, float]) -> None:
 
 def print_summary(metrics: dict[str, Any]) -> None:
     """The headline numbers, one a line, with what they mean."""
-    for name, meaning, form in SUMMARY:
+    of_training = [line for line in SUMMARY_OF_TRAINING if line[0] in metrics]
+    for name, meaning, form in (*SUMMARY, *of_training):
         value = metrics.get(name)
         print(f"  {'undefined' if value is None else form.format(value):>10}  {meaning}")
     if metrics.get("dialogues_dropped"):

@@ -114,12 +114,14 @@ class ResidualStream:
         return weight.device
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Return the activations [B, T, d_in], in the model's dtype; later blocks and the logits are not computed.
 
         Args:
             input_ids: [B, T], padded on the right.
             attention_mask: [B, T], zero or False on padding. Activations there are meaningless.
+            position_ids: [B, T] for rows of several dialogues that do not see each other: a dialogue begins wherever they do
+                not count on. Not every model heeds them, see `fastsae.data.packing`. None where each row is one context.
 
         Raises:
             UsageError: The blocks of this model return something else.
@@ -132,7 +134,7 @@ class ResidualStream:
         acts: Tensor | None = None
         with self.changed(stop):
             try:
-                self._forward(self.model.base_model, input_ids, attention_mask)
+                self._forward(self.model.base_model, input_ids, attention_mask, position_ids)
             except _Stop as reached:
                 acts = reached.hidden
         if acts is None:
@@ -187,7 +189,13 @@ class ResidualStream:
                 f"got {list(hidden.shape)}" + (", several streams at once" if hidden.ndim == 4 else ""),
             )
 
-    def _forward(self, module: Any, input_ids: Tensor, attention_mask: Tensor) -> Any:
+    def _forward(
+        self, module: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+    ) -> Any:
+        if position_ids is None:
+            places = {"attention_mask": attention_mask.to(self.device, torch.int64)}
+        else:  # transformers makes the mask, with the model's sliding windows, of positions that come without one
+            places = {"position_ids": position_ids.to(self.device)}
         real = attention_mask.to(input_ids.device, torch.bool)
         outside = input_ids >= self._n_embeddings
         if (outside & real).any():
@@ -199,9 +207,9 @@ class ResidualStream:
         try:
             return module(
                 input_ids=input_ids.masked_fill(outside, 0).to(self.device),
-                attention_mask=attention_mask.to(self.device, torch.int64),
                 use_cache=False,
                 return_dict=True,
+                **places,
             )
         except torch.OutOfMemoryError as error:
             raise FastsaeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastsae.data.progress import bar
-from fastsae.data.sequencing import TokenBatch
 from fastsae.errors import FastsaeError, UsageError
 
 
@@ -30,7 +29,14 @@ class ActivationBatch:
         return len(self.token_ids)
 
     def __getitem__(self, rows: slice | Tensor) -> ActivationBatch:
-        return self.map(lambda tensor: tensor[rows])
+        return self.map(lambda tensor: tensor[rows.to(tensor.device) if isinstance(rows, Tensor) else rows])
+
+    @classmethod
+    def joined(cls, pieces: Sequence[ActivationBatch]) -> ActivationBatch:
+        """The rows of all pieces, one after the other."""
+        if len(pieces) == 1:
+            return pieces[0]
+        return cls(*(torch.cat([getattr(piece, field.name) for piece in pieces]) for field in fields(cls)))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ActivationBatch:
         """Apply `change` to each of the four tensors."""
@@ -40,39 +46,12 @@ class ActivationBatch:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def activation_stream(
-    residual: Callable[[Tensor, Tensor], Tensor], sequencer: Iterable[TokenBatch], drop_first_position: bool
-) -> Iterator[ActivationBatch]:
-    """Run the model over batches of dialogues and yield the activations of their real tokens, row by row.
-
-    One piece comes from one batch and nothing is read ahead, so that the sequencer's and the buffer's states, saved
-    together, are the whole state.
-
-    Args:
-        residual: Maps `input_ids` and `attention_mask` [B, T] to activations [B, T, d_in]: a `ResidualStream`.
-        sequencer: Yields the batches.
-        drop_first_position: Leave out position 0 of each dialogue, whose activation is often an outlier.
-    """
-    for batch in sequencer:
-        acts = residual(batch.input_ids, batch.attention_mask)
-        served = batch.attention_mask.to(torch.bool)
-        if drop_first_position:
-            served = served.clone()
-            served[:, 0] = False
-        rows, positions = served.nonzero(as_tuple=True)
-        yield ActivationBatch(
-            acts=acts[rows.to(acts.device), positions.to(acts.device)],
-            token_ids=batch.input_ids[rows, positions],
-            positions=positions,
-            dialogue_ids=batch.dialogue_ids[rows],
-        )
-
-
 class MixingBuffer(Iterator[ActivationBatch]):
     """Serve a source's rows shuffled, in batches of exactly `batch_size`.
 
     The buffer fills to `capacity` rows, shuffles them, serves half of them, keeps the rest, fills up again, and so
-    on. When the source ends, all rows left are shuffled and served; fewer than `batch_size` rows remain unserved.
+    on. When the source ends, all rows left are shuffled and served; fewer than `batch_size` rows remain unserved. So it
+    does when it holds all rows that are still wanted: the last ones are mixed with half a buffer of others, as all are.
 
     Memory: `capacity` rows on `device` plus one batch and one piece. Rows are not moved when shuffled, only the order
     of their slots is; new rows go to the slots of those served.
@@ -84,6 +63,7 @@ class MixingBuffer(Iterator[ActivationBatch]):
         seed: Seed of the shuffles, which are drawn on the CPU and so the same on every device.
         device: Where the rows are held and served.
         progress: Show a progress bar while the buffer fills.
+        n_wanted: Rows that are taken from the source at most, in all; None takes every one.
 
     Raises:
         UsageError: `batch_size` is not positive or `capacity` is less than twice as much.
@@ -98,6 +78,7 @@ class MixingBuffer(Iterator[ActivationBatch]):
         seed: int,
         device: str | torch.device = "cpu",
         progress: bool = False,
+        n_wanted: int | None = None,
     ) -> None:
         if batch_size < 1 or capacity < 2 * batch_size:
             raise UsageError(
@@ -112,6 +93,7 @@ class MixingBuffer(Iterator[ActivationBatch]):
         self._slots = self._order.to(self.device)  # the same on the device, where a copy per batch would be waited for
         self._to_serve = 0  # of these, how many before the next refill
         self._pending: ActivationBatch | None = None  # rows of a piece that did not fit
+        self._n_wanted, self._n_taken = n_wanted, 0
         self._served_any = False
 
     def __next__(self) -> ActivationBatch:
@@ -156,6 +138,7 @@ class MixingBuffer(Iterator[ActivationBatch]):
             "pending": pending,
             "to_serve": self._to_serve,
             "served_any": self._served_any,
+            "taken": self._n_taken,
             "generator": self._generator.get_state(),
         }
 
@@ -179,20 +162,24 @@ class MixingBuffer(Iterator[ActivationBatch]):
             self._slots = self._order.to(self.device)
             self._write(rows, self._order)
         self._pending = None if state["pending"] is None else ActivationBatch(**state["pending"])
-        self._to_serve, self._served_any = state["to_serve"], state["served_any"]
+        self._to_serve, self._served_any, self._n_taken = state["to_serve"], state["served_any"], state["taken"]
         self._generator.set_state(state["generator"])
 
     def _refill(self) -> None:
-        """Fill up from the source, shuffle, and release half of the rows, or all of them if the source has ended."""
+        """Fill up from the source, shuffle, and release half of the rows, or all of them if no others will come."""
         is_free = torch.ones(self.capacity, dtype=torch.bool)
         is_free[self._order] = False
         free = is_free.nonzero().squeeze(1)
+        n_left = None if self._n_wanted is None else self._n_wanted - self._n_taken
+        is_last = n_left is not None and n_left <= len(free)
+        free = free[:n_left]
         with bar("filling the buffer", "tok", total=len(free), progress=self._progress, leave=False) as advance:
             n_new = self._fill(free, advance)
         held = torch.cat([self._order, free[:n_new]])
         self._order = held[torch.randperm(len(held), generator=self._generator)]
         self._slots = self._order.to(self.device)
-        self._to_serve = self.capacity // 2 if n_new == len(free) else len(held)
+        self._n_taken += n_new
+        self._to_serve = self.capacity // 2 if n_new == len(free) and not is_last else len(held)
 
     def _fill(self, free: Tensor, advance: Callable[[int], object]) -> int:
         """Write new rows to the slots `free`; return how many there were, fewer than slots where the source has ended."""

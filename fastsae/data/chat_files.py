@@ -40,7 +40,9 @@ def read_row(rows: Sequence[Any], index: int) -> Any:
         return UnusableRow("the row cannot be read", f"row {index}: {type(error).__name__}: {first_line(error)}")
 
 
-class _Concatenation(Sequence[Any]):
+class Concatenation(Sequence[Any]):
+    """The rows of several parts, one part after the other."""
+
     def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
         self.parts = parts
         self.ends = np.cumsum([len(part) for part in parts])
@@ -73,7 +75,7 @@ def open_files(paths: Sequence[Path], progress: bool) -> Sequence[Any]:
                 parts.append(datasets.load_dataset("parquet", data_files=parquet, split="train"))
         except Exception as error:
             raise FastsaeError(f"{', '.join(parquet)}: not readable as parquet: {first_line(error)}") from error
-    return parts[0] if len(parts) == 1 else _Concatenation(parts)
+    return parts[0] if len(parts) == 1 else Concatenation(parts)
 
 
 def _suffix(path: Path) -> str:

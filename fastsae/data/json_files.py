@@ -40,7 +40,7 @@ def open_json(path: Path, progress: bool) -> Sequence[Any]:
     Raises:
         FastsaeError: The file is damaged as a whole.
     """
-    with _unpacked(path, progress) as file:
+    with unpacked(path, progress) as file:
         is_list = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
         if is_list and path.name.lower().removesuffix(".gz").endswith(".json"):
             try:
@@ -60,7 +60,7 @@ def open_json(path: Path, progress: bool) -> Sequence[Any]:
 
 
 @contextmanager
-def _unpacked(path: Path, progress: bool) -> Iterator[BinaryIO]:
+def unpacked(path: Path, progress: bool) -> Iterator[BinaryIO]:
     """Gives the file, or for a name that ends in `.gz` a temporary one that holds its content."""
     if path.suffix.lower() != ".gz":
         with path.open("rb") as plain:

@@ -19,6 +19,8 @@ from fastsae.errors import FastsaeError, UsageError
 from fastsae.fields import DTYPES
 
 _T = TypeVar("_T")
+_OPTIONS_OF_FILES = frozenset(("revision", "subfolder", "token", "cache_dir", "local_files_only"))
+_OWN_OPTIONS = frozenset(("dtype", "torch_dtype", "config", "gguf_file", "output_loading_info", "trust_remote_code"))
 _LARGE = 2**31  # bytes of weights from which loading takes seconds, so that it gets a line and a progress bar
 _NO_TOKENIZER = (
     "model {name!r} has no tokenizer that transformers can load: {reason}. Save the tokenizer beside the model with "
@@ -29,7 +31,12 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(
-    name: str, dtype: str | torch.dtype | None = None, device: str | torch.device = "cpu", *, progress: bool = False
+    name: str,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    options: dict[str, Any] | None = None,
+    progress: bool = False,
 ) -> tuple[Any, Any]:
     """Load a frozen causal language model and its tokenizer: (model, tokenizer).
 
@@ -39,15 +46,17 @@ def load_model(
         name: A local folder, a `.gguf` file or a Hugging Face hub id.
         dtype: `"float32"`, `"bfloat16"`, `"float16"` or a torch.dtype. None keeps the dtype the weights are stored in, or
             takes float32 on a CPU that is faster in it, see `fastsae.data.model_dtype.choose_dtype`.
-        device: Where the model goes.
+        device: Where the model goes, unless `options` place it.
+        options: More arguments of transformers' `from_pretrained`, such as `revision`, `device_map`, `attn_implementation` or
+            `quantization_config`. Those that say where files are also hold for configuration and tokenizer.
         progress: Show transformers' progress bar for a model that takes seconds to load.
 
     Raises:
-        UsageError: No such model, it is no causal language model, it has no tokenizer, or a bad dtype or device.
+        UsageError: No such model, it is no causal language model, it has no tokenizer, or a bad dtype, device or option.
         FastsaeError: The hub cannot be reached, a download was interrupted, or a file or a package is missing or damaged.
     """
     target_dtype, target_device = _dtype(dtype), _device(device)
-    source = _find(name)
+    source = _find(name).with_options(options or {})
     try:
         import transformers
     except ImportError as error:
@@ -80,7 +89,9 @@ def load_model(
         target_dtype = choose_dtype(config, model.dtype, n_weights, target_device)
         if target_dtype not in (None, model.dtype):
             model = _load_weights(source, config, target_dtype, progress)
-    return model.to(target_device).eval().requires_grad_(False), tokenizer
+    if not source.places_weights:
+        model = model.to(target_device)
+    return model.eval().requires_grad_(False), tokenizer
 
 
 @dataclass(frozen=True)
@@ -90,6 +101,20 @@ class _Source:
     name: str
     location: str
     options: dict[str, Any] = field(default_factory=dict)
+    model_options: dict[str, Any] = field(default_factory=dict)
+
+    def with_options(self, given: dict[str, Any]) -> _Source:
+        """The same with the user's own arguments of `from_pretrained`."""
+        if refused := sorted(_OWN_OPTIONS & given.keys()):
+            raise UsageError(f"model_kwargs: expected options that fastsae has no flag for, got {refused[0]!r}")
+        of_all = {name: value for name, value in given.items() if name in _OPTIONS_OF_FILES}
+        of_model = {name: value for name, value in given.items() if name not in _OPTIONS_OF_FILES}
+        return _Source(self.name, self.location, {**self.options, **of_all}, of_model)
+
+    @property
+    def places_weights(self) -> bool:
+        """Whether transformers puts the weights where they belong, from where they cannot be moved."""
+        return not self.model_options.keys().isdisjoint(("device_map", "quantization_config"))
 
     @property
     def is_gguf(self) -> bool:
@@ -98,7 +123,15 @@ class _Source:
     def load(self, what: str, from_pretrained: Callable[..., _T], **options: Any) -> _T:
         # trust_remote_code: without an answer, transformers asks on the terminal.
         options = {**options, **self.options, "trust_remote_code": False}
-        return _loaded(self.name, what, lambda: from_pretrained(self.location, **options))
+        try:
+            return _loaded(self.name, what, lambda: from_pretrained(self.location, **options))
+        except FastsaeError as error:
+            if not self.model_options or what != "model" or isinstance(error, UsageError):
+                raise
+            given = ", ".join(self.model_options)
+            raise FastsaeError(
+                f"{error}. It was loaded with --model-kwargs {given}, which may be the reason"
+            ) from error
 
 
 def _find(name: str) -> _Source:
@@ -133,7 +166,7 @@ def _load_weights(source: _Source, config: Any, dtype: torch.dtype | None, progr
 
     auto: Any = transformers
     dtype_option = "dtype" if _version(auto.__version__) >= (4, 56) else "torch_dtype"
-    options = {dtype_option: "auto" if dtype is None else dtype, "output_loading_info": True}
+    options = {**source.model_options, dtype_option: "auto" if dtype is None else dtype, "output_loading_info": True}
     options["ignore_mismatched_sizes"] = True  # they are then listed, and refused below
     if source.is_gguf:
         options["config"] = config  # reading it again would take seconds

@@ -1,74 +1,103 @@
-"""FAST sequencing: every dialogue alone in its row of a batch, in the model's own chat template, never concatenated."""
+"""Sequencing: dialogues as rows of tokens, in an order that seed and position determine alone.
+
+`fast` gives each dialogue a row of its own. `packed` puts several into one row, where they do not see each other. `block`
+concatenates them and cuts that into blocks of one length, in which a token sees whatever stands before it: block training.
+"""
 
 from __future__ import annotations
 
+import bisect
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastsae.data.chat import Dialogue
-from fastsae.data.chat_template import ChatTemplate, RefusedDialogueError
 from fastsae.data.dropped import Dropped
+from fastsae.data.tokens import TokenRows
 from fastsae.errors import FastsaeError, UsageError
 
-# Dialogues tokenised and sorted by length together. With the demo's dialogues and batches of 8,192 tokens, padding adds
-# 21 % to the tokens the model computes with a window of 256, 12 % with 512 and 6 % with 1024.
-WINDOW = 1024
-# A text much longer than `max_length` tokens is not tokenised whole, but to the first of so many characters per token.
-# Of those, the last tokens can differ from the whole text's: where the cut goes through the longest of a vocabulary,
-# usually 128 characters, as many single ones stand in its place.
-_CHARACTERS_PER_TOKEN = 16
-_UNSURE = 256
+WINDOW = 1024  # dialogues tokenised and cut into batches together; a second for the demo's
+# Tokens that a pass of the model costs beside those it computes. With the demo's dialogues and batches of 8,192 tokens, 2.4 %
+# of what the model computes is padding, in 36 passes for a window; with as few passes as possible, 20, it is 6.1 %.
+_COST_OF_A_PASS = 128
+_SHORTEST_ROW = 512  # of packed dialogues; the attention of a row costs the square of its length on a CPU
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Dialogues as token ids, one per row, padded on the right.
+    """Token ids in rows, padded on the right, with the place of each token.
 
-    Shapes: `input_ids` [B, T] int64, `attention_mask` [B, T] bool (False on padding), `dialogue_ids` [B] int64, the
-    index of each row's dialogue in the dataset.
+    Shapes `[B, T]`: `input_ids` int64; `attention_mask` bool, False on padding; `dialogue_ids` int64, the index of the
+    token's dialogue or text in its dataset; `positions` int64, its place there, from 0. Both are 0 on padding.
+
+    Attributes:
+        is_packed: Whether the dialogues of a row do not see each other. Otherwise a row is one context.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     dialogue_ids: Tensor
+    positions: Tensor
+    is_packed: bool = False
+
+    @classmethod
+    def one_per_row(cls, input_ids: Tensor, attention_mask: Tensor, dialogue_ids: Tensor) -> TokenBatch:
+        """A batch of whole dialogues, each alone in its row; `dialogue_ids` are `[B]`."""
+        positions = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
+        mask = attention_mask.bool()
+        return cls(input_ids, attention_mask, dialogue_ids[:, None] * mask, positions * mask)
+
+    @property
+    def context_positions(self) -> Tensor:
+        """`[B, T]`, the place of each token in what the model sees as one text, from 0."""
+        if self.is_packed:
+            return self.positions
+        return torch.arange(self.input_ids.shape[1]).expand(self.input_ids.shape)
+
+    def __getitem__(self, part: Any) -> TokenBatch:
+        """Rows, or rows and columns."""
+        return TokenBatch(
+            self.input_ids[part],
+            self.attention_mask[part],
+            self.dialogue_ids[part],
+            self.positions[part],
+            self.is_packed,
+        )
 
 
-def render(tokenizer: Any, dialogue: Dialogue, max_length: int = 8192) -> list[int]:
-    """Return the token ids of a whole dialogue in the tokenizer's chat template, cut off at `max_length`.
+class Piece(NamedTuple):
+    """Tokens that follow each other in one dialogue, the first of them at position `start`."""
 
-    No generation prompt is added. A template that writes a BOS token where the dialogue already starts with one
-    gives one BOS.
-
-    Raises:
-        UsageError: The tokenizer has no chat template.
-        FastsaeError: The template refuses the dialogue, for instance a system turn that the model does not know.
-    """
-    return _tokenize(tokenizer, [ChatTemplate(tokenizer).text(dialogue)], max_length)[0]
+    dialogue: int
+    start: int
+    ids: list[int]
 
 
-class FastSequencer(Iterator[TokenBatch]):
-    """Serve the chosen dialogues as padded batches, in an order that seed and position determine alone.
+Row: TypeAlias = list[Piece]
 
-    Each epoch takes the dialogues in a new seeded order. A window of 1,024 of them is tokenised, sorted by length and
-    cut into batches of at most `batch_tokens` tokens, padding included; a dialogue longer than that is a batch by
-    itself. The window's batches come in a seeded order. `state_dict()` names the next batch in a few integers.
+
+class Sequencer(Iterator[TokenBatch], ABC):
+    """Serve the chosen dialogues or texts as batches, in an order that seed and position determine alone.
+
+    Each epoch takes them in a new seeded order. A window of 1,024 of them is tokenised and cut into batches of at most
+    `batch_tokens` tokens, padding included; a longer row is a batch by itself. The window's batches come in a seeded
+    order. `state_dict()` names the next batch in a few integers.
 
     `drops` counts the dialogues that cannot be used, by reason: the template or the tokenizer fails on them, or they
     have fewer than two tokens, or a token that the model has no embedding for. Each of them counts once, in the first
     epoch. A warning tells of them as soon as they are more than 1 % of those looked at.
 
     Args:
-        dialogues: The dataset; `indices` chooses from it.
+        dialogues: The dataset; `indices` chooses from it. Its items are dialogues, plain texts or lists of token ids.
         indices: Indices of the dialogues to serve.
-        tokenizer: A tokenizer with a chat template.
+        tokenizer: A tokenizer, with a chat template where the items are dialogues.
         max_length: Tokens after which a dialogue is cut off.
         batch_tokens: Most tokens of a batch, B * T.
         seed: Determines every order.
@@ -78,12 +107,14 @@ class FastSequencer(Iterator[TokenBatch]):
 
     Raises:
         UsageError: No dialogues, a length that is not positive, or a tokenizer without a usable chat template.
-        FastsaeError: While serving: an epoch has passed and every dialogue was dropped.
+        FastsaeError: While serving: an epoch has passed without a batch.
     """
+
+    is_packed = False
 
     def __init__(
         self,
-        dialogues: Sequence[Dialogue],
+        dialogues: Sequence[Any],
         indices: Sequence[int],
         tokenizer: Any,
         max_length: int = 8192,
@@ -100,18 +131,18 @@ class FastSequencer(Iterator[TokenBatch]):
                 f"expected max_length >= 2 and batch_tokens >= 1, got max_length={max_length} and "
                 f"batch_tokens={batch_tokens}"
             )
-        self.template = ChatTemplate(tokenizer)
-        self.dialogues, self.tokenizer = dialogues, tokenizer
+        self.tokens = TokenRows(dialogues, tokenizer, max_length, n_embeddings)
         self.indices = np.asarray(indices, dtype=np.int64)
-        self.max_length, self.batch_tokens = max_length, batch_tokens
-        self.seed, self.shuffle, self.endless = seed, shuffle, endless
-        self.n_embeddings = n_embeddings
+        self.batch_tokens, self.seed, self.shuffle, self.endless = batch_tokens, seed, shuffle, endless
         self.n_windows = -(-len(self.indices) // WINDOW)
-        self._refusal = ""
-        self._has_warned = False
+        self._has_warned = self._has_served = False
         self._order: tuple[int, np.ndarray] = (-1, self.indices)  # the epoch, and its order of dialogues
-        self._batches: list[list[tuple[int, list[int]]]] | None = None
+        self._batches: list[list[Row]] | None = None
         self._seek(epoch=0, window=0, batch=0, drops=Dropped())
+
+    @abstractmethod
+    def _cut(self, pieces: list[Piece]) -> list[list[Row]]:
+        """Cuts the whole dialogues of a window into batches of rows."""
 
     @property
     def drops(self) -> Dropped:
@@ -130,13 +161,14 @@ class FastSequencer(Iterator[TokenBatch]):
             if self._batches is not None:
                 self._seek(self._epoch, self._window + 1, 0, self.drops)
             if self._window == self.n_windows:
-                if self.dropped == len(self.indices):
-                    raise FastsaeError(f"all {len(self.indices)} dialogues were dropped: {self.drops}. {self._refusal}")
+                if not self._has_served:
+                    raise self._nothing_to_serve()
                 if not self.endless:
                     raise StopIteration
                 self._seek(self._epoch + 1, 0, 0, self.drops)
             self._batches = self._prepare_window()
         self._batch += 1
+        self._has_served = True
         return self._pad(self._batches[self._batch - 1])
 
     def state_dict(self) -> dict[str, Any]:
@@ -168,100 +200,138 @@ class FastSequencer(Iterator[TokenBatch]):
         if state["window"] > self.n_windows or state["batch"] > len(self._batches or []):
             raise ValueError(f"sequencer: there is no batch {state['batch']} of window {state['window']}")
         self._batch = state["batch"]
+        self._has_served = self._batch > 0 or self._window > 0 or self._epoch > 0
+
+    def _nothing_to_serve(self) -> FastsaeError:
+        return FastsaeError(f"all {len(self.indices)} dialogues were dropped: {self.drops}. {self.tokens.refusal}")
 
     def _seek(self, epoch: int, window: int, batch: int, drops: Dropped) -> None:
         self._epoch, self._window, self._batch, self._drops_before = epoch, window, batch, drops
         self._drops_in_window = Dropped()
         self._batches = None  # of the current window; prepared when needed
 
-    def _prepare_window(self) -> list[list[tuple[int, list[int]]]]:
-        """Tokenise the current window and cut it into batches of (dialogue index, token ids)."""
+    def _prepare_window(self) -> list[list[Row]]:
+        """Tokenise the current window and cut it into batches."""
         if self.shuffle and self._order[0] != self._epoch:
             self._order = (self._epoch, np.random.default_rng([self.seed, self._epoch]).permutation(self.indices))
         chosen = self._order[1][self._window * WINDOW : (self._window + 1) * WINDOW].tolist()
-        self._drops_in_window = Dropped(seen=len(chosen))
-        rows = self._token_rows(chosen)
-        if self._epoch > 0:  # every dialogue was counted in the first epoch
-            self._drops_in_window = Dropped()
-        elif not self._has_warned and self.drops.is_worth_a_warning:
-            logger.warning("%s", self.drops)
-            self._has_warned = True
-        rows.sort(key=lambda row: len(row[1]))
-        batches: list[list[tuple[int, list[int]]]] = []
-        for row in rows:
-            # Rows come in ascending length, so this row's length is the padded length of its batch.
-            if not batches or (len(batches[-1]) + 1) * len(row[1]) > self.batch_tokens:
-                batches.append([])
-            batches[-1].append(row)
+        rows, drops = self.tokens.read(chosen)
+        if self._epoch == 0:  # every dialogue is counted in the first epoch
+            self._drops_in_window = drops
+            if not self._has_warned and self.drops.is_worth_a_warning:
+                logger.warning("%s", self.drops)
+                self._has_warned = True
+        batches = self._cut([Piece(index, 0, ids) for index, ids in rows])
         if self.shuffle:
             shuffled = np.random.default_rng([self.seed, self._epoch, self._window]).permutation(len(batches))
             batches = [batches[i] for i in shuffled]
         return batches
 
-    def _token_rows(self, chosen: list[int]) -> list[tuple[int, list[int]]]:
-        """The (dialogue index, token ids) of the dialogues that can be used."""
-        texts = {}
-        for index in chosen:
-            try:
-                texts[index] = self.template.text(self.dialogues[index])
-            except RefusedDialogueError as error:
-                self._drop(index, error.reason)
-                self._refusal = f"The last refusal: {error}"
-        try:
-            token_lists = _tokenize(self.tokenizer, list(texts.values()), self.max_length)
-            rows = list(zip(texts, token_lists, strict=True))
-        except Exception:  # a text that the tokenizer cannot take: find it
-            rows = [(index, ids) for index, text in texts.items() if (ids := self._tokens(index, text)) is not None]
-        return [(index, ids) for index, ids in rows if self._is_usable(index, ids)]
-
-    def _is_usable(self, index: int, ids: list[int]) -> bool:
-        """Whether the model can run on these tokens; counts the dialogue as dropped where not."""
-        if len(ids) < 2:
-            self._drop(index, "it has fewer than 2 tokens")
-            return False
-        if self.n_embeddings is not None and max(ids) >= self.n_embeddings:
-            self._drop(index, "the model has no embedding for one of its tokens")
-            return False
-        return True
-
-    def _tokens(self, index: int, text: str) -> list[int] | None:
-        try:
-            return _tokenize(self.tokenizer, [text], self.max_length)[0]
-        except Exception as error:
-            self._drop(index, f"the tokenizer raised an error ({type(error).__name__})")
-            self._refusal = f"The last error of the tokenizer: {str(error)[:300]}"
-            return None
-
-    def _drop(self, index: int, reason: str) -> None:
-        rows = getattr(self.dialogues, "kept_rows", None)
-        self._drops_in_window.add(reason, [index if rows is None else int(rows[index])])
-
-    def _pad(self, rows: list[tuple[int, list[int]]]) -> TokenBatch:
-        length = max(len(ids) for _, ids in rows)
-        padding = self.tokenizer.pad_token_id or 0
-        input_ids = torch.full((len(rows), length), padding, dtype=torch.int64)
-        attention_mask = torch.zeros((len(rows), length), dtype=torch.bool)
-        for i, (_, ids) in enumerate(rows):
-            input_ids[i, : len(ids)] = torch.tensor(ids)
-            attention_mask[i, : len(ids)] = True
-        return TokenBatch(input_ids, attention_mask, torch.tensor([index for index, _ in rows]))
+    def _pad(self, rows: list[Row]) -> TokenBatch:
+        length = max(_length(row) for row in rows)
+        shape = len(rows), length
+        input_ids = torch.full(shape, self.tokens.tokenizer.pad_token_id or 0, dtype=torch.int64)
+        dialogue_ids, positions = torch.zeros(2, *shape, dtype=torch.int64)
+        attention_mask = torch.zeros(shape, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            start = 0
+            for piece in row:
+                place = i, slice(start, start + len(piece.ids))
+                input_ids[place] = torch.tensor(piece.ids)
+                attention_mask[place], dialogue_ids[place] = True, piece.dialogue
+                positions[place] = torch.arange(piece.start, piece.start + len(piece.ids))
+                start += len(piece.ids)
+        return TokenBatch(input_ids, attention_mask, dialogue_ids, positions, self.is_packed)
 
 
-def _tokenize(tokenizer: Any, texts: list[str], max_length: int) -> list[list[int]]:
-    """Token ids of templated texts: the template has written every special token, so the tokenizer adds none."""
-    if not texts:
-        return []
-    n_characters = _CHARACTERS_PER_TOKEN * (max_length + _UNSURE)
-    # `verbose=False`: no warning about texts longer than the model's context; they are cut off here.
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    ids_of = tokenizer([text[:n_characters] for text in texts], **options)["input_ids"]
-    bos = tokenizer.bos_token_id
-    cut = []
-    for text, ids in zip(texts, ids_of, strict=True):
-        n_read = n_characters
-        while n_read < len(text) and len(ids) < max_length + _UNSURE:  # few tokens, of many characters each
-            n_read *= 8
-            ids = tokenizer([text[:n_read]], **options)["input_ids"][0]
-        start = 1 if bos is not None and ids[:2] == [bos, bos] else 0
-        cut.append(list(ids[start : start + max_length]))
-    return cut
+class FastSequencer(Sequencer):
+    """Each dialogue alone in its row, never concatenated; dialogues of like length make a batch."""
+
+    def _cut(self, pieces: list[Piece]) -> list[list[Row]]:
+        """Cuts the dialogues, sorted by length, where padding and number of passes cost least together.
+
+        `cost[i]`, the least cost of the `i` shortest, is the least of `cost[j] + (i - j) * (length of the i-th) + that of a
+        pass` over the places `j` where the last batch can begin.
+        """
+        pieces = sorted(pieces, key=lambda piece: len(piece.ids))
+        cost, starts = [0], [0]
+        for end in range(1, len(pieces) + 1):
+            length = len(pieces[end - 1].ids)
+            first = max(0, end - max(1, self.batch_tokens // length))
+            cost_from = [cost[start] + (end - start) * length for start in range(first, end)]
+            least = min(cost_from)
+            starts.append(first + cost_from.index(least))
+            cost.append(least + _COST_OF_A_PASS)
+        batches, end = list[list[Row]](), len(pieces)
+        while end:
+            batches.append([[piece] for piece in pieces[starts[end] : end]])
+            end = starts[end]
+        return batches[::-1]
+
+
+class PackedSequencer(Sequencer):
+    """Whole dialogues packed into rows, where they do not see each other: hardly any padding, and the same activations.
+
+    Each batch takes the longest dialogue that is left as its rows' length, or 512 tokens, and fills each row with the
+    longest dialogues that fit.
+    """
+
+    is_packed = True
+
+    def _cut(self, pieces: list[Piece]) -> list[list[Row]]:
+        left = sorted(pieces, key=lambda piece: len(piece.ids))
+        batches: list[list[Row]] = []
+        while left:
+            length = max(len(left[-1].ids), min(_SHORTEST_ROW, self.batch_tokens))
+            batches.append([])
+            while left and len(batches[-1]) < max(1, self.batch_tokens // length):
+                batches[-1].append(self._row(left, length))
+        return batches
+
+    @staticmethod
+    def _row(left: list[Piece], length: int) -> Row:
+        """Takes dialogues for a row of `length` tokens out of `left`, which is sorted by length."""
+        row: Row = []
+        while n_fit := bisect.bisect_right(left, length - _length(row), key=lambda piece: len(piece.ids)):
+            row.append(left.pop(n_fit - 1))
+        return row
+
+
+class BlockSequencer(Sequencer):
+    """Dialogues concatenated and cut into blocks of one length; what is left of a window, less than a block, is left out.
+
+    Args:
+        block_length: Tokens of a block.
+        arguments: Those of every sequencer.
+        options: Those of every sequencer.
+    """
+
+    def __init__(self, *arguments: Any, block_length: int, **options: Any) -> None:
+        self.block_length = block_length
+        super().__init__(*arguments, **options)
+
+    def _cut(self, pieces: list[Piece]) -> list[list[Row]]:
+        blocks: list[Row] = [[]]
+        for piece in pieces:
+            while piece.ids:
+                space = self.block_length - _length(blocks[-1])
+                blocks[-1].append(Piece(piece.dialogue, piece.start, piece.ids[:space]))
+                piece = Piece(piece.dialogue, piece.start + space, piece.ids[space:])
+                if _length(blocks[-1]) == self.block_length:
+                    blocks.append([])
+        blocks.pop()
+        size = max(1, self.batch_tokens // self.block_length)
+        return [blocks[start : start + size] for start in range(0, len(blocks), size)]
+
+    def _nothing_to_serve(self) -> FastsaeError:
+        if self.dropped == len(self.indices):
+            return super()._nothing_to_serve()
+        return UsageError(
+            f"block_length: expected blocks that the data can fill, got {self.block_length:,} tokens, which no "
+            f"{min(WINDOW, len(self.indices)):,} of the {len(self.indices):,} dialogues or texts hold together; lower it, or "
+            "use more of them"
+        )
+
+
+def _length(row: Row) -> int:
+    return sum(len(piece.ids) for piece in row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,18 +13,20 @@ from fastsae.data.activations import ResidualStream
 from fastsae.data.sequencing import TokenBatch
 
 MAX_NORM_MULTIPLE = 10.0
-_SAMPLE_TOKENS = 2048
+SAMPLE_TOKENS = 2048  # whose median is taken
 
 
 @dataclass(frozen=True)
 class SinkRule:
-    """Says which tokens are attention sinks: position 0, and whatever is longer than ten times the median token.
+    """Says which tokens are attention sinks: position 0, and whatever is many times longer than the median token.
 
     Attributes:
-        median_norm: Median of ||x|| beyond position 0; None where it is unknown, and then only position 0 is a sink.
+        median_norm: Median of ||x|| beyond position 0; None where it is unknown, and then no token is too long.
+        max_norm_multiple: How many times longer a sink is than the median; None where no token is too long.
     """
 
     median_norm: float | None
+    max_norm_multiple: float | None = MAX_NORM_MULTIPLE
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """Return `[N]` bool, True for a sink.
@@ -33,18 +35,33 @@ class SinkRule:
             x: `[N, d_in]` activations.
             positions: `[N]`, 0 for the first token of a dialogue.
         """
-        limit = MAX_NORM_MULTIPLE * self.median_norm if self.median_norm else math.inf
-        return (positions == 0) | (x.float().norm(dim=-1) > limit).to(positions.device)
+        return (positions == 0) | self.is_too_long(x).to(positions.device)
+
+    def is_too_long(self, x: Tensor) -> Tensor:
+        """Return `[N]` bool, True for what is a sink wherever it stands."""
+        multiple, median = self.max_norm_multiple, self.median_norm
+        return x.float().norm(dim=-1) > (multiple * median if multiple and median else math.inf)
 
     @classmethod
-    def of(cls, residual: ResidualStream, batches: Iterable[TokenBatch]) -> SinkRule:
+    def of_norms(cls, norms: Sequence[Tensor], max_norm_multiple: float | None = MAX_NORM_MULTIPLE) -> SinkRule:
+        """The rule for data of which some norms ||x||, beyond position 0, are known."""
+        found = torch.cat(list(norms)) if norms else torch.empty(0)
+        return cls(found.median().item() if len(found) else None, max_norm_multiple)
+
+    @classmethod
+    def of(
+        cls,
+        residual: ResidualStream,
+        batches: Iterable[TokenBatch],
+        max_norm_multiple: float | None = MAX_NORM_MULTIPLE,
+    ) -> SinkRule:
         """Take the median over the first dialogues, 2,048 tokens or a few more, so that it is the same in any batching.
 
         Raises:
             FastsaeError: An activation is NaN or infinite.
         """
         norms: list[Tensor] = []
-        missing = _SAMPLE_TOKENS
+        missing = SAMPLE_TOKENS
         for batch in batches:
             mask = batch.attention_mask.bool()
             late_counts = (mask.sum(1) - 1).clamp_min(0).cumsum(0)
@@ -55,5 +72,4 @@ class SinkRule:
             missing -= len(norms[-1])
             if missing <= 0:
                 break
-        found = torch.cat(norms) if norms else torch.empty(0)
-        return cls(found.median().item() if len(found) else None)
+        return cls.of_norms(norms, max_norm_multiple)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsae.data.chat import Dialogue
-from fastsae.data.sequencing import render
+from fastsae.data.tokens import render
 from fastsae.errors import FastsaeError, UsageError
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from fastsae.errors import FastsaeError, UsageError
 _CHECKED_TOKENS = 64  # tokens of one dialogue, whose passes take milliseconds
 # Largest difference between two orders of the same sums, as a share of the largest logit or of a token's activation. What
 # is really wrong (a missing input, another token's activation) changes either by its own size.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 class SplicedModel:
@@ -30,7 +30,7 @@ class SplicedModel:
         self.residual = residual
         self._blocks: list[nn.Module] = list(decoder_layers(residual.model)[: residual.layer + 1])
         self._other_outputs: tuple[Any, ...] | None = None
-        self._tolerance = _TOLERANCE.get(residual.model.get_input_embeddings().weight.dtype, 1e-1)
+        self._tolerance = TOLERANCE.get(residual.model.get_input_embeddings().weight.dtype, 1e-1)
 
     def clean(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the residual stream `[B, T, d_in]` and the logits `[B, T, vocabulary]` of one ordinary pass."""
@@ -91,7 +91,7 @@ class SplicedModel:
     def _check_reading(self, found: list[Tensor], read: Tensor) -> None:
         if len(found) != 1:
             raise self._unsupported(f"it ran {len(found)} times in a pass over the tokens, expected once")
-        if _token_difference(found[0], read) > self._tolerance:
+        if token_difference(found[0], read) > self._tolerance:
             raise self._unsupported("its output is another one when the later blocks do not run")
 
     def _check_order(self, input_ids: Tensor, read: Tensor) -> None:
@@ -100,7 +100,7 @@ class SplicedModel:
         both, mask = input_ids.repeat(2, 1), torch.ones(2, input_ids.shape[1], dtype=torch.bool)
         both[1, half:], mask[1, half:] = 0, False
         acts = self.residual(both, mask)
-        difference = max(_token_difference(acts[0], read[0]), _token_difference(acts[1, :half], read[0, :half]))
+        difference = max(token_difference(acts[0], read[0]), token_difference(acts[1, :half], read[0, :half]))
         if difference > self._tolerance:
             raise self._unsupported(
                 "the activations of its tokens depend on the tokens or the padding behind them (they differ by "
@@ -135,7 +135,7 @@ def check_logits(logits: Tensor, attention_mask: Tensor) -> None:
         )
 
 
-def _token_difference(a: Tensor, b: Tensor) -> float:
+def token_difference(a: Tensor, b: Tensor) -> float:
     """The relative difference of the activations of a token, as the median over tokens.
 
     The median, because a mixture of experts may send single tokens elsewhere for a difference in the last digit.

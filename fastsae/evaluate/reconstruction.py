@@ -13,7 +13,7 @@ from torch import Tensor
 from fastsae.data.activations import ResidualStream, text_config
 from fastsae.data.progress import bar
 from fastsae.data.sequencing import TokenBatch
-from fastsae.data.sinks import SinkRule
+from fastsae.data.sinks import MAX_NORM_MULTIPLE, SinkRule
 from fastsae.data.special_tokens import SpecialTokens
 from fastsae.data.splicing import SplicedModel, check_logits
 from fastsae.errors import FastsaeError, UsageError
@@ -60,6 +60,7 @@ def evaluate(
     *,
     special_tokens: SpecialTokens,
     n_dialogues: int | None = None,
+    max_norm_multiple: float = MAX_NORM_MULTIPLE,
     progress: bool = True,
 ) -> Evaluation:
     """Measures reconstruction, sparsity, special tokens and the model's loss with the SAE spliced in.
@@ -74,6 +75,7 @@ def evaluate(
         batches: Dialogues, one per row, each of them once (an endless sequencer never ends here).
         special_tokens: From `fastsae.data.special_tokens.find_special_tokens`; may be empty.
         n_dialogues: Number of dialogues in `batches`, for the progress bar. None where it is not known.
+        max_norm_multiple: How many times longer than the median token an attention sink is.
         progress: Show progress bars.
 
     Raises:
@@ -94,7 +96,7 @@ def evaluate(
     losses, model = LossSums(), SplicedModel(residual)
     with bar("evaluating", "dialogue", total=n_dialogues, progress=progress) as advance:
         first, served = itertools.tee(batches)
-        is_sink = SinkRule.of(residual, first)
+        is_sink = SinkRule.of(residual, first, max_norm_multiple)
         del first  # so that `tee` does not keep the batches that follow
         for batch in served:
             for group in _row_groups(batch, residual):
@@ -119,9 +121,8 @@ def _row_groups(batch: TokenBatch, residual: ResidualStream) -> Iterator[TokenBa
     size = max(1, limit // max(1, batch.input_ids.shape[1]))
     for start in range(0, len(batch.input_ids), size):
         rows = slice(start, start + size)
-        mask = batch.attention_mask[rows].bool()
-        longest = int(mask.sum(1).max())
-        yield TokenBatch(batch.input_ids[rows, :longest], mask[:, :longest], batch.dialogue_ids[rows])
+        longest = int(batch.attention_mask[rows].sum(1).max())
+        yield batch[rows, :longest]
 
 
 def _add_group(
@@ -134,7 +135,7 @@ def _add_group(
     top: TopDialogues,
     losses: LossSums,
 ) -> None:
-    input_ids, attention_mask = batch.input_ids, batch.attention_mask
+    input_ids, attention_mask = batch.input_ids, batch.attention_mask.bool()
     hidden, logits = model.clean(input_ids, attention_mask)
     rows, positions = attention_mask.nonzero(as_tuple=True)
     x = hidden[rows.to(hidden.device), positions.to(hidden.device)]
@@ -159,7 +160,7 @@ def _add_group(
     special = special_tokens.classes(input_ids)[attention_mask]
     special, sinks, rows, positions = (t.to(sae.device) for t in (special, sinks, rows, positions))
     sums.add(x.to(sae.device), sae_out, acts, special=special, sinks=sinks, positions=positions, rows=rows)
-    top.add(acts, sinks, rows, token_rows, batch.dialogue_ids.tolist())
+    top.add(acts, sinks, rows, token_rows, batch.dialogue_ids[:, 0].tolist())
 
 
 def _reconstruct(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, SparseActs]:

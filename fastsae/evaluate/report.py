@@ -74,7 +74,12 @@ _MEANINGS = {
     "recovered": "(ce_zero − ce_spliced) / (ce_zero − ce)",
     "kl": "KL divergence of the spliced from the model's own predictions, nats per token",
     "dialogues_dropped": "dialogues that could not be used",
+    "tokens_computed": "tokens that the language model computed for training, with padding",
+    "padding_share": "share of padding among them",
+    "first_tokens_left_out": "tokens left out of training because a context begins with them",
+    "sinks_left_out": "attention sinks left out of training because they are too long",
     "seconds": "duration of the run",
+    "seconds_of_evaluation": "part of it that the evaluation took",
 }
 _HISTOGRAM_BINS = 40
 

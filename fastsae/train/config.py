@@ -8,6 +8,7 @@ from typing import Any, Literal
 from fastsae.train.validate import validate
 
 ModelDtype = Literal["float32", "bfloat16", "float16"]
+Sequencing = Literal["fast", "packed", "block"]
 Architecture = Literal["jumprelu", "relu", "topk", "batchtopk"]
 TOPK_FAMILY = ("topk", "batchtopk")
 Sparsity = Literal["step", "quadratic", "tanh"]
@@ -62,6 +63,20 @@ class TrainConfig:
         "the hub; 'demo' makes dialogues from the documentation of the installed Python",
     )
     split: str = option("train", "data", "split of the dataset")
+    text: str | None = option(
+        None,
+        "data",
+        "plain text to train on in the place of the dialogues, which are then for the evaluation alone: a .txt, .jsonl, .json "
+        "(each also as .gz) or .parquet file, a folder of them, or the id of a dataset on the hub with a column 'text'",
+    )
+    sequencing: Sequencing = option(
+        "fast",
+        "data",
+        "what the model reads at once: fast gives each dialogue a row of its own; packed puts several into one row, where "
+        "they do not see each other; block, the baseline, concatenates them and cuts that into blocks, in which a token sees "
+        "whatever stands before it. The evaluation always reads whole dialogues",
+    )
+    block_length: int = option(2048, "data", "number of tokens in a block, with --sequencing block", (2, 10**9))
     layer: int | None = option(
         None, "data", "decoder block whose output the SAE learns, counted from 0 (default: the middle one)", (0, 9999)
     )
@@ -70,6 +85,12 @@ class TrainConfig:
         "data",
         "number format of the language model (default: the one in which this machine computes it fastest, of the format "
         "of its files and float32)",
+    )
+    model_kwargs: str | None = option(
+        None,
+        "data",
+        'more arguments for transformers\' from_pretrained, as JSON, such as \'{"revision": "main", '
+        '"attn_implementation": "eager"}\', device_map or quantization_config',
     )
     max_length: int = option(8192, "data", "longest dialogue in tokens; what comes after is cut off", (2, 10**9))
     max_dialogues: int | None = option(
@@ -81,9 +102,25 @@ class TrainConfig:
         "length of a repeated passage, in words, for which a dialogue is dropped; 0 keeps all dialogues",
         (0, 10_000),
     )
-    eval_dialogues: int = option(500, "data", "number of dialogues that are kept for the evaluation", COUNT)
+    eval_dialogues: int | None = option(
+        None,
+        "data",
+        "number of dialogues that are kept for the evaluation (default: as many as it reads in a tenth of the run's time, "
+        "from 16 to 500)",
+        COUNT,
+    )
     drop_first_position: bool = option(
-        True, "data", "leave the first token of each dialogue out of training: its activation is often an outlier"
+        True,
+        "data",
+        "leave the first token of each dialogue (of each block, with --sequencing block) out of training: its activation is "
+        "often an outlier",
+    )
+    max_norm_multiple: float | None = option(
+        10.0,
+        "data",
+        "leave tokens out of training, wherever they stand, that are so many times longer than the median token: attention "
+        "sinks, which the evaluation keeps apart by the same rule ('none' trains on them; the evaluation then takes 10)",
+        (1, 1e9),
     )
 
     architecture: Architecture = option(
@@ -283,6 +320,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "init_threshold": 0.001,
         "normalize_activations": False,
         "drop_first_position": False,
+        "max_norm_multiple": None,
         "init_l0": None,
         "tokens": 40_960_000,
         "batch_size": 128,

@@ -9,17 +9,15 @@ from typing import Any
 
 import torch
 
-from fastsae.data.chat import Dialogue
-
 SAMPLE = 20_000  # dialogues that are read again, evenly spread; about a second
 VALUES = 64  # numbers that are read of each weight
 
 
-def of_dialogues(dialogues: Sequence[Dialogue], limit: int | None = None) -> str:
+def of_dialogues(dialogues: Sequence[Any], limit: int | None = None) -> str:
     """Tells datasets apart by their number of dialogues and the content and order of up to `SAMPLE` of them.
 
     Args:
-        dialogues: The dataset.
+        dialogues: The dataset, of dialogues or of texts.
         limit: Only so many of its first dialogues are used.
     """
     n = min(len(dialogues), limit or len(dialogues))

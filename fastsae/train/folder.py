@@ -20,7 +20,7 @@ from fastsae.train.config import TrainConfig, field_names
 from fastsae.version import __version__
 
 CONFIG_FILE, METRICS_FILE, REPORT_FILE = "config.json", "metrics.json", "report.html"
-MAY_MOVE = ("model", "dataset", "device")  # options that a resumed run may find elsewhere
+MAY_MOVE = ("model", "dataset", "text", "device")  # options that a resumed run may find elsewhere
 FILES = (CONFIG_FILE, METRICS_FILE, REPORT_FILE, files.CONFIG_FILE, files.WEIGHTS_FILE, files.SPARSITY_FILE)
 
 
@@ -123,7 +123,11 @@ def resumed_config(output: Path, config: TrainConfig) -> TrainConfig:
     saved = read_config(output)
     for name in field_names():
         given, started_with = getattr(config, name), getattr(saved, name)
-        is_open = given is None and name in ("layer", "model_dtype")  # the run has found these out by itself
+        is_open = given is None and name in (
+            "layer",
+            "model_dtype",
+            "eval_dialogues",
+        )  # the run has found these out by itself
         if given != started_with and not is_open and name not in MAY_MOVE:
             raise UsageError(
                 f"{name}: the run in {output} was started with {started_with}, got {given}; "

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-import numpy as np
 import torch
 
 from fastsae.data.activations import (
@@ -21,25 +20,33 @@ from fastsae.data.activations import (
 )
 from fastsae.data.chat import ChatDataset, Dialogue, load_chats
 from fastsae.data.chat_template import ChatTemplate
-from fastsae.data.dedup import dedup_ngrams
 from fastsae.data.dropped import Dropped
 from fastsae.data.language_model import load_model
 from fastsae.data.model_dtype import dtype_name
-from fastsae.data.progress import with_bar
-from fastsae.data.sequencing import FastSequencer, render
+from fastsae.data.packing import check_packing
+from fastsae.data.sequencing import BlockSequencer, FastSequencer, PackedSequencer, Sequencer
 from fastsae.data.special_tokens import SpecialTokens, find_special_tokens
 from fastsae.data.splicing import SplicedModel
+from fastsae.data.texts import load_texts
+from fastsae.data.tokens import TokenRows, doubles_bos, render
 from fastsae.errors import FastsaeError, UsageError, is_out_of_memory
 from fastsae.sae import SparseAutoencoder
 from fastsae.train.config import ModelDtype, TrainConfig
+from fastsae.train.held_out import n_affordable_dialogues, split_dialogues
 from fastsae.train.limits import check_memory
+from fastsae.train.validate import model_options
 
 _CHECKED: Dialogue = [
     {"role": "user", "content": "What is the capital of France?"},
     {"role": "assistant", "content": "The capital of France is Paris."},
 ]
+_ALSO_CHECKED: Dialogue = [
+    {"role": "user", "content": "Name three colours of the rainbow, and the order they come in, please."},
+    {"role": "assistant", "content": "Red, orange and yellow, in this order from the outside."},
+]
 
 _ROLES_REPORTED = 20
+GIVEN = "given-as-an-object"  # the name of a model or data that the caller has in hand
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +56,15 @@ class Pipeline:
     """Model and data of a run.
 
     Attributes:
-        config: The options, with those resolved that only the model can tell: `layer` and `model_dtype`.
+        config: The options, with those resolved that only model and data can tell: `layer`, `model_dtype`, `eval_dialogues`.
         residual: Model and layer.
         tokenizer: The model's.
         max_length: Tokens after which a dialogue is cut off: `config.max_length`, or fewer where the model has fewer positions.
         dialogues: The dataset.
-        train: Indices into `dialogues`.
+        train: Indices into `dialogues`, or into `texts` where there are any.
         held_out: Indices into `dialogues`.
         special_tokens: What the chat template writes around turns.
+        texts: Plain texts to train on in the place of dialogues; None where there are none.
     """
 
     config: TrainConfig
@@ -67,6 +75,12 @@ class Pipeline:
     train: list[int]
     held_out: list[int]
     special_tokens: SpecialTokens
+    texts: Sequence[str] | None = None
+
+    @property
+    def trained_on(self) -> Sequence[Dialogue] | Sequence[str]:
+        """The dataset that `train` chooses from."""
+        return self.dialogues if self.texts is None else self.texts
 
     @property
     def unknown_roles(self) -> dict[str, int]:
@@ -75,7 +89,7 @@ class Pipeline:
             return {}
         return {word[:40]: n for word, n in self.dialogues.unknown_roles.most_common(_ROLES_REPORTED)}
 
-    def all_drops(self, *sequencers: FastSequencer) -> Dropped:
+    def all_drops(self, *sequencers: Sequencer) -> Dropped:
         """The dialogues that could not be used: rows of the dataset, and what the sequencers then dropped."""
         at_load = self.dialogues.drops if isinstance(self.dialogues, ChatDataset) else Dropped(len(self.dialogues))
         return sum((replace(sequencer.drops, seen=0) for sequencer in sequencers), at_load)
@@ -85,24 +99,22 @@ class Pipeline:
         bos = self.tokenizer.bos_token_id
         return bos is not None and _short_context(self.tokenizer, self.max_length)[:1] == [bos]
 
-    def sequencer(self) -> FastSequencer:
+    def sequencer(self) -> Sequencer:
         """Endless shuffled training batches."""
-        return self._sequencer(self.train, seed=self.config.seed)
+        config = self.config
+        # texts are no dialogues that the evaluation reads as well, so the model's limit does not cut them
+        max_length = self.max_length if self.texts is None else config.max_length
+        options: dict[str, Any] = {"seed": config.seed, "n_embeddings": n_embeddings(self.residual.model)}
+        arguments = self.trained_on, self.train, self.tokenizer, max_length, config.forward_tokens
+        if config.sequencing == "block":
+            return BlockSequencer(*arguments, block_length=config.block_length, **options)
+        return (PackedSequencer if config.sequencing == "packed" else FastSequencer)(*arguments, **options)
 
     def held_out_batches(self) -> FastSequencer:
-        """One pass over the held-out dialogues."""
-        return self._sequencer(self.held_out, shuffle=False, endless=False)
-
-    def _sequencer(self, indices: list[int], **options: Any) -> FastSequencer:
-        return FastSequencer(
-            self.dialogues,
-            indices,
-            self.tokenizer,
-            self.max_length,
-            self.config.forward_tokens,
-            n_embeddings=n_embeddings(self.residual.model),
-            **options,
-        )
+        """One pass over the held-out dialogues, each whole and alone, whatever the sequencing of the training."""
+        arguments = self.dialogues, self.held_out, self.tokenizer, self.max_length, self.config.forward_tokens
+        limit = n_embeddings(self.residual.model)
+        return FastSequencer(*arguments, shuffle=False, endless=False, n_embeddings=limit)
 
 
 def resolve_device(name: str) -> str:
@@ -131,8 +143,45 @@ def model_location(name: str) -> str:
     return str(demo.model_path())
 
 
+@dataclass(frozen=True)
+class Given:
+    """What the caller of a run has in hand, in the place of what the options name.
+
+    Attributes:
+        model: A causal language model of transformers.
+        tokenizer: Its tokenizer; given together with the model.
+        dialogues: Any iterable of dialogues, each a list of `{"role", "content"}` messages.
+        texts: Any iterable of plain texts, or of lists of token ids, to train on.
+    """
+
+    model: Any = None
+    tokenizer: Any = None
+    dialogues: Iterable[Dialogue] | None = None
+    texts: Iterable[Any] | None = None
+
+    def named(self, config: TrainConfig) -> TrainConfig:
+        """The options with names for what is given.
+
+        Raises:
+            UsageError: A model without its tokenizer, or the other way round, or in training mode.
+        """
+        if (self.model is None) != (self.tokenizer is None):
+            raise UsageError("model: expected a model and its tokenizer together, got one of them")
+        if getattr(self.model, "training", False):
+            raise UsageError("model: expected a model in evaluation mode, got one in training mode; call its eval()")
+        names = {"dataset": self.dialogues, "text": self.texts}
+        changes = {name: GIVEN for name, value in names.items() if value is not None}
+        if self.model is not None:
+            changes["model"] = str(getattr(self.model, "name_or_path", "") or GIVEN)
+        return replace(config, **changes)  # type: ignore[arg-type]
+
+
 def build_pipeline(
-    config: TrainConfig, *, progress: bool = False, evaluated: SparseAutoencoder | None = None
+    config: TrainConfig,
+    *,
+    progress: bool = False,
+    evaluated: SparseAutoencoder | None = None,
+    given: Given | None = None,
 ) -> Pipeline:
     """Loads and tests the model, loads the dialogues, drops repeated ones and splits the rest by `config.seed`.
 
@@ -143,14 +192,23 @@ def build_pipeline(
         config: The run.
         progress: Show progress bars.
         evaluated: The SAE that the pipeline is for; None where it is to train one, which takes more memory.
+        given: Objects in the place of what the options name.
 
     Raises:
         UsageError: Model, dataset, layer or split do not exist, the model is of a kind that is not supported, `evaluated` is
             not of its width, or training would need more memory than there is.
         FastsaeError: A download failed or a file is damaged.
     """
-    device = resolve_device(config.device)
-    model, tokenizer = load_model(model_location(config.model), config.model_dtype, device, progress=progress)
+    given = given or Given()
+    model, tokenizer = given.model, given.tokenizer
+    if model is None:
+        model, tokenizer = load_model(
+            model_location(config.model),
+            config.model_dtype,
+            resolve_device(config.device),
+            options=model_options(config.model_kwargs),
+            progress=progress,
+        )
     layer = len(decoder_layers(model)) // 2 if config.layer is None else config.layer
     found: Any = dtype_name(model.dtype)
     model_dtype = config.model_dtype or (found if found in get_args(ModelDtype) else None)
@@ -170,10 +228,31 @@ def build_pipeline(
     special_tokens = find_special_tokens(tokenizer)
     max_length = _max_length(model, config)
     _check_model(residual, tokenizer, max_length)
-    dialogues = load_chats(config.dataset, config.split, progress=progress)
-    train, held_out = split_dialogues(dialogues, config, progress=progress)
-    logger.info("%d dialogues to train on, %d held out", len(train), len(held_out))
-    return Pipeline(config, residual, tokenizer, max_length, dialogues, train, held_out, special_tokens)
+    _tell_of_doubled_bos(tokenizer)
+    if evaluated is None:
+        _check_sequencing(residual, tokenizer, config, max_length)
+    if given.dialogues is not None:
+        dialogues: Sequence[Dialogue] = ChatDataset(list(given.dialogues), GIVEN, progress=progress)
+    else:
+        dialogues = load_chats(config.dataset, config.split, progress=progress)
+
+    def n_affordable(order: Sequence[int]) -> int:
+        rows = TokenRows(dialogues, tokenizer, max_length, None)
+        return n_affordable_dialogues(residual, rows, order, config.tokens)
+
+    options = {} if evaluated is not None else {"n_affordable": n_affordable}
+    train, held_out = split_dialogues(dialogues, config, **options, progress=progress)
+    config = replace(config, eval_dialogues=len(held_out))
+    texts: Sequence[Any] | None = None
+    if given.texts is not None:
+        texts = list(given.texts)
+    elif config.text is not None and evaluated is None:
+        texts = load_texts(config.text, progress=progress)
+    if texts is not None:
+        train = list(range(len(texts)))
+    what = "dialogues" if texts is None else "texts"
+    logger.info("%d %s to train on, %d dialogues held out", len(train), what, len(held_out))
+    return Pipeline(config, residual, tokenizer, max_length, dialogues, train, held_out, special_tokens, texts)
 
 
 def _check_k(config: TrainConfig, d_in: int) -> None:
@@ -194,6 +273,28 @@ def _max_length(model: Any, config: TrainConfig) -> int:
     return limit
 
 
+def _tell_of_doubled_bos(tokenizer: Any) -> None:
+    try:
+        if doubles_bos(tokenizer, _CHECKED):
+            logger.info(
+                "the chat template writes the BOS token twice at the start of a dialogue; one of them is left out"
+            )
+    except FastsaeError:  # a template that refuses this dialogue
+        pass
+
+
+def _check_sequencing(residual: ResidualStream, tokenizer: Any, config: TrainConfig, max_length: int) -> None:
+    """Raises UsageError where the model cannot take the rows that the sequencing makes."""
+    limit = position_limit(residual.model)
+    if config.sequencing == "block" and limit is not None and config.block_length > limit:
+        raise UsageError(
+            f"block_length: expected at most the {limit:,} positions of the model, got {config.block_length:,}"
+        )
+    if config.sequencing == "packed":
+        first, second = (_short_context(tokenizer, max_length, chat) for chat in (_CHECKED, _ALSO_CHECKED))
+        check_packing(residual, first, second)
+
+
 def _check_model(residual: ResidualStream, tokenizer: Any, max_length: int) -> None:
     """Raises UsageError unless one short dialogue shows that the model is read and spliced rightly."""
     input_ids = torch.tensor([_short_context(tokenizer, max_length)])
@@ -208,32 +309,10 @@ def _check_model(residual: ResidualStream, tokenizer: Any, max_length: int) -> N
         raise unsupported(residual.model, f"it fails on a short dialogue ({type(error).__name__}: {text})") from error
 
 
-def _short_context(tokenizer: Any, max_length: int) -> list[int]:
+def _short_context(tokenizer: Any, max_length: int, dialogue: Dialogue = _CHECKED) -> list[int]:
     """The token ids of a short dialogue; of its text alone where the chat template wants other roles."""
     try:
-        return render(tokenizer, _CHECKED, max_length)
+        return render(tokenizer, dialogue, max_length)
     except FastsaeError:
-        ids: list[int] = tokenizer(_CHECKED[0]["content"], add_special_tokens=False)["input_ids"]
+        ids: list[int] = tokenizer(dialogue[0]["content"], add_special_tokens=False)["input_ids"]
         return ids[:max_length]
-
-
-def split_dialogues(
-    dialogues: Sequence[Dialogue], config: TrainConfig, *, progress: bool = False
-) -> tuple[list[int], list[int]]:
-    """Indices `(train, held_out)` of the dialogues that survive the n-gram dedup, drawn by `config.seed`."""
-    n_used = min(len(dialogues), config.max_dialogues or len(dialogues))
-    kept = np.arange(n_used)
-    if config.dedup_words:
-        used = (dialogues[i] for i in range(n_used))
-        bar = with_bar(used, "removing repeated dialogues", "dialogue", total=n_used, progress=progress)
-        indices, report = dedup_ngrams(bar, config.dedup_words)
-        kept = np.asarray(indices, dtype=np.int64)
-        logger.info("dedup: kept %d, dropped %d (%d too short to judge)", report.kept, report.dropped, report.too_short)
-    if config.eval_dialogues >= len(kept):
-        raise UsageError(
-            f"eval_dialogues: expected fewer than the dialogues of {config.dataset!r} that are left after dedup, "
-            f"{len(kept)} of {n_used}, got {config.eval_dialogues}; lower it, use more dialogues "
-            "(--max-dialogues), or keep repeated ones with --dedup-words 0"
-        )
-    order = np.random.default_rng(config.seed).permutation(kept)
-    return order[config.eval_dialogues :].tolist(), order[: config.eval_dialogues].tolist()

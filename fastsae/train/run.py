@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from fastsae.data.activations import ResidualStream
-from fastsae.data.buffer import ActivationBatch, MixingBuffer, activation_stream
+from fastsae.data.buffer import ActivationBatch, MixingBuffer
+from fastsae.data.chat import Dialogue
 from fastsae.data.progress import bar
-from fastsae.data.sequencing import FastSequencer
+from fastsae.data.sequencing import Sequencer
+from fastsae.data.sinks import MAX_NORM_MULTIPLE
+from fastsae.data.stream import ActivationStream
 from fastsae.disk import local_path, write_json
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate import Evaluation, evaluate, write_report
@@ -38,14 +41,24 @@ from fastsae.train.folder import (
 )
 from fastsae.train.initialize import SAMPLE
 from fastsae.train.l0_control import l0_metrics
-from fastsae.train.pipeline import Pipeline, build_pipeline
-from fastsae.train.saved_state import check_alike, check_buffer, check_options, check_trainer
+from fastsae.train.pipeline import Given, Pipeline, build_pipeline
+from fastsae.train.saved_state import check_buffer, check_options, check_stream, check_trainer
 from fastsae.train.trainer import Trainer, build_sae
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+def train(
+    config: TrainConfig,
+    output: Path | str,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    dialogues: Iterable[Dialogue] | None = None,
+    texts: Iterable[Any] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
     """Trains, evaluates and saves an SAE; returns the metrics.
 
     Writes to `output`: SAELens' `cfg.json`, `sae_weights.safetensors` and `sparsity.safetensors`, `config.json`,
@@ -55,6 +68,10 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
     Args:
         config: The run.
         output: A folder that is new or empty, or, to resume, the folder of a run.
+        model: A causal language model of transformers, in the place of `config.model`; it is used where it is, as it is.
+        tokenizer: Its tokenizer.
+        dialogues: Dialogues, each a list of `{"role", "content"}` messages, in the place of `config.dataset`.
+        texts: Plain texts or lists of token ids to train on, in the place of `config.text`.
         resume: Go on from the newest checkpoint in `output`; from the first step where there is none yet.
         progress: Show progress bars.
 
@@ -63,25 +80,29 @@ def train(config: TrainConfig, output: Path, *, resume: bool = False, progress: 
         FastsaeError: The run failed for a reason the message names.
     """
     output = local_path(output)
+    given = Given(model, tokenizer, dialogues, texts)
     try:
-        return _train(config, output, resume=resume, progress=progress)
+        return _train(given.named(config), output, given, resume=resume, progress=progress)
     except KeyboardInterrupt as interruption:
         raise Interrupted(how_to_go_on(output, config), getattr(interruption, "number", signal.SIGINT)) from None
 
 
-def _train(config: TrainConfig, output: Path, *, resume: bool, progress: bool) -> dict[str, Any]:
+def _train(config: TrainConfig, output: Path, given: Given, *, resume: bool, progress: bool) -> dict[str, Any]:
     started = time.perf_counter()
-    config = replace(config, model=located(config.model), dataset=located(config.dataset))
+    text = None if config.text is None else located(config.text)
+    config = replace(config, model=located(config.model), dataset=located(config.dataset), text=text)
     if resume:
         config = resumed_config(output, config)
     prepare(output, resume=resume)
     saved = checkpoint.load_latest(output) if resume else None
-    pipeline = build_pipeline(config, progress=progress)
+    pipeline = build_pipeline(config, progress=progress, given=given)
     config = pipeline.config
     fingerprints = {
         "dataset": fingerprint.of_dialogues(pipeline.dialogues, config.max_dialogues),
         "model": fingerprint.of_model(pipeline.residual.model, pipeline.tokenizer),
     }
+    if pipeline.texts is not None:
+        fingerprints["text"] = fingerprint.of_dialogues(pipeline.texts)
     if resume:
         check_fingerprints(output, config, fingerprints)
     parts = _Parts(config, pipeline, progress)
@@ -89,7 +110,7 @@ def _train(config: TrainConfig, output: Path, *, resume: bool, progress: bool) -
         seconds_before = parts.restore(saved, output)
     else:
         seconds_before = 0.0
-        logger.info("filling the buffer with the activations of %d tokens", config.buffer_tokens)
+        logger.info("filling the buffer with the activations of %d tokens", parts.n_first)
         parts.trainer.initialize(parts.buffer.sample(SAMPLE))
         output.mkdir(parents=True, exist_ok=True)
     # a resumed run writes it again: model and dataset may have moved
@@ -99,19 +120,23 @@ def _train(config: TrainConfig, output: Path, *, resume: bool, progress: bool) -
         return seconds_before + time.perf_counter() - started
 
     parts.train(lambda: parts.save(output, seconds()), progress)
-    parts.trainer.calibrate(parts.buffer.sample(SAMPLE))
+    if config.architecture == "batchtopk":
+        parts.trainer.calibrate(parts.buffer.sample(SAMPLE))
     sae = parts.trainer.sae
     sae.fold_activation_scale_(parts.trainer.scale)
-    save_sae(output, pipeline, sae)  # before the evaluation, which can fail
-    result = evaluate_sae(sae, pipeline, parts.sequencer, progress=progress)
+    save_sae(output, pipeline, parts)  # before the evaluation, which can fail
+    trained_in = seconds()
+    result = evaluate_sae(sae, pipeline, parts.stream.sequencer, progress=progress)
     metrics = {
         **result.metrics,
         **l0_metrics(config, result.metrics["l0"], parts.trainer.history[-1]["l0"]),
+        **parts.stream.counts.metrics(),
         "tokens": config.steps * config.batch_size,
         "tokens_evaluated": result.metrics["tokens"],
         "seconds": seconds(),
+        "seconds_of_evaluation": seconds() - trained_in,
     }
-    write_run(output, pipeline, sae, parts.trainer, result, metrics)
+    write_run(output, pipeline, parts, result, metrics)
     return metrics
 
 
@@ -125,20 +150,26 @@ class _Parts:
     def __init__(self, config: TrainConfig, pipeline: Pipeline, progress: bool = False) -> None:
         self.config, self.pipeline, self.device = config, pipeline, pipeline.residual.device
         self.postponed = Postponed()
-        self.sequencer = pipeline.sequencer()
-        stream = activation_stream(self._residual, self.sequencer, config.drop_first_position)
-        self.buffer = MixingBuffer(stream, config.buffer_tokens, config.batch_size, config.seed, self.device, progress)
+        self.stream = ActivationStream(
+            self._residual, pipeline.sequencer(), config.drop_first_position, config.max_norm_multiple
+        )
+        # BatchTopK's threshold is set at the end, by activations that no step has seen
+        n_wanted = config.steps * config.batch_size + (SAMPLE if config.architecture == "batchtopk" else 0)
+        self.n_first = min(config.buffer_tokens, n_wanted)
+        self.buffer = MixingBuffer(
+            self.stream, config.buffer_tokens, config.batch_size, config.seed, self.device, progress, n_wanted
+        )
         self.trainer = Trainer(build_sae(config, pipeline.residual.d_in, self.device), self._batches(), config)
-        self._sequencer_state = self.sequencer.state_dict()
+        self._stream_state = self.stream.state_dict()
 
-    def _residual(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def _residual(self, *arguments: Tensor) -> Tensor:
         with self.postponed.at_once():
-            return self.pipeline.residual(input_ids, attention_mask)
+            return self.pipeline.residual(*arguments)
 
     def _batches(self) -> Iterator[ActivationBatch]:
-        self._sequencer_state = self.sequencer.state_dict()
+        self._stream_state = self.stream.state_dict()
         for batch in self.buffer:
-            self._sequencer_state = self.sequencer.state_dict()
+            self._stream_state = self.stream.state_dict()
             yield batch
             self.postponed.check()  # between two steps
 
@@ -171,7 +202,7 @@ class _Parts:
     def save(self, output: Path, seconds: float) -> None:
         state = {
             "options": kept_options(self.config),
-            "sequencer": self._sequencer_state,
+            "stream": self._stream_state,
             "buffer": self.buffer.state_dict(),
             "trainer": self.trainer.state_dict(),
             "seconds": seconds,
@@ -182,14 +213,14 @@ class _Parts:
         """Goes on where `saved` was taken; returns the seconds that the run had taken until then."""
         try:
             found = Fields(saved)
-            found.check_names(("options", "sequencer", "buffer", "trainer", "seconds"))
+            found.check_names(("options", "stream", "buffer", "trainer", "seconds"))
             check_options(found.fields("options"), kept_options(self.config))
             seconds: float = found.number("seconds", 0)
             check_trainer(found.fields("trainer"), self.trainer)
-            d_in, n_dialogues = self.pipeline.residual.d_in, len(self.pipeline.dialogues)
+            d_in, n_dialogues = self.pipeline.residual.d_in, len(self.pipeline.trained_on)
             check_buffer(found.fields("buffer"), self.buffer, d_in, n_dialogues)
-            check_alike(found.fields("sequencer"), self.sequencer.state_dict())
-            for name in ("sequencer", "buffer", "trainer"):
+            check_stream(found.fields("stream"), self.stream)
+            for name in ("stream", "buffer", "trainer"):
                 getattr(self, name).load_state_dict(saved[name])
             return seconds
         except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -220,20 +251,24 @@ def hook_names(residual: ResidualStream) -> tuple[str, str]:
     ), f"blocks.{residual.layer}.hook_resid_post"
 
 
-def save_sae(output: Path, pipeline: Pipeline, sae: SparseAutoencoder, **metadata: Any) -> None:
+def save_sae(output: Path, pipeline: Pipeline, parts: _Parts, **metadata: Any) -> None:
     """Saves the SAE with what SAELens' tools want to know of the model, of its place in it, and of the data."""
     config = pipeline.config
-    sae.save(
+    is_block = config.sequencing == "block"
+    parts.trainer.sae.save(
         output,
         model_name=config.model,
         model_class_name="AutoModelForCausalLM",  # SAELens' word for a model of transformers, as it is
         hook_name=hook_names(pipeline.residual)[0],
-        dataset_path=config.dataset,
-        context_size=pipeline.max_length,
+        dataset_path=config.dataset if config.text is None else config.text,
+        context_size=config.block_length if is_block else pipeline.max_length,
         prepend_bos=pipeline.begins_with_bos(),
         seqpos_slice=[1, None] if config.drop_first_position else None,
         exclude_special_tokens=False,
-        disable_concat_sequences=True,  # each dialogue is a context of its own
+        disable_concat_sequences=not is_block,  # each dialogue is a context of its own
+        sequencing=config.sequencing,
+        max_norm_multiple=config.max_norm_multiple,
+        median_norm=parts.stream.rule.median_norm,
         **metadata,
     )
 
@@ -251,16 +286,17 @@ def write_sparsity(output: Path, result: Evaluation) -> None:
 def write_run(
     output: Path,
     pipeline: Pipeline,
-    sae: SparseAutoencoder,
-    trainer: Trainer,
+    parts: _Parts,
     result: Evaluation,
     metrics: dict[str, Any],
 ) -> None:
     """Writes the run's files, the metrics last: where they are, the run is complete. Then drops its checkpoints."""
-    save_sae(output, pipeline, sae, l0=metrics["l0"])
+    save_sae(output, pipeline, parts, l0=metrics["l0"])
     write_sparsity(output, result)
     settings = described(pipeline.config)
-    write_report(output / REPORT_FILE, config=settings, metrics=metrics, history=trainer.history, evaluation=result)
+    write_report(
+        output / REPORT_FILE, config=settings, metrics=metrics, history=parts.trainer.history, evaluation=result
+    )
     write_json(output / METRICS_FILE, metrics)
     checkpoint.discard(output)
 
@@ -286,7 +322,7 @@ def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True)
     return evaluate_sae(sae.to(pipeline.residual.device), pipeline, progress=progress)
 
 
-def evaluate_sae(sae: SparseAutoencoder, pipeline: Pipeline, *trained_on: FastSequencer, progress: bool) -> Evaluation:
+def evaluate_sae(sae: SparseAutoencoder, pipeline: Pipeline, *trained_on: Sequencer, progress: bool) -> Evaluation:
     """Evaluates an SAE on the held-out dialogues of a pipeline; the metrics tell of dialogues dropped since loading."""
     held_out = pipeline.held_out_batches()
     result = evaluate(
@@ -296,6 +332,7 @@ def evaluate_sae(sae: SparseAutoencoder, pipeline: Pipeline, *trained_on: FastSe
         held_out,
         special_tokens=pipeline.special_tokens,
         n_dialogues=len(pipeline.held_out),
+        max_norm_multiple=pipeline.config.max_norm_multiple or MAX_NORM_MULTIPLE,
         progress=progress,
     )
     of_the_data = pipeline.all_drops(held_out, *trained_on).metrics() | {"unknown_roles": pipeline.unknown_roles}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsae.data.buffer import ActivationBatch, MixingBuffer
+from fastsae.data.stream import ActivationStream
 from fastsae.errors import UsageError, shown
 from fastsae.fields import DTYPES, Fields
 from fastsae.train.trainer import Trainer
@@ -108,6 +109,12 @@ def _check_history(found: Fields, batch_size: int, step: int) -> int:
     return last
 
 
+def check_stream(found: Fields, stream: ActivationStream) -> None:
+    """Raises ValueError unless `found` is a state of `stream`."""
+    check_alike(found, stream.state_dict())
+    found.number("median_norm", 0)
+
+
 def check_buffer(found: Fields, buffer: MixingBuffer, d_in: int, n_dialogues: int) -> None:
     """Raises ValueError unless `found` is a state of `buffer`."""
     like = buffer.state_dict()
@@ -117,6 +124,7 @@ def check_buffer(found: Fields, buffer: MixingBuffer, d_in: int, n_dialogues: in
         _check_rows(found.fields("pending"), d_in, n_dialogues, None)
     found.integer("to_serve", 0, n_rows)
     found.boolean("served_any")
+    found.integer("taken", n_rows, LARGEST)
     state = found.tensor("generator", tuple(like["generator"].shape), (torch.uint8,))
     try:
         torch.Generator().set_state(state)

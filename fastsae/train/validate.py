@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import types
@@ -52,8 +53,9 @@ def validate(config: TrainConfig) -> None:
         if value is None and kinds[f.name].is_optional:
             continue
         _require(f.name, value, _problem(value, kinds[f.name], f.metadata["bounds"]))
-    for name in ("model", "dataset", "split"):
-        _require(name, getattr(config, name), name_problem(getattr(config, name)))
+    for name in ("model", "dataset", "split", "text"):
+        value = getattr(config, name)
+        _require(name, value, "" if value is None else name_problem(value))
     _require("device", config.device, "" if DEVICES.fullmatch(config.device) else "auto, cpu, cuda or cuda:N")
     _validate_together(config)
 
@@ -93,7 +95,23 @@ def name_problem(text: str) -> str:
     return ""
 
 
+def model_options(text: str | None) -> dict[str, Any]:
+    """The arguments that `model_kwargs` holds as JSON.
+
+    Raises:
+        UsageError: It is not JSON, or no object.
+    """
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(f'model_kwargs: expected a JSON object such as {{"revision": "main"}}, got {shown(text)}')
+    return found
+
+
 def _validate_together(config: TrainConfig) -> None:
+    model_options(config.model_kwargs)
     if config.warm_up + config.decay > 1:
         raise UsageError(
             f"warm_up: expected at most 1 together with --decay, got {config.warm_up:g} + {config.decay:g}"

@@ -1,10 +1,9 @@
-"""The mixing buffer: every row once, shuffled, half kept, bit-equal resume; the stream that feeds it."""
+"""The mixing buffer: every row once, shuffled, half kept, bit-equal resume."""
 
 import pytest
 import torch
 
-from fastsae.data.buffer import ActivationBatch, MixingBuffer, activation_stream
-from fastsae.data.sequencing import TokenBatch
+from fastsae.data.buffer import ActivationBatch, MixingBuffer
 from fastsae.errors import FastsaeError, UsageError
 
 WIDTH = 3
@@ -152,25 +151,23 @@ def test_too_little_data_for_one_batch():
         next(MixingBuffer(pieces(5), capacity=64, batch_size=8, seed=0))
 
 
-@pytest.mark.parametrize("drop_first_position", [False, True])
-def test_stream_serves_real_tokens_with_their_places(drop_first_position):
-    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]], dtype=torch.bool)
-    ids = torch.arange(12).reshape(3, 4) + 10
-    batch = TokenBatch(ids, mask, torch.tensor([7, 5, 9]))
-    requested = []
+@pytest.mark.parametrize("n_wanted", [16, 40, 64, 96, 100, 400])
+def test_nothing_is_read_beyond_what_is_wanted(n_wanted):
+    source = Counted(1000)
+    buffer = MixingBuffer(source, capacity=64, batch_size=8, seed=0, n_wanted=n_wanted)
+    served = [row for batch in buffer for row in rows_of(batch)]
+    assert len(served) == len(set(served)) == n_wanted // 8 * 8
+    assert set(served) <= set(range(n_wanted))
+    n_read = sum(len(taken) for taken in source.all[: source.taken])
+    assert n_wanted <= n_read < n_wanted + 40  # the longest piece
 
-    def residual(input_ids, attention_mask):
-        requested.append(attention_mask.clone())
-        return torch.stack([input_ids * 1.0, input_ids * 2.0], dim=-1)
 
-    stream = activation_stream(residual, iter([batch, batch]), drop_first_position)
-    out = next(stream)
-    expected = [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0)]
-    expected = [(row, position) for row, position in expected if position > 0 or not drop_first_position]
-    assert out.positions.tolist() == [position for _, position in expected]
-    assert out.dialogue_ids.tolist() == [[7, 5, 9][row] for row, _ in expected]
-    assert out.token_ids.tolist() == [int(ids[row, position]) for row, position in expected]
-    assert out.acts.tolist() == [[float(token), 2.0 * token] for token in out.token_ids.tolist()]
-    assert len(requested) == 1, "the stream must not read ahead"
-    assert torch.equal(requested[0], mask), "the first position is still attended to"
-    assert len(list(stream)) == 1
+def test_the_last_rows_are_mixed_with_those_before():
+    buffer = MixingBuffer(pieces(1000), capacity=64, batch_size=8, seed=0, n_wanted=200)
+    served = [set(rows_of(batch)) for batch in buffer]
+    # the last fill takes rows 192 to 199, which come among the 40 that are then served, and not after them
+    last = [i for i, batch in enumerate(served) if batch & set(range(192, 200))]
+    assert min(last) >= 20
+    assert len(last) >= 3
+    untouched = MixingBuffer(pieces(1000), capacity=64, batch_size=8, seed=0)
+    assert [set(rows_of(next(untouched))) for _ in range(20)] == served[:20]

@@ -65,7 +65,7 @@ def run_through(dialogues, template):
     assert all(turn["content"].encode() and turn["role"].encode() for dialogue in dialogues for turn in dialogue)
     indices, _ = dedup_ngrams((dialogues[i] for i in range(len(dialogues))), 3)
     sequencer = FastSequencer(dialogues, indices, tokenizer_of(template), 40, 100, endless=False)
-    served = [index for batch in sequencer for index in batch.dialogue_ids.tolist()]
+    served = [index for batch in sequencer for index in batch.dialogue_ids[:, 0].tolist()]
     assert len(served) + sequencer.dropped == len(indices)
     assert sequencer.drops.seen == len(indices)
     json.dumps(sequencer.state_dict())

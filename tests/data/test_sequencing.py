@@ -7,11 +7,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastsae.data import sequencing
-from fastsae.data.buffer import MixingBuffer, activation_stream
+from fastsae.data import sequencing, tokens
+from fastsae.data.buffer import MixingBuffer
 from fastsae.data.chat import ChatDataset
 from fastsae.data.dropped import Dropped
-from fastsae.data.sequencing import FastSequencer, render
+from fastsae.data.sequencing import FastSequencer
+from fastsae.data.stream import ActivationStream
+from fastsae.data.tokens import render
 from fastsae.errors import FastsaeError, UsageError
 
 QWEN = """{%- if messages[0]['role'] == 'system' %}{{ '<|im_start|>system
@@ -113,7 +115,9 @@ def test_an_epoch_serves_each_dialogue_alone_and_once(qwen, shuffle):
     ):
         assert batch.input_ids.numel() <= 300
         assert (batch.input_ids.dtype, batch.attention_mask.dtype) == (torch.int64, torch.bool)
-        for ids, mask, index in zip(batch.input_ids, batch.attention_mask, batch.dialogue_ids.tolist(), strict=True):
+        for ids, mask, index in zip(
+            batch.input_ids, batch.attention_mask, batch.dialogue_ids[:, 0].tolist(), strict=True
+        ):
             length = int(mask.sum())
             assert mask[:length].all()  # padded on the right
             assert ids[:length].tolist() == reference(qwen, dialogues[index])[:40]
@@ -134,7 +138,7 @@ def test_order_depends_on_seed_and_epoch(qwen):
         for batch in sequencer:
             if sequencer.epoch == 2:
                 return order
-            order[sequencer.epoch] += batch.dialogue_ids.tolist()
+            order[sequencer.epoch] += batch.dialogue_ids[:, 0].tolist()
 
     first, again, other = epochs(0), epochs(0), epochs(1)
     assert first == again
@@ -150,7 +154,8 @@ def test_a_long_dialogue_is_a_batch_by_itself(qwen):
 
 def equal(a, b):
     return all(
-        torch.equal(getattr(a, name), getattr(b, name)) for name in ("input_ids", "attention_mask", "dialogue_ids")
+        torch.equal(getattr(a, name), getattr(b, name))
+        for name in ("input_ids", "attention_mask", "dialogue_ids", "positions")
     )
 
 
@@ -188,7 +193,7 @@ def test_stream_and_buffer_resume_together(qwen):
 
     def start(sequencer_state=None, buffer_state=None):
         sequencer = FastSequencer(dialogues, range(300), qwen, batch_tokens=150, seed=2)
-        stream = activation_stream(lambda ids, mask: table[ids], sequencer, drop_first_position=True)
+        stream = ActivationStream(lambda ids, mask: table[ids], sequencer)
         buffer = MixingBuffer(stream, capacity=500, batch_size=64, seed=3)
         if sequencer_state is not None:
             sequencer.load_state_dict(sequencer_state)
@@ -215,7 +220,7 @@ def test_nothing_left_to_serve(qwen):
         next(sequencer)
     short = make_tokenizer("qwen", template="{{ messages[0]['content'] }}")
     sequencer = FastSequencer([chat("a"), chat("a b c")], range(2), short, endless=False)
-    assert [batch.dialogue_ids.tolist() for batch in sequencer] == [[1]]
+    assert [batch.dialogue_ids[:, 0].tolist() for batch in sequencer] == [[1]]
     assert sequencer.dropped == 1
 
 
@@ -304,11 +309,11 @@ def test_a_text_on_which_the_tokenizer_fails_is_dropped_alone(qwen, monkeypatch)
             raise TypeError("no such text: secret")
         return tokenize(tokenizer, texts, max_length)
 
-    tokenize = sequencing._tokenize
-    monkeypatch.setattr(sequencing, "_tokenize", refuse)
+    tokenize = tokens.tokenize
+    monkeypatch.setattr(tokens, "tokenize", refuse)
     dialogues = [*corpus(5), chat("secret"), *corpus(5)]
     sequencer = FastSequencer(dialogues, range(11), qwen, endless=False)
-    served = [index for batch in sequencer for index in batch.dialogue_ids.tolist()]
+    served = [index for batch in sequencer for index in batch.dialogue_ids[:, 0].tolist()]
     assert sorted(served) == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
     reason = "the tokenizer raised an error (TypeError)"
     assert sequencer.drops == Dropped(11, {reason: 1}, {reason: 5})
@@ -320,7 +325,7 @@ def test_lone_surrogates_reach_no_tokenizer(qwen):
 
 @pytest.mark.parametrize("max_length", [2, 50, 700])
 def test_a_very_long_text_is_read_no_further_than_needed(qwen, max_length, monkeypatch):
-    monkeypatch.setattr(sequencing, "_UNSURE", 16)
+    monkeypatch.setattr(tokens, "_UNSURE", 16)
     read = []
     call = type(qwen).__call__
     monkeypatch.setattr(
@@ -336,7 +341,7 @@ def test_a_very_long_text_is_read_no_further_than_needed(qwen, max_length, monke
 
 
 def test_a_long_text_of_few_tokens_is_read_as_far_as_needed(monkeypatch):
-    monkeypatch.setattr(sequencing, "_UNSURE", 120)
+    monkeypatch.setattr(tokens, "_UNSURE", 120)
     tokenizer = make_tokenizer("qwen", template="{{ messages[0].content }}")
     tokenizer.add_tokens(["x" * 100])
     text = "x" * 100 * 50 + "one two"

@@ -7,8 +7,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fastsae.data.sequencing import render
 from fastsae.data.special_tokens import RoleHeader, SpecialTokens, find_special_tokens
+from fastsae.data.tokens import render
 from fastsae.errors import FastsaeError, UsageError
 
 MESSAGES = "{%- for message in messages %}{{ "

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def batch() -> TokenBatch:
     ids[:, 0] = 3
     ids[:, 4], ids[:, 6] = 4, 3
     mask = torch.arange(12) < torch.tensor(LENGTHS)[:, None]
-    return TokenBatch(torch.where(mask, ids, 0), mask, torch.tensor([40, 41, 42, 43]))
+    return TokenBatch.one_per_row(torch.where(mask, ids, 0), mask, torch.tensor([40, 41, 42, 43]))
 
 
 def identity_sae(d_in: int) -> FusedJumpReLUSAE:
@@ -95,7 +96,7 @@ def test_the_mean_has_fvu_one(residual, tokenizer, batch):
 
 
 def test_position_0_keeps_its_activation_in_the_spliced_pass(residual, tokenizer, batch):
-    rows = TokenBatch(batch.input_ids[:, :2], torch.ones(4, 2, dtype=torch.bool), batch.dialogue_ids)
+    rows = TokenBatch.one_per_row(batch.input_ids[:, :2], torch.ones(4, 2, dtype=torch.bool), batch.dialogue_ids[:, 0])
     metrics = run(constant_sae(16, 3.0), residual, tokenizer, [rows]).metrics  # all predictions come from position 0
     assert metrics["ce"] == metrics["ce_spliced"] == metrics["ce_zero"]
     assert metrics["recovered"] is None
@@ -114,7 +115,7 @@ def with_sinks(tiny_model) -> tuple[ResidualStream, TokenBatch]:
     ids[0, 5] = ids[0, 17] = ids[1, 9] = 9
     ids[1, 8], ids[2, 20] = 3, 4
     mask = torch.arange(40) < torch.tensor([[40], [30], [35]])
-    return ResidualStream(model, 0), TokenBatch(ids, mask, torch.arange(3))
+    return ResidualStream(model, 0), TokenBatch.one_per_row(ids, mask, torch.arange(3))
 
 
 def test_sinks_beyond_position_0_are_found_and_left_out(with_sinks, tokenizer):
@@ -172,7 +173,7 @@ def test_contexts_leave_sinks_out(with_sinks, tokenizer):
 
 
 def test_dialogues_of_sinks_alone_leave_the_figures_undefined(residual, tokenizer, batch):
-    alone = TokenBatch(batch.input_ids[:, :1], batch.attention_mask[:, :1], batch.dialogue_ids)
+    alone = batch[:, :1]
     found = run(identity_sae(16), residual, tokenizer, [alone])
     metrics = found.metrics
     assert (metrics["sinks"], metrics["tokens"], metrics["norm_median"]) == (4, 4, None)
@@ -184,11 +185,10 @@ def test_dialogues_of_sinks_alone_leave_the_figures_undefined(residual, tokenize
 
 
 def test_the_median_does_not_depend_on_the_batches(residual, batch, monkeypatch):
-    monkeypatch.setattr(sinks, "_SAMPLE_TOKENS", 15)
+    monkeypatch.setattr(sinks, "SAMPLE_TOKENS", 15)
     x = residual(batch.input_ids, batch.attention_mask)
     first = torch.cat([x[0, 1:12], x[1, 1:7]]).norm(dim=-1)  # 11 tokens, then 17 with the second dialogue
-    parts = zip(batch.input_ids, batch.attention_mask, batch.dialogue_ids, strict=True)
-    rows = [TokenBatch(ids[None], mask[None], index[None]) for ids, mask, index in parts]
+    rows = [batch[i : i + 1] for i in range(len(batch.input_ids))]
     longer = itertools.chain([batch], itertools.repeat(None))  # what comes later is not looked at
     for batches in ([batch], rows, longer):
         assert SinkRule.of(residual, batches).median_norm == pytest.approx(first.median().item(), rel=1e-6)
@@ -240,13 +240,10 @@ def test_groups_are_small_on_a_cpu_where_the_logits_are_expensive(residual, batc
 def test_neither_batching_nor_padding_changes_a_number(residual, tokenizer, batch, monkeypatch, limit):
     sae = FusedJumpReLUSAE(16, 32, init_threshold=0.5)
     whole = run(sae, residual, tokenizer, [batch])
-    rows = []
-    for i, length in enumerate(LENGTHS):
-        part = slice(i, i + 1)
-        rows.append(TokenBatch(batch.input_ids[part, :length], batch.attention_mask[part, :length], torch.tensor([i])))
+    rows = [batch[i : i + 1, :length] for i, length in enumerate(LENGTHS)]
     garbage = torch.where(batch.attention_mask, batch.input_ids, 17)
     monkeypatch.setattr(reconstruction, "_GROUP_TOKENS", limit)
-    for other in ([TokenBatch(garbage, batch.attention_mask, batch.dialogue_ids)], rows):
+    for other in ([replace(batch, input_ids=garbage)], rows):
         found = run(sae, residual, tokenizer, other)
         assert found.metrics == pytest.approx(whole.metrics, rel=1e-4)
         assert torch.equal(found.feature_counts, whole.feature_counts)

@@ -2,7 +2,9 @@
 
 A program of its own with one thread, which forks a child per run: that spares the imports, and threads do not survive it.
 
-    python tests/train/killed_runs.py MODEL CHATS FOLDER MOMENTS ARCHITECTURE     MOMENTS: so many, evenly spread, or `all`
+    python tests/train/killed_runs.py MODEL CHATS FOLDER MOMENTS ARCHITECTURE SEQUENCING
+
+MOMENTS: so many, evenly spread, or `all`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 
+from fastsae.data import stream
 from fastsae.train import run
 from fastsae.train.config import TOPK_FAMILY, TrainConfig
 from fastsae.train.folder import FILES, is_new, read_config
@@ -68,7 +71,7 @@ class Operations:
 def result(output: Path, trainer: Trainer) -> dict[str, Any]:
     """All that must not depend on kills: weights, metrics and curves without times, names of files."""
     metrics = json.loads((output / "metrics.json").read_text())
-    del metrics["seconds"]
+    del metrics["seconds"], metrics["seconds_of_evaluation"]
     return {
         "weights": (output / "sae_weights.safetensors").read_bytes().hex(),
         "metrics": metrics,
@@ -77,16 +80,17 @@ def result(output: Path, trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def main(model: str, chats: str, folder: Path, moments: str, architecture: str) -> None:
+def main(model: str, chats: str, folder: Path, moments: str, architecture: str, sequencing: Any) -> None:
     """Prints a summary as JSON; a difference ends it with an AssertionError."""
     torch.set_num_threads(1)
+    stream.SAMPLE_TOKENS = 50  # so that the first piece of so short a run is not all of it
     config = TrainConfig(
         model=model, dataset=chats, eval_dialogues=4, d_sae=32, tokens=32 * 6, batch_size=32, buffer_tokens=64,
-        forward_tokens=256, init_l0=8, target_l0=4, log_every=2, checkpoint_every=2, device="cpu",
-        architecture=architecture, k=4 if architecture in TOPK_FAMILY else None,
+        forward_tokens=64, init_l0=8, target_l0=4, log_every=2, checkpoint_every=2, device="cpu",
+        sequencing=sequencing, block_length=16, architecture=architecture, k=4 if architecture in TOPK_FAMILY else None,
     )  # fmt: skip
     pipeline = run.build_pipeline(config)
-    run.build_pipeline = lambda config, progress: pipeline  # the model is loaded once
+    run.build_pipeline = lambda config, progress, given: pipeline  # the model is loaded once
     trainers: list[Trainer] = []
     trained = Trainer.run
 

@@ -16,12 +16,14 @@ FEW = "6"
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a child per run")
 @pytest.mark.parametrize("moments", [FEW, pytest.param("all", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("architecture", ["jumprelu", "topk", "batchtopk"])
+@pytest.mark.parametrize(
+    ("architecture", "sequencing"), [("jumprelu", "fast"), ("topk", "packed"), ("batchtopk", "block")]
+)
 def test_killed_at_a_file_operation(
-    tiny_model: Path, chats: Path, tmp_path: Path, moments: str, architecture: str
+    tiny_model: Path, chats: Path, tmp_path: Path, moments: str, architecture: str, sequencing: str
 ) -> None:
     done = subprocess.run(
-        [sys.executable, PROGRAM, tiny_model, chats, tmp_path, moments, architecture],
+        [sys.executable, PROGRAM, tiny_model, chats, tmp_path, moments, architecture, sequencing],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

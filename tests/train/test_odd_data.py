@@ -15,7 +15,7 @@ from fastsae import cli
 from fastsae.data.chat import load_chats
 from fastsae.train.config import TrainConfig
 from fastsae.train.folder import read_config
-from fastsae.train.pipeline import split_dialogues
+from fastsae.train.held_out import split_dialogues
 from fastsae.train.run import train
 from fastsae.train.trainer import Trainer
 

@@ -71,11 +71,11 @@ def test_tokens_without_an_embedding_drop_their_dialogue(config: TrainConfig, ti
     pipeline = build_pipeline(replace(config, model=model, dataset=str(dataset), dedup_words=0))
     assert pipeline.tokenizer.pad_token_id >= 4096
     training, held_out = pipeline.sequencer(), pipeline.held_out_batches()
-    seen = [index for batch in held_out for index in batch.dialogue_ids.tolist()]
+    seen = [index for batch in held_out for index in batch.dialogue_ids[:, 0].tolist()]
     while training.epoch == 0:
         batch = next(training)
         if training.epoch == 0:
-            seen += batch.dialogue_ids.tolist()
+            seen += batch.dialogue_ids[:, 0].tolist()
         pipeline.residual(batch.input_ids, batch.attention_mask)
     assert sorted(seen) == sorted(set(range(40)) - {3, 7})
 

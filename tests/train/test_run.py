@@ -67,7 +67,7 @@ def run_and_compare(
         patch.setattr(Trainer, "run", run)
         metrics = train(config, output, progress=False, **options)
     history = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in trainers[0].history]
-    del metrics["seconds"]
+    del metrics["seconds"], metrics["seconds_of_evaluation"]
     return (output / "sae_weights.safetensors").read_bytes(), metrics, history
 
 

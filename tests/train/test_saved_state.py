@@ -100,13 +100,16 @@ WRONG: list[tuple[str, Any]] = [
     ("buffer.served_any", 1),
     ("buffer.generator", filled(255)),
     ("buffer.generator", lambda tensor: tensor[:-1]),
-    ("sequencer.epoch", -1),
-    ("sequencer.window", 1),
-    ("sequencer.batch", 10**6),
-    ("sequencer.batch", 1.0),
-    ("sequencer.dropped", -1),
-    ("sequencer.other", 0),
-    ("sequencer", None),
+    ("stream.sequencer.epoch", -1),
+    ("stream.sequencer.window", 1),
+    ("stream.sequencer.batch", 10**6),
+    ("stream.sequencer.batch", 1.0),
+    ("stream.sequencer.dropped", -1),
+    ("stream.sequencer.other", 0),
+    ("stream.sequencer", None),
+    ("stream.median_norm", -1.0),
+    ("stream.counts.padding", -1),
+    ("buffer.taken", -1),
     ("options", [1]),
     ("options.other", 1),
     ("other", 1),
@@ -121,7 +124,7 @@ def test_a_wrong_value_is_refused_before_anything_is_used(
     before = {name: tensor.clone() for name, tensor in parts.trainer.sae.state_dict().items()}
     with pytest.raises(FastsaeError, match=f"corrupt or truncated one .*{path.split('.')[-1]}"):
         parts.restore(changed(state, path, value), Path("run"))
-    if not path.startswith("sequencer"):  # whose batches are known only when they are made
+    if not path.startswith("stream"):  # whose batches are known only when they are made
         assert parts.trainer.step == 0
     for name, tensor in parts.trainer.sae.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -130,7 +133,7 @@ def test_a_wrong_value_is_refused_before_anything_is_used(
 @pytest.mark.parametrize(
     "path", ["seconds", "options", "options.layer", "trainer", "trainer.step", "trainer.sums", "trainer.sums.fvu_steps",
              "trainer.optimizer.0.exp_avg", "trainer.l0_control", "trainer.sae.b_dec", "buffer.generator",
-             "buffer.rows.acts", "sequencer.batch"]
+             "buffer.rows.acts", "stream.sequencer.batch"]
 )  # fmt: skip
 def test_a_missing_value_is_refused(saved: tuple[run._Parts, dict[str, Any]], path: str) -> None:
     parts, state = saved
