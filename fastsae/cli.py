@@ -159,7 +159,7 @@ def command_train(arguments: argparse.Namespace) -> None:
 
 def _resumed(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str, TrainConfig], Path] | None:
     """The options of the interrupted run in `--output`; None for a run that starts from the beginning."""
-    from fastsae.train.folder import is_new, read_configs
+    from fastsae.train.folder import CONFIG_FILE, is_new, read_configs
 
     if not arguments.resume:
         return None
@@ -168,7 +168,7 @@ def _resumed(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[dict
     if not arguments.output.is_dir() or is_new(arguments.output):
         if not (given or arguments.preset or arguments.spec):
             raise UsageError(
-                f"--resume: the run in {arguments.output} ended before it wrote its options; start it again with them"
+                f"--resume: the run in {arguments.output} ended before it wrote {CONFIG_FILE}; start it again with its options"
             )
         return None
     if arguments.preset is not None:

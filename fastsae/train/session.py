@@ -214,42 +214,53 @@ class Session:
         checkpoint.save(output, self.step, state)
 
     def restore(self, saved: dict[str, Any], output: Path) -> float:
-        """Goes on where `saved` was taken; returns the seconds that the run had taken until then."""
+        """Goes on where `saved` was taken; returns the seconds that the run had taken until then.
+
+        Raises:
+            UsageError: It was made with other options.
+            FastsaeError: It is corrupt.
+        """
         try:
             found = Fields(saved)
-            found.check_names(("options", "streams", "buffers", "trainers", "failures", "seconds"))
-            seconds: float = found.number("seconds", 0)
-            self._restore_saes(found, saved)
-            self._restore_streams(found, saved)
-            return seconds
+            self._check(found)
+            for layer, stream in self.streams.items():
+                stream.load_state_dict(saved["streams"][str(layer)])
+                self._stream_states[layer] = stream.state_dict()
+            self.forward.rewind()  # finds out whether there are such batches, before anything else is changed
+            for layer, buffer in self.buffers.items():
+                buffer.load_state_dict(saved["buffers"][str(layer)])
+            for i, name in enumerate(self.configs):
+                if str(i) in saved["failures"]:
+                    self.failures[name] = saved["failures"][str(i)]
+                    del self.trainers[name]
+                else:
+                    self.trainers[name].load_state_dict(saved["trainers"][str(i)])
+            return float(saved["seconds"])
         except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise checkpoint.corrupt(output / checkpoint.FOLDER, error) from None
 
-    def _restore_saes(self, found: Fields, saved: dict[str, Any]) -> None:
-        options, failures, trainers = (found.fields(name) for name in ("options", "failures", "trainers"))
-        options.check_names(tuple(map(str, range(len(self.configs)))))
-        trainers.check_names(tuple(i for i in options.values if i not in failures))
-        for i, (name, config) in enumerate(self.configs.items()):
-            check_options(options.fields(str(i)), kept_options(config))
-            if str(i) in failures:
-                self.failures[name] = str(failures.get(str(i)))
-                del self.trainers[name]
-            else:
-                check_trainer(trainers.fields(str(i)), self.trainers[name])
-                self.trainers[name].load_state_dict(saved["trainers"][str(i)])
-
-    def _restore_streams(self, found: Fields, saved: dict[str, Any]) -> None:
-        streams, buffers = found.fields("streams"), found.fields("buffers")
-        d_in, n_rows = self.pipeline.residual.d_in, len(self.pipeline.trained_on)
-        for of in (streams, buffers):
-            of.check_names(tuple(map(str, self.streams)))
+    def _check(self, found: Fields) -> None:
+        """Raises ValueError unless `found` is a state of this session."""
+        found.check_names(("options", "streams", "buffers", "trainers", "failures", "seconds"))
+        found.number("seconds", 0)
+        parts = {name: found.fields(name) for name in ("options", "streams", "buffers", "trainers", "failures")}
+        numbers = [str(i) for i in range(len(self.configs))]
+        parts["options"].check_names(numbers)
+        parts["failures"].check_names([i for i in numbers if i in parts["failures"]])
+        for i, text in parts["failures"].values.items():
+            if not isinstance(text, str):
+                raise parts["failures"].wrong(i, "a text")
+        parts["trainers"].check_names([i for i in numbers if i not in parts["failures"]])
+        for i, (name, config) in zip(numbers, self.configs.items(), strict=True):
+            check_options(parts["options"].fields(i), kept_options(config))
+            if i not in parts["failures"]:
+                check_trainer(parts["trainers"].fields(i), self.trainers[name])
+        for what in ("streams", "buffers"):
+            parts[what].check_names([str(layer) for layer in self.streams])
         for layer, stream in self.streams.items():
-            check_buffer(buffers.fields(str(layer)), self.buffers[layer], d_in, n_rows)
-            check_stream(streams.fields(str(layer)), stream)
-            self.buffers[layer].load_state_dict(saved["buffers"][str(layer)])
-            stream.load_state_dict(saved["streams"][str(layer)])
-            self._stream_states[layer] = stream.state_dict()
-        self.forward.rewind()
+            n_rows = len(self.pipeline.trained_on)
+            check_buffer(parts["buffers"].fields(str(layer)), self.buffers[layer], self.pipeline.residual.d_in, n_rows)
+            check_stream(parts["streams"].fields(str(layer)), stream)
 
 
 def _layer(config: TrainConfig) -> int:

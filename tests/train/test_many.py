@@ -75,6 +75,7 @@ def test_the_model_runs_once_for_all(configs: dict[str, TrainConfig], tmp_path: 
         return calls
 
     without_sinks = {name: replace(config, max_norm_multiple=None) for name, config in configs.items()}
+    del without_sinks["batchtopk-0.5"]  # which reads more at the end, to calibrate its threshold
     assert n_forwards(without_sinks) == n_forwards({"topk": without_sinks["topk"]})
 
 

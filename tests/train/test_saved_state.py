@@ -115,7 +115,7 @@ WRONG: list[tuple[str, Any]] = [
     ("streams.1.counts.padding", -1),
     ("buffers.1.taken", -1),
     ("options", [1]),
-    ("options.other", 1),
+    ("options.0.other", 1),
     ("other", 1),
 ]
 
@@ -135,7 +135,7 @@ def test_a_wrong_value_is_refused_before_anything_is_used(
 
 
 @pytest.mark.parametrize(
-    "path", ["seconds", "options", "options.layer", "trainers.0", "trainers.0.step", "trainers.0.sums",
+    "path", ["seconds", "options", "options.0.layer", "trainers.0", "trainers.0.step", "trainers.0.sums",
              "trainers.0.sums.fvu_steps",
              "trainers.0.optimizer.0.exp_avg", "trainers.0.l0_control", "trainers.0.sae.b_dec", "buffers.1.generator",
              "buffers.1.rows.acts", "streams.1.sequencer.at.batch"]
