@@ -15,17 +15,20 @@ from fastsae.disk import local_path
 from fastsae.errors import FastsaeError, UsageError, is_out_of_memory
 from fastsae.flags import (
     OPTIONS,
+    Several,
     add_config_flags,
     add_convert_command,
     as_flag,
     check_values,
     flag,
+    parsed,
     path,
     without_effect,
 )
 from fastsae.interrupt import exit_status, signals_end_the_command
 from fastsae.terminal import tolerant_output
 from fastsae.train.config import PRESETS, TrainConfig
+from fastsae.train.grid import OF_ONE_SAE
 from fastsae.version import __version__
 
 DESCRIPTION = """\
@@ -35,6 +38,7 @@ Sparse autoencoders (SAEs) for language models.
   fastsae train --model Qwen/Qwen2.5-0.5B-Instruct --dataset HuggingFaceH4/ultrachat_200k --split train_sft \\
                 --layer 12 --tokens 40000000
   fastsae train --architecture topk --k 32
+  fastsae train --layers 2,3 --target-l0 16,32 --output grid     four SAEs for one pass of the model, each in its folder
   fastsae train --output my-sae --resume     go on with an interrupted run
   fastsae train --model ./my-model --dataset chats.jsonl     rows like {"messages": [{"role": ..., "content": ...}]}
   fastsae evaluate my-sae             measure a saved SAE on held-out dialogues, of this or another library
@@ -94,8 +98,15 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--preset", choices=PRESETS, help="set of options: recommended, or fast-paper, those of arXiv:2506.07691"
     )
+    train.add_argument(
+        "--spec",
+        type=path,
+        metavar="FILE",
+        help='several SAEs on one stream of activations: a JSON or YAML file {"common": {...}, "saes": {NAME: {...}}} with '
+        "options named as in config.json; a grid needs no file: --layers 4,8 --target-l0 16,32,64 --seeds 0,1",
+    )
     train.add_argument("--quiet", action="store_true", help="show no progress bars")
-    add_config_flags(train)
+    add_config_flags(train, several=OF_ONE_SAE)
 
     measure = commands.add_parser(
         "evaluate",
@@ -124,39 +135,73 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def command_train(arguments: argparse.Namespace) -> None:
     """`fastsae train`."""
-    from fastsae.train.folder import CONFIG_FILE, REPORT_FILE, is_new, read_config
-    from fastsae.train.run import train
+    from fastsae.train.folder import REPORT_FILE
+    from fastsae.train.run import train, train_many
     from fastsae.train.trainer import SAE_CLASSES
 
     given = _given(arguments)
-    if arguments.resume and arguments.output is None:
-        raise UsageError("--resume: expected --output with the folder of the interrupted run")
-    if arguments.resume and not (arguments.output.is_dir() and is_new(arguments.output)):
-        if arguments.preset is not None:
-            raise UsageError("--preset: a resumed run keeps the options it was started with; drop the flag")
-        output = arguments.output
-        config = replace(read_config(output), **given)
-    else:
-        if arguments.resume and not (given or arguments.preset):
-            raise UsageError(
-                f"--resume: the run in {arguments.output} ended before it wrote {CONFIG_FILE}; start it again with its options"
-            )
-        if given.get("text") is not None and "dataset" not in given:
-            raise UsageError(
-                "--text: expected --dataset with dialogues for the evaluation, which reads whole dialogues, got none"
-            )
-        config = TrainConfig(**{**PRESETS[arguments.preset or "recommended"], **given})
-        layer = "" if config.layer is None else f"-layer{config.layer}"
-        name = local_path(config.model).resolve().name  # resolved, because `.` has no name
-        output = arguments.output or Path(f"sae-{name}{layer}")
-    if unused := without_effect(config, given):
-        log.warning("without effect on a %s run: %s", config.architecture, ", ".join(map(flag, unused)))
-    metrics = train(config, output, resume=arguments.resume, progress=not arguments.quiet)
+    configs, output = _resumed(arguments, given) or _new(arguments, given)
+    for config in configs.values():
+        if unused := without_effect(config, given):
+            log.warning("without effect on a %s run: %s", config.architecture, ", ".join(map(flag, unused)))
+    options = {"resume": arguments.resume, "progress": not arguments.quiet}
+    if "" not in configs:
+        print_table(train_many(configs, output, **options), output)
+        return
+    metrics = train(configs[""], output, **options)
     cost = f"{metrics['seconds']:.0f} s, of which the evaluation took {metrics['seconds_of_evaluation']:.0f} s"
     print(f"\n{output}: {metrics['tokens']:,} tokens in {cost}")
     print_summary(metrics)
-    name = SAE_CLASSES[config.architecture].__name__
+    name = SAE_CLASSES[configs[""].architecture].__name__
     print(f"\nreport   {output / REPORT_FILE}\nload it  fastsae.{name}.load({str(output)!r})")
+
+
+def _resumed(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str, TrainConfig], Path] | None:
+    """The options of the interrupted run in `--output`; None for a run that starts from the beginning."""
+    from fastsae.train.folder import CONFIG_FILE, is_new, read_configs
+
+    if not arguments.resume:
+        return None
+    if arguments.output is None:
+        raise UsageError("--resume: expected --output with the folder of the interrupted run")
+    if not arguments.output.is_dir() or is_new(arguments.output):
+        if not (given or arguments.preset or arguments.spec):
+            raise UsageError(
+                f"--resume: the run in {arguments.output} ended before it wrote {CONFIG_FILE}; start it again with its options"
+            )
+        return None
+    if arguments.preset is not None:
+        raise UsageError("--preset: a resumed run keeps the options it was started with; drop the flag")
+    if arguments.spec is not None or any(isinstance(value, Several) for value in given.values()):
+        raise UsageError("--resume: a run of several SAEs keeps the options it was started with; drop --spec and lists")
+    return {name: replace(config, **given) for name, config in read_configs(arguments.output).items()}, arguments.output
+
+
+def _new(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str, TrainConfig], Path]:
+    """The options of a run that starts from the beginning, and its folder."""
+    from fastsae.train.grid import expand, read_spec
+
+    preset = PRESETS[arguments.preset or "recommended"]
+    varied = {name: value for name, value in given.items() if isinstance(value, Several)}
+    common = {name: value for name, value in given.items() if name not in varied}
+    if arguments.spec is not None:
+        if varied:
+            raise UsageError(
+                f"--spec: expected no lists of values beside a file of SAEs, got {flag(next(iter(varied)))}"
+            )
+        configs = read_spec(arguments.spec, preset, common, parsed)
+    elif varied:
+        configs = expand({**preset, **common}, varied)
+    else:
+        configs = {"": TrainConfig(**{**preset, **common})}
+    first = next(iter(configs.values()))
+    if first.text is not None and first.dataset == "demo":
+        raise UsageError(
+            "--text: expected --dataset with dialogues for the evaluation, which reads whole dialogues, got none"
+        )
+    layer = "" if first.layer is None or "layer" in varied or arguments.spec else f"-layer{first.layer}"
+    name = local_path(first.model).resolve().name  # resolved, because `.` has no name
+    return configs, arguments.output or Path(f"sae{'' if '' in configs else 's'}-{name}{layer}")
 
 
 def command_evaluate(arguments: argparse.Namespace) -> None:
@@ -242,6 +287,19 @@ def print_summary(metrics: dict[str, Any]) -> None:
         print(f"  {'unknown':>10}  roles, and the dialogues that have them: {words}")
     for warning in metrics.get("warnings") or ():
         print(f"  warning: {warning}")
+
+
+def print_table(metrics: dict[str, dict[str, Any]], output: Path) -> None:
+    """The headline numbers of several SAEs, a line each."""
+    columns = (("fvu", "FVU", ".4f"), ("special_fvu", "special", ".4f"), ("l0", "L0", ".1f"), ("dead_share", "dead", ".1%"),
+               ("delta_loss_percent", "delta loss", "+.1f"))  # fmt: skip
+    width = max(map(len, metrics))
+    print(f"\n{output}: {len(metrics)} SAEs\n{'':{width}}" + "".join(f"{title:>12}" for _, title, _ in columns))
+    for name, found in metrics.items():
+        cells = ["undefined" if found[key] is None else format(found[key], form) for key, _, form in columns]
+        print(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
+        for warning in found.get("warnings") or ():
+            print(f"{'':{width}}  warning: {warning}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fastsae.disk import local_path
-from fastsae.errors import shown
+from fastsae.errors import UsageError, shown
 from fastsae.train.config import TrainConfig
+from fastsae.train.grid import PLURALS
 from fastsae.train.validate import Kind, name_problem, option_kinds
 
 GROUPS = {
@@ -28,14 +29,32 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_config_flags(parser: argparse.ArgumentParser, names: Sequence[str] = tuple(OPTIONS)) -> None:
-    """One flag per option in `names`; absent flags stay absent, so that presets and saved configs show through."""
+class Several(tuple):
+    """The values of a flag that were given as a list, one for each SAE."""
+
+
+def add_config_flags(
+    parser: argparse.ArgumentParser, names: Sequence[str] = tuple(OPTIONS), several: Sequence[str] = ()
+) -> None:
+    """One flag per option in `names`; absent flags stay absent, so that presets and saved configs show through.
+
+    Args:
+        parser: The command's.
+        names: The options.
+        several: Those that take several values as well, with commas between them.
+    """
     kinds = option_kinds(TrainConfig)
     groups = {key: parser.add_argument_group(title) for key, title in GROUPS.items()}
     for name, option in OPTIONS.items():
         if name in names:
             settings = _settings(kinds[name], option.metadata["help"], option.default)
-            groups[option.metadata["group"]].add_argument(flag(name), dest=name, default=argparse.SUPPRESS, **settings)
+            if name in several and "type" in settings:
+                settings["type"] = _one_or_several(settings["type"])
+            flags = [
+                flag(name),
+                *(flag(plural) for plural, single in PLURALS.items() if single in several and single == name),
+            ]
+            groups[option.metadata["group"]].add_argument(*flags, dest=name, default=argparse.SUPPRESS, **settings)
 
 
 FORMATS = (
@@ -104,6 +123,22 @@ def _parser_of(kind: Kind) -> Callable[[str], Any]:
         return read(text)
 
     return parse
+
+
+def _one_or_several(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: Several(map(parse, text.split(","))) if "," in text else parse(text)
+
+
+def parsed(name: str, text: str) -> Any:
+    """The value of an option from its text, as the command line reads it.
+
+    Raises:
+        UsageError: It is none.
+    """
+    try:
+        return _parser_of(option_kinds(TrainConfig)[name])(text)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"{name}: {error}") from None
 
 
 def _whole_number(text: str) -> int:

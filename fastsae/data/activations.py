@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,9 +140,7 @@ class ResidualStream:
                 acts = reached.hidden
         if acts is None:
             raise unsupported(self.model, f"its forward pass did not reach layer {self.layer}")
-        self.check_shape(acts, input_ids)
-        self._check_finite(acts, attention_mask)
-        return acts
+        return self.checked(acts, input_ids, attention_mask)
 
     @torch.no_grad()
     def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -217,9 +216,16 @@ class ResidualStream:
                 "lower --forward-tokens, a lower --max-length, or --model-dtype bfloat16"
             ) from error
 
-    def _check_finite(self, acts: Tensor, attention_mask: Tensor) -> None:
+    def checked(self, acts: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return `acts` if they are [B, T, d_in] and finite on real tokens.
+
+        Raises:
+            UsageError: They have another shape.
+            FastsaeError: An activation of a real token is NaN or infinite.
+        """
+        self.check_shape(acts, input_ids)
         if torch.isfinite(acts).all():
-            return
+            return acts
         bad = ~torch.isfinite(acts).all(dim=-1)[attention_mask.to(acts.device, torch.bool)]
         if bad.any():
             raise FastsaeError(
@@ -227,6 +233,33 @@ class ResidualStream:
                 f"NaN or infinite, computed in {str(acts.dtype).removeprefix('torch.')}. Try --model-dtype float32 or "
                 "bfloat16, which hold larger values than float16, or an earlier layer; if it stays, the weights are bad"
             )
+        return acts
+
+
+def read_layers(residuals: Sequence[ResidualStream], *arguments: Tensor) -> list[Tensor]:
+    """Return the activations [B, T, d_in] of several layers of one model, computed once up to the deepest of them.
+
+    Args:
+        residuals: Different layers of one model, in any order, which is that of the result.
+        arguments: As for `ResidualStream`.
+
+    Raises:
+        UsageError: The blocks of this model return something else.
+        FastsaeError: An activation of a real token is NaN or infinite, or a token has no embedding.
+    """
+    deepest = max(residuals, key=lambda residual: residual.layer)
+    found: dict[int, Tensor] = {}
+
+    def keep(residual: ResidualStream, hidden: Tensor) -> Tensor:
+        found[residual.layer] = hidden.clone()  # the next block may write there
+        return hidden
+
+    with ExitStack() as stack:
+        for residual in residuals:
+            if residual is not deepest:
+                stack.enter_context(residual.changed(partial(keep, residual)))
+        found[deepest.layer] = deepest(*arguments)
+    return [residual.checked(found[residual.layer], *arguments[:2]) for residual in residuals]
 
 
 class _Stop(Exception):  # noqa: N818 - a signal, not an error

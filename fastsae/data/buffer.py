@@ -96,9 +96,13 @@ class MixingBuffer(Iterator[ActivationBatch]):
         self._n_wanted, self._n_taken = n_wanted, 0
         self._served_any = False
 
-    def __next__(self) -> ActivationBatch:
+    def prepare(self) -> None:
+        """Fill up if the next batch needs it; the batch itself is then at hand."""
         if self._to_serve < self.batch_size:
             self._refill()
+
+    def __next__(self) -> ActivationBatch:
+        self.prepare()
         if self._to_serve < self.batch_size or self._storage is None:
             if not self._served_any:
                 raise FastsaeError(

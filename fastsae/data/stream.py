@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from fastsae.data.buffer import ActivationBatch
-from fastsae.data.sequencing import Sequencer
+from fastsae.data.sequencing import TokenBatch
 from fastsae.data.sinks import SAMPLE_TOKENS, SinkRule
+
+
+class Batches(Protocol):
+    """Batches of tokens in order: a `Sequencer`, or what one layer takes of a `SharedForward`."""
+
+    def __next__(self) -> TokenBatch:
+        """The next batch."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is, ready for JSON."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken."""
 
 
 @dataclass
@@ -62,7 +75,7 @@ class ActivationStream(Iterator[ActivationBatch]):
     def __init__(
         self,
         residual: Callable[..., Tensor],
-        sequencer: Sequencer,
+        sequencer: Batches,
         drop_first_position: bool = True,
         max_norm_multiple: float | None = None,
     ) -> None:

@@ -258,6 +258,9 @@ class TrainConfig:
     )
     device: str = option("auto", "running", "where to compute: cpu, cuda, cuda:N, or auto for a GPU where there is one")
     seed: int = option(42, "running", "seed of all random numbers: weights, order of the dialogues, batches", ANY_WHOLE)
+    data_seed: int | None = option(
+        None, "running", "seed of the order of the dialogues and of the batches alone (default: --seed)", ANY_WHOLE
+    )
     log_every: int = option(25, "running", "number of steps between two points of the training curves", COUNT)
     checkpoint_every: int = option(
         500, "running", "number of steps between two checkpoints; 0 writes none", (0, 10**12)
@@ -305,6 +308,11 @@ class TrainConfig:
         if self.is_topk:
             return self.aux_loss_coefficient > 0
         return self.architecture == "jumprelu" and self.pre_act_loss_coefficient > 0
+
+    @property
+    def order_seed(self) -> int:
+        """`data_seed`, its default resolved."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def steps(self) -> int:

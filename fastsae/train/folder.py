@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastsae.disk import is_temporary, local_path
+from fastsae.disk import is_temporary, local_path, write_json
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.fields import Fields, read_json
 from fastsae.sae import files
@@ -20,8 +21,9 @@ from fastsae.train.config import TrainConfig, field_names
 from fastsae.version import __version__
 
 CONFIG_FILE, METRICS_FILE, REPORT_FILE = "config.json", "metrics.json", "report.html"
+SAES_FILE = "saes.json"  # names of the SAEs of a run that trains several
 MAY_MOVE = ("model", "dataset", "text", "device")  # options that a resumed run may find elsewhere
-FILES = (CONFIG_FILE, METRICS_FILE, REPORT_FILE, files.CONFIG_FILE, files.WEIGHTS_FILE, files.SPARSITY_FILE)
+FILES = (CONFIG_FILE, METRICS_FILE, REPORT_FILE, SAES_FILE, files.CONFIG_FILE, files.WEIGHTS_FILE, files.SPARSITY_FILE)
 
 
 def prepare(output: Path, *, resume: bool) -> None:
@@ -82,6 +84,33 @@ def described(config: TrainConfig) -> dict[str, Any]:
     """The resolved config and what it ran on."""
     versions = {"fastsae": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return {**asdict(config), "versions": versions}
+
+
+def write_configs(output: Path, configs: Mapping[str, TrainConfig], fingerprints: dict[str, str]) -> None:
+    """Writes the config of each SAE of a run into its folder, then, where they are several, the list of their names."""
+    for name, config in configs.items():
+        (output / name).mkdir(parents=True, exist_ok=True)
+        write_json(output / name / CONFIG_FILE, {**described(config), "fingerprints": fingerprints})
+    if "" not in configs:
+        write_json(output / SAES_FILE, {"saes": list(configs)})
+
+
+def read_configs(output: Path) -> dict[str, TrainConfig]:
+    """The configs that a run of one or several SAEs saved, by name; that of a single one has none.
+
+    Raises:
+        UsageError: `output` holds none.
+        FastsaeError: One is corrupt.
+    """
+    if not (output / SAES_FILE).exists():
+        return {"": read_config(output)}
+    try:
+        names = Fields(read_json(output / SAES_FILE)).get("saes")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
+            raise ValueError("it has no list of names")
+    except ValueError as error:
+        raise FastsaeError(f"{output / SAES_FILE}: expected the names of SAEs, got a corrupt file ({error})") from None
+    return {name: read_config(output / name) for name in names}
 
 
 def kept_options(config: TrainConfig) -> dict[str, Any]:
@@ -167,7 +196,7 @@ def how_to_go_on(output: Path, config: TrainConfig) -> str:
             "training is done, the evaluation is left" if step == config.steps else f"step {step:,} of {config.steps:,}"
         )
         return f"interrupted; a checkpoint holds what was computed ({rest}). Go on with: {again}"
-    if (output / CONFIG_FILE).exists():
+    if (output / CONFIG_FILE).exists() or (output / SAES_FILE).exists():
         reason = " (checkpoint_every is 0)" if config.checkpoint_every == 0 else ""
         return f"interrupted; there is no checkpoint{reason}. Start again from the first step with: {again}"
     return "interrupted before training began; nothing was written. The same command starts it again"

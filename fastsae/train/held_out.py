@@ -51,7 +51,7 @@ def split_dialogues(
         indices, report = dedup_ngrams(bar, config.dedup_words)
         kept = np.asarray(indices, dtype=np.int64)
         logger.info("dedup: kept %d, dropped %d (%d too short to judge)", report.kept, report.dropped, report.too_short)
-    order = np.random.default_rng(config.seed).permutation(kept).tolist()
+    order = np.random.default_rng(config.order_seed).permutation(kept).tolist()
     n_held_out = config.eval_dialogues or min(n_affordable(order), max(1, len(order) // 10))
     if n_held_out >= len(order):
         raise UsageError(

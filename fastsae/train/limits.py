@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fastsae.data.sequencing import WINDOW
@@ -10,11 +12,11 @@ from fastsae.machine import free_memory
 from fastsae.train.config import TrainConfig
 
 
-def check_memory(config: TrainConfig, d_in: int, bytes_per_number: int, device: torch.device) -> None:
+def check_memory(saes: Sequence[TrainConfig], d_in: int, bytes_per_number: int, device: torch.device) -> None:
     """Checks what a run needs at least; its real peak is higher.
 
     Args:
-        config: The run.
+        saes: The options of the run's SAEs.
         d_in: Width of the activations.
         bytes_per_number: Size of a number of the activations, as the language model computes them.
         device: Where the run computes.
@@ -22,7 +24,7 @@ def check_memory(config: TrainConfig, d_in: int, bytes_per_number: int, device: 
     Raises:
         UsageError: It needs more than is free; the message names the option that needs most.
     """
-    needs = _needs(config, d_in, bytes_per_number)
+    config, needs = saes[0], _needs(saes, d_in, bytes_per_number)
     free, total = free_memory(device), sum(needs.values())
     if free is None or total <= free:
         return
@@ -33,16 +35,17 @@ def check_memory(config: TrainConfig, d_in: int, bytes_per_number: int, device: 
     )
 
 
-def _needs(config: TrainConfig, d_in: int, bytes_per_number: int) -> dict[str, int]:
+def _needs(saes: Sequence[TrainConfig], d_in: int, bytes_per_number: int) -> dict[str, int]:
     """Bytes by the option that decides about them."""
+    config = saes[0]
     size = "expansion" if config.d_sae is None else "d_sae"
-    d_sae = config.n_features(d_in)
+    n_features, n_layers = sum(sae.n_features(d_in) for sae in saes), len({sae.layer for sae in saes})
     longest_batch = min(config.forward_tokens, WINDOW * config.max_length)
     return {
-        size: 3 * 2 * d_in * d_sae * 4,  # W_enc and W_dec, and Adam's two means of each, in fp32
+        size: 3 * 2 * d_in * n_features * 4,  # W_enc and W_dec, and Adam's two means of each, in fp32
         # each activation with its token, position and dialogue
-        "buffer_tokens": config.buffer_tokens * (d_in * bytes_per_number + 3 * 8),
-        "batch_size": config.batch_size * d_in * 4 * 2,  # the batch scaled, and its reconstruction
+        "buffer_tokens": n_layers * config.buffer_tokens * (d_in * bytes_per_number + 3 * 8),
+        "batch_size": n_layers * config.batch_size * d_in * 4 * 2,  # the batch scaled, and its reconstruction
         "forward_tokens": longest_batch * d_in * bytes_per_number * 2,  # a block's input and output
     }
 

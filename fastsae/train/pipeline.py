@@ -31,6 +31,7 @@ from fastsae.data.texts import load_texts
 from fastsae.data.tokens import TokenRows, doubles_bos, render
 from fastsae.errors import FastsaeError, UsageError, is_out_of_memory
 from fastsae.sae import SparseAutoencoder
+from fastsae.train import fingerprint
 from fastsae.train.config import ModelDtype, TrainConfig
 from fastsae.train.held_out import n_affordable_dialogues, split_dialogues
 from fastsae.train.limits import check_memory
@@ -77,6 +78,20 @@ class Pipeline:
     special_tokens: SpecialTokens
     texts: Sequence[str] | None = None
 
+    def resolved(self, config: TrainConfig) -> TrainConfig:
+        """A config of this pipeline with those options resolved that only model and data can tell."""
+        layer = self.config.layer if config.layer is None else config.layer
+        own = self.config
+        return replace(config, layer=layer, model_dtype=own.model_dtype, eval_dialogues=own.eval_dialogues)
+
+    def fingerprints(self) -> dict[str, str]:
+        """By which a resumed run notices that dataset, model or plain texts are others."""
+        found = {
+            "dataset": fingerprint.of_dialogues(self.dialogues, self.config.max_dialogues),
+            "model": fingerprint.of_model(self.residual.model, self.tokenizer),
+        }
+        return found if self.texts is None else {**found, "text": fingerprint.of_dialogues(self.texts)}
+
     @property
     def trained_on(self) -> Sequence[Dialogue] | Sequence[str]:
         """The dataset that `train` chooses from."""
@@ -104,7 +119,7 @@ class Pipeline:
         config = self.config
         # texts are no dialogues that the evaluation reads as well, so the model's limit does not cut them
         max_length = self.max_length if self.texts is None else config.max_length
-        options: dict[str, Any] = {"seed": config.seed, "n_embeddings": n_embeddings(self.residual.model)}
+        options: dict[str, Any] = {"seed": config.order_seed, "n_embeddings": n_embeddings(self.residual.model)}
         arguments = self.trained_on, self.train, self.tokenizer, max_length, config.forward_tokens
         if config.sequencing == "block":
             return BlockSequencer(*arguments, block_length=config.block_length, **options)
@@ -178,6 +193,7 @@ class Given:
 
 def build_pipeline(
     config: TrainConfig,
+    trained: Sequence[TrainConfig] = (),
     *,
     progress: bool = False,
     evaluated: SparseAutoencoder | None = None,
@@ -190,6 +206,7 @@ def build_pipeline(
 
     Args:
         config: The run.
+        trained: The options of all SAEs that are trained together, where there are several.
         progress: Show progress bars.
         evaluated: The SAE that the pipeline is for; None where it is to train one, which takes more memory.
         given: Objects in the place of what the options name.
@@ -216,8 +233,10 @@ def build_pipeline(
     check_layer(model, layer)
     residual = ResidualStream(model, layer)
     if evaluated is None:
-        check_memory(config, residual.d_in, model.dtype.itemsize, residual.device)
-        _check_k(config, residual.d_in)
+        check_memory(trained or [config], residual.d_in, model.dtype.itemsize, residual.device)
+        for sae in trained or [config]:
+            check_layer(model, layer if sae.layer is None else sae.layer)
+            _check_k(sae, residual.d_in)
     elif evaluated.d_in != residual.d_in:
         raise UsageError(
             f"model {config.model!r}: expected activations of the SAE's width d_in = {evaluated.d_in}, got "

@@ -97,17 +97,29 @@ class Trainer:
         on_checkpoint: Callable[[], None] = lambda: None,
     ) -> None:
         """Trains to the last step; calls back after each row of the curves and where a checkpoint is due."""
-        config = self.config
-        self._clock = time.perf_counter()
-        while self.step < config.steps:
-            output = self.train_step(next(self.batches))
-            self._accumulate(output)
-            if self.step % self.log_every == 0 or self.step == config.steps:
-                on_log(self._log())
-            # the last step too: an evaluation that fails or is killed must not cost the training
-            due = config.checkpoint_every and self.step % config.checkpoint_every == 0
-            if due or (config.checkpoint_every and self.step == config.steps):
+        self.start_clock()
+        while self.step < self.config.steps:
+            row = self.advance()
+            if row is not None:
+                on_log(row)
+            if self.checkpoint_is_due:
                 on_checkpoint()
+
+    def start_clock(self) -> None:
+        """From here on the time counts of which the curves tell."""
+        self._clock = time.perf_counter()
+
+    def advance(self) -> dict[str, float | None] | None:
+        """One step on the next batch; returns a row of the curves where one is due."""
+        self._accumulate(self.train_step(next(self.batches)))
+        is_due = self.step % self.log_every == 0 or self.step == self.config.steps
+        return self._log() if is_due else None
+
+    @property
+    def checkpoint_is_due(self) -> bool:
+        """Whether this step ends with a checkpoint: each `checkpoint_every`, and the last, as an evaluation may fail."""
+        every = self.config.checkpoint_every
+        return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
     def train_step(self, batch: ActivationBatch) -> TrainOutput:
         """One step of Adam on one batch."""

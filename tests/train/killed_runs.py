@@ -90,15 +90,15 @@ def main(model: str, chats: str, folder: Path, moments: str, architecture: str, 
         sequencing=sequencing, block_length=16, architecture=architecture, k=4 if architecture in TOPK_FAMILY else None,
     )  # fmt: skip
     pipeline = run.build_pipeline(config)
-    run.build_pipeline = lambda config, progress, given: pipeline  # the model is loaded once
+    run.build_pipeline = lambda *configs, progress, given: pipeline  # the model is loaded once
     trainers: list[Trainer] = []
-    trained = Trainer.run
+    made = Trainer.__init__
 
     def remembered(self: Trainer, *arguments: Any) -> None:
         trainers.append(self)
-        trained(self, *arguments)
+        made(self, *arguments)
 
-    Trainer.run = remembered  # type: ignore[method-assign]
+    Trainer.__init__ = remembered  # type: ignore[method-assign]
     counted, told = folder / "count", folder / "result.json"
 
     def start(output: Path, last: int | None, *, resume: bool) -> int:

@@ -77,8 +77,8 @@ def n_filling_calls(config: TrainConfig) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ResidualStream, "__call__", called)
-        parts = run._Parts(config, run.build_pipeline(config))
-        parts.buffer.sample(1)
+        pipeline = run.build_pipeline(config)
+        run.Session(pipeline, {"": pipeline.resolved(config)}).initialize()
     return calls
 
 
@@ -94,7 +94,7 @@ def test_a_signal_in_a_step_saves_after_it(
     assert exit_status(caught.value) == 128 + number
     saved = checkpoint.load_latest(tmp_path / "run")
     assert saved is not None
-    assert saved["trainer"]["step"] == 8
+    assert saved["trainers"]["0"]["step"] == 8
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     train(read_config(tmp_path / "run"), tmp_path / "run", resume=True, progress=False)
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
@@ -111,7 +111,7 @@ def test_a_signal_in_a_refill_saves_the_state_before_it(
             train(config, tmp_path / "run", progress=False)
     saved = checkpoint.load_latest(tmp_path / "run")
     assert saved is not None
-    assert 0 < saved["trainer"]["step"] < config.steps
+    assert 0 < saved["trainers"]["0"]["step"] < config.steps
     train(read_config(tmp_path / "run"), tmp_path / "run", resume=True, progress=False)
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 

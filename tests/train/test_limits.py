@@ -28,13 +28,21 @@ CPU = torch.device("cpu")
 def test_largest_need_is_named(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "free_memory", lambda device: 8_000_000_000)
     with pytest.raises(UsageError, match=message):
-        limits.check_memory(TrainConfig(**options), 64, 4, CPU)
+        limits.check_memory([TrainConfig(**options)], 64, 4, CPU)
 
 
 def test_what_fits_or_is_not_known_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    limits.check_memory(TrainConfig(), 64, 4, CPU)
+    limits.check_memory([TrainConfig()], 64, 4, CPU)
     config = TrainConfig(forward_tokens=10**12)  # never more than a window of dialogues of 8,192 tokens
     monkeypatch.setattr(limits, "free_memory", lambda device: 8_000_000_000)
-    limits.check_memory(config, 64, 4, CPU)
+    limits.check_memory([config], 64, 4, CPU)
     monkeypatch.setattr(limits, "free_memory", lambda device: None)
-    limits.check_memory(TrainConfig(d_sae=2_000_000_000), 64, 4, CPU)
+    limits.check_memory([TrainConfig(d_sae=2_000_000_000)], 64, 4, CPU)
+
+
+def test_saes_that_are_trained_together_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    saes = [TrainConfig(d_sae=4_000_000, layer=layer, buffer_tokens=2048) for layer in (0, 1)]
+    monkeypatch.setattr(limits, "free_memory", lambda device: 8_000_000_000)
+    limits.check_memory(saes[:1], 64, 4, CPU)
+    with pytest.raises(UsageError, match=r"^d_sae: .* which alone takes 12\.3 GB"):  # 2 * 3 * 2 * 64 * 4e6 * 4 bytes
+        limits.check_memory(saes, 64, 4, CPU)

@@ -72,7 +72,7 @@ def test_a_batch_without_variance_has_no_fvu(tiny_model: Path, chats: Path, tmp_
     output = stopped_run(config, tmp_path / "run", at=9)
     state = checkpoint.load_latest(output)
     assert state is not None
-    assert [row["fvu"] for row in state["trainer"]["history"]] == [None] * 8
+    assert [row["fvu"] for row in state["trainers"]["0"]["history"]] == [None] * 8
     train(read_config(output), output, resume=True, progress=False)
     assert "<h1>" in (output / "report.html").read_text()
 

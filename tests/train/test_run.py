@@ -57,14 +57,14 @@ def run_and_compare(
 ) -> tuple[bytes, dict[str, Any], list[dict[str, float]]]:
     """Weights, metrics and curves of a run: everything that must not depend on whether it was killed, no clock times."""
     trainers: list[Trainer] = []
-    original = Trainer.run
+    original = Trainer.__init__
 
-    def run(self: Trainer, *args: Any) -> None:
+    def made(self: Trainer, *args: Any) -> None:
         trainers.append(self)
         original(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "run", run)
+        patch.setattr(Trainer, "__init__", made)
         metrics = train(config, output, progress=False, **options)
     history = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in trainers[0].history]
     del metrics["seconds"], metrics["seconds_of_evaluation"]

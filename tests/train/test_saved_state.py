@@ -27,13 +27,15 @@ st = hypothesis.strategies
 
 
 @pytest.fixture(scope="module")
-def saved(tiny_model: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[run._Parts, dict[str, Any]]:
+def saved(
+    tiny_model: Path, chats: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[run.Session, dict[str, Any]]:
     """The parts of a run, and the state of a checkpoint between two points of its curves."""
     config = replace(make_config(tiny_model, chats, checkpoint_every=1), tokens=64 * 160)
     output = stopped_run(config, tmp_path_factory.mktemp("run") / "run", at=7)
     state = checkpoint.load_latest(output)
     assert state is not None
-    return run._Parts(read_config(output), run.build_pipeline(config)), state
+    return run.Session(run.build_pipeline(config), {"": read_config(output)}), state
 
 
 def changed(state: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -52,90 +54,93 @@ def filled(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 WRONG: list[tuple[str, Any]] = [
-    *(("trainer.step", value) for value in (-5, True, 7.0, 161, 10**30, "7", None, [7])),
-    *(("trainer.scale", value) for value in (0, -1.0, math.nan, math.inf, True, "1", None)),
+    *(("trainers.0.step", value) for value in (-5, True, 7.0, 161, 10**30, "7", None, [7])),
+    *(("trainers.0.scale", value) for value in (0, -1.0, math.nan, math.inf, True, "1", None)),
     *(("seconds", value) for value in (-1, math.nan, "1", None)),
-    ("trainer.silent_tokens", filled(-1)),
-    ("trainer.silent_tokens", filled(10**9)),
-    ("trainer.silent_tokens", lambda tensor: tensor[:-1]),
-    ("trainer.silent_tokens", lambda tensor: tensor.float()),
-    ("trainer.dead_mask", torch.ones(5, dtype=torch.bool)),
-    ("trainer.dead_mask", torch.ones(32)),
-    ("trainer.sae.W_enc", lambda tensor: tensor.t()),
-    ("trainer.sae.W_enc", lambda tensor: tensor.double()),
-    ("trainer.sae.b_enc", filled(math.nan)),
-    ("trainer.sae.b_enc", 3),
-    ("trainer.sae.other", torch.zeros(3)),
-    ("trainer.sae", {}),
-    ("trainer.other", 1),
-    ("trainer.optimizer", {}),
-    ("trainer.optimizer.9", {}),
-    ("trainer.optimizer.0", 1),
-    ("trainer.optimizer.0.step", filled(3)),
-    ("trainer.optimizer.0.step", filled(math.inf)),
-    ("trainer.optimizer.1.exp_avg", lambda tensor: tensor[:1]),
-    ("trainer.optimizer.1.exp_avg_sq", filled(-1)),
-    ("trainer.optimizer.1.exp_avg_sq", filled(math.inf)),
-    ("trainer.sums", {}),
-    ("trainer.sums.loss", torch.zeros(2)),
-    ("trainer.sums.loss", filled(math.inf)),
-    ("trainer.sums.loss", 1.0),
-    ("trainer.history", {}),
-    ("trainer.history", [1]),
-    ("trainer.history", lambda rows: rows + rows),
-    ("trainer.history", lambda rows: [{**rows[0], "tokens": 1}]),
-    ("trainer.history", lambda rows: [{**rows[0], "loss": None}]),
-    ("trainer.history", lambda rows: [{"step": 4, "tokens": 256}]),
-    ("buffer.rows", None),
-    ("buffer.rows.acts", lambda tensor: tensor[:, :-1]),
-    ("buffer.rows.token_ids", lambda tensor: tensor[:-1]),
-    ("buffer.rows.acts", filled(math.nan)),
-    ("buffer.rows.acts", lambda tensor: tensor.long()),
-    ("buffer.rows.dialogue_ids", filled(40)),
-    ("buffer.rows.token_ids", filled(-1)),
-    ("buffer.rows.positions", lambda tensor: tensor.int()),
-    ("buffer.pending", 3),
-    ("buffer.to_serve", 10**6),
-    ("buffer.to_serve", -1),
-    ("buffer.served_any", 1),
-    ("buffer.generator", filled(255)),
-    ("buffer.generator", lambda tensor: tensor[:-1]),
-    ("stream.sequencer.epoch", -1),
-    ("stream.sequencer.window", 1),
-    ("stream.sequencer.batch", 10**6),
-    ("stream.sequencer.batch", 1.0),
-    ("stream.sequencer.dropped", -1),
-    ("stream.sequencer.other", 0),
-    ("stream.sequencer", None),
-    ("stream.median_norm", -1.0),
-    ("stream.counts.padding", -1),
-    ("buffer.taken", -1),
+    ("trainers.0.silent_tokens", filled(-1)),
+    ("trainers.0.silent_tokens", filled(10**9)),
+    ("trainers.0.silent_tokens", lambda tensor: tensor[:-1]),
+    ("trainers.0.silent_tokens", lambda tensor: tensor.float()),
+    ("trainers.0.dead_mask", torch.ones(5, dtype=torch.bool)),
+    ("trainers.0.dead_mask", torch.ones(32)),
+    ("trainers.0.sae.W_enc", lambda tensor: tensor.t()),
+    ("trainers.0.sae.W_enc", lambda tensor: tensor.double()),
+    ("trainers.0.sae.b_enc", filled(math.nan)),
+    ("trainers.0.sae.b_enc", 3),
+    ("trainers.0.sae.other", torch.zeros(3)),
+    ("trainers.0.sae", {}),
+    ("trainers.0.other", 1),
+    ("trainers.0.optimizer", {}),
+    ("trainers.0.optimizer.9", {}),
+    ("trainers.0.optimizer.0", 1),
+    ("trainers.0.optimizer.0.step", filled(3)),
+    ("trainers.0.optimizer.0.step", filled(math.inf)),
+    ("trainers.0.optimizer.1.exp_avg", lambda tensor: tensor[:1]),
+    ("trainers.0.optimizer.1.exp_avg_sq", filled(-1)),
+    ("trainers.0.optimizer.1.exp_avg_sq", filled(math.inf)),
+    ("trainers.0.sums", {}),
+    ("trainers.0.sums.loss", torch.zeros(2)),
+    ("trainers.0.sums.loss", filled(math.inf)),
+    ("trainers.0.sums.loss", 1.0),
+    ("trainers.0.history", {}),
+    ("trainers.0.history", [1]),
+    ("trainers.0.history", lambda rows: rows + rows),
+    ("trainers.0.history", lambda rows: [{**rows[0], "tokens": 1}]),
+    ("trainers.0.history", lambda rows: [{**rows[0], "loss": None}]),
+    ("trainers.0.history", lambda rows: [{"step": 4, "tokens": 256}]),
+    ("buffers.1.rows", None),
+    ("buffers.1.rows.acts", lambda tensor: tensor[:, :-1]),
+    ("buffers.1.rows.token_ids", lambda tensor: tensor[:-1]),
+    ("buffers.1.rows.acts", filled(math.nan)),
+    ("buffers.1.rows.acts", lambda tensor: tensor.long()),
+    ("buffers.1.rows.dialogue_ids", filled(40)),
+    ("buffers.1.rows.token_ids", filled(-1)),
+    ("buffers.1.rows.positions", lambda tensor: tensor.int()),
+    ("buffers.1.pending", 3),
+    ("buffers.1.to_serve", 10**6),
+    ("buffers.1.to_serve", -1),
+    ("buffers.1.served_any", 1),
+    ("buffers.1.generator", filled(255)),
+    ("buffers.1.generator", lambda tensor: tensor[:-1]),
+    ("streams.1.sequencer.at.epoch", -1),
+    ("streams.1.sequencer.at.window", 1),
+    ("streams.1.sequencer.at.batch", 10**6),
+    ("streams.1.sequencer.at.batch", 1.0),
+    ("streams.1.sequencer.at.dropped", -1),
+    ("streams.1.sequencer.at.other", 0),
+    ("streams.1.sequencer", None),
+    ("streams.1.median_norm", -1.0),
+    ("streams.1.sequencer.taken", -1),
+    ("streams.1.sequencer.taken", 1.0),
+    ("streams.1.counts.padding", -1),
+    ("buffers.1.taken", -1),
     ("options", [1]),
-    ("options.other", 1),
+    ("options.0.other", 1),
     ("other", 1),
 ]
 
 
 @pytest.mark.parametrize(("path", "value"), WRONG, ids=[f"{i}-{path}" for i, (path, _) in enumerate(WRONG)])
 def test_a_wrong_value_is_refused_before_anything_is_used(
-    saved: tuple[run._Parts, dict[str, Any]], path: str, value: Any
+    saved: tuple[run.Session, dict[str, Any]], path: str, value: Any
 ) -> None:
     parts, state = saved
-    before = {name: tensor.clone() for name, tensor in parts.trainer.sae.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in parts.trainers[""].sae.state_dict().items()}
     with pytest.raises(FastsaeError, match=f"corrupt or truncated one .*{path.split('.')[-1]}"):
         parts.restore(changed(state, path, value), Path("run"))
-    if not path.startswith("stream"):  # whose batches are known only when they are made
-        assert parts.trainer.step == 0
-    for name, tensor in parts.trainer.sae.state_dict().items():
+    if not path.startswith("streams"):  # whose batches are known only when they are made
+        assert parts.trainers[""].step == 0
+    for name, tensor in parts.trainers[""].sae.state_dict().items():
         assert torch.equal(tensor, before[name])
 
 
 @pytest.mark.parametrize(
-    "path", ["seconds", "options", "options.layer", "trainer", "trainer.step", "trainer.sums", "trainer.sums.fvu_steps",
-             "trainer.optimizer.0.exp_avg", "trainer.l0_control", "trainer.sae.b_dec", "buffer.generator",
-             "buffer.rows.acts", "stream.sequencer.batch"]
+    "path", ["seconds", "options", "options.0.layer", "trainers.0", "trainers.0.step", "trainers.0.sums",
+             "trainers.0.sums.fvu_steps",
+             "trainers.0.optimizer.0.exp_avg", "trainers.0.l0_control", "trainers.0.sae.b_dec", "buffers.1.generator",
+             "buffers.1.rows.acts", "streams.1.sequencer.at.batch"]
 )  # fmt: skip
-def test_a_missing_value_is_refused(saved: tuple[run._Parts, dict[str, Any]], path: str) -> None:
+def test_a_missing_value_is_refused(saved: tuple[run.Session, dict[str, Any]], path: str) -> None:
     parts, state = saved
     state = copy.deepcopy(state)
     *above, last = path.split(".")
@@ -162,11 +167,11 @@ def test_options_edited_in_config_json_are_refused(
         run.train(read_config(output), output, resume=True, progress=False)
 
 
-def test_buffer_of_another_dtype_is_refused(saved: tuple[run._Parts, dict[str, Any]]) -> None:
+def test_buffer_of_another_dtype_is_refused(saved: tuple[run.Session, dict[str, Any]]) -> None:
     parts, state = saved
-    parts.restore(changed(state, "buffer.rows.acts", lambda tensor: tensor.bfloat16()), Path("run"))
+    parts.restore(changed(state, "buffers.1.rows.acts", lambda tensor: tensor.bfloat16()), Path("run"))
     with pytest.raises(UsageError, match=r"acts of the checkpoint's buffer are torch\.bfloat16, .* torch\.float32"):
-        list(itertools.islice(parts.buffer, 10))  # until the buffer is filled up again
+        list(itertools.islice(parts.buffers[1], 10))  # until the buffer is filled up again
 
 
 JSON_VALUES = (
@@ -199,7 +204,7 @@ def paths_of(state: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize("n_examples", [60, pytest.param(3_000, marks=pytest.mark.slow)])
-def test_any_state_is_refused_or_trains_on(saved: tuple[run._Parts, dict[str, Any]], n_examples: int) -> None:
+def test_any_state_is_refused_or_trains_on(saved: tuple[run.Session, dict[str, Any]], n_examples: int) -> None:
     parts, state = saved
     paths = paths_of(state)
 
@@ -228,15 +233,16 @@ def test_any_state_is_refused_or_trains_on(saved: tuple[run._Parts, dict[str, An
             raise
         with contextlib.suppress(FastsaeError):  # such as a loss that is not finite
             for _ in range(3):  # what it took it can use
-                parts.trainer._accumulate(parts.trainer.train_step(next(parts.trainer.batches)))
-            parts.trainer._log()
+                parts._serve()
+                parts.trainers[""].advance()
+            parts.trainers[""]._log()
 
     fuzz()
 
 
 @pytest.mark.parametrize("n_examples", [60, pytest.param(3_000, marks=pytest.mark.slow)])
 def test_any_change_of_a_file_is_noticed(
-    saved: tuple[run._Parts, dict[str, Any]], tmp_path: Path, n_examples: int
+    saved: tuple[run.Session, dict[str, Any]], tmp_path: Path, n_examples: int
 ) -> None:
     _, state = saved
     checkpoint.save(tmp_path, 7, state)

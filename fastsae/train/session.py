@@ -1,0 +1,285 @@
+"""The SAEs of a run and the stream of activations that they learn from: trained in step, saved and restored together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastsae.data.activations import ResidualStream, read_layers
+from fastsae.data.buffer import ActivationBatch, MixingBuffer
+from fastsae.data.progress import bar
+from fastsae.data.sequencing import TokenBatch
+from fastsae.data.shared_forward import SharedForward
+from fastsae.data.stream import ActivationStream, StreamCounts
+from fastsae.errors import FastsaeError
+from fastsae.fields import Fields, is_finite
+from fastsae.interrupt import Interrupted, Postponed
+from fastsae.train import checkpoint
+from fastsae.train.config import TrainConfig
+from fastsae.train.folder import kept_options
+from fastsae.train.initialize import SAMPLE
+from fastsae.train.pipeline import Pipeline
+from fastsae.train.saved_state import check_buffer, check_options, check_stream, check_trainer
+from fastsae.train.trainer import Trainer, build_sae
+
+Row = dict[str, float | None]
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """SAEs that are trained together, each as if it were alone.
+
+    One forward pass of the model serves all layers, one buffer all SAEs of a layer. An SAE that fails is dropped, unless it
+    is the last one. A signal that comes while a buffer fills up ends that at once, and what is saved then is the state before.
+
+    Args:
+        pipeline: Model and data.
+        configs: The SAEs' options by name, resolved; they agree in all that the stream decides.
+        progress: Show progress bars.
+
+    Attributes:
+        trainers: Of the SAEs that have not failed.
+        failures: What went wrong with the others.
+    """
+
+    def __init__(self, pipeline: Pipeline, configs: Mapping[str, TrainConfig], progress: bool = False) -> None:
+        self.pipeline, self.configs, self._progress = pipeline, dict(configs), progress
+        self.common = next(iter(self.configs.values()))
+        self.postponed = Postponed()
+        self.failures: dict[str, str] = {}
+        model, own = pipeline.residual.model, pipeline.residual
+        layers = sorted({_layer(config) for config in configs.values()})
+        self.residuals = {layer: own if layer == own.layer else ResidualStream(model, layer) for layer in layers}
+        self.forward = SharedForward(self._read, pipeline.sequencer(), len(layers))
+        self.streams = {
+            layer: ActivationStream(
+                source.residual, source, self.common.drop_first_position, self.common.max_norm_multiple
+            )
+            for layer, source in zip(layers, self.forward.layers, strict=True)
+        }
+        self.buffers = {layer: self._buffer(stream) for layer, stream in self.streams.items()}
+        self.trainers = {name: self._trainer(config) for name, config in configs.items()}
+        self._stream_states = {layer: stream.state_dict() for layer, stream in self.streams.items()}
+        self._batches: dict[int, ActivationBatch] = {}
+
+    @property
+    def step(self) -> int:
+        """Steps that were made."""
+        return next(iter(self.trainers.values())).step
+
+    def _buffer(self, stream: ActivationStream) -> MixingBuffer:
+        config = self.common
+        n_wanted = config.steps * config.batch_size
+        device = self.pipeline.residual.device
+        return MixingBuffer(
+            stream, config.buffer_tokens, config.batch_size, config.order_seed, device, self._progress, n_wanted
+        )
+
+    def _trainer(self, config: TrainConfig) -> Trainer:
+        sae = build_sae(config, self.pipeline.residual.d_in, self.pipeline.residual.device)
+        return Trainer(sae, self._batches_of(_layer(config)), config)
+
+    def _read(self, batch: TokenBatch) -> Sequence[Tensor]:
+        positions = (batch.positions,) if batch.is_packed else ()
+        with self.postponed.at_once():
+            return read_layers(list(self.residuals.values()), batch.input_ids, batch.attention_mask, *positions)
+
+    def _batches_of(self, layer: int) -> Iterator[ActivationBatch]:
+        while True:
+            yield self._batches[layer]
+
+    def _serve(self) -> None:
+        """Takes the next batch of each layer, or none of any."""
+        for layer, buffer in self.buffers.items():
+            buffer.prepare()
+            self._stream_states[layer] = self.streams[layer].state_dict()
+        self._batches = {layer: next(buffer) for layer, buffer in self.buffers.items()}
+
+    def initialize(self) -> None:
+        """Fills the buffers, and gives each SAE its start from what they hold."""
+        n_first = min(self.common.buffer_tokens, self.common.steps * self.common.batch_size)
+        logger.info("filling the buffer with the activations of %d tokens", n_first)
+        for trainer in self.trainers.values():
+            trainer.initialize(self.buffers[_layer(trainer.config)].sample(SAMPLE))
+
+    def train(self, save: Callable[[], None]) -> None:
+        """Trains to the last step; calls `save` where a checkpoint is due, and before a signal ends the run.
+
+        Raises:
+            Interrupted: By a signal.
+            FastsaeError: A number of the only SAE that is left is not finite.
+        """
+        with self.postponed:
+            try:
+                self._train(save)
+                self.postponed.check()
+            except Interrupted:
+                if self.common.checkpoint_every:
+                    save()
+                raise
+        self._drop_what_is_not_finite()
+
+    def _train(self, save: Callable[[], None]) -> None:
+        steps, size = self.common.steps, self.common.batch_size
+        for trainer in self.trainers.values():
+            trainer.start_clock()
+        done, total = self.step * size, steps * size
+        with bar(
+            "training", "tok", total=total, progress=self._progress, done=done, delay=0
+        ) as advance:  # rarely called
+            while self.step < steps:
+                self._serve()
+                rows = [row for name in list(self.trainers) if (row := self._advance(name)) is not None]
+                if rows:
+                    n_new, done = self.step * size - done, self.step * size
+                    advance(n_new, **_beside(rows))
+                if next(iter(self.trainers.values())).checkpoint_is_due:
+                    save()
+                self.postponed.check()  # between two steps
+
+    def _advance(self, name: str) -> Row | None:
+        """One step of one SAE; drops it if it fails."""
+        trainer = self.trainers[name]
+        try:
+            return trainer.advance()
+        except FastsaeError as error:
+            self._drop(name, error)
+        except ValueError:  # the ops refuse some of what a step with NaN left
+            bad = _not_finite(trainer)
+            if bad is None:
+                raise
+            self._drop(name, bad)
+        return None
+
+    def _drop(self, name: str, error: FastsaeError) -> None:
+        """Goes on without an SAE.
+
+        Raises:
+            FastsaeError: It is the only one that is left.
+        """
+        if len(self.trainers) == 1:
+            raise error
+        del self.trainers[name]
+        self.failures[name] = str(error)
+        logger.warning("%s is dropped, the others go on: %s", name, error)
+
+    def _drop_what_is_not_finite(self) -> None:
+        """No file shall hold NaN or infinity."""
+        for name, trainer in list(self.trainers.items()):
+            if (bad := _not_finite(trainer)) is not None:
+                self._drop(name, bad)
+
+    def calibrate(self) -> None:
+        """Sets the thresholds of BatchTopK SAEs after the last step, by activations that no step has seen."""
+        learners = [trainer for trainer in self.trainers.values() if trainer.config.architecture == "batchtopk"]
+        for layer in dict.fromkeys(_layer(trainer.config) for trainer in learners):
+            stream = self.streams[layer]
+            pieces = [next(stream)]
+            while sum(map(len, pieces)) < SAMPLE:
+                pieces.append(next(stream))
+            sample = ActivationBatch.joined(pieces).acts[:SAMPLE]
+            for trainer in learners:
+                if _layer(trainer.config) == layer:
+                    trainer.calibrate(sample)
+
+    def view(self, name: str) -> Pipeline:
+        """The pipeline as one SAE sees it: its options, its layer."""
+        config = self.configs[name]
+        return replace(self.pipeline, config=config, residual=self.residuals[_layer(config)])
+
+    def counts(self, name: str) -> StreamCounts:
+        """What was computed and left out until the last batch that an SAE was trained on."""
+        return StreamCounts(**self._stream_states[_layer(self.configs[name])]["counts"])
+
+    def save(self, output: Path, seconds: float) -> None:
+        """Writes a checkpoint of the whole session."""
+        if len(self.trainers) > 1:
+            self._drop_what_is_not_finite()
+        numbers = {
+            name: str(i) for i, name in enumerate(self.configs)
+        }  # a name may have dots, which part names of tensors
+        state = {
+            "options": {numbers[name]: kept_options(config) for name, config in self.configs.items()},
+            "streams": {str(layer): state for layer, state in self._stream_states.items()},
+            "buffers": {str(layer): buffer.state_dict() for layer, buffer in self.buffers.items()},
+            "trainers": {numbers[name]: trainer.state_dict() for name, trainer in self.trainers.items()},
+            "failures": {numbers[name]: text for name, text in self.failures.items()},
+            "seconds": seconds,
+        }
+        checkpoint.save(output, self.step, state)
+
+    def restore(self, saved: dict[str, Any], output: Path) -> float:
+        """Goes on where `saved` was taken; returns the seconds that the run had taken until then.
+
+        Raises:
+            UsageError: It was made with other options.
+            FastsaeError: It is corrupt.
+        """
+        try:
+            found = Fields(saved)
+            self._check(found)
+            for layer, stream in self.streams.items():
+                stream.load_state_dict(saved["streams"][str(layer)])
+                self._stream_states[layer] = stream.state_dict()
+            self.forward.rewind()  # finds out whether there are such batches, before anything else is changed
+            for layer, buffer in self.buffers.items():
+                buffer.load_state_dict(saved["buffers"][str(layer)])
+            for i, name in enumerate(self.configs):
+                if str(i) in saved["failures"]:
+                    self.failures[name] = saved["failures"][str(i)]
+                    del self.trainers[name]
+                else:
+                    self.trainers[name].load_state_dict(saved["trainers"][str(i)])
+            return float(saved["seconds"])
+        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            raise checkpoint.corrupt(output / checkpoint.FOLDER, error) from None
+
+    def _check(self, found: Fields) -> None:
+        """Raises ValueError unless `found` is a state of this session."""
+        found.check_names(("options", "streams", "buffers", "trainers", "failures", "seconds"))
+        found.number("seconds", 0)
+        parts = {name: found.fields(name) for name in ("options", "streams", "buffers", "trainers", "failures")}
+        numbers = [str(i) for i in range(len(self.configs))]
+        parts["options"].check_names(numbers)
+        parts["failures"].check_names([i for i in numbers if i in parts["failures"]])
+        for i, text in parts["failures"].values.items():
+            if not isinstance(text, str):
+                raise parts["failures"].wrong(i, "a text")
+        parts["trainers"].check_names([i for i in numbers if i not in parts["failures"]])
+        for i, (name, config) in zip(numbers, self.configs.items(), strict=True):
+            check_options(parts["options"].fields(i), kept_options(config))
+            if i not in parts["failures"]:
+                check_trainer(parts["trainers"].fields(i), self.trainers[name])
+        for what in ("streams", "buffers"):
+            parts[what].check_names([str(layer) for layer in self.streams])
+        for layer, stream in self.streams.items():
+            n_rows = len(self.pipeline.trained_on)
+            check_buffer(parts["buffers"].fields(str(layer)), self.buffers[layer], self.pipeline.residual.d_in, n_rows)
+            check_stream(parts["streams"].fields(str(layer)), stream)
+
+
+def _layer(config: TrainConfig) -> int:
+    assert config.layer is not None  # the pipeline has resolved it
+    return config.layer
+
+
+def _not_finite(trainer: Trainer) -> FastsaeError | None:
+    """The error for a weight that is NaN or infinite."""
+    for name, tensor in trainer.sae.state_dict().items():
+        if not is_finite(tensor):
+            return checkpoint.not_finite(trainer.step, f"{name} holds NaN or infinity")
+    return None
+
+
+def _beside(rows: Sequence[Row]) -> dict[str, str]:
+    """What a progress bar shows of the newest rows of the curves: of one SAE, or the range of all."""
+    fvus = sorted(row["fvu"] for row in rows if row["fvu"] is not None)
+    if len(rows) > 1:
+        return {"saes": str(len(rows)), "fvu": f"{fvus[0]:.3f} to {fvus[-1]:.3f}" if fvus else "undefined"}
+    fvu = f"{fvus[0]:.3f}" if fvus else "undefined"
+    return {"loss": f"{rows[0]['loss']:.4g}", "l0": f"{rows[0]['l0']:.1f}", "fvu": fvu}
