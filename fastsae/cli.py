@@ -1,10 +1,11 @@
-"""The command line: `fastsae train`, `fastsae evaluate` and `fastsae convert`."""
+"""The command line: `fastsae train`, `cache`, `evaluate` and `convert`."""
 
 from __future__ import annotations
 
 import argparse
 import errno
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from fastsae.errors import FastsaeError, UsageError, is_out_of_memory
 from fastsae.flags import (
     OPTIONS,
     Several,
+    add_cache_command,
     add_config_flags,
     add_convert_command,
     as_flag,
@@ -41,6 +43,7 @@ Sparse autoencoders (SAEs) for language models.
   fastsae train --layers 2,3 --target-l0 16,32 --output grid     four SAEs for one pass of the model, each in its folder
   fastsae train --output my-sae --resume     go on with an interrupted run
   fastsae train --model ./my-model --dataset chats.jsonl     rows like {"messages": [{"role": ..., "content": ...}]}
+  fastsae cache acts --layers 2,3     write activations once, for fastsae train --activations acts
   fastsae evaluate my-sae             measure a saved SAE on held-out dialogues, of this or another library
   fastsae convert params.npz my-sae   turn another library's SAE into this one's files, or back with --to
 
@@ -108,6 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="show no progress bars")
     add_config_flags(train, several=OF_ONE_SAE)
 
+    add_cache_command(commands)
     measure = commands.add_parser(
         "evaluate",
         help="measure a saved SAE on held-out dialogues",
@@ -182,6 +186,10 @@ def _new(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str
     from fastsae.train.grid import expand, read_spec
 
     preset = PRESETS[arguments.preset or "recommended"]
+    if given.get("activations") is not None:
+        from fastsae.train.caching import options_of
+
+        preset = {**preset, **options_of(local_path(given["activations"]))}
     varied = {name: value for name, value in given.items() if isinstance(value, Several)}
     common = {name: value for name, value in given.items() if name not in varied}
     if arguments.spec is not None:
@@ -202,6 +210,26 @@ def _new(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str
     layer = "" if first.layer is None or "layer" in varied or arguments.spec else f"-layer{first.layer}"
     name = local_path(first.model).resolve().name  # resolved, because `.` has no name
     return configs, arguments.output or Path(f"sae{'' if '' in configs else 's'}-{name}{layer}")
+
+
+def command_cache(arguments: argparse.Namespace) -> None:
+    """`fastsae cache`."""
+    from fastsae.train.caching import cache_activations, options_of
+
+    given = _given(arguments)
+    layers = given.pop("layer", ())
+    if arguments.resume:
+        earlier = options_of(arguments.path)
+        layers = layers or earlier.pop("layer", ())
+        given = {**earlier, **given}
+    layers = [layers] if isinstance(layers, int) else list(layers)
+    options = {"resume": arguments.resume, "progress": not arguments.quiet}
+    manifest = cache_activations(TrainConfig(**{"batch_size": 1, **given}), layers, arguments.path, **options)
+    size = sum((arguments.path / shard["file"]).stat().st_size for shard in manifest.shards)
+    print(
+        f"\n{arguments.path}: {manifest.tokens:,} tokens of layers {', '.join(map(str, manifest.layers))}, {size / 1e9:.2f} GB"
+    )
+    print(f"train on it: fastsae train --activations {shlex.quote(str(arguments.path))}")
 
 
 def command_evaluate(arguments: argparse.Namespace) -> None:
@@ -302,6 +330,14 @@ def print_table(metrics: dict[str, dict[str, Any]], output: Path) -> None:
             print(f"{'':{width}}  warning: {warning}")
 
 
+COMMANDS = {
+    "train": command_train,
+    "cache": command_cache,
+    "evaluate": command_evaluate,
+    "convert": command_convert,
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, 1 for a failure, 2 for wrong usage, 130 or 143 when interrupted."""
     with tolerant_output():
@@ -311,7 +347,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_log()
         try:
             with signals_end_the_command():
-                commands = {"train": command_train, "evaluate": command_evaluate, "convert": command_convert}
+                commands = {
+                    "train": command_train,
+                    "cache": command_cache,
+                    "evaluate": command_evaluate,
+                    "convert": command_convert,
+                }
                 commands[arguments.command](arguments)
         except FastsaeError as error:
             return fail(as_flag(str(error)), 2 if isinstance(error, UsageError) else 1)

@@ -74,6 +74,27 @@ the weights with the SHA-256 of the source's files. Nothing in a file is run: no
 """
 
 
+def add_cache_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`fastsae cache`."""
+    parser = commands.add_parser(
+        "cache",
+        help="write activations once, for any number of runs with --activations",
+        description="Runs the model over the dialogues that `fastsae train` would read, and writes the activations of one or "
+        "several layers. An interrupted one goes on with --resume, which with a higher --tokens adds to a complete one, too.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "path", type=path, metavar="FOLDER", help="new folder, of 2 or 4 bytes a token, dimension and layer"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted cache, or add tokens to one")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+    names = (
+        "model dataset split layer model_dtype max_length max_dialogues dedup_words eval_dialogues sequencing tokens "
+        "forward_tokens device data_seed"
+    )
+    add_config_flags(parser, names.split(), several=("layer",))
+
+
 def add_convert_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """`fastsae convert`."""
     parser = commands.add_parser(

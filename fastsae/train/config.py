@@ -77,6 +77,12 @@ class TrainConfig:
         "whatever stands before it. The evaluation always reads whole dialogues",
     )
     block_length: int = option(2048, "data", "number of tokens in a block, with --sequencing block", (2, 10**9))
+    activations: str | None = option(
+        None,
+        "data",
+        "folder that `fastsae cache` wrote, read in the place of the model's forward passes; options of model and data that are "
+        "not given are those of the cache",
+    )
     layer: int | None = option(
         None, "data", "decoder block whose output the SAE learns, counted from 0 (default: the middle one)", (0, 9999)
     )

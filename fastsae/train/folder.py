@@ -22,7 +22,7 @@ from fastsae.version import __version__
 
 CONFIG_FILE, METRICS_FILE, REPORT_FILE = "config.json", "metrics.json", "report.html"
 SAES_FILE = "saes.json"  # names of the SAEs of a run that trains several
-MAY_MOVE = ("model", "dataset", "text", "device")  # options that a resumed run may find elsewhere
+MAY_MOVE = ("model", "dataset", "text", "activations", "device")  # options that a resumed run may find elsewhere
 FILES = (CONFIG_FILE, METRICS_FILE, REPORT_FILE, SAES_FILE, files.CONFIG_FILE, files.WEIGHTS_FILE, files.SPARSITY_FILE)
 
 

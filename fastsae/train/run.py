@@ -163,8 +163,9 @@ def _train(
 
 
 def _located(config: TrainConfig) -> TrainConfig:
-    text = None if config.text is None else located(config.text)
-    return replace(config, model=located(config.model), dataset=located(config.dataset), text=text)
+    given = {name: getattr(config, name) for name in ("model", "dataset", "text", "activations")}
+    places: dict[str, Any] = {name: located(value) for name, value in given.items() if value is not None}
+    return replace(config, **places)
 
 
 def _finish(output: Path, session: Session, name: str, seconds: Callable[[], float], progress: bool) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from fastsae.errors import FastsaeError
 from fastsae.fields import Fields, is_finite
 from fastsae.interrupt import Interrupted, Postponed
 from fastsae.train import checkpoint
+from fastsae.train.caching import open_cache
 from fastsae.train.config import TrainConfig
 from fastsae.train.folder import kept_options
 from fastsae.train.initialize import SAMPLE
@@ -55,6 +56,7 @@ class Session:
         model, own = pipeline.residual.model, pipeline.residual
         layers = sorted({_layer(config) for config in configs.values()})
         self.residuals = {layer: own if layer == own.layer else ResidualStream(model, layer) for layer in layers}
+        self._cache = open_cache(pipeline, layers)
         self.forward = SharedForward(self._read, pipeline.sequencer(), len(layers))
         self.streams = {
             layer: ActivationStream(
@@ -87,6 +89,8 @@ class Session:
     def _read(self, batch: TokenBatch) -> Sequence[Tensor]:
         positions = (batch.positions,) if batch.is_packed else ()
         with self.postponed.at_once():
+            if self._cache is not None:
+                return self._cache.read(batch)
             return read_layers(list(self.residuals.values()), batch.input_ids, batch.attention_mask, *positions)
 
     def _batches_of(self, layer: int) -> Iterator[ActivationBatch]:

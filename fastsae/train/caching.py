@@ -1,0 +1,139 @@
+"""The cache of activations between options and folders: writing one, and whether a run can read it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from fastsae.data.activations import ResidualStream, check_layer, read_layers
+from fastsae.data.cache import CachedActivations, Manifest, write_cache
+from fastsae.data.progress import bar
+from fastsae.data.sequencing import TokenBatch
+from fastsae.disk import local_path
+from fastsae.errors import UsageError
+from fastsae.train.config import TrainConfig
+from fastsae.train.folder import check_writable, located
+from fastsae.train.initialize import SAMPLE
+from fastsae.train.pipeline import Pipeline, build_pipeline
+
+# Options that decide which tokens the model reads, and how; model and dataset are known by their fingerprints.
+DEPENDS_ON = (
+    "split",
+    "model_dtype",
+    "max_length",
+    "max_dialogues",
+    "dedup_words",
+    "eval_dialogues",
+    "data_seed",
+    "sequencing",
+)
+
+_SINKS = 50  # one token in so many may be a sink, which no run trains on
+
+logger = logging.getLogger(__name__)
+
+
+def cache_activations(
+    config: TrainConfig, layers: list[int], folder: Path | str, *, resume: bool = False, progress: bool = True
+) -> Manifest:
+    """Writes the activations of the dialogues that a run would train on, in its order, for `config.activations` of later runs.
+
+    Args:
+        config: The run; `tokens` says how many, or all dialogues where there are fewer.
+        layers: The layers, written in one pass of the model; empty for that of `config`.
+        folder: A folder that is new or empty, or, to resume or to add more tokens, a cache.
+        resume: Go on behind the last shard that is there.
+        progress: Show a progress bar.
+
+    Raises:
+        UsageError: An option or the folder does not fit.
+        FastsaeError: The model, the data or the folder is at fault, as the message says.
+        OSError: The disk is full; what was written stays, and `resume` goes on.
+    """
+    folder = local_path(folder)
+    check_writable("DIR", folder)
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise UsageError(
+            f"{folder}: expected a new or empty folder; --resume goes on with a cache, or adds --tokens to it"
+        )
+    if config.text is not None or config.sequencing == "block":
+        raise UsageError(
+            "sequencing: expected fast or packed, with dialogues: in a block, activations depend on what stands before it"
+        )
+    earlier = Manifest.read(folder) if resume else None
+    config = replace(config, model=located(config.model), dataset=located(config.dataset), data_seed=config.order_seed)
+    pipeline = build_pipeline(config, progress=progress)
+    for layer in layers:
+        check_layer(pipeline.residual.model, layer)
+    chosen = sorted(layers) or [pipeline.residual.layer]
+    manifest = Manifest(asdict(pipeline.config), chosen, pipeline.fingerprints(), {}, 0, False, False, [])
+    sequencer = pipeline.sequencer()
+    if earlier is not None:
+        check_fits(earlier, folder, pipeline, chosen)
+        manifest = earlier
+        if earlier.shards:
+            sequencer.load_state_dict(earlier.sequencer)
+        logger.info("%s holds %d tokens already", folder, manifest.tokens)
+    folder.mkdir(parents=True, exist_ok=True)
+    residuals = [ResidualStream(pipeline.residual.model, layer) for layer in chosen]
+
+    def read(batch: TokenBatch) -> list[Any]:
+        positions = (batch.positions,) if batch.is_packed else ()
+        return read_layers(residuals, batch.input_ids, batch.attention_mask, *positions)
+
+    manifest.is_complete, manifest.options["tokens"] = False, config.tokens
+    manifest.write(folder)
+    with bar("caching", "tok", total=config.tokens, progress=progress, done=manifest.tokens) as advance:
+        write_cache(folder, manifest, sequencer, read, config.tokens + config.tokens // _SINKS + SAMPLE, advance)
+    return manifest
+
+
+def check_fits(manifest: Manifest, folder: Path, pipeline: Pipeline, layers: list[int]) -> None:
+    """Raises UsageError where a cache was written with other options, or from another model or dataset, than a run's."""
+    for name in DEPENDS_ON:
+        config = pipeline.config
+        own = config.order_seed if name == "data_seed" else getattr(config, name)
+        if manifest.options.get(name) != own:
+            raise UsageError(
+                f"{name}: the cache {folder} was written with {manifest.options.get(name)}, this run has {own}; "
+                "leave the option out, or write another cache"
+            )
+    for what, found in pipeline.fingerprints().items():
+        if manifest.fingerprints.get(what) != found:
+            raise UsageError(
+                f"{what}: the cache {folder} was written from another {what} than {getattr(pipeline.config, what)!r}, or from "
+                "an earlier version of it; write another cache"
+            )
+    if missing := [layer for layer in layers if layer not in manifest.layers]:
+        there = ", ".join(map(str, manifest.layers))
+        raise UsageError(f"layer: expected one of those in the cache {folder}, {there}, got {missing[0]}")
+
+
+def open_cache(pipeline: Pipeline, layers: list[int]) -> CachedActivations | None:
+    """The cache that a run names, checked against what it will read; None where it names none."""
+    if pipeline.config.activations is None:
+        return None
+    folder = local_path(pipeline.config.activations)
+    manifest = Manifest.read(folder)
+    check_fits(manifest, folder, pipeline, layers)
+    if not manifest.holds_all and pipeline.config.tokens > manifest.n_trainable:
+        raise UsageError(
+            f"tokens: expected at most the {manifest.n_trainable:,} of the cache {folder}, got {pipeline.config.tokens:,}; lower "
+            "it, or write more with fastsae cache --resume --tokens N"
+        )
+    return CachedActivations(folder, layers)
+
+
+def options_of(folder: Path) -> dict[str, Any]:
+    """The options that a run on a cache takes over from it where it gives no others.
+
+    Raises:
+        UsageError: The folder is no cache.
+        FastsaeError: It is corrupt.
+    """
+    manifest = Manifest.read(folder)
+    names = ("model", "dataset", "model_kwargs", *DEPENDS_ON, "forward_tokens", "tokens")
+    found = {name: manifest.options[name] for name in names if name in manifest.options}
+    return {**found, "layer": manifest.layers[0]} if len(manifest.layers) == 1 else found
