@@ -18,7 +18,7 @@ L0_COEFFICIENT = 0.01
 CHECKED_TOKENS = {"cpu": 128, "cuda": 256}[DEVICE]
 # the fp64 truth of more features, or of more weights, would take longer than all else, or not fit
 CHECKED_FEATURES = {"cpu": 2**16, "cuda": 2**17}[DEVICE]
-CHECKED_WEIGHTS = {"cpu": 2**24, "cuda": 2**29}[DEVICE]
+CHECKED_WEIGHTS = {"cpu": 2**24, "cuda": 2**27}[DEVICE]
 ROUNDING = 2e-6  # of an fp32 pre-activation, whose size is about 1
 Parameters = dict[str, Tensor]
 Loss = Callable[[Tensor, Parameters], Tensor]

@@ -120,7 +120,8 @@ def pytest_configure(config: pytest.Config) -> None:
     folder, minutes = config.getoption("--results"), config.getoption("--minutes")
     if folder is not None and not config.getoption("--benchmark-disable"):
         try:
-            config.stash[FILE] = ResultFile(folder, config.getoption("--commit") or commit_of())
+            commit, is_whole = config.getoption("--commit") or commit_of(), config.getoption("--full")
+            config.stash[FILE] = ResultFile(folder, commit, is_whole and not _is_chosen(config))
         except ReportError as error:
             raise pytest.UsageError(str(error)) from None
     save = config.stash[FILE].write if FILE in config.stash else lambda rows: None
@@ -128,10 +129,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[RUN] = Run(ROUNDS_S["small" if _is_small(config) else "full"], last_s, partial(_say, config), save)
 
 
+def _is_chosen(config: pytest.Config) -> bool:
+    """Whether options, files or tests say what to run."""
+    has_files = any(Path(part.partition("::")[0]).suffix for part in config.args)
+    return has_files or bool(config.getoption("keyword"))
+
+
 def _is_small(config: pytest.Config) -> bool:
-    """Whether large shapes are left out: on a CPU, unless options, files or tests say what to run."""
-    is_chosen = config.getoption("keyword") or any(Path(part.partition("::")[0]).suffix for part in config.args)
-    return DEVICE == "cpu" and not (is_chosen or config.getoption("--full"))
+    """Whether large shapes are left out: on a CPU, unless something says what to run."""
+    return DEVICE == "cpu" and not (_is_chosen(config) or config.getoption("--full"))
 
 
 def _case(item: pytest.Item) -> Case | None:

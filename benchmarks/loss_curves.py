@@ -9,14 +9,13 @@ differs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib as mpl
 import torch
 from torch import Tensor
 
-from benchmarks.steps import MAX_GRAD_NORM, Forward, Step, fused_step, plain_step
+from benchmarks.steps import MAX_GRAD_NORM, fused_step, plain_step
 from fastsae import FusedJumpReLUSAE, FusedSAEAdam
 from fastsae.train.initialize import initialize_from_data
 from fastsae_kernels import AutoencodeSpec, reference
@@ -25,8 +24,8 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 
 mpl.rcParams["svg.hashsalt"] = "fastsae"  # the same file from the same numbers
-
 STEPS, TOKENS, D_IN, D_SAE, TARGET_L0, LR = 300, 512, 128, 1024, 16.0, 1e-3
+STYLES = {"dense, torch.optim.Adam": {"color": "#94a3b8", "lw": 5}, "fused, FusedSAEAdam": {"color": "#0f766e"}}
 
 
 def batches() -> list[Tensor]:
@@ -40,66 +39,49 @@ def batches() -> list[Tensor]:
     return found
 
 
-def dense(sae: FusedJumpReLUSAE, forward_of: Callable[[Forward], Forward]) -> Step:
-    spec = AutoencodeSpec(bandwidth=sae.bandwidth)
-
-    def forward(x: Tensor) -> Tensor:
-        threshold = sae.threshold.clamp(min=0)
-        sae_out, l0, _ = reference.autoencode(x, sae.W_enc, sae.b_enc, threshold, sae.W_dec, sae.b_dec, None, spec)
-        return (sae_out - x).square().sum(1).mean() + 0.1 * 2 / TARGET_L0 * (l0 - TARGET_L0).square().mean()
-
-    return plain_step(sae, forward_of(forward), torch.optim.Adam(sae.parameters(), lr=LR, fused=True), clipped=True)
-
-
-def fused(sae: FusedJumpReLUSAE, forward_of: Callable[[Forward], Forward]) -> Step:
-    optimizer = FusedSAEAdam(sae, lr=LR, max_grad_norm=MAX_GRAD_NORM, normalize_decoder=True)
-    forward = forward_of(lambda x: sae.training_forward(x, 0.1, "quadratic", target_l0=TARGET_L0).loss)
-    return fused_step(forward, optimizer)
-
-
-def losses_of(make: Callable[..., Step], sae: FusedJumpReLUSAE, data: list[Tensor]) -> list[float]:
+def curve(sae: FusedJumpReLUSAE, data: list[Tensor], is_dense: bool) -> list[float]:
+    """The loss of each step."""
     losses = []
 
-    def recorded(forward: Forward) -> Forward:
-        def call(x: Tensor) -> Tensor:
-            loss = forward(x)
-            losses.append(loss.item())
-            return loss
+    def forward(x: Tensor) -> Tensor:
+        if is_dense:
+            weights = (sae.W_enc, sae.b_enc, sae.threshold.clamp(min=0), sae.W_dec, sae.b_dec)
+            sae_out, l0, _ = reference.autoencode(x, *weights, None, AutoencodeSpec(bandwidth=sae.bandwidth))
+            penalty = 0.1 * 2 / TARGET_L0 * (l0 - TARGET_L0).square().mean()
+            loss = (sae_out - x).square().sum(1).mean() + penalty
+        else:
+            loss = sae.training_forward(x, 0.1, "quadratic", target_l0=TARGET_L0).loss
+        losses.append(loss.item())
+        return loss
 
-        return call
-
-    step = make(sae, recorded)
+    if is_dense:
+        step = plain_step(sae, forward, torch.optim.Adam(sae.parameters(), lr=LR, fused=True), clipped=True)
+    else:
+        step = fused_step(forward, FusedSAEAdam(sae, lr=LR, max_grad_norm=MAX_GRAD_NORM, normalize_decoder=True))
     for x in data:
         step(x)
     return losses
 
 
-def curves(sae: FusedJumpReLUSAE, data: list[Tensor]) -> dict[str, list[float]]:
-    makers = {"dense, torch.optim.Adam": dense, "fused, FusedSAEAdam": fused}
-    return {name: losses_of(make, copy.deepcopy(sae), data) for name, make in makers.items()}
-
-
-def largest_difference(losses: dict[str, list[float]]) -> float:
-    return max(abs(dense - fused) / abs(dense) for dense, fused in zip(*losses.values(), strict=True))
-
-
 def main() -> None:
-    data = batches()
+    data, differences, figure = batches(), [], plt.figure(figsize=(7, 4), layout="constrained")
     torch.manual_seed(0)
-    sae = FusedJumpReLUSAE(D_IN, D_SAE, bandwidth=0.1, init_threshold=0.1)
+    sae, axis = FusedJumpReLUSAE(D_IN, D_SAE, bandwidth=0.1, init_threshold=0.1), figure.subplots()
     initialize_from_data(sae, data[0], "mean", init_l0=100)
-    found = curves(sae, data)
-    exact = curves(copy.deepcopy(sae).double(), [x.double() for x in data])
-    differences = f"{largest_difference(found):.1e} in fp32, {largest_difference(exact):.1e} in fp64"
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (name, losses), style in zip(found.items(), [{"color": "#94a3b8", "lw": 5}, {"color": "#0f766e"}], strict=True):
-        axis.plot(losses, label=f"{name}, fp32", **style)
+    for name, dtype in {"fp32": torch.float32, "fp64": torch.float64}.items():
+        wide = [x.to(dtype) for x in data]
+        found = [curve(copy.deepcopy(sae).to(dtype), wide, is_dense) for is_dense in (True, False)]
+        difference = max(abs(dense - fused) / abs(dense) for dense, fused in zip(*found, strict=True))
+        differences.append(f"{difference:.1e} in {name}")
+        for label, losses in zip(STYLES, found, strict=True):
+            if name == "fp32":
+                axis.plot(losses, label=f"{label}, fp32", **STYLES[label])
     axis.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    axis.set_title(f"same weights, same batches; largest relative difference {differences}", fontsize=9)
+    axis.set_title(f"same weights, same batches; largest relative difference {', '.join(differences)}", fontsize=9)
     axis.legend()
     path = Path(__file__).parent / "plots" / "loss_curves.svg"
     figure.savefig(path, metadata={"Date": None})
-    print(f"{path.name}: largest relative difference {differences}")
+    print(f"{path.name}: largest relative difference {', '.join(differences)}")
 
 
 if __name__ == "__main__":

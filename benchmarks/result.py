@@ -234,12 +234,13 @@ class ResultFile:
     """The result file of this run in a folder.
 
     Groups that the newest earlier file of this machine holds and this run does not measure are kept, each row with its
-    commit, and the seconds they took with them.
+    commit, and the seconds they took with them; not so where the run is a whole one, for then they are no groups any more.
     """
 
-    def __init__(self, folder: Path, commit: str) -> None:
+    def __init__(self, folder: Path, commit: str, is_whole: bool = False) -> None:
         self.folder, self.commit, self._started = folder, commit, time.time()
-        self._found = all_in(folder)  # at once: a file that cannot be read should not end a run of many minutes
+        found = all_in(folder)  # at once: a file that cannot be read should not end a run of many minutes
+        self._found = [] if is_whole else found
         self._earlier: Result | None = None
         self._result: Result | None = None
 

@@ -67,7 +67,7 @@ def threshold_for(shape: Shape) -> float:
     return torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - shape.l0 / shape.d_sae)).item()
 
 
-@lru_cache(2)  # all providers of a group start from them
+@lru_cache({"cpu": 2, "cuda": 0}[DEVICE])  # all providers of a group start from them; a GPU makes them soon and is full
 def parameters(shape: Shape) -> dict[str, Tensor]:
     """Weights to be copied: random unit-norm decoder, thresholds at the quantile that gives the shape's L0."""
     g = torch.Generator(DEVICE).manual_seed(0)

@@ -218,6 +218,10 @@ def test_groups_that_are_not_measured_again_are_kept(
     assert second.path is not None
     found = [(row.operation, row.commit, row.ms) for row in result.read(second.path).rows]
     assert found == [("decode", "two", 2.0), ("encode", "one", 1.0)]
+    whole = ResultFile(tmp_path, "whole", is_whole=True)
+    whole.write([make_row("decode", "fused", 3.0)])
+    assert whole.path is not None
+    assert [row.operation for row in result.read(whole.path).rows] == ["decode"]
     second.path.write_text('{"finished": "2')
     with pytest.raises(result.ReportError, match="not a result file"):
         ResultFile(tmp_path, "three")
