@@ -91,6 +91,8 @@ class FusedSAE(SAE, Accelerated):
             return f"normalize_activations is {self.cfg.normalize_activations!r}"
         if self.W_enc.device.type not in ("cpu", "cuda") or self.W_enc.dtype not in DTYPES:
             return f"the weights are {self.W_enc.dtype} on {self.W_enc.device.type}"
+        if self.W_enc.shape != (self.cfg.d_in, self.cfg.d_sae) or self.W_dec.shape != self.W_enc.shape[::-1]:
+            return "the weights are of other sizes than cfg says"  # as SAEDashboard leaves a few features in place
         if self.W_enc.dtype != self.dtype:
             return "the weights are not of the SAE's dtype"
         fits = isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0 and x.shape[-1] == self.cfg.d_in

@@ -178,3 +178,42 @@ def test_error_term() -> None:
     grads = [torch.autograd.grad(sae(x).sum(), sae.W_dec)[0] for sae in (ours, theirs)]
     assert close(*grads, 1e-5)
     assert handle.tally.fused["forward"] == 3
+
+
+@pytest.mark.parametrize("name", ["JumpReLU", "Standard"])
+def test_the_calls_of_saedashboard_go_through(name: str) -> None:
+    """Its `FeatureMaskingContext` encodes with the weights of a few features in the place of all."""
+    sae, ids = inference_sae(name), [3, 70, 5]
+    handle = accelerate(sae)
+    with torch.inference_mode():
+        expected = sae.encode(activations(0))[:, ids]
+    whole = dict(sae.named_parameters())
+    for key, parameter in whole.items():
+        if key != "b_dec":
+            setattr(sae, key, torch.nn.Parameter(parameter[:, ids] if key == "W_enc" else parameter[ids]))
+    with torch.inference_mode():
+        assert close(sae.encode(activations(0)), expected, 1e-5)
+    assert handle.tally.left == {"encode: the weights are of other sizes than cfg says": 1}
+    for key, parameter in whole.items():
+        setattr(sae, key, parameter)
+    with torch.inference_mode():
+        assert close(sae.encode(activations(0))[:, ids], expected)
+    assert handle.tally.fused == {"encode": 2}
+
+
+def test_the_calls_of_saebench_go_through() -> None:
+    """Its core evaluation turns reshaping off, folds the decoder's norms, and calls encode, then decode."""
+    theirs, ours = inference_sae("JumpReLU"), inference_sae("JumpReLU")
+    handle = accelerate(ours)
+    x = activations(0).reshape(4, -1, D_IN)
+    results = []
+    with torch.no_grad():
+        for sae in (theirs, ours):
+            sae.to(device="cpu", dtype=torch.float32)
+            sae.turn_off_forward_pass_hook_z_reshaping()
+            sae.fold_W_dec_norm()
+            feature_acts = sae.encode(x)
+            results.append((feature_acts, sae.decode(feature_acts), sae.W_enc.T @ sae.W_enc))
+    for a, b in zip(*results, strict=True):
+        assert close(b, a, 1e-5)
+    assert handle.tally.fused == {"encode": 1, "decode": 1}

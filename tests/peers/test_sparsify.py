@@ -172,6 +172,22 @@ def test_a_hook_and_a_subclass() -> None:
         accelerate(coder_of(), optimizer=True)
 
 
+def test_the_calls_of_delphi_go_through() -> None:
+    """It scatters the latents of `encode` into a dense tensor, and lists what is not 0."""
+    found = []
+    for coder in (coder_of(), coder_of()):
+        if found:
+            accelerate(coder)
+        x = activations(0).reshape(4, -1, D_IN)
+        with torch.no_grad():
+            encoded = coder.encode(x.reshape(-1, D_IN))
+            latents = torch.zeros(N_TOKENS, coder.num_latents).scatter_(-1, encoded.top_indices, encoded.top_acts)
+        latents = latents.reshape(4, -1, D_SAE)
+        found.append((torch.nonzero(latents.abs() > 1e-5), latents[latents.abs() > 1e-5]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert_close(found[1][1], found[0][1])
+
+
 def trained(tmp_path: Path, *, fast: bool, **options: Any) -> tuple[Any, Handle | None, list[float]]:
     """A real `Trainer` after fifty steps on random tokens, and the losses of all steps."""
     transformers = pytest.importorskip("transformers")
