@@ -36,192 +36,164 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels.gpu.config import launch_config, on_device
-from fastsae_kernels.gpu.feature_sums import FeatureOrder
-from fastsae_kernels.gpu.tiles import MAX_DEPTH
+from fastsae_kernels.gpu.config import on_device
+from fastsae_kernels.gpu.feature_sums import FeatureOrder, entries_of, feature_sum, row_config
+from fastsae_kernels.gpu.tiles import MAX_DEPTH, Matrix, columns_of_pieces, matrix_of, read_row, write_row
 from fastsae_kernels.gpu.weight_gradients import keep_for_this_stream
 
 
-class Entries(NamedTuple):
-    """What the gradient of each row is the sum of; a kernel sees pointers in place of tensors."""
-
-    offsets: Tensor  # [S + 1] int64
-    order: Tensor  # [nnz] int64: entries by feature, then token
-    tokens: Tensor | None  # [nnz] int64: token of each entry; None: entry // row_length
-    weights: Tensor  # [nnz]
-    vectors: Tensor  # [B, D]
-    extra: Tensor | None  # [S, D]
-    extra_flag: Tensor | None  # [1] int32: extra counts where it is not 0; None: it counts
-    row_length: int
-    depth: int  # D
-    stride_vb: int
-    stride_vd: int
-    stride_xs: int
-    stride_xd: int
-
-
 @triton.jit
-def _extent(entries, feature):
+def _extent(entries, extra, extra_flag_ptr, feature):
     """`(start, count, extra_depth)`: where a feature's entries lie, and D, or 0 where extra does not count."""
     start = tl.load(entries.offsets + feature)
     count = (tl.load(entries.offsets + feature + 1) - start).to(tl.int32)
-    extra_depth = 0 if entries.extra is None else entries.depth
-    if entries.extra_flag is not None:
-        extra_depth = tl.where(tl.load(entries.extra_flag) != 0, entries.depth, 0)
+    extra_depth = 0 if extra is None else entries.depth
+    if extra_flag_ptr is not None:
+        extra_depth = tl.where(tl.load(extra_flag_ptr) != 0, entries.depth, 0)
     return start, count, extra_depth
 
 
 @triton.jit
-def _row_gradient(
-    entries, feature, start, count, extra_depth, offs_d, mask_d, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """`[BLOCK_D]` fp32: the sum of weight * vector over a feature's entries, and its extra gradient."""
-    acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for first in range(0, count, BLOCK_E):
-        offs_e = first + tl.arange(0, BLOCK_E)
-        mask_e = offs_e < count
-        entry = tl.load(entries.order + start + offs_e, mask=mask_e, other=0)
-        if entries.tokens is not None:
-            token = tl.load(entries.tokens + entry, mask=mask_e, other=0)
-        else:
-            token = (entry.to(tl.int32) // entries.row_length).to(tl.int64)
-        weight = tl.load(entries.weights + entry, mask=mask_e, other=0.0).to(tl.float32)
-        v_ptrs = entries.vectors + token[:, None] * entries.stride_vb + offs_d[None, :] * entries.stride_vd
-        used = mask_e & (weight != 0.0)
-        vectors = tl.load(v_ptrs, mask=used[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
-        acc += tl.sum(weight[:, None] * vectors, 0)
-    if entries.extra is not None:
-        x_ptrs = entries.extra + feature * entries.stride_xs + offs_d * entries.stride_xd
-        acc += tl.load(x_ptrs, mask=offs_d < extra_depth, other=0.0).to(tl.float32)
-    return acc
+def _row_gradient(entries, extra, feature, start, count, extra_depth, columns_1, columns_2, BLOCK_E: tl.constexpr):
+    """Both pieces of a row, fp32: the sum of weight * vector over a feature's entries, and its extra gradient."""
+    g_1, g_2 = feature_sum(entries, start, count, columns_1, columns_2, BLOCK_E)
+    if extra is not None:
+        extra_1, extra_2 = read_row(extra, feature, columns_1, columns_2, extra_depth)
+        g_1 += extra_1
+        g_2 += extra_2
+    return g_1, g_2
+
+
+@triton.jit
+def _without_part_along(g_1, g_2, p_1, p_2):
+    """Both pieces of a gradient less its part along a row of unit norm."""
+    along = tl.sum(g_1 * p_1, 0) + tl.sum(g_2 * p_2, 0)
+    return g_1 - along * p_1, g_2 - along * p_2
 
 
 @triton.jit
 def _grad_norms_kernel(
     entries,  # Entries
-    param_ptr,  # [S, D] fp32
+    extra,  # Matrix or None
+    extra_flag_ptr,  # [1] int32: extra counts where it is not 0; None: it counts
+    param,  # Matrix, fp32
     # output
     norms_ptr,  # [S] fp32
-    stride_ps,
-    stride_pd,
     PROJECT: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_1: tl.constexpr,
+    BLOCK_2: tl.constexpr,
 ):
     """Program owns one feature: the squared norm of its gradient."""
     feature = tl.program_id(0).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask_d = offs_d < entries.depth
-    start, count, extra_depth = _extent(entries, feature)
-    g = _row_gradient(entries, feature, start, count, extra_depth, offs_d, mask_d, BLOCK_E, BLOCK_D)
+    columns_1, columns_2 = columns_of_pieces(BLOCK_1, BLOCK_2)
+    start, count, extra_depth = _extent(entries, extra, extra_flag_ptr, feature)
+    g_1, g_2 = _row_gradient(entries, extra, feature, start, count, extra_depth, columns_1, columns_2, BLOCK_E)
     if PROJECT:
-        p = tl.load(param_ptr + feature * stride_ps + offs_d * stride_pd, mask=mask_d, other=0.0)
-        g -= tl.sum(g * p, 0) * p
-    tl.store(norms_ptr + feature, tl.sum(g * g, 0))
+        p_1, p_2 = read_row(param, feature, columns_1, columns_2, entries.depth)
+        g_1, g_2 = _without_part_along(g_1, g_2, p_1, p_2)
+    tl.store(norms_ptr + feature, tl.sum(g_1 * g_1, 0) + tl.sum(g_2 * g_2, 0))
+
+
+class Step(NamedTuple):
+    """The numbers of one step of Adam."""
+
+    size: float  # lr / (1 - beta1^t)
+    beta1_rest: float  # 1 - beta1, which fp32 would not give from beta1
+    beta2: float
+    beta2_rest: float
+    log2_beta2: float
+    root2: float  # sqrt(1 - beta2^t)
+    eps: float
 
 
 @triton.jit
-def _row(ptrs, mask_d):
-    return tl.load(ptrs, mask=mask_d, other=0.0).to(tl.float32)
+def _moved(p, m, v, step):
+    """One piece of a row after a step, from its moments after it."""
+    # to 2 units in the last place; correctly rounded, each would call a slow path where v is 0
+    return p - step.size * (m / (tl.sqrt(v) / step.root2 + step.eps))
 
 
 # a step of 1 or a multiple of 16 must not compile again
-@triton.jit(do_not_specialize=["step"])
+@triton.jit(do_not_specialize=["number"])
 def _adam_rows_kernel(
     entries,  # Entries
+    extra,  # Matrix or None
+    extra_flag_ptr,  # [1] int32: extra counts where it is not 0; None: it counts
     scale_ptr,  # fp32 or None
     # inputs and outputs
-    param_ptr,  # [S, D] fp32
-    exp_avg_ptr,  # [S, D] or None: m is the gradient
-    exp_avg_sq_ptr,  # [S, D]
+    param,  # Matrix, fp32
+    exp_avg,  # Matrix, or None: m is the gradient
+    exp_avg_sq,  # Matrix
     last_step_ptr,  # [S] int32 or None: the step to which each row of v has decayed
     # output
-    copy_ptr,  # [S, D] or None
+    copy,  # Matrix or None
     # scalars
-    step_size,
-    beta1_rest,  # 1 - beta1, which fp32 would not give from beta1
-    beta2,
-    beta2_rest,
-    log2_beta2,
-    root2,  # sqrt(1 - beta2^t)
-    eps,
-    step,
-    # strides
-    stride_ps,
-    stride_pd,
-    stride_ms,
-    stride_md,
-    stride_qs,  # of exp_avg_sq
-    stride_qd,
-    stride_cs,
-    stride_cd,
+    step,  # Step
+    number,  # of the step
     PROJECT: tl.constexpr,
     UNIT_NORM: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    EVEN: tl.constexpr,  # 16 divides D: loads take 16 bytes, which leaves registers for more of them under way
+    BLOCK_1: tl.constexpr,
+    BLOCK_2: tl.constexpr,
 ):
     """Program owns one feature: its gradient, both moments, its row."""
     feature = tl.program_id(0).to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D).to(tl.int64)
-    mask_d = offs_d < entries.depth
-    start, count, extra_depth = _extent(entries, feature)
+    columns_1, columns_2 = columns_of_pieces(BLOCK_1, BLOCK_2)
+    depth = entries.depth
+    start, count, extra_depth = _extent(entries, extra, extra_flag_ptr, feature)
     if last_step_ptr is not None:  # noqa: SIM102 a compile-time branch must stand alone
         if (count == 0) & (extra_depth == 0):
             return
     if last_step_ptr is not None:
         # ahead of the row: between its loads this costs spilled registers
-        missed = step - 1 - tl.load(last_step_ptr + feature)
-        catching_up = tl.exp2(missed.to(tl.float32) * log2_beta2)
-    p_ptrs = param_ptr + feature * stride_ps + offs_d * stride_pd
-    q_ptrs = exp_avg_sq_ptr + feature * stride_qs + offs_d * stride_qd
-    if exp_avg_ptr is not None:
-        m_ptrs = exp_avg_ptr + feature * stride_ms + offs_d * stride_md
-    if EVEN:  # the row and its moments arrive during the gather
-        p, v = _row(p_ptrs, mask_d), _row(q_ptrs, mask_d)
-        if exp_avg_ptr is not None:
-            m_before = _row(m_ptrs, mask_d)
-    g = _row_gradient(entries, feature, start, count, extra_depth, offs_d, mask_d, BLOCK_E, BLOCK_D)
-    if not EVEN:
-        p, v = _row(p_ptrs, mask_d), _row(q_ptrs, mask_d)
-        if exp_avg_ptr is not None:
-            m_before = _row(m_ptrs, mask_d)
+        missed = number - 1 - tl.load(last_step_ptr + feature)
+        catching_up = tl.exp2(missed.to(tl.float32) * step.log2_beta2)
+    # the row and its moments arrive during the gather
+    p_1, p_2 = read_row(param, feature, columns_1, columns_2, depth)
+    v_1, v_2 = read_row(exp_avg_sq, feature, columns_1, columns_2, depth)
+    if exp_avg is not None:
+        m_1, m_2 = read_row(exp_avg, feature, columns_1, columns_2, depth)
+    g_1, g_2 = _row_gradient(entries, extra, feature, start, count, extra_depth, columns_1, columns_2, BLOCK_E)
     if PROJECT:
-        g -= tl.sum(g * p, 0) * p
+        g_1, g_2 = _without_part_along(g_1, g_2, p_1, p_2)
     if scale_ptr is not None:
-        g *= tl.load(scale_ptr)
+        scale = tl.load(scale_ptr)
+        g_1 *= scale
+        g_2 *= scale
     if last_step_ptr is not None:
-        v *= catching_up
-    v = v * beta2 + beta2_rest * g * g
-    m = g
-    if exp_avg_ptr is not None:
-        m = m_before + beta1_rest * (g - m_before)
-    if EVEN:
-        # to 2 units in the last place; correctly rounded, each would call a slow path where v is 0
-        p -= step_size * (m / (tl.sqrt(v) / root2 + eps))
+        v_1 *= catching_up
+        v_2 *= catching_up
+    v_1 = v_1 * step.beta2 + step.beta2_rest * g_1 * g_1
+    v_2 = v_2 * step.beta2 + step.beta2_rest * g_2 * g_2
+    if exp_avg is not None:
+        m_1 += step.beta1_rest * (g_1 - m_1)
+        m_2 += step.beta1_rest * (g_2 - m_2)
     else:
-        # in line, a division of elements that are loaded one by one spills registers
-        p -= step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root2) + eps)
+        m_1, m_2 = g_1, g_2
+    p_1 = _moved(p_1, m_1, v_1, step)
+    p_2 = _moved(p_2, m_2, v_2, step)
     if UNIT_NORM:
         # with eps = 0 the lanes behind the row are 0 / 0
-        norm = tl.sqrt_rn(tl.sum(tl.where(mask_d, p * p, 0.0), 0))
-        norm = tl.maximum(norm, 1e-8, propagate_nan=tl.PropagateNan.ALL)
-        p = p / norm if EVEN else tl.div_rn(p, norm)
+        square = tl.sum(tl.where(columns_1 < depth, p_1 * p_1, 0.0), 0)
+        square += tl.sum(tl.where(columns_2 < depth, p_2 * p_2, 0.0), 0)
+        norm = tl.maximum(tl.sqrt_rn(square), 1e-8, propagate_nan=tl.PropagateNan.ALL)
+        p_1 /= norm
+        p_2 /= norm
     # last_step, and an element of a short row, is read by several threads and written by one
     tl.debug_barrier()
-    tl.store(p_ptrs, p, mask=mask_d)
-    tl.store(q_ptrs, v.to(exp_avg_sq_ptr.dtype.element_ty), mask=mask_d)
-    if exp_avg_ptr is not None:
-        tl.store(m_ptrs, m.to(exp_avg_ptr.dtype.element_ty), mask=mask_d)
-    if copy_ptr is not None:
-        c_ptrs = copy_ptr + feature * stride_cs + offs_d * stride_cd
-        tl.store(c_ptrs, p.to(copy_ptr.dtype.element_ty), mask=mask_d)
+    write_row(param, feature, columns_1, columns_2, depth, p_1, p_2)
+    write_row(exp_avg_sq, feature, columns_1, columns_2, depth, v_1, v_2)
+    if exp_avg is not None:
+        write_row(exp_avg, feature, columns_1, columns_2, depth, m_1, m_2)
+    if copy is not None:
+        write_row(copy, feature, columns_1, columns_2, depth, p_1, p_2)
     if last_step_ptr is not None:
-        tl.store(last_step_ptr + feature, step)
+        tl.store(last_step_ptr + feature, number)
 
 
-def _strides(matrix: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if matrix is None else (matrix.stride(0), matrix.stride(1))
+def _matrix(rows: Tensor | None) -> Matrix | None:
+    return None if rows is None else matrix_of(rows)
 
 
 @on_device
@@ -241,24 +213,17 @@ def _launch(
     n_rows, depth = param.shape
     if depth > MAX_DEPTH:
         raise ValueError(f"param: expected rows of at most {MAX_DEPTH} elements, got {depth}")
-    config = launch_config(table, vectors, odd=depth % 16 != 0)
-    block_d = triton.next_power_of_2(depth)
-    entries = Entries(
-        by_feature.offsets, by_feature.order, by_feature.tokens, weights.contiguous(), vectors, extra, extra_flag,
-        by_feature.row_length, depth, vectors.stride(0), vectors.stride(1), *_strides(extra),
-    )  # fmt: skip
+    entries = entries_of(by_feature, weights, vectors)
     kernel[(n_rows,)](
         entries=entries,
-        param_ptr=param,
-        stride_ps=param.stride(0),
-        stride_pd=param.stride(1),
+        extra=_matrix(extra),
+        extra_flag_ptr=extra_flag,
+        param=_matrix(param),
         PROJECT=project,
-        BLOCK_E=config["BLOCK_E"],
-        BLOCK_D=block_d,
-        num_warps=max(1, block_d // config["D_PER_WARP"]),
+        **row_config(table, vectors),
         **others,
     )
-    keep_for_this_stream(*entries[:7])
+    keep_for_this_stream(*entries[:5], extra, extra_flag)
 
 
 def grad_norms(
@@ -277,7 +242,7 @@ def grad_norms(
     """
     norms = torch.empty(param.shape[0], dtype=torch.float32, device=param.device)
     operands = (by_feature, weights, vectors, extra, extra_flag)
-    _launch(param, _grad_norms_kernel, "grad_norms", *operands, project, norms_ptr=norms)
+    _launch(param, _grad_norms_kernel, "feature_sums", *operands, project, norms_ptr=norms)
     return norms
 
 
@@ -330,8 +295,15 @@ def adam_rows(
         raise ValueError(f"exp_avg: expected None exactly where beta1 is 0, got beta1 = {beta1}")
     if last_step is not None and beta1 != 0:
         raise ValueError(f"last_step: expected beta1 = 0, for otherwise every row moves in every step, got {beta1}")
-    stride_ms, stride_md = _strides(exp_avg)
-    stride_cs, stride_cd = _strides(copy)
+    numbers = Step(
+        size=lr / (1 - beta1**step),
+        beta1_rest=1 - beta1,
+        beta2=beta2,
+        beta2_rest=1 - beta2,
+        log2_beta2=math.log2(max(beta2, 1e-30)),  # beta2 = 0 forgets all of v, however little this leaves of it
+        root2=math.sqrt(1 - beta2**step),
+        eps=eps,
+    )
     _launch(
         param,
         _adam_rows_kernel,
@@ -343,24 +315,11 @@ def adam_rows(
         extra_flag,
         project,
         scale_ptr=scale,
-        exp_avg_ptr=exp_avg,
-        exp_avg_sq_ptr=exp_avg_sq,
+        exp_avg=_matrix(exp_avg),
+        exp_avg_sq=_matrix(exp_avg_sq),
         last_step_ptr=last_step,
-        copy_ptr=copy,
-        step_size=lr / (1 - beta1**step),
-        beta1_rest=1 - beta1,
-        beta2=beta2,
-        beta2_rest=1 - beta2,
-        log2_beta2=math.log2(max(beta2, 1e-30)),  # beta2 = 0 forgets all of v, however little this leaves of it
-        root2=math.sqrt(1 - beta2**step),
-        eps=eps,
-        step=step,
-        stride_ms=stride_ms,
-        stride_md=stride_md,
-        stride_qs=exp_avg_sq.stride(0),
-        stride_qd=exp_avg_sq.stride(1),
-        stride_cs=stride_cs,
-        stride_cd=stride_cd,
+        copy=_matrix(copy),
+        step=numbers,
+        number=step,
         UNIT_NORM=unit_norm,
-        EVEN=param.shape[1] % 16 == 0,
     )

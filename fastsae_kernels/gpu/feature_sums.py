@@ -18,8 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels.gpu.config import launch_config, on_device
-from fastsae_kernels.gpu.tiles import gather_sum
+from fastsae_kernels.gpu.config import LaunchConfig, launch_config, on_device
+from fastsae_kernels.gpu.tiles import (
+    MAX_DEPTH,
+    Matrix,
+    columns_of_pieces,
+    matrix_of,
+    pieces_of,
+    read_row,
+    write_row,
+)
 from fastsae_kernels.types import SparseActs
 
 
@@ -72,65 +80,78 @@ def token_of(entry, tokens_ptr, row_length, mask):
         return (entry.to(tl.int32) // row_length).to(tl.int64)
 
 
+class Entries(NamedTuple):
+    """What each feature sums; a kernel sees pointers in place of tensors."""
+
+    offsets: Tensor  # [S + 1] int64
+    order: Tensor  # [nnz] int64: entries by feature, then token
+    tokens: Tensor | None  # [nnz] int64: token of each entry; None: entry // row_length
+    weights: Tensor  # [nnz]
+    vectors: Tensor  # [B, D]
+    row_length: int
+    depth: int  # D
+    stride_vb: int
+    stride_vd: int
+
+
+def entries_of(by_feature: FeatureOrder, weights: Tensor, vectors: Tensor) -> Entries:
+    """The entries by feature with their weights (`[nnz]`, before ordering) and what they weigh (`[N, D]`)."""
+    return Entries(
+        *by_feature[:3], weights.contiguous(), vectors, by_feature.row_length, vectors.shape[1], *vectors.stride()
+    )
+
+
+def row_config(kernel: str, vectors: Tensor) -> LaunchConfig:
+    """The launch parameters of a kernel whose programs hold a whole row, or `MAX_DEPTH` of its columns, in two pieces."""
+    depth = vectors.shape[1]
+    config = launch_config(kernel, vectors, odd=depth % 16 != 0)
+    block_1, block_2 = pieces_of(min(depth, MAX_DEPTH))
+    return {
+        "BLOCK_E": config["BLOCK_E"],
+        "BLOCK_1": block_1,
+        "BLOCK_2": block_2,
+        "num_warps": triton.next_power_of_2(triton.cdiv(block_1 + block_2, config["D_PER_WARP"])),
+    }
+
+
 @triton.jit
-def feature_sum(
-    start,  # of the feature's entries
-    count,
-    order_ptr,  # [nnz] int64: entries by feature, then token
-    tokens_ptr,  # [nnz] int64: token of each entry; None: entry // row_length
-    weights_ptr,  # [nnz]
-    vectors_ptr,  # [B, D]
-    row_length,
-    stride_vb,
-    stride_vd,
-    offs_d,
-    depth,  # D
-    BLOCK_E: tl.constexpr,  # entries gathered at a time
-    BLOCK_D: tl.constexpr,
-):
-    """`[BLOCK_D]` fp32: the sum of weight * vector over a feature's entries, at some columns."""
-    acc = tl.zeros((BLOCK_D,), dtype=tl.float32)
+def feature_sum(entries, start, count, columns_1, columns_2, BLOCK_E: tl.constexpr):
+    """The sum of weight * vector over a feature's entries, fp32, at both pieces of a row."""
+    sum_1 = tl.zeros_like(columns_1).to(tl.float32)
+    sum_2 = tl.zeros_like(columns_2).to(tl.float32)
     for first in range(0, count, BLOCK_E):
-        offs_e = first + tl.arange(0, BLOCK_E)
-        mask_e = offs_e < count
-        entry = tl.load(order_ptr + start + offs_e, mask=mask_e, other=0)
-        token = token_of(entry, tokens_ptr, row_length, mask_e)
-        weight = tl.load(weights_ptr + entry, mask=mask_e, other=0.0).to(tl.float32)
-        acc += gather_sum(weight, vectors_ptr, token, stride_vb, stride_vd, offs_d, depth)
-    return acc
+        # one by one, an entry's weight and address are numbers of the whole program; its gathers are under way together
+        for i in tl.static_range(BLOCK_E):
+            exists = first + i < count
+            entry = tl.load(entries.order + start + first + i, mask=exists, other=0)
+            token = token_of(entry, entries.tokens, entries.row_length, exists)
+            weight = tl.load(entries.weights + entry, mask=exists, other=0.0).to(tl.float32)
+            vectors = Matrix(entries.vectors, entries.stride_vb, entries.stride_vd)
+            vector_1, vector_2 = read_row(
+                vectors, token, columns_1, columns_2, tl.where(weight != 0.0, entries.depth, 0)
+            )
+            sum_1 += weight * vector_1
+            sum_2 += weight * vector_2
+    return sum_1, sum_2
 
 
 @triton.jit
 def _feature_sums_kernel(
-    # inputs
-    feature_offsets_ptr,  # [S + 1] int64
-    order_ptr,  # [nnz] int64
-    tokens_ptr,  # [nnz] int64 or None
-    weights_ptr,  # [nnz]
-    vectors_ptr,  # [B, D]
-    # output
-    sums_ptr,  # [S, D]
-    # sizes and strides
-    row_length,
-    depth,  # D
-    stride_vb,
-    stride_vd,
-    stride_os,
-    stride_od,
+    entries,  # Entries
+    sums,  # Matrix [S, D], output
     BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_1: tl.constexpr,
+    BLOCK_2: tl.constexpr,
 ):
-    """Program (j, i) owns columns i * BLOCK_D .. of feature j's sum."""
+    """Program (j, i) owns the i-th part of feature j's sum."""
     feature = tl.program_id(0).to(tl.int64)
-    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
-    start = tl.load(feature_offsets_ptr + feature)
-    count = (tl.load(feature_offsets_ptr + feature + 1) - start).to(tl.int32)
-    acc = feature_sum(
-        start, count, order_ptr, tokens_ptr, weights_ptr, vectors_ptr, row_length, stride_vb, stride_vd, offs_d, depth,
-        BLOCK_E, BLOCK_D,
-    )  # fmt: skip
-    out_ptrs = sums_ptr + feature * stride_os + offs_d * stride_od
-    tl.store(out_ptrs, acc.to(sums_ptr.dtype.element_ty), mask=offs_d < depth)
+    columns_1, columns_2 = columns_of_pieces(BLOCK_1, BLOCK_2)
+    columns_1 += tl.program_id(1) * (BLOCK_1 + BLOCK_2)
+    columns_2 += tl.program_id(1) * (BLOCK_1 + BLOCK_2)
+    start = tl.load(entries.offsets + feature)
+    count = (tl.load(entries.offsets + feature + 1) - start).to(tl.int32)
+    sum_1, sum_2 = feature_sum(entries, start, count, columns_1, columns_2, BLOCK_E)
+    write_row(sums, feature, columns_1, columns_2, entries.depth, sum_1, sum_2)
 
 
 @on_device
@@ -143,20 +164,7 @@ def feature_sums(by_feature: FeatureOrder, weights: Tensor, vectors: Tensor, sum
         vectors: `[N, D]`, any strides.
         sums: `[d_sae, D]`, any strides.
     """
-    d_sae, depth = sums.shape
-    config = launch_config("feature_sums", vectors)
-    _feature_sums_kernel[(d_sae, triton.cdiv(depth, config["BLOCK_D"]))](
-        feature_offsets_ptr=by_feature.offsets,
-        order_ptr=by_feature.order,
-        tokens_ptr=by_feature.tokens,
-        weights_ptr=weights.contiguous(),
-        vectors_ptr=vectors,
-        sums_ptr=sums,
-        row_length=by_feature.row_length,
-        depth=depth,
-        stride_vb=vectors.stride(0),
-        stride_vd=vectors.stride(1),
-        stride_os=sums.stride(0),
-        stride_od=sums.stride(1),
-        **config,
+    (d_sae, depth), config = sums.shape, row_config("feature_sums", vectors)
+    _feature_sums_kernel[(d_sae, triton.cdiv(depth, config["BLOCK_1"] + config["BLOCK_2"]))](
+        entries=entries_of(by_feature, weights, vectors), sums=matrix_of(sums), **config
     )

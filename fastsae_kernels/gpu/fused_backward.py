@@ -31,32 +31,19 @@ from torch import Tensor
 from fastsae_kernels.gpu.config import launch_config
 from fastsae_kernels.gpu.feature_chunks import join_chunks, plan_chunks, program_entries
 from fastsae_kernels.gpu.feature_sums import FeatureOrder, token_of
-from fastsae_kernels.gpu.tiles import MAX_DEPTH, gate_gradients, gather_rows, store_row
+from fastsae_kernels.gpu.tiles import (
+    MAX_DEPTH,
+    columns_of_pieces,
+    gate_gradients,
+    gather_pieces,
+    gather_rows,
+    pieces_of,
+    store_pieces,
+)
 from fastsae_kernels.types import AutoencodeSpec
 
 # columns of a row longer than MAX_DEPTH that are multiplied at a time
 LONG_ROW_BLOCK = 2048
-
-
-@triton.jit
-def _columns(BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr):
-    """The columns of a row's two pieces."""
-    return tl.arange(0, BLOCK_1).to(tl.int64), BLOCK_1 + tl.arange(0, BLOCK_2).to(tl.int64)
-
-
-@triton.jit
-def _gather_pieces(ptr, rows, stride_b, stride_d, columns_1, columns_2, depth, used):
-    """Both pieces of some rows, `[BLOCK_E, BLOCK_1]` and `[BLOCK_E, BLOCK_2]` fp32."""
-    piece_1 = gather_rows(ptr, rows, stride_b, stride_d, columns_1, depth, used)
-    piece_2 = gather_rows(ptr, rows, stride_b, stride_d, columns_2, depth, used)
-    return piece_1, piece_2
-
-
-@triton.jit
-def _store_pieces(ptr, row, columns_1, columns_2, depth, piece_1, piece_2):
-    """Both pieces of one row of a contiguous matrix, in its dtype."""
-    store_row(ptr, row, columns_1, depth, piece_1)
-    store_row(ptr, row, columns_2, depth, piece_2)
 
 
 @triton.jit
@@ -142,8 +129,8 @@ def _fused_backward_kernel(
     if count < 0:
         return
 
-    o_1, o_2 = _columns(BLOCK_O1, BLOCK_O2)
-    i_1, i_2 = _columns(BLOCK_I1, BLOCK_I2)
+    o_1, o_2 = columns_of_pieces(BLOCK_O1, BLOCK_O2)
+    i_1, i_2 = columns_of_pieces(BLOCK_I1, BLOCK_I2)
     w_row = W_dec_ptr + feature * stride_ws
     if not LONG:
         # a feature without entries needs no decoder row
@@ -172,10 +159,10 @@ def _fused_backward_kernel(
         window = mask_e & ((value == 0.0) | (tl.abs(value - threshold) < half_bandwidth))
         # every gather stands ahead of the product, which decides the weight of x: all are on their way at once
         if not LONG:
-            g_1, g_2 = _gather_pieces(grad_out_ptr, token, stride_gb, stride_gd, o_1, o_2, d_out, mask_e)
+            g_1, g_2 = gather_pieces(grad_out_ptr, token, stride_gb, stride_gd, o_1, o_2, d_out, mask_e)
         if x_ptr is not None:
             used = active | window if STE_TO_INPUT else active
-            x_1, x_2 = _gather_pieces(x_ptr, token, stride_xb, stride_xd, i_1, i_2, d_in, used)
+            x_1, x_2 = gather_pieces(x_ptr, token, stride_xb, stride_xd, i_1, i_2, d_in, used)
         grad_penalty = tl.load(grad_penalty_ptr + token * stride_penalty, mask=mask_e, other=0.0)
         row_scale = tl.full((BLOCK_E,), 1.0, tl.float32)
         if row_scale_ptr is not None:
@@ -213,18 +200,18 @@ def _fused_backward_kernel(
         if pid < n_slots:
             slot = pid.to(tl.int64)
             if grad_W_dec_ptr is not None:
-                _store_pieces(slots_dec_ptr, slot, o_1, o_2, d_out, dec_1, dec_2)
+                store_pieces(slots_dec_ptr, slot, o_1, o_2, d_out, dec_1, dec_2)
             if x_ptr is not None:
-                _store_pieces(slots_enc_ptr, slot, i_1, i_2, d_in, enc_1, enc_2)
+                store_pieces(slots_enc_ptr, slot, i_1, i_2, d_in, enc_1, enc_2)
             tl.store(slots_scalar_ptr + slot, b_enc)
             tl.store(slots_scalar_ptr + n_slots + slot, threshold_total)
             if grad_scale_ptr is not None:
                 tl.store(slots_scalar_ptr + 2 * n_slots + slot, scale_total)
             return
     if grad_W_dec_ptr is not None:
-        _store_pieces(grad_W_dec_ptr, feature, o_1, o_2, d_out, dec_1, dec_2)
+        store_pieces(grad_W_dec_ptr, feature, o_1, o_2, d_out, dec_1, dec_2)
     if x_ptr is not None:
-        _store_pieces(grad_W_enc_ptr, feature, i_1, i_2, d_in, enc_1, enc_2)
+        store_pieces(grad_W_enc_ptr, feature, i_1, i_2, d_in, enc_1, enc_2)
     tl.store(grad_b_enc_ptr + feature, b_enc)
     tl.store(grad_threshold_ptr + feature, threshold_total)
     if grad_scale_ptr is not None:
@@ -240,12 +227,6 @@ class FeatureGradients(NamedTuple):
     b_enc: Tensor  # [S] fp32
     threshold: Tensor  # [S] fp32
     scale: Tensor | None  # [S] fp32
-
-
-def _pieces(depth: int) -> tuple[int, int]:
-    """A row as two powers of two that leave few lanes idle: 2304 is 2048 and 256, 1024 is twice 512."""
-    first = max(triton.next_power_of_2(depth) // 2, 1)
-    return first, triton.next_power_of_2(max(depth - first, 1))
 
 
 def fused_backward(
@@ -296,7 +277,7 @@ def fused_backward(
     }
     chunks = plan.arguments(d_in if x is not None else 0, d_out if with_W_dec else 0)
     is_long = d_out > MAX_DEPTH
-    blocks_i, blocks_o = _pieces(d_in), (LONG_ROW_BLOCK, 1) if is_long else _pieces(d_out)
+    blocks_i, blocks_o = pieces_of(d_in), (LONG_ROW_BLOCK, 1) if is_long else pieces_of(d_out)
     lanes = max(sum(blocks_i) if x is not None else 1, sum(blocks_o))
     _fused_backward_kernel[(plan.n_slots + d_sae,)](
         feature_offsets_ptr=by_feature.offsets,

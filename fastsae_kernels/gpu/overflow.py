@@ -115,6 +115,7 @@ def _overflow_rows_kernel(
     outputs,  # RowOutputs
     l0_ptr,  # [B] int64, added to, forward
     feature_counts_ptr,  # [S] int64, added to, forward
+    BACKWARD: tl.constexpr,
     PENALTY: tl.constexpr,
     STE_TO_INPUT: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -140,7 +141,8 @@ def _overflow_rows_kernel(
         for start in range(first, tl.minimum(first + tiles * BLOCK_S, operands.d_sae), BLOCK_S):
             offs_s = start + tl.arange(0, BLOCK_S)
             acts, active, grad_hidden_pre, _threshold_terms, penalty_shares = gated_tile(
-                operands, upstream, rows, mask_r, offs_s, PENALTY, STE_TO_INPUT, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D
+                operands, upstream, rows, mask_r, offs_s, BACKWARD, PENALTY, STE_TO_INPUT,
+                BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
             )  # fmt: skip
             if outputs.penalty is not None:
                 penalty += tl.sum(penalty_shares, 1)
@@ -148,7 +150,7 @@ def _overflow_rows_kernel(
                 firings = tl.sum(active.to(tl.int32), 0)
                 tl.atomic_add(feature_counts_ptr + offs_s, firings, mask=firings > 0, sem="relaxed")
             add_product(
-                acts if upstream is None else grad_hidden_pre, outputs.W_out, offs_s, offs_s < operands.d_sae,
+                grad_hidden_pre if BACKWARD else acts, outputs.W_out, offs_s, offs_s < operands.d_sae,
                 outputs.stride_os, outputs.stride_od, outputs.d_out, sum_ptr, tl.where(start > first, outputs.d_out, 0),
                 None, None, None, 0, BLOCK_O,
             )  # fmt: skip
@@ -221,7 +223,8 @@ def _overflow_features_kernel(
             mask_r = offs_r < n_rows
             rows = tl.load(operands.rows + offs_r % n_rows)
             acts, _active, grad_hidden_pre, threshold_terms, scale_terms = gated_tile(
-                operands, upstream, rows, mask_r, offs_s, PENALTY, STE_TO_INPUT, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D
+                operands, upstream, rows, mask_r, offs_s, True, PENALTY, STE_TO_INPUT,
+                BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
             )  # fmt: skip
             is_last = first + BLOCK_B >= n_rows
             add_product(
@@ -291,6 +294,7 @@ def overflow_rows(
         outputs=outputs,
         l0_ptr=l0,
         feature_counts_ptr=feature_counts,
+        BACKWARD=grads is not None,
         PENALTY=spec.penalty,
         STE_TO_INPUT=spec.ste_to_input,
         PROGRAMS=SCRATCH_PROGRAMS,

@@ -94,13 +94,13 @@ def tile_config(kernel: str, like: Tensor, *depths: int) -> LaunchConfig:
 
 @triton.jit
 def gated_tile(
-    operands, upstream, rows, mask_r, offs_s, PENALTY: tl.constexpr, STE_TO_INPUT: tl.constexpr,
+    operands, upstream, rows, mask_r, offs_s, BACKWARD: tl.constexpr, PENALTY: tl.constexpr, STE_TO_INPUT: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
     """`(acts, active, grad_hidden_pre, threshold_terms, other)` of some rows and features, 0 outside of them.
 
-    `other` is each entry's share of the penalty, or with `upstream` that of the scale's gradient; `acts` are then weighted
-    by the row's scale. Without `upstream` there are no gradients, and acts stand in their place.
+    `other` is each entry's share of the penalty, or backward that of the scale's gradient; `acts` are then weighted by the
+    row's scale. Forward `upstream` is None and there are no gradients: acts stand in their place.
     """
     columns = offs_s % operands.d_sae
     inside = mask_r[:, None] & (offs_s < operands.d_sae)[None, :]
@@ -117,7 +117,8 @@ def gated_tile(
     scale = tl.full((1, BLOCK_S), 1.0, tl.float32)
     if operands.scale is not None:
         scale = tl.load(operands.scale + columns).to(tl.float32)[None, :]
-    if upstream is None:
+    # a flag, for Triton 3.6 cannot compare a tuple with None where a field of it is None
+    if not BACKWARD:
         return acts, active, acts, acts, penalty_terms(acts, active, scale, operands.tanh_scale, PENALTY)
     else:
         grad_acts = tile_product(

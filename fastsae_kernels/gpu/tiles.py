@@ -7,8 +7,11 @@ formulas of `reference.autoencode` stand here once.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # the longest row that one program can hold in its registers: 16 elements of each of 512 threads
 MAX_DEPTH = 8192
@@ -77,6 +80,64 @@ def gather_sum(weight, ptr, rows, stride_b, stride_d, offs_d, depth):
 def store_row(ptr, row, offs_d, depth, values):
     """Columns of one row of a contiguous matrix, in its dtype."""
     tl.store(ptr + row * depth + offs_d, values.to(ptr.dtype.element_ty), mask=offs_d < depth)
+
+
+def pieces_of(depth: int) -> tuple[int, int]:
+    """A row as two powers of two that leave few lanes idle: 2304 is 2048 and 256, 1024 is twice 512."""
+    first = max(triton.next_power_of_2(depth) // 2, 1)
+    return first, triton.next_power_of_2(max(depth - first, 1))
+
+
+@triton.jit
+def columns_of_pieces(BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr):
+    """The columns of a row's two pieces."""
+    return tl.arange(0, BLOCK_1).to(tl.int64), BLOCK_1 + tl.arange(0, BLOCK_2).to(tl.int64)
+
+
+class Matrix(NamedTuple):
+    """A matrix of any strides; a kernel sees a pointer in place of the tensor."""
+
+    rows: Tensor
+    stride_row: int
+    stride_column: int
+
+
+def matrix_of(rows: Tensor) -> Matrix:
+    """The matrix with its strides."""
+    return Matrix(rows, *rows.stride())
+
+
+@triton.jit
+def read_row(matrix, row, columns_1, columns_2, depth):
+    """Both pieces of a row, fp32; zero from `depth` on."""
+    ptrs = matrix.rows + row * matrix.stride_row
+    piece_1 = tl.load(ptrs + columns_1 * matrix.stride_column, mask=columns_1 < depth, other=0.0)
+    piece_2 = tl.load(ptrs + columns_2 * matrix.stride_column, mask=columns_2 < depth, other=0.0)
+    return piece_1.to(tl.float32), piece_2.to(tl.float32)
+
+
+@triton.jit
+def write_row(matrix, row, columns_1, columns_2, depth, piece_1, piece_2):
+    """Both pieces of a row, in the matrix's dtype."""
+    ptrs = matrix.rows + row * matrix.stride_row
+    dtype = matrix.rows.dtype.element_ty
+    tl.store(ptrs + columns_1 * matrix.stride_column, piece_1.to(dtype), mask=columns_1 < depth)
+    tl.store(ptrs + columns_2 * matrix.stride_column, piece_2.to(dtype), mask=columns_2 < depth)
+
+
+@triton.jit
+def gather_pieces(ptr, rows, stride_b, stride_d, columns_1, columns_2, depth, used):
+    """Both pieces of some rows, `[BLOCK_E, BLOCK_1]` and `[BLOCK_E, BLOCK_2]` fp32."""
+    piece_1 = gather_rows(ptr, rows, stride_b, stride_d, columns_1, depth, used)
+    piece_2 = gather_rows(ptr, rows, stride_b, stride_d, columns_2, depth, used)
+    return piece_1, piece_2
+
+
+@triton.jit
+def store_pieces(ptr, row, columns_1, columns_2, depth, piece_1, piece_2):
+    """Both pieces of one row of a contiguous matrix, in its dtype."""
+    store_row(ptr, row, columns_1, depth, piece_1)
+    store_row(ptr, row, columns_2, depth, piece_2)
 
 
 @triton.jit

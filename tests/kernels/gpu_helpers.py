@@ -52,11 +52,10 @@ FEW_PROGRAMS = {
     "batch_again": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "GROUP_B": 2},
     "decode": {"BLOCK_E": 64, "BLOCK_D": 32},
     "row_stats": {"BLOCK_E": 64},
-    "feature_sums": {"BLOCK_E": 16, "BLOCK_D": 32},
+    "feature_sums": {"BLOCK_E": 1, "D_PER_WARP": 512},
     "fused_backward": {"BLOCK_E": 16, "D_PER_WARP": 512, "CHUNK": 6},
     "join_chunks": {"BLOCK_C": 2, "BLOCK_D": 32},
-    "adam_rows": {"BLOCK_E": 4, "D_PER_WARP": 512},
-    "grad_norms": {"BLOCK_E": 4, "D_PER_WARP": 512},
+    "adam_rows": {"BLOCK_E": 1, "D_PER_WARP": 512},
     "overflow_rows": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "BLOCK_O": 32},
     "overflow_features": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "BLOCK_O": 32},
 }

@@ -61,8 +61,8 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     divide, root = loose(np.divide), loose(np.sqrt)
     monkeypatch.setattr(InterpreterBuilder, "create_fdiv", lambda self, a, b: self.binary_op(a, b, divide))
     monkeypatch.setattr(InterpreterBuilder, "create_sqrt", lambda self, a: self.unary_op(a, root))
-    tiles = {"BLOCK_E": 4, "D_PER_WARP": 512}
-    with config.override({name: {"16": tiles, "32": tiles} for name in ("adam_rows", "grad_norms")}):
+    tiles = {"BLOCK_E": 2, "D_PER_WARP": 512}
+    with config.override({name: {"16": tiles, "32": tiles} for name in ("adam_rows", "feature_sums")}):
         yield
 
 

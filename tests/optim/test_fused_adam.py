@@ -251,7 +251,7 @@ def on_kernels(capacity: int, overflowed: list[int]) -> Iterator[None]:
         overflowed.append(int(arguments[6]))
         return gpu_share(*arguments)
 
-    rows_of = {name: {"BLOCK_E": 4, "D_PER_WARP": 512} for name in ("adam_rows", "grad_norms")}
+    rows_of = {name: {"BLOCK_E": 1, "D_PER_WARP": 512} for name in ("adam_rows", "feature_sums")}
     table = {name: {"16": tiles, "32": tiles} for name, tiles in (FEW_PROGRAMS | rows_of).items()}
     with (
         mock.patch.object(autoencode, "gpu_share", counted),

@@ -250,7 +250,7 @@ def small_tiles() -> Any:
     """Tiles that Triton's interpreter gets through in time."""
     from fastsae_kernels.gpu import config
 
-    rows = {name: {"BLOCK_E": 4, "D_PER_WARP": 512} for name in ("adam_rows", "grad_norms")}
+    rows = {name: {"BLOCK_E": 1, "D_PER_WARP": 512} for name in ("adam_rows", "feature_sums")}
     table = {name: {"16": row, "32": row} for name, row in (FEW_PROGRAMS | rows).items()}
     return contextlib.nullcontext() if DEVICE != "cpu" else Reused(lambda: config.override(table))
 
