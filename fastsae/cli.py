@@ -252,7 +252,7 @@ def command_evaluate(arguments: argparse.Namespace) -> None:
     else:
         missing = [f"--{name}" for name in ("model", "dataset", "layer") if name not in given]
         if missing:
-            raise UsageError(f"{arguments.path} has no {CONFIG_FILE} that names its data; give {', '.join(missing)}")
+            raise UsageError(f"{folder} has no {CONFIG_FILE} that names its data; give {', '.join(missing)}")
         config = TrainConfig(**given)
     result = evaluate_folder(folder, config, progress=not arguments.quiet)
     if arguments.json:
