@@ -268,6 +268,12 @@ class TrainConfig:
         None, "running", "seed of the order of the dialogues and of the batches alone (default: --seed)", ANY_WHOLE
     )
     log_every: int = option(25, "running", "number of steps between two points of the training curves", COUNT)
+    log: Literal["wandb", "tensorboard"] | None = option(
+        None,
+        "running",
+        "logger that gets the training curves as the run goes, beside metrics.jsonl; its package must be installed (default: "
+        "none)",
+    )
     checkpoint_every: int = option(
         500, "running", "number of steps between two checkpoints; 0 writes none", (0, 10**12)
     )

@@ -18,12 +18,22 @@ from fastsae.fields import Fields, read_json
 from fastsae.sae import files
 from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig, field_names
+from fastsae.train.curves import CURVES_FILE
 from fastsae.version import __version__
 
 CONFIG_FILE, METRICS_FILE, REPORT_FILE = "config.json", "metrics.json", "report.html"
 SAES_FILE = "saes.json"  # names of the SAEs of a run that trains several
 MAY_MOVE = ("model", "dataset", "text", "activations", "device")  # options that a resumed run may find elsewhere
-FILES = (CONFIG_FILE, METRICS_FILE, REPORT_FILE, SAES_FILE, files.CONFIG_FILE, files.WEIGHTS_FILE, files.SPARSITY_FILE)
+FILES = (
+    CONFIG_FILE,
+    METRICS_FILE,
+    REPORT_FILE,
+    SAES_FILE,
+    CURVES_FILE,
+    files.CONFIG_FILE,
+    files.WEIGHTS_FILE,
+    files.SPARSITY_FILE,
+)
 
 
 def prepare(output: Path, *, resume: bool) -> None:

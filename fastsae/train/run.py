@@ -22,6 +22,7 @@ from fastsae.interrupt import Interrupted
 from fastsae.sae import SparseAutoencoder, files
 from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig
+from fastsae.train.curves import Curves, check_loggers
 from fastsae.train.folder import (
     METRICS_FILE,
     REPORT_FILE,
@@ -54,8 +55,8 @@ def train(
     """Trains, evaluates and saves an SAE; returns the metrics.
 
     Writes to `output`: SAELens' `cfg.json`, `sae_weights.safetensors` and `sparsity.safetensors`, `config.json`,
-    `metrics.json`, `report.html`, and, while it runs, a checkpoint. Nothing is written before model, data and options are
-    known to fit.
+    `metrics.json`, `report.html`, and, while it runs, `metrics.jsonl` with the curves and a checkpoint. Nothing is written
+    before model, data and options are known to fit.
 
     Args:
         config: The run.
@@ -125,6 +126,7 @@ def _train(
 ) -> dict[str, dict[str, Any]]:
     started = time.perf_counter()
     configs = {name: _located(config) for name, config in configs.items()}
+    check_loggers(configs.values())
     if resume:
         configs = {name: resumed_config(output / name, config) for name, config in configs.items()}
     prepare(output, resume=resume)
@@ -148,7 +150,12 @@ def _train(
     def seconds() -> float:
         return seconds_before + time.perf_counter() - started
 
-    session.train(lambda: session.save(output, seconds()))
+    history = {name: trainer.history for name, trainer in session.trainers.items()}
+    curves = Curves({name: output / name for name in configs}, configs, history)
+    try:
+        session.train(lambda: session.save(output, seconds()), curves.add)
+    finally:
+        curves.close()
     session.calibrate()
     metrics = {name: _finish(output / name, session, name, seconds, progress) for name in session.trainers}
     if "" not in configs:

@@ -22,13 +22,13 @@ from fastsae.interrupt import Interrupted, Postponed
 from fastsae.train import checkpoint
 from fastsae.train.caching import open_cache
 from fastsae.train.config import TrainConfig
+from fastsae.train.curves import Row
 from fastsae.train.folder import kept_options
 from fastsae.train.initialize import SAMPLE
 from fastsae.train.pipeline import Pipeline
 from fastsae.train.saved_state import check_buffer, check_options, check_stream, check_trainer
 from fastsae.train.trainer import Trainer, build_sae
 
-Row = dict[str, float | None]
 logger = logging.getLogger(__name__)
 
 
@@ -111,8 +111,12 @@ class Session:
         for trainer in self.trainers.values():
             trainer.initialize(self.buffers[_layer(trainer.config)].sample(SAMPLE))
 
-    def train(self, save: Callable[[], None]) -> None:
-        """Trains to the last step; calls `save` where a checkpoint is due, and before a signal ends the run.
+    def train(self, save: Callable[[], None], on_rows: Callable[[dict[str, Row]], object]) -> None:
+        """Trains to the last step.
+
+        Args:
+            save: Is called where a checkpoint is due, and before a signal ends the run.
+            on_rows: Gets new points of the SAEs' curves, by name.
 
         Raises:
             Interrupted: By a signal.
@@ -120,7 +124,7 @@ class Session:
         """
         with self.postponed:
             try:
-                self._train(save)
+                self._train(save, on_rows)
                 self.postponed.check()
             except Interrupted:
                 if self.common.checkpoint_every:
@@ -128,7 +132,7 @@ class Session:
                 raise
         self._drop_what_is_not_finite()
 
-    def _train(self, save: Callable[[], None]) -> None:
+    def _train(self, save: Callable[[], None], on_rows: Callable[[dict[str, Row]], object]) -> None:
         steps, size = self.common.steps, self.common.batch_size
         for trainer in self.trainers.values():
             trainer.start_clock()
@@ -138,10 +142,11 @@ class Session:
         ) as advance:  # rarely called
             while self.step < steps:
                 self._serve()
-                rows = [row for name in list(self.trainers) if (row := self._advance(name)) is not None]
+                rows = {name: row for name in list(self.trainers) if (row := self._advance(name)) is not None}
                 if rows:
+                    on_rows(rows)
                     n_new, done = self.step * size - done, self.step * size
-                    advance(n_new, **_beside(rows))
+                    advance(n_new, **_beside(list(rows.values())))
                 if next(iter(self.trainers.values())).checkpoint_is_due:
                     save()
                 self.postponed.check()  # between two steps

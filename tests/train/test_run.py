@@ -81,6 +81,7 @@ def test_run_leaves_what_it_promises(config: TrainConfig, tmp_path: Path) -> Non
         "sparsity.safetensors",
         "config.json",
         "metrics.json",
+        "metrics.jsonl",
         "report.html",
     }
     metrics = json.loads((output / "metrics.json").read_text())
