@@ -210,7 +210,7 @@ def peers_table(result: Result, shape: str | None = None, titles: Iterable[str] 
             group = result.groups[baseline.group]
             after, adam = (provider_of(group, name) for name in (ACCELERATED, WITH_OPTIMIZER))
             lines.append([PEER_COLUMNS[title](baseline, after, adam) for title in titles])
-    return table(list(titles), lines)
+    return table(list(titles), lines, 2 if "shape" in titles else 1)
 
 
 def faster_by_default(row: Row | None, other: Row) -> float | None:
