@@ -22,9 +22,10 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         exec(compile(block, f"README.md, python block {number}", "exec"), names)
 
 
-def test_both_sides_of_the_diff_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [0, 1])
+def test_both_sides_of_a_diff_give_the_same(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sae_lens", reason="sae-lens is not installed (pip install sae-lens)")
-    (diff,) = re.findall(r"```diff\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    diff = re.findall(r"```diff\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)[number]
     monkeypatch.chdir(tmp_path)
     sae = FusedJumpReLUSAE(16, 64)
     sae.b_enc.data.uniform_(-0.1, 0.1)
