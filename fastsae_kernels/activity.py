@@ -10,6 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from fastsae_kernels.memory import Spare
 from fastsae_kernels.types import Capacity
 
 # Share of entries above which a gather costs more than the product that it replaces. CPU: forward and backward, forced to
@@ -40,6 +41,7 @@ class ActivityHint:
     def __init__(self) -> None:
         self.mean: float | None = None
         self.largest: int | None = None
+        self.spares = (Spare(), Spare())  # the memory of the last gradients of W_enc and W_dec, once they are gone
         self.plan: Capacity = DENSE  # the capacity in a compiled graph, which is compiled again where this changes
         self._pending: tuple[Tensor, torch.cuda.Event, torch.device] | None = None
         self._register()

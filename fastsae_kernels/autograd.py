@@ -38,7 +38,7 @@ class _Autoencode(torch.autograd.Function):
         dtype = inputs.x.dtype  # under autocast that of the products
         inputs = inputs._replace(W_enc=narrowed(inputs.W_enc, dtype), W_dec=narrowed(inputs.W_dec, dtype))
         name, capacity = choose(inputs, ctx.spec, hint)
-        ctx.backend = backend_module(name)
+        ctx.backend, ctx.spares = backend_module(name), None if hint is None else hint.spares
         output, kept = ctx.backend.forward(inputs, ctx.spec, capacity, keeps_dense)
         if hint is not None and kept.listed is not None:
             hint.update(kept.listed, inputs.d_sae)
@@ -65,7 +65,7 @@ class _Autoencode(torch.autograd.Function):
             asked[4] &= collected.matrices[1].requires_grad
         # at least that of x: a bf16 number of x may be too large for weights in fp16
         weight_dtype = torch.promote_types(torch.promote_types(ctx.dtypes[1], ctx.dtypes[4]), inputs.x.dtype)
-        needs = AutoencodeNeeds(x=asked[0], W_enc=asked[1], W_dec=asked[4], weight_dtype=weight_dtype)
+        needs = AutoencodeNeeds(asked[0], asked[1], asked[4], weight_dtype, ctx.spares)
         grads = output_grads(inputs, residual, grad_out, grad_penalty, others[-1])
         results = ctx.backend.backward(inputs, kept, ctx.spec, grads, needs, collected)
         pairs = zip(results, ctx.dtypes[:7], strict=True)

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastsae_kernels.memory import is_large, zeros
+from fastsae_kernels.memory import Spare, is_large, zeros
 
 BLOCK_ELEMENTS = 2**19  # the sums of one block take 2 MB, which stay in cache on their way to a large array
 LONGEST_SUM = 256  # entries that are added up one by one; more of them would lose digits, so they are added in pieces
 
 
-def gather_sum(offsets: Tensor, indices: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
+def gather_sum(offsets: Tensor, indices: Tensor, weights: Tensor, rows: Tensor, spare: Spare | None = None) -> Tensor:
     """`out[i] = sum of weights[e] * rows[indices[e]]` over the entries e of segment i, `[n_segments, d]`.
 
-    `rows` must be contiguous for speed; accumulates in fp32 for every dtype.
+    `rows` must be contiguous for speed; accumulates in fp32 for every dtype. A large result lies in the memory of `spare`.
     """
     shape = (offsets.numel() - 1, rows.shape[1])
     weights = weights.to(rows.dtype)
@@ -24,7 +24,7 @@ def gather_sum(offsets: Tensor, indices: Tensor, weights: Tensor, rows: Tensor) 
         return zeros(shape, rows.dtype)
     if not is_large(shape, rows.dtype):
         return _sums(offsets, indices, weights, rows)
-    out, ends = zeros(shape, rows.dtype), offsets.numpy()
+    out, ends = (spare.zeros if spare is not None else zeros)(shape, rows.dtype), offsets.numpy()
     used = np.flatnonzero(np.diff(ends))  # the memory of segments without entries is not even touched
     for i in range(0, used.size, size := max(1, BLOCK_ELEMENTS // shape[1])):
         block = used[i : i + size]

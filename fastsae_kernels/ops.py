@@ -88,7 +88,8 @@ def autoencode(
         rank_scale: `[d_sae]` >= 0, only with `k` and without a bandwidth: gate and top-k look at `hidden_pre * rank_scale`,
             nothing else does. It has no gradient. With decoder norms features are chosen as if these were 1, and so is
             SAELens' rescaling by them, which cancels out but for the choice.
-        hint: On a GPU, what earlier passes knew of the activity; a module keeps one.
+        hint: What earlier passes left for later ones, and a module keeps: on a GPU what is known of the activity, on a CPU the
+            memory of the weights' last gradients, once nobody holds them.
         collector: While somebody collects with it, takes what the gradients of `W_enc` and `W_dec` are sums of in their place
             (where the sparse path ran; on a GPU from one pass). Both must be its parameters, or copies with their gradients.
 

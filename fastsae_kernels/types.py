@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastsae_kernels.memory import Spare
 
 Penalty = Literal["l0", "l1", "tanh"]
 
@@ -266,6 +269,7 @@ class AutoencodeNeeds:
     W_enc: bool = True
     W_dec: bool = True
     weight_dtype: torch.dtype | None = None  # a wider one of the weights, to which a CPU need not round their gradients
+    spares: tuple[Spare, Spare] | None = None  # where a CPU puts the gradients of W_enc and W_dec
 
 
 class AutoencodeGrads(NamedTuple):

@@ -44,7 +44,9 @@ def accelerate(obj: Any, *, optimizer: bool = False, layout: bool = True, fix_au
 
     What the peer returns densely is computed when it is read, and carries no gradient then: a loss of your own on
     `feature_acts` or `hidden_pre` of a training step has no effect on the weights. There are no second derivatives. Sums run in
-    another order than the peer's, so that an activation within rounding of its gate may open it in one of them alone.
+    another order than the peer's, so that an activation within rounding of its gate may open it in one of them alone. On a CPU
+    a trainer's own `torch.optim.Adam` steps by PyTorch's fused kernel, and the memory of the last gradients of the weights and
+    of `encode`'s last result is kept for the next.
 
     Args:
         obj: SAELens: an SAE, an `SAETrainer`, a `MultiSAETrainer`, a model that holds SAEs, or the module `sae_lens` itself for

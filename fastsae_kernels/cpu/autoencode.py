@@ -137,12 +137,18 @@ def backward(
             of_weights,
         )
         needs = replace(needs, W_enc=False, W_dec=False)
+    spare_enc, spare_dec = needs.spares or (None, None)
+    grad_W_enc = grad_W_dec = None
+    if needs.W_enc:
+        grad_W_enc = weight_gradient(entries, grad_hidden_pre, x.to(of_weights), spare_enc).t()
+    if needs.W_dec:
+        grad_W_dec = weight_gradient(entries, decoded, grad_out.to(of_weights), spare_dec)
     return AutoencodeGrads(
         x=grad_input(acts, to_rows(acts, grad_hidden_pre), W_enc) if needs.x else None,
-        W_enc=weight_gradient(entries, grad_hidden_pre, x.to(of_weights)).t() if needs.W_enc else None,
+        W_enc=grad_W_enc,
         b_enc=sum_segments(grad_hidden_pre, offsets),
         threshold=torch.zeros_like(threshold) if grad_threshold is None else sum_segments(grad_threshold, offsets),
-        W_dec=weight_gradient(entries, decoded, grad_out.to(of_weights)) if needs.W_dec else None,
+        W_dec=grad_W_dec,
         b_dec=weighted_sum(row_scale, grad_out),
         feature_scale=grad_scale,
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastsae_kernels.cpu.product import SCRATCH_ELEMENTS, sampled_dot
 from fastsae_kernels.gather import gather_sum
+from fastsae_kernels.memory import Spare
 from fastsae_kernels.types import FeatureMajor, SparseActs
 
 
@@ -64,9 +65,9 @@ def grad_of_acts(entries: FeatureMajor, W_dec: Tensor, grad_out: Tensor) -> Tens
     return torch.cat(parts)
 
 
-def weight_gradient(entries: FeatureMajor, values: Tensor, rows: Tensor) -> Tensor:
+def weight_gradient(entries: FeatureMajor, values: Tensor, rows: Tensor, spare: Spare | None = None) -> Tensor:
     """`out[j] = sum over the entries of feature j of value * rows[token]`, `[d_sae, d]` in the dtype of `rows`."""
-    return gather_sum(entries.offsets, entries.tokens, values, rows.contiguous())
+    return gather_sum(entries.offsets, entries.tokens, values, rows.contiguous(), spare)
 
 
 def sum_segments(values: Tensor, offsets: Tensor) -> Tensor:

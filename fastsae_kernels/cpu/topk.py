@@ -88,7 +88,7 @@ class _Block:
         self.guesses, self.has_thresholds = guesses, bool(threshold.any())
         n_tokens, d_sae = x.shape[0], weights.shape[0]
         self.width = listed_width(d_sae, k)
-        self.chunk = product.chunk_size(2 * n_tokens, d_sae, x.shape[1] if rounds else 0)
+        self.chunk = product.chunk_size(n_tokens * (4 if rounds else 2), d_sae, x.shape[1] if rounds else 0)
         self.upper = torch.full((n_tokens, self.width), NOTHING, dtype=b_enc.dtype)
         self.features = torch.zeros(n_tokens, self.width, dtype=torch.int32)
         self.fill = torch.zeros(n_tokens, dtype=torch.int64)

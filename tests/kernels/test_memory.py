@@ -111,3 +111,28 @@ def test_spare_memory_goes_to_one_thread_alone() -> None:
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda i: spare.zeros((8, 8), torch.float32).fill_(i), range(64)))
     assert [float(tensor.sum()) for tensor in made] == [64.0 * i for i in range(64)]
+
+
+def test_gradients_lie_where_those_of_the_last_step_lay_unless_somebody_holds_them() -> None:
+    problem, hint = problems.make(64, 32, 128, density=0.05), kernels.ActivityHint()
+    tensors = problems.leaves(problem)[:6]
+    W_enc, W_dec = tensors[1], tensors[4]
+    assert W_enc is not None
+    assert W_dec is not None
+
+    def gradients() -> tuple[torch.Tensor, torch.Tensor]:
+        W_enc.grad = W_dec.grad = None
+        output = kernels.autoencode(*tensors, spec=problem.spec, hint=hint)  # type: ignore[arg-type]
+        output.sae_out.backward(problem.grad_out)
+        assert W_enc.grad is not None
+        assert W_dec.grad is not None
+        return W_enc.grad, W_dec.grad
+
+    expected = [grad.clone() for grad in gradients()]
+    places = [grad.data_ptr() for grad in gradients()]
+    held = gradients()
+    assert [grad.data_ptr() for grad in held] == places
+    for grad, other in zip(gradients(), held, strict=True):
+        assert grad.data_ptr() != other.data_ptr()
+        assert torch.equal(grad, other)
+    assert all(torch.equal(grad, value) for grad, value in zip(held, expected, strict=True))
