@@ -37,7 +37,8 @@ def _needs(config: TrainConfig, d_in: int, bytes_per_number: int) -> dict[str, i
     """Bytes by the option that decides about them."""
     size = "expansion" if config.d_sae is None else "d_sae"
     d_sae = config.n_features(d_in)
-    longest_batch = min(config.forward_tokens, WINDOW * config.max_length)
+    longest_row = config.block_length if config.sequencing == "block" else 0
+    longest_batch = max(min(config.forward_tokens, WINDOW * config.max_length), longest_row)
     return {
         size: 3 * 2 * d_in * d_sae * 4,  # W_enc and W_dec, and Adam's two means of each, in fp32
         # each activation with its token, position and dialogue
