@@ -44,6 +44,7 @@ Sparse autoencoders (SAEs) for language models.
   fastsae train --output my-sae --resume     go on with an interrupted run
   fastsae train --model ./my-model --dataset chats.jsonl     rows like {"messages": [{"role": ..., "content": ...}]}
   fastsae cache acts --layers 2,3     write activations once, for fastsae train --activations acts
+  fastsae train --model ./my-model --dataset chats.jsonl --text pile.jsonl --sequencing block     plain text, in blocks
   fastsae evaluate my-sae             measure a saved SAE on held-out dialogues, of this or another library
   fastsae convert params.npz my-sae   turn another library's SAE into this one's files, or back with --to
 

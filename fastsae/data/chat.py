@@ -29,11 +29,14 @@ NO_SPEAKER = "neither a user nor an assistant says anything"
 _PROBED_ROWS = 100  # readable ones, to find the chat column
 _SEARCHED_ROWS = 10_000
 _SHOWN_ROLES = 5
+_SPARE_ROWS = 100  # read beyond a limit, for rows that are dropped
 
 logger = logging.getLogger(__name__)
 
 
-def load_chats(source: str, split: str = "train", *, progress: bool = False) -> Sequence[Dialogue]:
+def load_chats(
+    source: str, split: str = "train", *, limit: int | None = None, progress: bool = False
+) -> Sequence[Dialogue]:
     """Open a chat dataset without reading it into memory.
 
     A dialogue is a list of `{"role", "content"}` messages. Recognised are columns of messages with `role` and
@@ -52,6 +55,8 @@ def load_chats(source: str, split: str = "train", *, progress: bool = False) -> 
             configuration behind a colon if it has several (`BAAI/Infinity-Instruct:0625`).
         split: Name of the split. Files of a folder belong to the split whose name is a word of their own name or of
             their folder's; a single file is `"train"`.
+        limit: How many dialogues will be used: a dataset on the hub is then streamed and not downloaded whole, with a tenth
+            of its rows more for those that are dropped. None uses all.
         progress: Show progress bars where reading takes longer than a second.
 
     Raises:
@@ -73,7 +78,8 @@ def load_chats(source: str, split: str = "train", *, progress: bool = False) -> 
     elif chat_files.looks_like_path(source):
         raise UsageError(f"dataset {source!r}: there is no such file or folder ({path.absolute()})")
     else:
-        rows = chat_files.open_hub(source, split, progress)
+        n_rows = None if limit is None else limit + limit // 10 + _SPARE_ROWS
+        rows = chat_files.open_hub(source, split, progress, n_rows)
     dataset = ChatDataset(rows, source, progress=progress)
     if dataset.drops.is_worth_a_warning:
         logger.warning("%s: %s", source, dataset.drops)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastsae.data.json_files import UnusableRow, open_json
+from fastsae.data.progress import with_bar
+from fastsae.disk import write_atomically
 from fastsae.errors import FastsaeError, UsageError
 
 _SPLIT_WORDS = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"}
@@ -127,8 +132,22 @@ def _data_files(folder: Path) -> list[Path]:
     return sorted(file for file in files if file.suffix.lower() != ".gz" or file.with_suffix("") not in files)
 
 
-def open_hub(source: str, split: str, progress: bool) -> Sequence[Any]:
-    """Rows of a dataset on the hub, downloaded once."""
+def open_hub(
+    source: str, split: str, progress: bool, n_rows: int | None = None, n_bytes: int | None = None
+) -> Sequence[Any]:
+    """Rows of a dataset on the hub: all of it, downloaded once, or the first ones, streamed once into a file of the cache.
+
+    The file, and not the stream, is what a run reads, in any order and as often as it resumes.
+
+    Args:
+        source: The hub id.
+        split: Name of the split.
+        progress: Show progress bars.
+        n_rows: How many rows are enough; None for any number.
+        n_bytes: How many bytes of rows, written as JSON, are enough; None for any number.
+    """
+    if n_rows is not None or n_bytes is not None:
+        return open_json(_first_rows(source, split, n_rows, n_bytes, progress), progress)
     datasets = _import_datasets()
     name, _, config = source.partition(":")
     try:
@@ -137,6 +156,31 @@ def open_hub(source: str, split: str, progress: bool) -> Sequence[Any]:
         return rows
     except Exception as error:
         raise _hub_error(source, split, error) from error
+
+
+def _first_rows(source: str, split: str, n_rows: int | None, n_bytes: int | None, progress: bool) -> Path:
+    """A file of JSON lines with the first rows of a dataset on the hub, written when it is first asked for."""
+    datasets = _import_datasets()
+    name, _, config = source.partition(":")
+    key = hashlib.sha256(repr((name, config, split, n_rows, n_bytes)).encode()).hexdigest()[:32]
+    file = Path(datasets.config.HF_DATASETS_CACHE) / "fastsae" / f"{key}.jsonl"
+
+    def streamed() -> Iterator[Any]:
+        try:
+            yield from islice(datasets.load_dataset(name, config or None, split=split, streaming=True), n_rows)
+        except Exception as error:
+            raise _hub_error(source, split, error) from error
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", encoding="ascii") as lines:
+            for row in with_bar(streamed(), f"reading {name}", "row", total=n_rows, progress=progress):
+                lines.write(json.dumps(row, default=str) + "\n")
+                if n_bytes is not None and lines.tell() >= n_bytes:
+                    break
+
+    if not file.exists():
+        write_atomically(file, write)
+    return file
 
 
 def _hub_error(source: str, split: str, error: Exception) -> FastsaeError:

@@ -21,9 +21,14 @@ TEXT_COLUMNS = ("text", "content", "document", "raw_content")
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids")
 _PIECE = 16_384  # bytes of a .txt file that make a text, up to the next end of a line
 _PROBED_ROWS = 100
+_BYTES_OF_A_TOKEN = (
+    8  # of rows as JSON; a token of English is 4 to 5 letters, and what a row holds beside its text adds to them
+)
 
 
-def load_texts(source: str, split: str = "train", *, progress: bool = False) -> Sequence[Any]:
+def load_texts(
+    source: str, split: str = "train", *, n_tokens: int | None = None, progress: bool = False
+) -> Sequence[Any]:
     """Open plain texts, or lists of token ids, without reading them into memory.
 
     Args:
@@ -31,6 +36,8 @@ def load_texts(source: str, split: str = "train", *, progress: bool = False) -> 
             `fastsae.data.chat.load_chats`) with a column of texts (`text`) or of token ids (`input_ids`); a folder of either
             kind; or a Hugging Face hub id.
         split: Name of the split, for folders and the hub.
+        n_tokens: How many tokens will be used: a dataset on the hub is then streamed as far as surely holds them, and not
+            downloaded whole.
         progress: Show progress bars where reading takes longer than a second.
 
     Raises:
@@ -48,7 +55,8 @@ def load_texts(source: str, split: str = "train", *, progress: bool = False) -> 
     elif chat_files.looks_like_path(source) or source.endswith((".txt", ".txt.gz")):
         raise UsageError(f"text {source!r}: there is no such file or folder ({path.absolute()})")
     else:
-        rows = chat_files.open_hub(source, split, progress)
+        n_bytes = None if n_tokens is None else _BYTES_OF_A_TOKEN * n_tokens
+        rows = chat_files.open_hub(source, split, progress, n_bytes=n_bytes)
     return _TextRows(rows, source)
 
 

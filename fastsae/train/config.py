@@ -100,7 +100,10 @@ class TrainConfig:
     )
     max_length: int = option(8192, "data", "longest dialogue in tokens; what comes after is cut off", (2, 10**9))
     max_dialogues: int | None = option(
-        None, "data", "number of dialogues to use, from the start of the dataset (default: all)", COUNT
+        None,
+        "data",
+        "number of dialogues to use, from the start of the dataset (default: all); only these are then read from the hub",
+        COUNT,
     )
     dedup_words: int = option(
         20,

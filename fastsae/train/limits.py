@@ -40,7 +40,8 @@ def _needs(saes: Sequence[TrainConfig], d_in: int, bytes_per_number: int) -> dic
     config = saes[0]
     size = "expansion" if config.d_sae is None else "d_sae"
     n_features, n_layers = sum(sae.n_features(d_in) for sae in saes), len({sae.layer for sae in saes})
-    longest_batch = min(config.forward_tokens, WINDOW * config.max_length)
+    longest_row = config.block_length if config.sequencing == "block" else 0
+    longest_batch = max(min(config.forward_tokens, WINDOW * config.max_length), longest_row)
     return {
         size: 3 * 2 * d_in * n_features * 4,  # W_enc and W_dec, and Adam's two means of each, in fp32
         # each activation with its token, position and dialogue

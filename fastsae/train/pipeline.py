@@ -253,7 +253,7 @@ def build_pipeline(
     if given.dialogues is not None:
         dialogues: Sequence[Dialogue] = ChatDataset(list(given.dialogues), GIVEN, progress=progress)
     else:
-        dialogues = load_chats(config.dataset, config.split, progress=progress)
+        dialogues = load_chats(config.dataset, config.split, limit=config.max_dialogues, progress=progress)
 
     def n_affordable(order: Sequence[int]) -> int:
         rows = TokenRows(dialogues, tokenizer, max_length, None)
@@ -266,7 +266,7 @@ def build_pipeline(
     if given.texts is not None:
         texts = list(given.texts)
     elif config.text is not None and evaluated is None:
-        texts = load_texts(config.text, progress=progress)
+        texts = load_texts(config.text, n_tokens=config.tokens, progress=progress)
     if texts is not None:
         train = list(range(len(texts)))
     what = "dialogues" if texts is None else "texts"

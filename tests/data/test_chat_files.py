@@ -1,5 +1,6 @@
 """Files of chats under every name and in every layout that others give them, and folders too large to search."""
 
+import errno
 import gzip
 import json
 
@@ -109,3 +110,61 @@ def test_the_search_of_a_folder_ends(tmp_path, monkeypatch):
         (tmp_path / "deep" / f"{i}").touch()
     with pytest.raises(UsageError, match=r"dataset: expected a folder of chat files, got .* with more than 10 files"):
         load_chats(str(tmp_path))
+
+
+class Hub:
+    """Stands in for `datasets.load_dataset`: streams rows, counts them, and can fail after some."""
+
+    def __init__(self, n_rows, fails_after=None):
+        self.n_rows, self.fails_after, self.n_read, self.calls = n_rows, fails_after, 0, []
+
+    def __call__(self, name, config, *, split, streaming=False):
+        self.calls.append((name, config, split, streaming))
+        return self._rows()
+
+    def _rows(self):
+        for i in range(self.n_rows):
+            if i == self.fails_after:
+                raise ConnectionError("the line is dead")
+            self.n_read += 1
+            yield {"messages": CHATS[i % 3], "id": i, "odd": {1}}
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "fastsae"
+
+
+def test_a_limited_dataset_of_the_hub_is_streamed_once(monkeypatch, hub_cache):
+    hub = Hub(10**9)
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    first = load_chats("me/chats:part", "test", limit=50)
+    assert hub.calls == [("me/chats", "part", "test", True)]
+    assert hub.n_read == len(first) == 155  # the limit, a tenth more, and a hundred
+    assert first[4] == CHATS[1]
+    again = load_chats("me/chats:part", "test", limit=50)  # a resumed run, without a network
+    assert hub.n_read == 155
+    assert list(again) == list(first)
+    load_chats("me/chats", "test", limit=50)
+    assert hub.n_read == 310
+
+
+def test_a_stream_that_breaks_leaves_no_half_of_a_file(monkeypatch, hub_cache):
+    monkeypatch.setattr("datasets.load_dataset", Hub(10**9, fails_after=20))
+    with pytest.raises(FastsaeError, match="hub could not be reached: the line is dead"):
+        load_chats("me/chats", limit=50)
+    assert list(hub_cache.iterdir()) == []
+    monkeypatch.setattr("datasets.load_dataset", Hub(30))
+    assert len(load_chats("me/chats", limit=50)) == 30
+
+
+def test_a_full_disk_is_not_the_fault_of_the_hub(monkeypatch, hub_cache):
+    def full(path, write):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("datasets.load_dataset", Hub(30))
+    monkeypatch.setattr(chat_files, "write_atomically", full)
+    with pytest.raises(OSError, match="No space left"):
+        load_chats("me/chats", limit=50)
