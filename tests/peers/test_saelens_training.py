@@ -67,6 +67,23 @@ def test_other_dtypes_and_autocast(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jumprelu", "standard", "topk", "batchtopk"])
+def test_steps_under_autocast_are_as_near_to_fp32_as_theirs(kind: str) -> None:
+    def losses(*, autocast: bool, fast: bool) -> torch.Tensor:
+        trainer = trainer_of(training_sae(kind), autocast=autocast)
+        handle = accelerate(trainer) if fast else None
+        found = torch.tensor([step["loss"] for step in steps(trainer, 8)])
+        if handle is not None:
+            assert handle.tally.fused == {"training_forward_pass": 8, "_train_step": 8}
+            assert trainer.sae.W_enc.dtype == torch.float32
+        return found
+
+    exact = losses(autocast=False, fast=False)
+    theirs, ours = (losses(autocast=True, fast=fast) for fast in (False, True))
+    errors = [float((found - exact).norm() / exact.norm()) for found in (ours, theirs)]
+    assert 0 < errors[0] <= max(2 * errors[1], 1e-3), errors
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "standard", "topk", "batchtopk"])
 def test_everything_of_a_step_is_there_after_it(kind: str) -> None:
     theirs, ours = trainer_of(training_sae(kind)), trainer_of(training_sae(kind))
     accelerate(ours)
@@ -212,16 +229,17 @@ def test_rows_with_fewer_positives_than_k() -> None:
         assert torch.equal(pair[0].act_freq_scores, pair[1].act_freq_scores)
 
 
-def test_compile_sae() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile_sae(backend: str) -> None:
     theirs, ours = trainer_of(training_sae("jumprelu")), trainer_of(training_sae("jumprelu"))
     handle = accelerate(ours)
-    ours.sae.training_forward_pass = torch.compile(ours.sae.training_forward_pass, backend="aot_eager")
+    ours.sae.training_forward_pass = torch.compile(ours.sae.training_forward_pass, backend=backend)
     assert_same_losses(steps(ours, 4), steps(theirs, 4))
     assert handle.tally.fused["training_forward_pass"] == 4
     sae = inference_sae("JumpReLU")
     expected = sae(activations(0))
     accelerate(sae)
-    assert close(torch.compile(sae, backend="aot_eager", fullgraph=True)(activations(0)), expected)
+    assert close(torch.compile(sae, backend=backend, fullgraph=True)(activations(0)), expected)
 
 
 def test_several_saes_at_once() -> None:
