@@ -146,7 +146,7 @@ def test_inside_checkpoint(whole_graph: bool, use_reentrant: bool) -> None:
     def forward(*tensors: torch.Tensor) -> torch.Tensor:
         if not whole_graph:
             return kernels.autoencode(*tensors, spec=p.spec).sae_out
-        inputs = (*tensors, None, None, *dataclasses.astuple(p.spec), *CAPACITY, 0)
+        inputs = (*tensors, None, None, None, *dataclasses.astuple(p.spec), *CAPACITY, 0)
         return torch.ops.fastsae.autoencode(*inputs)[0]
 
     grads = []
