@@ -145,7 +145,6 @@ class FusedTopKTrainingSAE(_LargestFeatures, FusedTrainingSAE, TopKTrainingSAE):
         dead = residual.new_empty(0) if mask is None else mask.nonzero().squeeze(1)
         if len(dead) == 0:
             return residual.new_zeros(())
-        residual = residual.to(self._wide())  # under autocast the pass gives 16 bits, which would round the sum too
         k_aux = step_input.sae_in.shape[-1] // 2
         W_dec = self.W_dec.index_select(0, dead)
         W_enc = self.W_enc.t().index_select(0, dead)
