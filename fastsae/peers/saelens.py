@@ -154,7 +154,8 @@ class FusedTopKTrainingSAE(_LargestFeatures, FusedTrainingSAE, TopKTrainingSAE):
             ranked = hidden_pre.detach() if rescaling is None else hidden_pre.detach() * rescaling[dead]
             chosen = ranked.topk(k_aux, sorted=False).indices
             acts = torch.zeros_like(hidden_pre).scatter(-1, chosen, hidden_pre.gather(-1, chosen))
-        loss = (acts @ W_dec - residual).pow(2).sum(-1).mean()
+        wide = self._wide()  # under autocast a sum in 16 bits would be off by half a per cent
+        loss = ((acts @ W_dec).to(wide) - residual.to(wide)).pow(2).sum(-1).mean()
         return self.cfg.aux_loss_coefficient * min(len(dead) / k_aux, 1.0) * loss
 
 

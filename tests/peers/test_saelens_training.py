@@ -66,7 +66,7 @@ def test_other_dtypes_and_autocast(kind: str) -> None:
         assert handle.tally.fused["training_forward_pass"] == 1
 
 
-@pytest.mark.parametrize("kind", ["jumprelu", "standard", "topk"])
+@pytest.mark.parametrize("kind", ["jumprelu", "standard", "topk", "batchtopk"])
 def test_steps_under_autocast_are_as_near_to_fp32_as_theirs(kind: str) -> None:
     def losses(*, autocast: bool, fast: bool) -> torch.Tensor:
         trainer = trainer_of(training_sae(kind), autocast=autocast)
