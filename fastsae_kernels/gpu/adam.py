@@ -10,7 +10,8 @@
     copy_j = p_j                                                                  for the next product, 16 bits
 
 Letters: `S` features, `D` the row's length, `B` tokens. A program holds one row whole, in registers, for projection and
-norm need all of it; a feature that fires on every token is one long loop of one program.
+norm need all of it, as two pieces that leave few lanes idle (`tiles.pieces_of`); a feature that fires on every token is one
+long loop of one program.
 
 Traffic per element of the parameter, fp32: 24 bytes (p, m, v read and written), 16 without m, 2 more for the copy; writing
 the gradient and reading it back would add 8. The gathers are those of `backward`: one vector per entry. With beta1 = 0 a

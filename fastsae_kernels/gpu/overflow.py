@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsae_kernels.gpu.config import launch_config
 from fastsae_kernels.gpu.overflow_tile import add_product, gated_tile, operands_of, tile_config, upstream_of
 from fastsae_kernels.types import AutoencodeSpec, Overflow
 
@@ -36,8 +37,6 @@ SCRATCH_PROGRAMS = 64
 # how many programs work on features while one block holds all rows, which takes no scratch: enough to fill a device
 FEATURE_PROGRAMS = 256
 FEATURE_SCRATCHES = 16  # how many do where there are more rows: 9 MB where rows have 2 x 2,304 elements
-# the tile of sums that are added together: splits and columns
-SPLITS_AT_ONCE, COLUMNS_AT_ONCE = 16, 128
 
 
 class RowOutputs(NamedTuple):
@@ -306,8 +305,7 @@ def overflow_rows(
         PROGRAMS=SCRATCH_PROGRAMS,
         BLOCK_B=config["BLOCK_B"],
         BLOCK_S=config["BLOCK_S"],
-        BLOCK_N=SPLITS_AT_ONCE,
-        BLOCK_O=COLUMNS_AT_ONCE,
+        **launch_config("finish_rows", x),
     )
 
 

@@ -57,6 +57,7 @@ FEW_PROGRAMS = {
     "join_chunks": {"BLOCK_C": 2, "BLOCK_D": 32},
     "adam_rows": {"BLOCK_E": 1, "D_PER_WARP": 512},
     "overflow_rows": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "BLOCK_O": 32},
+    "finish_rows": {"BLOCK_N": 16, "BLOCK_O": 128},
     "overflow_features": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "BLOCK_O": 32},
 }
 

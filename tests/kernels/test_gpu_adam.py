@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +18,7 @@ from fastsae_kernels import SparseActs
 
 pytestmark = needs_kernels
 
-ROOT = Path(__file__).parents[2]
-default_depth = 13  # of a row; `depths` sets it
+DEPTH = 13
 N_FEATURES = 9
 ON_EVERY_TOKEN, NEVER = 2, 5
 HYPER: dict[str, Any] = {"lr": 0.03, "beta2": 0.99, "eps": 1e-8}
@@ -40,12 +35,6 @@ def loose(operation: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
         return np.where((exact == 0) | ~np.isfinite(exact), exact, np.nextafter(np.nextafter(exact, away), away))
 
     return compute
-
-
-@pytest.fixture(autouse=True, params=[13, 16], ids="depth {}".format)
-def depths(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that 16 divides, and others, which take other instructions."""
-    monkeypatch.setattr(sys.modules[__name__], "default_depth", request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +87,7 @@ def make_batch(
     """Random entries; one feature fires on every token, one never, those outside of `awake` neither."""
     fires = torch.rand(n_tokens, N_FEATURES) < 0.4
     fires[:, ON_EVERY_TOKEN], fires[:, NEVER] = True, False
-    depth = depth or default_depth
+    depth = depth or DEPTH
     if awake is not None:
         fires &= awake
     return Batch(
@@ -110,7 +99,7 @@ def make_batch(
 
 
 def unit_rows(depth: int | None = None) -> Tensor:
-    return torch.nn.functional.normalize(torch.randn(N_FEATURES, depth or default_depth), dim=1)
+    return torch.nn.functional.normalize(torch.randn(N_FEATURES, depth or DEPTH), dim=1)
 
 
 class Dense:
@@ -296,7 +285,7 @@ def test_flagged_extra_gradient_counts_where_the_flag_is_set(beta1: float) -> No
 
     param = unit_rows()
     fused, truth = Fused(param, beta1, lazy=beta1 == 0), Dense(param, torch.float64, beta1)
-    eager, stale = Dense(param, torch.float32, beta1), torch.full((N_FEATURES, default_depth), torch.nan, device=DEVICE)
+    eager, stale = Dense(param, torch.float32, beta1), torch.full((N_FEATURES, DEPTH), torch.nan, device=DEVICE)
     for flag in (0, 1, 0, 7, 0):
         batch = make_batch(4, extra=flag > 0)
         operands = {"extra": stale if batch.extra is None else batch.extra.to(DEVICE)}
@@ -360,7 +349,7 @@ def test_narrow_moments_are_rounded_to_nearest(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_copy_is_the_row_rounded(dtype: torch.dtype) -> None:
     fused = Fused(unit_rows(), 0.9)
-    copy = torch.full((N_FEATURES, default_depth), torch.nan, dtype=dtype, device=DEVICE)
+    copy = torch.full((N_FEATURES, DEPTH), torch.nan, dtype=dtype, device=DEVICE)
     fused.step(make_batch(), copy=copy, unit_norm=True)
     assert torch.equal(copy, fused.param.to(dtype))
 
@@ -398,27 +387,3 @@ def test_what_cannot_be_is_refused() -> None:
         adam_rows(*operands, param, param, param, beta1=0.9, last_step=param[:, 0].int(), **rest)
     with pytest.raises(ValueError, match="at most 8192"):
         grad_norms(*operands, param.new_zeros(N_FEATURES, 8193))
-
-
-def test_no_step_compiles_again() -> None:
-    """Step, learning rate and bias corrections are arguments of one specialisation."""
-    code = (
-        "import torch\n"
-        "from tools.kernel_report import launches\n"
-        "from fastsae_kernels.gpu.adam import adam_rows\n"
-        "from fastsae_kernels.gpu.feature_sums import FeatureOrder\n"
-        "from fastsae_kernels.gpu.config import override\n"
-        "def meta(*shape, dtype=torch.float32): return torch.empty(*shape, dtype=dtype, device='meta')\n"
-        "order = FeatureOrder(meta(9, dtype=torch.int64), meta(50, dtype=torch.int64), None, 5)\n"
-        "rows, last_step, found = meta(8, 24), meta(8, dtype=torch.int32), {}\n"
-        "with override('sm_90'), launches._recorded('fp32', found):\n"
-        "    for step in (1, 2, 16, 1000):\n"
-        "        options = dict(lr=1 / step, beta1=0.0, beta2=0.999, eps=1e-8, step=step, last_step=last_step)\n"
-        "        adam_rows(order, meta(50), meta(10, 24), rows, None, rows, **options)\n"
-        "assert len(found) == 1, found\n"
-    )
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr

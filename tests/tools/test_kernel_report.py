@@ -74,6 +74,27 @@ def test_the_update_of_a_row_takes_no_slow_path_and_fits_four_times() -> None:
 
 
 @needs_triton
+def test_no_step_of_the_optimiser_compiles_again() -> None:
+    """Step, learning rate and bias corrections are arguments of one specialisation."""
+    done = python(
+        "import torch\n"
+        "from tools.kernel_report import launches\n"
+        "from fastsae_kernels.gpu.adam import adam_rows\n"
+        "from fastsae_kernels.gpu.feature_sums import FeatureOrder\n"
+        "from fastsae_kernels.gpu.config import override\n"
+        "def meta(*shape, dtype=torch.float32): return torch.empty(*shape, dtype=dtype, device='meta')\n"
+        "order = FeatureOrder(meta(9, dtype=torch.int64), meta(50, dtype=torch.int64), None, 5)\n"
+        "rows, last_step, found = meta(8, 24), meta(8, dtype=torch.int32), {}\n"
+        "with override('sm_90'), launches._recorded('fp32', found):\n"
+        "    for step in (1, 2, 16, 1000):\n"
+        "        options = dict(lr=1 / step, beta1=0.0, beta2=0.999, eps=1e-8, step=step, last_step=last_step)\n"
+        "        adam_rows(order, meta(50), meta(10, 24), rows, None, rows, **options)\n"
+        "assert len(found) == 1, found\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@needs_triton
 def test_every_shipped_tile_that_lists_entries_is_compiled() -> None:
     """Each tile of the table, odd ones and small batches too, shows up in a recorded launch."""
     done = python(
