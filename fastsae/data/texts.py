@@ -117,6 +117,8 @@ class _TextRows(Sequence[Any]):
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # where iteration ends; `read_row` would take it for a damaged row
         row = read_row(self.rows, int(index))
         found = None if isinstance(row, UnusableRow) or not isinstance(row, dict) else row.get(self.column)
         if self.is_tokens:
