@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fastsae_kernels as kernels
 from fastsae.errors import UsageError
 from fastsae.peers import entries
+from fastsae.peers.entries import finite, smallest_of_rows
 from fastsae.peers.handle import Accelerated, Handle, store_transposed
 from fastsae.peers.hooks import hook_on, in_transform
 from fastsae.peers.updates import fused, remove_parallel_, set_unit_norm_
@@ -257,13 +258,13 @@ class FusedTopKTrainer(TopKTrainer, _TopKTrainers):
     def loss(self, x: Tensor, step: Any = None, logging: bool = False) -> Any:
         reason, out = self._why_not_loss(x, logging), None
         if reason is None:
-            out, reason = _finite(lambda: self._pass(x, batch_topk=False))
+            out, reason = finite(lambda: self._pass(x, batch_topk=False))
         if not self._is_fused("loss", reason) or out is None:
             return self._by_peer(super().loss, x, step, logging)
         assert out.squared_error is not None
         k = int(self.ae.k)
         if step > self.threshold_start_step:
-            self._move_threshold(_smallest_of_rows(out.acts or _listed(self.ae, x, k)).mean())
+            self._move_threshold(smallest_of_rows(out.acts or _listed(self.ae, x, k)).mean())
         self.effective_l0 = k
         self._fastsae.tally.count_rows(FEW_POSITIVES, (out.l0 < k).sum())
         self._count_firing(len(x), out.feature_counts)
@@ -284,7 +285,7 @@ class FusedBatchTopKTrainer(BatchTopKTrainer, _TopKTrainers):
     def loss(self, x: Tensor, step: Any = None, logging: bool = False) -> Any:
         reason, out = self._why_not_loss(x, logging), None
         if reason is None:
-            out, reason = _finite(lambda: self._pass(x, batch_topk=True))
+            out, reason = finite(lambda: self._pass(x, batch_topk=True))
         if not self._is_fused("loss", reason) or out is None:
             return self._by_peer(super().loss, x, step, logging)
         assert out.squared_error is not None
@@ -356,28 +357,12 @@ class FusedJumpReluTrainer(JumpReluTrainer, FusedTrainer):
         return counts
 
 
-def _finite(run: Callable[[], AutoencodeOutput]) -> tuple[AutoencodeOutput | None, str | None]:
-    """A pass, or why there is none: among NaN and Inf no k are the largest."""
-    try:
-        return run(), None
-    except ValueError:
-        return None, "the input or a weight is NaN or Inf"
-
-
 @torch.no_grad()
 def _listed(ae: Any, x: Tensor, k: int) -> SparseActs:
     """The entries of a pass that kept none."""
     W_enc, b_enc, _ = matrices(ae)
     gate = b_enc.new_zeros(b_enc.shape, dtype=torch.promote_types(b_enc.dtype, torch.float32))
     return kernels.encode(x.to(W_enc.dtype) - ae.b_dec, W_enc, b_enc, gate, k=k)
-
-
-@torch.no_grad()
-def _smallest_of_rows(acts: SparseActs) -> Tensor:
-    """`[N]`: the smallest positive activation of each token, Inf where there is none."""
-    values = torch.where(acts.values > 0, acts.values, torch.inf)
-    none = values.new_full((acts.shape[0],), torch.inf)
-    return none.scatter_reduce(0, acts.row_ids(), values, "amin")
 
 
 DICTIONARIES: dict[type, type] = {

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastsae_kernels import SparseActs
+from fastsae_kernels import AutoencodeOutput, SparseActs
 from fastsae_kernels.activity import MAX_DENSITY, sampled_share
 from fastsae_kernels.memory import Spare
 
@@ -61,3 +61,19 @@ def entries_of(dense: Tensor) -> SparseActs | None:
     # every entry is above 0, so that with as many numbers beside 0 there are no others
     is_unchanged = (torch.count_nonzero(flat) == found.numel()) & (found == acts.values).all()
     return acts if bool(is_unchanged) else None
+
+
+def finite(run: Callable[[], AutoencodeOutput]) -> tuple[AutoencodeOutput | None, str | None]:
+    """A pass, or why there is none: among NaN and Inf no k are the largest."""
+    try:
+        return run(), None
+    except ValueError:
+        return None, "the input or a weight is NaN or Inf"
+
+
+@torch.no_grad()
+def smallest_of_rows(acts: SparseActs) -> Tensor:
+    """`[N]`: the smallest positive activation of each token, Inf where there is none."""
+    values = torch.where(acts.values > 0, acts.values, torch.inf)
+    none = values.new_full((acts.shape[0],), torch.inf)
+    return none.scatter_reduce(0, acts.row_ids(), values, "amin")
