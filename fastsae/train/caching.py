@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shlex
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from fastsae.data.progress import bar
 from fastsae.data.sequencing import TokenBatch
 from fastsae.disk import local_path
 from fastsae.errors import UsageError
+from fastsae.interrupt import Interrupted
 from fastsae.train.config import TrainConfig
 from fastsae.train.folder import check_writable, located
 from fastsae.train.initialize import SAMPLE
@@ -65,19 +68,20 @@ def cache_activations(
     earlier = Manifest.read(folder) if resume else None
     config = replace(config, model=located(config.model), dataset=located(config.dataset), data_seed=config.order_seed)
     pipeline = build_pipeline(config, progress=progress)
-    for layer in layers:
-        check_layer(pipeline.residual.model, layer)
-    chosen = sorted(layers) or [pipeline.residual.layer]
-    manifest = Manifest(asdict(pipeline.config), chosen, pipeline.fingerprints(), {}, 0, False, False, [])
     sequencer = pipeline.sequencer()
-    if earlier is not None:
-        check_fits(earlier, folder, pipeline, chosen)
+    if earlier is None:
+        for layer in layers:
+            check_layer(pipeline.residual.model, layer)
+        chosen = sorted(layers) or [pipeline.residual.layer]
+        manifest = Manifest(asdict(pipeline.config), chosen, pipeline.fingerprints(), {}, 0, False, False, [])
+    else:
         manifest = earlier
-        if earlier.shards:
-            sequencer.load_state_dict(earlier.sequencer)
+        check_fits(manifest, folder, pipeline, layers)
+        if manifest.shards:
+            sequencer.load_state_dict(manifest.sequencer)
         logger.info("%s holds %d tokens already", folder, manifest.tokens)
     folder.mkdir(parents=True, exist_ok=True)
-    residuals = [ResidualStream(pipeline.residual.model, layer) for layer in chosen]
+    residuals = [ResidualStream(pipeline.residual.model, layer) for layer in manifest.layers]
 
     def read(batch: TokenBatch) -> list[Any]:
         positions = (batch.positions,) if batch.is_packed else ()
@@ -85,8 +89,13 @@ def cache_activations(
 
     manifest.is_complete, manifest.options["tokens"] = False, config.tokens
     manifest.write(folder)
-    with bar("caching", "tok", total=config.tokens, progress=progress, done=manifest.tokens) as advance:
-        write_cache(folder, manifest, sequencer, read, config.tokens + config.tokens // _SINKS + SAMPLE, advance)
+    wanted = config.tokens + config.tokens // _SINKS + SAMPLE
+    try:
+        with bar("caching", "tok", total=wanted, progress=progress, done=manifest.tokens) as advance:
+            write_cache(folder, manifest, sequencer, read, wanted, advance)
+    except KeyboardInterrupt as interruption:
+        message = f"interrupted; whole shards stay. Go on with: fastsae cache {shlex.quote(str(folder))} --resume"
+        raise Interrupted(message, getattr(interruption, "number", signal.SIGINT)) from None
     return manifest
 
 

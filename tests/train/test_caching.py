@@ -16,6 +16,7 @@ from fastsae import FastsaeError, UsageError
 from fastsae.cli import main
 from fastsae.data import cache
 from fastsae.data.cache import CachedActivations, Manifest
+from fastsae.interrupt import Interrupted
 from fastsae.train import caching, initialize, session
 from fastsae.train.caching import cache_activations, options_of
 from fastsae.train.config import TrainConfig
@@ -57,6 +58,10 @@ def test_a_run_that_reads_them_is_the_one_that_computes_them(
         assert outcome(tmp_path / f"cached{layer}") == outcome(tmp_path / "live" / str(layer))
 
 
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_cache_that_was_killed_goes_on_bit_for_bit(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,18 +81,25 @@ def test_a_cache_that_was_killed_goes_on_bit_for_bit(
             cache_activations(config, [], tmp_path / "acts", progress=False)
     with pytest.raises(FastsaeError, match="was interrupted; go on with fastsae cache --resume"):
         CachedActivations(tmp_path / "acts", [1])
+    with monkeypatch.context() as patch:
+        patch.setattr(caching, "write_cache", interrupted)
+        with pytest.raises(Interrupted, match=r"whole shards stay. Go on with: fastsae cache .*acts --resume"):
+            cache_activations(config, [], tmp_path / "acts", resume=True, progress=False)
     cache_activations(config, [], tmp_path / "acts", resume=True, progress=False)
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "acts" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_tokens_can_be_added(config: TrainConfig, tmp_path: Path) -> None:
-    cache_activations(replace(config, tokens=128), [], tmp_path / "acts", progress=False)
+    cache_activations(replace(config, tokens=128), [0, 1], tmp_path / "acts", progress=False)
     with pytest.raises(
         UsageError, match=r"tokens: expected at most the .* of the cache .* got 768; lower it, or write more"
     ):
         train(replace(config, activations=str(tmp_path / "acts"), data_seed=42), tmp_path / "run", progress=False)
-    cache_activations(replace(config, tokens=3000), [], tmp_path / "acts", resume=True, progress=False)
+    with pytest.raises(UsageError, match=r"layer: expected one of those in the cache .*, 0, 1, got 2"):
+        cache_activations(config, [2], tmp_path / "acts", resume=True, progress=False)
+    manifest = cache_activations(replace(config, tokens=3000), [1], tmp_path / "acts", resume=True, progress=False)
+    assert manifest.layers == [0, 1]
     train(replace(config, activations=str(tmp_path / "acts"), data_seed=42), tmp_path / "run", progress=False)
 
 
