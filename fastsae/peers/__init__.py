@@ -5,6 +5,7 @@ A peer's module is imported only when one of its objects is handed in, so that n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from importlib import import_module, metadata
 from types import ModuleType
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 from fastsae.errors import UsageError
 from fastsae.peers.handle import Handle, Options
+from fastsae.sae import SparseAutoencoder
 
 __all__ = ["Handle", "accelerate"]
 
@@ -51,7 +53,8 @@ def accelerate(obj: Any, *, optimizer: bool = False, layout: bool = True, fix_au
     Args:
         obj: SAELens: an SAE, an `SAETrainer`, a `MultiSAETrainer`, a model that holds SAEs, or the module `sae_lens` itself for
             every SAE and trainer that is made from then on. sparsify: a `SparseCoder` or a `Trainer`. dictionary_learning: a
-            dictionary, a trainer, or a trainer class, whose fast subclass is `handle.accelerated`. Or a list or a dict of such.
+            dictionary, a trainer, or a trainer class, whose fast subclass is `handle.accelerated`. Or a list or a dict of such. A
+            folder or hub id in any format that `fastsae convert` reads: `handle.accelerated` is then an SAE of fastsae.
         optimizer: Put `FusedSAEAdam` in the place of the peer's Adam (`SAETrainer` alone).
         layout: Store the encoder or decoder as the ops read it fastest; shapes, names and parameters stay. An optimiser that has
             made steps must be reachable from `obj`, as a trainer's is, or be made afterwards. `torch.randn_like` and its kind
@@ -62,15 +65,29 @@ def accelerate(obj: Any, *, optimizer: bool = False, layout: bool = True, fix_au
         A handle with `report()` and `undo()`; a context manager that undoes at its end.
 
     Raises:
-        UsageError: `obj` is of no peer, the peer's version is not known, or an option does not apply.
+        UsageError: `obj` is of no peer and names no SAE, the peer's version is not known, or an option does not apply.
     """
     handle = Handle(obj, Options(optimizer=optimizer, layout=layout, fix_auxk=fix_auxk))
+    if isinstance(obj, str | os.PathLike):
+        _load(obj, handle)
+        return handle
     try:
         _accelerate(obj, handle)
     except BaseException:
         handle.undo()
         raise
     return handle
+
+
+def _load(name: str | os.PathLike[str], handle: Handle) -> None:
+    try:
+        handle.accelerated = SparseAutoencoder.load(os.fspath(name))
+    except (FileNotFoundError, ValueError) as error:
+        names = ", ".join(peer.distribution for peer in _PEERS.values())
+        raise UsageError(
+            f"obj: expected an object of {names}, or a folder or hub id that holds an SAE, got {name!r}: {error}"
+        ) from None
+    handle.changes.append(f"{type(handle.accelerated).__name__} of {name}, as handle.accelerated")
 
 
 def _accelerate(obj: Any, handle: Handle) -> None:

@@ -6,14 +6,16 @@ import copy
 import gc
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+import peer_files
 import pytest
 import torch
 
 import fastsae_kernels as kernels
-from fastsae import UsageError, accelerate
+from fastsae import SparseAutoencoder, UsageError, accelerate
 from fastsae.peers import entries
 from fastsae.peers.handle import Handle, Options, Tally, store_transposed
 from fastsae.peers.lazy import Lazy
@@ -39,6 +41,17 @@ def test_no_peer_is_imported_before_its_object_comes() -> None:
 def test_what_is_of_no_peer_is_refused(obj: object) -> None:
     with pytest.raises(UsageError, match="obj: expected an object of"):
         accelerate(obj)
+
+
+@pytest.mark.parametrize("write", [peer_files.saelens, peer_files.gemma_scope, peer_files.sparsify])
+def test_a_folder_of_any_library_is_taken(tmp_path: Path, write: Callable[[Path], peer_files.PeerFile]) -> None:
+    file = write(tmp_path)
+    with accelerate(file.path) as handle:
+        x = torch.randn(5, peer_files.D_IN)
+        torch.testing.assert_close(handle.accelerated.encode(x), SparseAutoencoder.load(file.path).encode(x))
+    assert f"SAE of {file.path}, as handle.accelerated" in handle.report()
+    with pytest.raises(UsageError, match="or a folder or hub id that holds an SAE, got"):
+        accelerate(tmp_path / "missing")
 
 
 def test_a_class_that_only_claims_to_be_of_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
