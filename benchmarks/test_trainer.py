@@ -16,12 +16,11 @@ from benchmarks.shapes import DEVICE, SHAPES, Shape, tokens
 from benchmarks.steps import fused_step, make_sae
 from fastsae import FusedSAEAdam
 from fastsae.data.buffer import ActivationBatch
+from fastsae.data.progress import bar
 from fastsae.train.config import TrainConfig
 from fastsae.train.trainer import Trainer
 
-run_with_bar = pytest.importorskip(
-    "fastsae.train.run", reason="the trainer needs pip install 'fastsae-kernels[train]'"
-).run_with_bar
+pytest.importorskip("tqdm", reason="the trainer needs pip install 'fastsae-kernels[train]'")
 
 STEPS = 25  # of a call: as many as between two logged rows
 LR = 1e-12  # nothing moves, so that both go on having the same work
@@ -39,8 +38,12 @@ def by_trainer(shape: Shape) -> Call:
 
     def run() -> None:
         trainer.config = replace(config, tokens=(trainer.step + STEPS) * shape.n_tokens)
-        with contextlib.redirect_stderr(io.StringIO()):  # the bar is drawn, though nobody sees it
-            run_with_bar(trainer, lambda: None, True)
+        total = STEPS * shape.n_tokens
+        with (
+            contextlib.redirect_stderr(io.StringIO()),  # the bar is drawn, though nobody sees it
+            bar("training", "tok", total=total, progress=True, delay=0) as advance,
+        ):
+            trainer.run(lambda row: advance(total, loss=f"{row['loss']:.4g}", l0=f"{row['l0']:.1f}"))
 
     return run
 

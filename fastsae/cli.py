@@ -25,6 +25,7 @@ from fastsae.flags import (
     flag,
     parsed,
     path,
+    place,
     without_effect,
 )
 from fastsae.interrupt import exit_status, signals_end_the_command
@@ -121,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     measure.add_argument(
         "path",
+        type=place,
         metavar="SAE",
         help="folder with cfg.json and sae_weights.safetensors, another library's, or a hub id: owner/name/folder@revision",
     )

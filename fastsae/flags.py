@@ -106,7 +106,7 @@ def add_convert_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
         allow_abbrev=False,
     )
     parser.add_argument(
-        "source", metavar="SOURCE", help="folder, file of weights, or hub id: owner/name/folder@revision"
+        "source", type=place, metavar="SOURCE", help="folder, file of weights, or hub id: owner/name/folder@revision"
     )
     parser.add_argument("target", type=path, metavar="TARGET", help="new folder")
     parser.add_argument(
@@ -182,9 +182,14 @@ def _number(text: str, expected: str = "a number") -> float:
 
 def path(text: str) -> Path:
     """A path, `~` as the home folder."""
+    return local_path(place(text))
+
+
+def place(text: str) -> str:
+    """The name of a file, of a folder or on the hub."""
     if problem := name_problem(text):
         raise _wrong(problem, text)
-    return local_path(text)
+    return text
 
 
 def _wrong(expected: str, text: str) -> argparse.ArgumentTypeError:

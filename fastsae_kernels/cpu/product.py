@@ -58,9 +58,7 @@ def is_rounded(x: Tensor) -> bool:
 
 def chunk_size(n_tokens: int, d_sae: int, rounded_columns: int = 0) -> int:
     """Features per chunk: as many as stay in cache, product and rounded weights; at least 64 for the product's sake."""
-    elements = 2 * SCRATCH_ELEMENTS if rounded_columns else SCRATCH_ELEMENTS  # a rounded one has half the size
-    of_product = elements // max(1, n_tokens)
-    return max(64, min(d_sae, of_product, SCRATCH_ELEMENTS // max(1, rounded_columns)))
+    return max(64, min(d_sae, SCRATCH_ELEMENTS // max(1, n_tokens, rounded_columns)))
 
 
 def mark_greater(values: Tensor, bound: Tensor, marks: Tensor) -> None:

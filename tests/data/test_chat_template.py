@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastsae.data import sequencing
+from fastsae.data import tokens
 from fastsae.data.chat_template import ChatTemplate, RefusedDialogueError
 from fastsae.errors import UsageError
 from tests.data.test_sequencing import GEMMA, LLAMA, QWEN, chat, make_tokenizer
@@ -49,7 +49,7 @@ def test_content_is_parts_where_a_template_reads_those(text, expected):
     assert template(text).takes_parts
     assert template(text).text(SAID) == expected
     tokenizer = make_tokenizer("qwen", template=text)
-    assert tokenizer.decode(sequencing.render(tokenizer, SAID)) == expected
+    assert tokenizer.decode(tokens.render(tokenizer, SAID)) == expected
 
 
 @pytest.mark.parametrize(
