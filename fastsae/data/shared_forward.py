@@ -44,13 +44,13 @@ class SharedForward:
         self.layers = [LayerOfMany(self, index) for index in range(n_layers)]
 
     def batch(self, number: int) -> _Computed:
-        """The batch of that number, counted from 0; forgets those before it that every layer has taken."""
-        while number >= self._n_forgotten + len(self._computed):
-            batch = next(self.sequencer)
-            self._computed.append(_Computed(batch, self._read(batch), self.sequencer.state_dict()))
+        """The batch of that number, counted from 0; forgets first what every layer has taken, as it takes memory."""
         while self._n_forgotten < min(layer.n_taken for layer in self.layers):
             self._computed.popleft()
             self._n_forgotten += 1
+        while number >= self._n_forgotten + len(self._computed):
+            batch = next(self.sequencer)
+            self._computed.append(_Computed(batch, self._read(batch), self.sequencer.state_dict()))
         return self._computed[number - self._n_forgotten]
 
     def rewind(self) -> None:
@@ -82,9 +82,10 @@ class LayerOfMany(Iterator[TokenBatch]):
         return self._now.batch
 
     def residual(self, *_: Tensor) -> Tensor:
-        """The activations [B, T, d_in] of the last batch."""
+        """The activations [B, T, d_in] of the last batch, once: nothing holds them longer than the caller."""
         assert self._now is not None
-        return self._now.acts[self._index]
+        acts, self._now = self._now.acts[self._index], None
+        return acts
 
     @property
     def drops(self) -> Dropped:
