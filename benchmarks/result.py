@@ -55,7 +55,7 @@ class Row:
     is_cut: bool = False
     subject: str = ""  # what is compared, where an operation has several groups at a shape
     goal: float | None = None  # how many times as fast as the baseline it should be
-    x: float | None = None  # of a series
+    x: float | None = None  # the place of a row in a series, such as its L0
     reason: str | None = None
     error: float | None = None
     error_limit: float | None = None

@@ -259,7 +259,10 @@ def read_layers(residuals: Sequence[ResidualStream], *arguments: Tensor) -> list
             if residual is not deepest:
                 stack.enter_context(residual.changed(partial(keep, residual)))
         found[deepest.layer] = deepest(*arguments)
-    return [residual.checked(found[residual.layer], *arguments[:2]) for residual in residuals]
+    for residual in residuals:
+        if residual is not deepest:  # which has checked its own
+            residual.checked(found[residual.layer], *arguments[:2])
+    return [found[residual.layer] for residual in residuals]
 
 
 class _Stop(Exception):  # noqa: N818 - a signal, not an error

@@ -35,7 +35,7 @@ class Manifest:
     Attributes:
         options: The options that the activations depend on, as a run's config.json names them.
         layers: The layers.
-        fingerprints: Of dataset and model, its chat template among them.
+        fingerprints: What tells this dataset and this model, with its chat template, from others.
         sequencer: Its state behind the last dialogue that was written.
         tokens: How many were written.
         is_complete: Whether that is all that was wanted.

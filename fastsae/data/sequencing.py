@@ -22,10 +22,11 @@ from fastsae.data.tokens import TokenRows
 from fastsae.errors import FastsaeError, UsageError
 
 WINDOW = 1024  # dialogues tokenised and cut into batches together; a second for the demo's
-# Tokens that a pass of the model costs beside those it computes. With the demo's dialogues and batches of 8,192 tokens, 2.4 %
-# of what the model computes is padding, in 36 passes for a window; with as few passes as possible, 20, it is 6.1 %.
+# Starting a pass of the model costs as much as computing so many tokens more. With the demo's dialogues and batches of 8,192
+# tokens, a window takes 36 passes, and 2.4 % of the computed tokens are padding; with the fewest passes, 20, it is 6.1 %.
 _COST_OF_A_PASS = 128
-_SHORTEST_ROW = 512  # of packed dialogues; the attention of a row costs the square of its length on a CPU
+# A row of packed dialogues is as short as it may be, because on a CPU its attention costs the square of its length.
+_SHORTEST_ROW = 512
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,8 @@ TEXT_COLUMNS = ("text", "content", "document", "raw_content")
 TOKEN_COLUMNS = ("input_ids", "tokens", "token_ids")
 _PIECE = 16_384  # bytes of a .txt file that make a text, up to the next end of a line
 _PROBED_ROWS = 100
-_BYTES_OF_A_TOKEN = (
-    8  # of rows as JSON; a token of English is 4 to 5 letters, and what a row holds beside its text adds to them
-)
+# A token of English has 4 to 5 letters, and a row of JSON holds other things beside its text.
+_BYTES_OF_A_TOKEN = 8
 
 
 def load_texts(

@@ -10,8 +10,8 @@ from fastsae.data.chat_template import ChatTemplate, RefusedDialogueError
 from fastsae.data.dropped import Dropped
 
 # A text much longer than `max_length` tokens is not tokenised whole, but to the first of so many characters per token.
-# Of those, the last tokens can differ from the whole text's: where the cut goes through the longest of a vocabulary,
-# usually 128 characters, as many single ones stand in its place.
+# The last tokens of a text that was cut can differ from those of the whole text. The longest token of a vocabulary has usually
+# 128 characters; where the cut goes through it, as many tokens of one character stand in its place.
 _CHARACTERS_PER_TOKEN = 16
 _UNSURE = 256
 

@@ -34,7 +34,7 @@ def why_not_module(ae: Any, known: type) -> str | None:
     """Why the dictionary `ae`, which is to be of the class `known` or its fast one, cannot take the ops."""
     if in_transform():
         return "a transform of torch.func is around it"
-    if type(ae) not in (known, DICTIONARIES[known]):
+    if type(ae) not in (known, FAST[known]):
         return f"the dictionary is a {type(ae).__qualname__}"
     if any(hook_on(module) for module in (ae, *ae.children())):
         return "a hook is attached to the dictionary"
@@ -365,12 +365,10 @@ def _listed(ae: Any, x: Tensor, k: int) -> SparseActs:
     return kernels.encode(x.to(W_enc.dtype) - ae.b_dec, W_enc, b_enc, gate, k=k)
 
 
-DICTIONARIES: dict[type, type] = {
+FAST: dict[type, type] = {
     AutoEncoderTopK: FusedAutoEncoderTopK,
     BatchTopKSAE: FusedBatchTopKSAE,
     JumpReluAutoEncoder: FusedJumpReluAutoEncoder,
-}
-TRAINERS: dict[type, type] = {
     TopKTrainer: FusedTopKTrainer,
     BatchTopKTrainer: FusedBatchTopKTrainer,
     JumpReluTrainer: FusedJumpReluTrainer,
@@ -385,7 +383,7 @@ def accelerate(obj: Any, handle: Handle) -> None:
         )
     cls = obj if isinstance(obj, type) else type(obj)
     name = f"{cls.__qualname__} of dictionary-learning"
-    fast = {**DICTIONARIES, **TRAINERS}.get(cls)
+    fast = FAST.get(cls)
     if issubclass(cls, Accelerated):
         handle.left_alone.append(f"{name}: it is accelerated already")
     elif fast is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 Architecture = Literal["standard", "jumprelu", "topk"]
 LAYER_NORM_EPS = 1e-5  # OpenAI and SAELens add the same number
-_FEATURES_AT_ONCE = 4096  # of which float64 copies are made
+_FEATURES_AT_ONCE = 4096  # float64 copies are made of so many
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Converted:
         W_dec: `[d_sae, d_out]`.
         b_dec: `[d_out]`.
         threshold: `[d_sae]`, of jumprelu alone.
-        k: Of topk; for the others, a cap that only this library's own files have.
+        k: How many features a topk SAE keeps; for other SAEs a cap, which only this library's own files have.
         rescale_acts_by_decoder_norm: Of topk: features are chosen, and scaled, by the length of their decoder row.
         W_skip: `[d_out, d_in]`.
         is_transcoder: It predicts another place's activations than those it reads.
