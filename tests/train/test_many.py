@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from fastsae import FastsaeError, UsageError
 from fastsae.cli import main
 from fastsae.data.activations import ResidualStream
 from fastsae.flags import parsed
-from fastsae.train import checkpoint
+from fastsae.interrupt import Interrupted
+from fastsae.train import checkpoint, session
 from fastsae.train.config import TrainConfig
 from fastsae.train.folder import read_config, read_configs
 from fastsae.train.grid import expand, read_spec, with_one_order
@@ -99,6 +102,44 @@ def test_resume_is_bit_equal(
         with pytest.raises(Stop):
             train_many(chosen, tmp_path / "run", progress=False)
     assert checkpoint.latest(tmp_path / "run") is not None
+    train_many(read_configs(tmp_path / "run"), tmp_path / "run", resume=True, progress=False)
+    for name in chosen:
+        assert outcome(tmp_path / "run" / name) == outcome(tmp_path / "whole" / name)
+
+
+@pytest.mark.parametrize("later", [1, 2, 3])
+def test_a_signal_in_a_refill_loses_nothing_of_any_layer(
+    configs: dict[str, TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: int
+) -> None:
+    chosen = {name: replace(configs[name], tokens=64 * 60) for name in ("first", "topk")}
+    forwards: list[int] = []  # the step at which the model ran
+
+    def run(output: Path, stop_at: int | None) -> None:
+        original, step, n_calls = session.read_layers, Trainer.train_step, 0
+        made: list[int] = []
+
+        def read(*arguments: Any) -> Any:
+            nonlocal n_calls
+            n_calls += 1
+            if stop_at is None:
+                forwards.append(len(made))
+            elif n_calls == stop_at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "read_layers", read)
+            patch.setattr(Trainer, "train_step", lambda self, batch: made.append(1) or step(self, batch))
+            train_many(chosen, output, progress=False)
+
+    run(tmp_path / "whole", None)
+    n_filling = forwards.count(0)
+    assert len(forwards) > n_filling + 3
+    with pytest.raises(Interrupted, match="--resume"):
+        run(tmp_path / "run", n_filling + later)
+    saved = checkpoint.load_latest(tmp_path / "run")
+    assert saved is not None
+    assert 0 < saved["trainers"]["0"]["step"] == saved["trainers"]["1"]["step"] < 60
     train_many(read_configs(tmp_path / "run"), tmp_path / "run", resume=True, progress=False)
     for name in chosen:
         assert outcome(tmp_path / "run" / name) == outcome(tmp_path / "whole" / name)
