@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,10 @@ from stopped_runs import Stop, make_config
 from fastsae import FastsaeError, UsageError
 from fastsae.cli import main
 from fastsae.data.activations import ResidualStream
+from fastsae.data.buffer import MixingBuffer
 from fastsae.flags import parsed
 from fastsae.interrupt import Interrupted
-from fastsae.train import checkpoint, session
+from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig
 from fastsae.train.folder import read_config, read_configs
 from fastsae.train.grid import expand, read_spec, with_one_order
@@ -107,36 +106,25 @@ def test_resume_is_bit_equal(
         assert outcome(tmp_path / "run" / name) == outcome(tmp_path / "whole" / name)
 
 
-@pytest.mark.parametrize("later", [1, 2, 3])
+@pytest.mark.parametrize("refill", [3, 4, 35, 36, 38])  # the odd ones are of the first layer; the last ones read on
 def test_a_signal_in_a_refill_loses_nothing_of_any_layer(
-    configs: dict[str, TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, later: int
+    configs: dict[str, TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refill: int
 ) -> None:
     chosen = {name: replace(configs[name], tokens=64 * 60) for name in ("first", "topk")}
-    forwards: list[int] = []  # the step at which the model ran
+    train_many(chosen, tmp_path / "whole", progress=False)
+    original, n_refills = MixingBuffer._refill, 0
 
-    def run(output: Path, stop_at: int | None) -> None:
-        original, step, n_calls = session.read_layers, Trainer.train_step, 0
-        made: list[int] = []
+    def interrupted(self: MixingBuffer) -> None:
+        nonlocal n_refills
+        n_refills += 1
+        if n_refills == refill:
+            raise Interrupted
+        original(self)
 
-        def read(*arguments: Any) -> Any:
-            nonlocal n_calls
-            n_calls += 1
-            if stop_at is None:
-                forwards.append(len(made))
-            elif n_calls == stop_at:
-                os.kill(os.getpid(), signal.SIGINT)
-            return original(*arguments)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(session, "read_layers", read)
-            patch.setattr(Trainer, "train_step", lambda self, batch: made.append(1) or step(self, batch))
-            train_many(chosen, output, progress=False)
-
-    run(tmp_path / "whole", None)
-    n_filling = forwards.count(0)
-    assert len(forwards) > n_filling + 3
-    with pytest.raises(Interrupted, match="--resume"):
-        run(tmp_path / "run", n_filling + later)
+    with monkeypatch.context() as patch:
+        patch.setattr(MixingBuffer, "_refill", interrupted)
+        with pytest.raises(Interrupted, match="--resume"):
+            train_many(chosen, tmp_path / "run", progress=False)
     saved = checkpoint.load_latest(tmp_path / "run")
     assert saved is not None
     assert 0 < saved["trainers"]["0"]["step"] == saved["trainers"]["1"]["step"] < 60
