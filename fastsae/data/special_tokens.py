@@ -36,11 +36,14 @@ class SpecialTokens:
     Attributes:
         ids: Token to id, for the special tokens that the template writes around turns.
         roles: Name of a role to the headers that mark it. Only the name's tokens count, and only behind the header's others:
-            the same word inside a message is an ordinary word.
+            the same word inside a message is an ordinary word. The user's stands first.
+        leads: The special tokens behind which somebody speaks: 0 for the user alone, 1 for the assistant alone, None for
+            whoever was named before. One that also ends a turn says nothing, unless one role's turns alone begin with it.
     """
 
     ids: dict[str, int] = field(default_factory=dict)
     roles: dict[str, tuple[RoleHeader, ...]] = field(default_factory=dict)
+    leads: dict[int, int | None] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -86,10 +89,12 @@ def find_special_tokens(tokenizer: Any) -> SpecialTokens:
     """
     ids = _render_probe(tokenizer)
     special = _special_ids(tokenizer, ids)
-    roles = _roles(tokenizer, list(_segments(ids, special)))
+    segments = list(_segments(ids, special))
+    roles, leads = _roles(tokenizer, segments), _leads(tokenizer, segments)
     if ids and ids[0] == tokenizer.bos_token_id and ids[0] not in ids[1:]:
         special.discard(ids[0])
-    return SpecialTokens({_decode(tokenizer, [i]): i for i in dict.fromkeys(ids) if i in special}, roles)
+        leads.pop(ids[0], None)
+    return SpecialTokens({_decode(tokenizer, [i]): i for i in dict.fromkeys(ids) if i in special}, roles, leads)
 
 
 def _render_probe(tokenizer: Any) -> list[int]:
@@ -147,6 +152,21 @@ def _roles(tokenizer: Any, segments: list[tuple[int, list[int]]]) -> dict[str, t
         found = [_role_header(tokenizer, lead, tokens, header, name.start(1)) for lead, tokens in starts]
         roles[name[1]] = tuple(dict.fromkeys(found))
     return roles
+
+
+def _leads(tokenizer: Any, segments: list[tuple[int, list[int]]]) -> dict[int, int | None]:
+    """The special tokens behind which the user, the assistant, or either of them speaks."""
+    before: tuple[set[int], set[int]] = (set(), set())
+    behind = set()
+    for (lead, tokens), following in zip(segments, [*segments[1:], (_START, [])], strict=True):
+        text = _decode(tokenizer, tokens)
+        for i, content in enumerate(_CONTENTS):
+            if content in text:
+                before[i % 2].add(lead)
+                behind.add(following[0])
+    user, assistant = before
+    either = dict.fromkeys((user & assistant) - behind, None)
+    return {**either, **dict.fromkeys(user - assistant, 0), **dict.fromkeys(assistant - user, 1)}
 
 
 def _header(texts: Sequence[str], before: str, message: str) -> str:

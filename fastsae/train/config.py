@@ -98,6 +98,11 @@ class TrainConfig:
         'more arguments for transformers\' from_pretrained, as JSON, such as \'{"revision": "main", '
         '"attn_implementation": "eager"}\', device_map or quantization_config',
     )
+    random_model: bool = option(
+        False,
+        "data",
+        "draw the language model's weights anew, by --data-seed: a control, as what an SAE finds there no model has learnt",
+    )
     max_length: int = option(8192, "data", "longest dialogue in tokens; what comes after is cut off", (2, 10**9))
     max_dialogues: int | None = option(
         None,
@@ -147,6 +152,11 @@ class TrainConfig:
         "largest number of active features per token (default: no limit); topk and batchtopk need it, for batchtopk it "
         "is the average over a batch",
         (1, 2**31 - 1),
+    )
+    frozen: Literal["encoder", "decoder"] | None = option(
+        None,
+        "sae",
+        "weight matrix that stays as it was drawn, W_enc or W_dec, while all else is trained: a control (default: none)",
     )
     bandwidth: float = option(
         0.05,

@@ -24,6 +24,7 @@ from fastsae.data.dropped import Dropped
 from fastsae.data.language_model import load_model
 from fastsae.data.model_dtype import dtype_name
 from fastsae.data.packing import check_packing
+from fastsae.data.random_model import with_random_weights
 from fastsae.data.sequencing import BlockSequencer, FastSequencer, PackedSequencer, Sequencer
 from fastsae.data.special_tokens import SpecialTokens, find_special_tokens
 from fastsae.data.splicing import SplicedModel
@@ -226,6 +227,8 @@ def build_pipeline(
             options=model_options(config.model_kwargs),
             progress=progress,
         )
+    if config.random_model:
+        model = with_random_weights(model, config.order_seed)
     layer = len(decoder_layers(model)) // 2 if config.layer is None else config.layer
     found: Any = dtype_name(model.dtype)
     model_dtype = config.model_dtype or (found if found in get_args(ModelDtype) else None)

@@ -78,7 +78,8 @@ def check_trainer(found: Fields, trainer: Trainer) -> None:
 
 
 def _check_optimizer(found: Fields, trainer: Trainer, step: int) -> None:
-    parameters = {str(i): p for i, p in enumerate(trainer.optimizer.param_groups[0]["params"])}
+    every = trainer.optimizer.param_groups[0]["params"]
+    parameters = {str(i): p for i, p in enumerate(every) if p.requires_grad}
     found.check_names(parameters)
     for name, parameter in parameters.items() if step else ():
         moments = found.fields(name)

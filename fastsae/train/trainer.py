@@ -46,7 +46,10 @@ def build_sae(config: TrainConfig, d_in: int, device: torch.device) -> SparseAut
     if config.is_topk:
         # rows kept at unit norm have nothing to rescale, and their gradient's parallel part is removed either way
         options["rescale_acts_by_decoder_norm"] = not config.normalize_decoder
-    return SAE_CLASSES[config.architecture](d_in, config.n_features(d_in), **options)
+    sae = SAE_CLASSES[config.architecture](d_in, config.n_features(d_in), **options)
+    if config.frozen is not None:
+        (sae.W_enc if config.frozen == "encoder" else sae.W_dec).requires_grad_(False)
+    return sae
 
 
 class Trainer:
