@@ -31,7 +31,7 @@ def load_texts(
     """Open plain texts, or lists of token ids, without reading them into memory.
 
     Args:
-        source: A `.txt` file, which is read in pieces of 16 kB, each of them a text; a file of chats' kinds (see
+        source: `demo`, the documentation of which the demo's dialogues are made; a `.txt` file, which is read in pieces of 16 kB, each of them a text; a file of chats' kinds (see
             `fastsae.data.chat.load_chats`) with a column of texts (`text`) or of token ids (`input_ids`); a folder of either
             kind; or a Hugging Face hub id.
         split: Name of the split, for folders and the hub.
@@ -43,6 +43,10 @@ def load_texts(
         UsageError: Nothing is found at `source`, or no column of texts.
         FastsaeError: A file is damaged, or a download fails.
     """
+    if source == "demo":
+        from fastsae.data import demo
+
+        return list(demo.plain_text())
     path = local_path(source)
     files = _text_files(path)
     if files:

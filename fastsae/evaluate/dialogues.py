@@ -1,4 +1,4 @@
-"""What an evaluation sums up for each dialogue, so that two SAEs can be compared dialogue by dialogue."""
+"""What an SAE did on each held-out dialogue, so that two SAEs can be compared dialogue by dialogue."""
 
 from __future__ import annotations
 
@@ -11,40 +11,93 @@ from torch import Tensor
 
 from fastsae.disk import write_tensors
 from fastsae.errors import FastsaeError
-from fastsae.evaluate.token_classes import CLASSES
+from fastsae.evaluate.token_kinds import KINDS
 
 DIALOGUES_FILE = "dialogues.safetensors"
-SUMS = ("tokens", "squared_error", "l0", "targets", "ce", "ce_spliced", "ce_zero", "kl")
+_SPOKEN, _SINKS = ("user", "assistant", "template", "special"), KINDS[4:]
+CLASSES = {
+    "all": ("every token but the attention sinks", _SPOKEN),
+    "special": ("tokens that the chat template writes around turns, role names among them", ("special",)),
+    "user": ("tokens of the user's messages", ("user",)),
+    "assistant": ("tokens of the assistant's messages", ("assistant",)),
+    "template": ("whatever the chat template writes, special or not", ("template", "special")),
+    "sinks": ("attention sinks: position 0, and tokens many times as long as the median token", _SINKS),
+    "position_0": ("the first token of each dialogue", ("position_0", "special_position_0")),
+    "all_with_sinks": ("every token, as the FAST paper counts", KINDS),
+    "special_with_sinks": (
+        "every special token, as the FAST paper counts",
+        ("special", "special_position_0", "special_late_sink"),
+    ),
+}
+"""Classes of tokens: what they hold, and of which kinds they consist; those without sinks in their name hold none."""
+
+FIELDS = {
+    "tokens": "number of tokens n of the class",
+    "squared_error": "sum of ||x^ - x||^2",
+    "variance": "sum of ||x - m||^2, with one m for the whole held-out set: the mean x of the class `all`",
+    "l0": "sum of the numbers of active features",
+    "targets": "number of tokens of the class that are predicted: all but the first of a dialogue",
+    "ce": "sum of -log p(token) over the targets, in nats",
+    "ce_spliced": "the same with the reconstruction in place of the activations, sinks keeping their own",
+    "ce_zero": "the same with zeros in their place, sinks keeping their own",
+    "kl": "sum of KL(p || p spliced) over the predictions of the targets",
+}
+"""Sums over the tokens of one class in one dialogue; x^ is the reconstruction of the activation x, p the clean model."""
+
+LOSSES = ("targets", "ce", "ce_spliced", "ce_zero", "kl")
+_FIELD = {name: i for i, name in enumerate(FIELDS)}
+_VARIANCE = _FIELD["variance"]
 
 
 @dataclass(frozen=True)
-class DialogueTable:
-    """Sums over the tokens of each dialogue.
+class DialogueSums:
+    """The sums of one SAE on the held-out dialogues.
 
     Attributes:
-        dialogues: `[n]` int64, indices into the dataset, ascending.
-        sums: `[n, len(CLASSES), len(SUMS)]` fp64: number of tokens, squared error per element, active features; and over the
-            tokens that are predicted (all but the first of a dialogue): their number, cross-entropies of the clean model, with
-            the reconstruction and with zeros in the place of the activations, and KL(clean || reconstruction), in nats. A
-            predicted token counts in its own class.
-        variance: `[n]` fp64, sum of ||x - mean x||^2 / d_in over the tokens of the class `all`; the mean is over all dialogues.
+        d_in: Width of the activations.
+        dialogues: `[n]` int64, their indices in the dataset, ascending.
+        values: `[n, len(CLASSES), len(FIELDS)]` fp64, in the order of these two tables.
+
+    Raises:
+        FastsaeError: The shapes are others, or a number is NaN or infinite, or a count is negative.
     """
 
+    d_in: int
     dialogues: Tensor
-    sums: Tensor
-    variance: Tensor
+    values: Tensor
 
-    def column(self, name: str, token_class: str = "all") -> Tensor:
-        """`[n]`, one sum of one class."""
-        return self.sums[:, CLASSES.index(token_class), SUMS.index(name)]
+    def __post_init__(self) -> None:
+        n = len(self.dialogues)
+        if not n or self.values.shape != (n, len(CLASSES), len(FIELDS)):
+            raise FastsaeError(
+                f"sums of dialogues: expected the shape [dialogues, {len(CLASSES)}, {len(FIELDS)}] with at least one dialogue, "
+                f"got {list(self.values.shape)} for {n}"
+            )
+        if not self.values.isfinite().all():
+            dialogue, token_class, name = (int(i) for i in (~self.values.isfinite()).nonzero()[0])
+            raise FastsaeError(
+                f"the sum {list(FIELDS)[name]!r} over the tokens {list(CLASSES)[token_class]!r} of held-out dialogue "
+                f"{dialogue} is {self.values[dialogue, token_class, name].item()}; expected a finite number"
+            )
+        if (self.get("tokens") < 0).any() or (self.get("targets") < 0).any():
+            raise FastsaeError("sums of dialogues: expected counts of tokens of at least 0, got a negative one")
+
+    def __len__(self) -> int:
+        return len(self.dialogues)
+
+    def get(self, name: str, token_class: str | None = None) -> Tensor:
+        """The sums `[n]` of a field over one class, or `[n, len(CLASSES)]` over each."""
+        of_field = self.values[:, :, _FIELD[name]]
+        return of_field if token_class is None else of_field[:, list(CLASSES).index(token_class)]
 
     def save(self, folder: Path) -> None:
         """Writes `dialogues.safetensors`."""
-        tensors = {"dialogues": self.dialogues, "sums": self.sums.contiguous(), "variance": self.variance}
+        width = torch.tensor(self.d_in)
+        tensors = {"d_in": width, "dialogues": self.dialogues, "values": self.values.contiguous()}
         write_tensors(folder / DIALOGUES_FILE, tensors)
 
     @classmethod
-    def load(cls, folder: Path) -> DialogueTable:
+    def load(cls, folder: Path) -> DialogueSums:
         """Reads what `save` wrote.
 
         Raises:
@@ -53,19 +106,18 @@ class DialogueTable:
         path = folder / DIALOGUES_FILE
         try:
             found = load_file(path)
-            table = cls(*(found[name] for name in ("dialogues", "sums", "variance")))
-            n = len(table.dialogues)
-            if table.sums.shape != (n, len(CLASSES), len(SUMS)) or table.variance.shape != (n,):
-                raise ValueError(f"sums of shape {tuple(table.sums.shape)}")
+            return cls(int(found["d_in"]), found["dialogues"], found["values"])
         except Exception as error:  # whatever safetensors raises
             raise FastsaeError(
-                f"{path}: expected the sums of each dialogue, got none or a damaged file ({error})"
+                f"{path}: expected the sums of each dialogue, found none or a damaged file ({error})"
             ) from None
-        return table
 
 
-class DialogueSums:
-    """Gathers a `DialogueTable`; each dialogue comes whole, in one call.
+class DialogueRecorder:
+    """Gathers the sums of an SAE; each dialogue comes whole, in one call.
+
+    The kinds of a dialogue's tokens each keep one vector of the activations' width until the end, in fp32, because only then
+    the mean is known about which the variance is taken.
 
     Args:
         d_in: Width of the activations.
@@ -74,9 +126,8 @@ class DialogueSums:
     def __init__(self, d_in: int) -> None:
         self.d_in = d_in
         self._dialogues: list[Tensor] = []
-        self._sums: list[Tensor] = []
+        self._sums: list[Tensor] = []  # of each kind; in the place of the variance the sum of ||x||^2
         self._vectors: list[Tensor] = []
-        self._squares: list[Tensor] = []
 
     def add(
         self,
@@ -87,51 +138,39 @@ class DialogueSums:
         losses: Tensor,
         *,
         rows: Tensor,
-        positions: Tensor,
-        classes: Tensor,
+        kinds: Tensor,
     ) -> None:
-        """Adds the real tokens of whole dialogues.
+        """Adds the real tokens of whole dialogues, all of them on the CPU.
 
         Args:
-            dialogues: `[B]` indices into the dataset.
-            x: `[n, d_in]` activations.
-            squared_error: `[n]`, ||x^ - x||^2.
-            l0: `[n]` active features.
-            losses: `[4, n]`: cross-entropies of each token, clean, with the reconstruction and with zeros, and the KL
-                divergence of its prediction; the first token of a dialogue, which nothing predicts, is not looked at.
-            rows: `[n]` dialogue of each token, counted from 0 inside this call.
-            positions: `[n]`, 0 for the first token of a dialogue.
-            classes: `[len(CLASSES), n]` bool.
+            dialogues: `[B]`, indices in the dataset.
+            x: `[N, d_in]` activations.
+            squared_error: `[N]`, ||x^ - x||^2.
+            l0: `[N]`, active features.
+            losses: `[len(LOSSES), N]`, of each token as the one that is predicted; 0 for the first of a dialogue.
+            rows: `[N]`, dialogue of each token, counted from 0 inside this call.
+            kinds: `[N]`, see `TokenKinds`.
         """
-        predicted = (positions > 0).double()
-        per_token = torch.stack(
-            [
-                torch.ones_like(predicted),
-                squared_error.double() / self.d_in,
-                l0.double(),
-                predicted,
-                *torch.where(predicted.bool(), losses.double(), 0),
-            ],
-            dim=1,
-        )
-        sums = torch.zeros(len(dialogues), len(CLASSES), len(SUMS), dtype=torch.float64)
-        for i, chosen in enumerate(classes):
-            sums[:, i].index_add_(0, rows[chosen], per_token[chosen])
-        kept = classes[CLASSES.index("all")]
-        x = x.double()[kept]
-        empty = torch.zeros(len(dialogues), self.d_in, dtype=torch.float64)
-        self._vectors.append(empty.index_add(0, rows[kept], x))
-        self._squares.append(
-            torch.zeros(len(dialogues), dtype=torch.float64).index_add(0, rows[kept], x.square().sum(1))
-        )
+        x = x.double()
+        columns = [torch.ones(len(x)), squared_error, x.square().sum(1), l0, *losses]
+        cells = rows * len(KINDS) + kinds
+        n_cells = len(dialogues) * len(KINDS)
+        sums = torch.zeros(n_cells, len(FIELDS), dtype=torch.float64)
+        sums.index_add_(0, cells, torch.stack([column.double() for column in columns], dim=1))
+        vectors = torch.zeros(n_cells, self.d_in, dtype=torch.float64).index_add_(0, cells, x)
         self._dialogues.append(dialogues.clone())
-        self._sums.append(sums)
+        self._sums.append(sums.view(len(dialogues), len(KINDS), len(FIELDS)))
+        self._vectors.append(vectors.float().view(len(dialogues), len(KINDS), self.d_in))
 
-    def table(self) -> DialogueTable:
-        """The sums, with the dialogues in ascending order."""
-        dialogues, sums, vectors, squares = map(torch.cat, (self._dialogues, self._sums, self._vectors, self._squares))
-        count = sums[:, CLASSES.index("all"), SUMS.index("tokens")]
-        mean = vectors.sum(0) / count.sum().clamp_min(1)
-        variance = (squares - 2 * vectors @ mean + count * mean.square().sum()).clamp_min(0) / self.d_in
+    def finish(self) -> DialogueSums:
+        """The sums over classes, with the dialogues in ascending order."""
+        dialogues, sums = torch.cat(self._dialogues), torch.cat(self._sums)
+        spoken = [KINDS.index(kind) for kind in _SPOKEN]
+        total = sum(vectors[:, spoken].sum((0, 1), dtype=torch.float64) for vectors in self._vectors)
+        mean = total / sums[:, spoken, 0].sum().clamp_min(1)
+        projections = torch.cat([vectors.double() @ mean for vectors in self._vectors])
+        squares = sums[:, :, _VARIANCE] - 2 * projections + sums[:, :, 0] * mean.square().sum()
+        sums[:, :, _VARIANCE] = squares.clamp_min(0)
+        kinds_of = torch.tensor([[float(kind in kinds) for kind in KINDS] for _, kinds in CLASSES.values()])
         order = dialogues.argsort()
-        return DialogueTable(dialogues[order], sums[order], variance[order])
+        return DialogueSums(self.d_in, dialogues[order], (kinds_of.double() @ sums)[order])

@@ -67,7 +67,7 @@ class TrainConfig:
         None,
         "data",
         "plain text to train on in the place of the dialogues, which are then for the evaluation alone: a .txt, .jsonl, .json "
-        "(each also as .gz) or .parquet file, a folder of them, or the id of a dataset on the hub with a column 'text'",
+        "(each also as .gz) or .parquet file, a folder of them, the id of a dataset on the hub with a column 'text', or 'demo'",
     )
     sequencing: Sequencing = option(
         "fast",

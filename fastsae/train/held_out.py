@@ -77,11 +77,15 @@ def n_affordable_dialogues(
         order: Indices into it, in a random order.
         training_tokens: Tokens that the run trains on.
     """
-    blocks = [sum(weight.numel() for weight in block.parameters()) for block in decoder_layers(residual.model)]
-    before, behind = sum(blocks[: residual.layer + 1]), sum(blocks[residual.layer + 1 :])
-    head = residual.model.get_output_embeddings() or residual.model.get_input_embeddings()
-    behind += head.weight.numel()
-    tokens = SHARE_OF_THE_RUN * training_tokens * before / (before + 3 * behind)
+    tokens = SHARE_OF_THE_RUN * training_tokens / cost_of_evaluation(residual)
     lengths = [len(ids) for _, ids in rows.read(order[:_SAMPLE])[0]]
     mean_length = sum(lengths) / len(lengths) if lengths else 1.0
     return int(min(max(tokens / mean_length, _FEWEST), _MOST))
+
+
+def cost_of_evaluation(residual: ResidualStream) -> float:
+    """Products of the language model for a token of the evaluation, as a multiple of those for a token of training."""
+    blocks = [sum(weight.numel() for weight in block.parameters()) for block in decoder_layers(residual.model)]
+    before, behind = sum(blocks[: residual.layer + 1]), sum(blocks[residual.layer + 1 :])
+    head = residual.model.get_output_embeddings() or residual.model.get_input_embeddings()
+    return (before + 3 * (behind + head.weight.numel())) / before

@@ -35,6 +35,11 @@ def check_memory(saes: Sequence[TrainConfig], d_in: int, bytes_per_number: int, 
     )
 
 
+def needed_memory(saes: Sequence[TrainConfig], d_in: int, bytes_per_number: int) -> int:
+    """Bytes that a run needs at least; see `check_memory`."""
+    return sum(_needs(saes, d_in, bytes_per_number).values())
+
+
 def _needs(saes: Sequence[TrainConfig], d_in: int, bytes_per_number: int) -> dict[str, int]:
     """Bytes by the option that decides about them."""
     config = saes[0]

@@ -1,4 +1,4 @@
-"""Which tokens of a dialogue are whose: the classes by which a comparison of SAEs tells its figures apart."""
+"""Which tokens of a dialogue are whose: the kinds by which a comparison of SAEs tells its figures apart."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from torch import Tensor
 
 from fastsae.data.special_tokens import SpecialTokens
 
-CLASSES = ("all", "special", "user", "assistant", "template", "sinks", "position_0")
-_TEMPLATE, _USER, _ASSISTANT = range(3)
+KINDS = (
+    "user",
+    "assistant",
+    "template",
+    "special",
+    "position_0",
+    "special_position_0",
+    "late_sink",
+    "special_late_sink",
+)
+"""A token is of one kind: what the user or the assistant says, or what the template writes, in special tokens and role names or
+in others; the first of its dialogue; or another attention sink. The last two may be special tokens or not."""
+_USER, _ASSISTANT, _TEMPLATE, _SPECIAL, _FIRST, _LATE_SINK = 0, 1, 2, 3, 4, 6
 
 
-class TokenClasses:
-    """Sorts the tokens of whole dialogues into `CLASSES`.
-
-        all         every token that is no attention sink
-        special     the special tokens and role names that the chat template writes around turns
-        user        what the user says, and `assistant` what the assistant says
-        template    every other token: system prompts, and line breaks between turns
-        sinks       attention sinks, which no other class but `position_0` holds
-        position_0  the first token of each dialogue, a sink in any case
+class TokenKinds:
+    """Sorts the tokens of whole dialogues into `KINDS`.
 
     Who speaks is told by the role's name before the text, or by a special token with which this role's turns alone begin.
-    Where a template writes neither, what both say is in `template`; so are spaces and punctuation marks between a name and
-    the first word.
+    Where a template writes neither, what both say counts as written by the template; so do system prompts, and spaces and
+    punctuation marks between a name and the first word.
 
     Args:
         tokenizer: The model's.
@@ -38,7 +42,7 @@ class TokenClasses:
         self._has_word = cache(lambda token: any(map(str.isalnum, tokenizer.decode([token]))))
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, sinks: Tensor) -> Tensor:
-        """Returns `[len(CLASSES), n]` bool for the n real tokens, row by row.
+        """Returns `[n]`, the index in `KINDS` of each of the n real tokens, row by row.
 
         Args:
             input_ids: `[B, T]` whole dialogues from their first token on, padded on the right.
@@ -50,11 +54,10 @@ class TokenClasses:
         special = (classes < len(self._special.names))[real]
         rows = zip(input_ids.tolist(), classes.tolist(), real.sum(1).tolist(), strict=True)
         said = [who for ids, kinds, length in rows for who in self._speakers(ids[:length], kinds)]
-        speaker = torch.tensor(said, dtype=torch.int64)
         first = (torch.arange(input_ids.shape[1]) == 0).expand(input_ids.shape)[real]
-        plain = ~special & ~sinks
-        turns = [plain & (speaker == who) for who in (_USER, _ASSISTANT, _TEMPLATE)]
-        return torch.stack([~sinks, special & ~sinks, *turns, sinks, first])
+        kinds = torch.where(special, _SPECIAL, torch.tensor(said, dtype=torch.int64))
+        kinds = torch.where(sinks, _LATE_SINK + special.long(), kinds)
+        return torch.where(first, _FIRST + special.long(), kinds)
 
     def _speakers(self, ids: list[int], kinds: list[int]) -> list[int]:
         """Who says each token of a dialogue, where it is no special one."""

@@ -14,7 +14,7 @@ from test_special_tokens import FAMILIES, make_tokenizer
 
 from fastsae.data.special_tokens import find_special_tokens
 from fastsae.data.tokens import render
-from fastsae.evaluate.token_classes import CLASSES, TokenClasses
+from fastsae.evaluate.token_kinds import KINDS, TokenKinds
 
 DIALOGUE = [
     {"role": "user", "content": "Is the assistant, or the model, a user?"},
@@ -44,10 +44,8 @@ def test_speakers_of_each_family(family):
     found = find_special_tokens(tokenizer)
     ids = torch.tensor([render(tokenizer, DIALOGUE)])
     sinks = torch.zeros(ids.shape[1], dtype=torch.bool)
-    classes = dict(zip(CLASSES, TokenClasses(tokenizer, found)(ids, torch.ones_like(ids), sinks), strict=True))
-    parts = torch.stack([classes[name] for name in ("special", "user", "assistant", "template")])
-    assert (parts.sum(0) == 1).all(), "each token is in one of these classes"
-    names = [next((who for who in ("user", "assistant") if classes[who][i]), None) for i in range(ids.shape[1])]
+    kinds = [KINDS[kind] for kind in TokenKinds(tokenizer, found)(ids, torch.ones_like(ids), sinks).tolist()]
+    names = [kind if kind in ("user", "assistant") else None for kind in kinds]
     if family in ("llama 2", "plain text"):  # no special token and no name behind one tells the two apart
         assert set(names) == {None}
         return
@@ -60,7 +58,7 @@ def test_speakers_of_each_family(family):
             assert not has_word[i], (family, tokenizer.decode(ids[0, : i + 1]), got, wanted)
 
 
-def test_sinks_are_in_no_class_but_their_own():
+def test_sinks_and_special_tokens():
     start, message, special, _, _ = FAMILIES["chatml"]
     tokenizer = make_tokenizer(start, message, special, WORDS)
     short, long = (render(tokenizer, dialogue) for dialogue in (DIALOGUE[:2], DIALOGUE))
@@ -68,10 +66,12 @@ def test_sinks_are_in_no_class_but_their_own():
     ids = torch.tensor([short + [0] * (width - len(short)), long])
     mask = torch.tensor([[1] * len(short) + [0] * (width - len(short)), [1] * width])
     sinks = torch.zeros(len(short) + len(long), dtype=torch.bool)
-    sinks[[0, 9, len(short), len(short) + 12]] = True
-    classes = dict(zip(CLASSES, TokenClasses(tokenizer, find_special_tokens(tokenizer))(ids, mask, sinks), strict=True))
-    assert torch.equal(classes["sinks"], sinks)
-    assert torch.equal(classes["all"], ~sinks)
-    for name in ("special", "user", "assistant", "template"):
-        assert not (classes[name] & sinks).any()
-    assert classes["position_0"].nonzero().flatten().tolist() == [0, len(short)]
+    found = find_special_tokens(tokenizer)
+    is_special = (found.classes(ids) < len(found.names))[mask.bool()]
+    late = [9, len(short) + int(is_special[len(short) + 2 :].nonzero()[0]) + 2]  # an ordinary token, and a special one
+    sinks[late] = True
+    kinds = [KINDS[kind] for kind in TokenKinds(tokenizer, found)(ids, mask, sinks).tolist()]
+    assert [kinds[i] for i in (0, len(short))] == ["special_position_0"] * 2
+    assert [kinds[i] for i in late] == ["late_sink", "special_late_sink"]
+    others = [i for i in range(len(kinds)) if i not in (0, len(short), *late)]
+    assert all((kinds[i] == "special") is bool(is_special[i]) for i in others)

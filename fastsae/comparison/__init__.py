@@ -1,0 +1,1 @@
+"""`fastsae compare`: FAST against block training at matched sparsity, with controls and intervals."""
