@@ -80,6 +80,8 @@ _MEANINGS = {
     "sinks_left_out": "attention sinks left out of training because they are too long",
     "seconds": "duration of the run",
     "seconds_of_evaluation": "part of it that the evaluation took",
+    "model_tokens_per_second": "speed of the language model while training, tokenising included",
+    "sae_tokens_per_second": "speed of the training steps alone, of all SAEs of the run together",
 }
 _HISTOGRAM_BINS = 40
 

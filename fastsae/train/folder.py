@@ -23,7 +23,8 @@ from fastsae.version import __version__
 
 CONFIG_FILE, METRICS_FILE, REPORT_FILE = "config.json", "metrics.json", "report.html"
 SAES_FILE = "saes.json"  # names of the SAEs of a run that trains several
-MAY_MOVE = ("model", "dataset", "text", "activations", "device")  # options that a resumed run may find elsewhere
+# options that a resumed run may be given anew: places, and what changes no result
+MAY_MOVE = ("model", "dataset", "text", "activations", "device", "prefetch")
 FILES = (
     CONFIG_FILE,
     METRICS_FILE,

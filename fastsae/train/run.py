@@ -12,7 +12,7 @@ from typing import Any
 
 from fastsae.data.activations import ResidualStream
 from fastsae.data.chat import Dialogue
-from fastsae.data.sequencing import Sequencer
+from fastsae.data.dropped import Dropped
 from fastsae.data.sinks import MAX_NORM_MULTIPLE
 from fastsae.disk import local_path, write_json
 from fastsae.errors import FastsaeError, UsageError
@@ -156,8 +156,9 @@ def _train(
         session.train(lambda: session.save(output, seconds()), curves.add)
     finally:
         curves.close()
+    speeds = session.speeds()
     session.calibrate()
-    metrics = {name: _finish(output / name, session, name, seconds, progress) for name in session.trainers}
+    metrics = {name: _finish(output / name, session, name, speeds, seconds, progress) for name in session.trainers}
     if "" not in configs:
         write_json(output / METRICS_FILE, {"saes": metrics, "failures": session.failures, "seconds": seconds()})
     checkpoint.discard(output)
@@ -175,7 +176,14 @@ def _located(config: TrainConfig) -> TrainConfig:
     return replace(config, **places)
 
 
-def _finish(output: Path, session: Session, name: str, seconds: Callable[[], float], progress: bool) -> dict[str, Any]:
+def _finish(
+    output: Path,
+    session: Session,
+    name: str,
+    speeds: dict[str, float | None],
+    seconds: Callable[[], float],
+    progress: bool,
+) -> dict[str, Any]:
     """Evaluates an SAE and writes its files; what a killed run has finished already is read again."""
     if (output / METRICS_FILE).exists():
         found: dict[str, Any] = read_json(output / METRICS_FILE)
@@ -184,11 +192,12 @@ def _finish(output: Path, session: Session, name: str, seconds: Callable[[], flo
     trainer.sae.fold_activation_scale_(trainer.scale)
     save_sae(output, session, name)  # before the evaluation, which can fail
     trained_in = seconds()
-    result = evaluate_sae(trainer.sae, pipeline, session.forward.sequencer, progress=progress)
+    result = evaluate_sae(trainer.sae, pipeline, session.forward.drops, progress=progress)
     metrics = {
         **result.metrics,
         **l0_metrics(config, result.metrics["l0"], trainer.history[-1]["l0"]),
         **session.counts(name).metrics(),
+        **speeds,
         "tokens": config.steps * config.batch_size,
         "tokens_evaluated": result.metrics["tokens"],
         "seconds": seconds(),
@@ -268,7 +277,7 @@ def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True)
     return evaluate_sae(sae.to(pipeline.residual.device), pipeline, progress=progress)
 
 
-def evaluate_sae(sae: SparseAutoencoder, pipeline: Pipeline, *trained_on: Sequencer, progress: bool) -> Evaluation:
+def evaluate_sae(sae: SparseAutoencoder, pipeline: Pipeline, *trained_on: Dropped, progress: bool) -> Evaluation:
     """Evaluates an SAE on the held-out dialogues of a pipeline; the metrics tell of dialogues dropped since loading."""
     held_out = pipeline.held_out_batches()
     result = evaluate(
@@ -281,5 +290,5 @@ def evaluate_sae(sae: SparseAutoencoder, pipeline: Pipeline, *trained_on: Sequen
         max_norm_multiple=pipeline.config.max_norm_multiple or MAX_NORM_MULTIPLE,
         progress=progress,
     )
-    of_the_data = pipeline.all_drops(held_out, *trained_on).metrics() | {"unknown_roles": pipeline.unknown_roles}
+    of_the_data = pipeline.all_drops(held_out.drops, *trained_on).metrics() | {"unknown_roles": pipeline.unknown_roles}
     return replace(result, metrics=result.metrics | of_the_data)

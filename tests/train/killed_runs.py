@@ -71,11 +71,12 @@ class Operations:
 def result(output: Path, trainer: Trainer) -> dict[str, Any]:
     """All that must not depend on kills: weights, metrics and curves without times, names of files."""
     metrics = json.loads((output / "metrics.json").read_text())
-    del metrics["seconds"], metrics["seconds_of_evaluation"]
+    for name in ("seconds", "seconds_of_evaluation", "model_tokens_per_second", "sae_tokens_per_second"):
+        del metrics[name]
     return {
         "weights": (output / "sae_weights.safetensors").read_bytes().hex(),
         "metrics": metrics,
-        "history": [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in trainer.history],
+        "history": [{k: v for k, v in row.items() if not k.endswith("tokens_per_second")} for row in trainer.history],
         "files": sorted(path.name for path in output.iterdir()),
     }
 

@@ -35,7 +35,9 @@ def config(tiny_model: Path, chats: Path, monkeypatch: pytest.MonkeyPatch) -> Tr
 def outcome(folder: Path) -> tuple[bytes, dict[str, Any]]:
     metrics = json.loads((folder / "metrics.json").read_text())
     return (folder / "sae_weights.safetensors").read_bytes(), {
-        name: value for name, value in metrics.items() if not name.startswith("seconds")
+        name: value
+        for name, value in metrics.items()
+        if not name.startswith("seconds") and not name.endswith("per_second")
     }
 
 

@@ -43,7 +43,9 @@ def outcome(folder: Path) -> tuple[bytes, dict[str, Any]]:
     """Weights and metrics of a run, without the times."""
     metrics = json.loads((folder / "metrics.json").read_text())
     return (folder / "sae_weights.safetensors").read_bytes(), {
-        name: value for name, value in metrics.items() if not name.startswith("seconds")
+        name: value
+        for name, value in metrics.items()
+        if not name.startswith("seconds") and not name.endswith("per_second")
     }
 
 

@@ -66,8 +66,9 @@ def run_and_compare(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "__init__", made)
         metrics = train(config, output, progress=False, **options)
-    history = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in trainers[0].history]
-    del metrics["seconds"], metrics["seconds_of_evaluation"]
+    history = [{k: v for k, v in row.items() if not k.endswith("tokens_per_second")} for row in trainers[0].history]
+    for name in ("seconds", "seconds_of_evaluation", "model_tokens_per_second", "sae_tokens_per_second"):
+        del metrics[name]
     return (output / "sae_weights.safetensors").read_bytes(), metrics, history
 
 
