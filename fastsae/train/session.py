@@ -186,15 +186,15 @@ class Session:
         try:
             return trainer.advance()
         except FastsaeError as error:
-            self._drop(name, error)
+            self.drop(name, error)
         except ValueError:  # the ops refuse some of what a step with NaN left
             bad = _not_finite(trainer)
             if bad is None:
                 raise
-            self._drop(name, bad)
+            self.drop(name, bad)
         return None
 
-    def _drop(self, name: str, error: FastsaeError) -> None:
+    def drop(self, name: str, error: FastsaeError) -> None:
         """Goes on without an SAE.
 
         Raises:
@@ -225,7 +225,7 @@ class Session:
         """No file shall hold NaN or infinity."""
         for name, trainer in list(self.trainers.items()):
             if (bad := _not_finite(trainer)) is not None:
-                self._drop(name, bad)
+                self.drop(name, bad)
 
     def calibrate(self) -> None:
         """Sets the thresholds of BatchTopK SAEs after the last step, by activations that no step has seen."""

@@ -86,11 +86,9 @@ def test_it_ends_with_its_iterator() -> None:
 
 def test_an_error_comes_in_the_place_of_its_result_with_its_own_message() -> None:
     ahead = Prefetch(Numbers(fails_at=7), 3, CPU, none_of)
-    found = []
-    with pytest.raises(ValueError, match="^the seventh is broken$"):
-        for number in ahead:
-            found.append(number)  # noqa: PERF402
-    assert found == list(range(7))
+    assert [next(ahead) for _ in range(7)] == list(range(7))
+    with pytest.raises(ValueError, match=r"^the seventh is broken$"):
+        next(ahead)
     assert not is_running()
 
 

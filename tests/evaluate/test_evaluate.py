@@ -191,7 +191,7 @@ def test_the_median_does_not_depend_on_the_batches(residual, batch, monkeypatch)
     rows = [batch[i : i + 1] for i in range(len(batch.input_ids))]
     longer = itertools.chain([batch], itertools.repeat(None))  # what comes later is not looked at
     for batches in ([batch], rows, longer):
-        assert SinkRule.of(residual, batches).median_norm == pytest.approx(first.median().item(), rel=1e-6)
+        assert SinkRule.of_layers([residual], batches)[0].median_norm == pytest.approx(first.median().item(), rel=1e-6)
 
 
 def test_the_rule_by_hand():

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from stopped_runs import make_config, stopped_run
+from stopped_runs import make_config, stopped_run, without_times
 
 from fastsae import UsageError, cli
 from fastsae.data import stream
@@ -46,9 +46,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def outcome(output: Path) -> tuple[bytes, dict[str, Any]]:
     metrics = json.loads((output / "metrics.json").read_text())
-    for name in ("seconds", "seconds_of_evaluation", "model_tokens_per_second", "sae_tokens_per_second"):
-        del metrics[name]
-    return (output / "sae_weights.safetensors").read_bytes(), metrics
+    return (output / "sae_weights.safetensors").read_bytes(), without_times(metrics)
 
 
 @pytest.mark.parametrize("sequencing", [*SEQUENCINGS, "text"])
