@@ -68,6 +68,8 @@ SUMMARY = (
     ("recovered", "of the loss between zeros and the model is recovered", "{:.1%}"),
 )
 SUMMARY_OF_TRAINING = (
+    ("model_tokens_per_second", "tokens per second: the language model while training", "{:,.0f}"),
+    ("sae_tokens_per_second", "tokens per second: the training steps alone, without it", "{:,.0f}"),
     ("padding_share", "of the tokens that the language model computed for training were padding", "{:.1%}"),
     ("sinks_left_out", "tokens were left out of training as attention sinks, beside the first of each context", "{:,}"),
 )

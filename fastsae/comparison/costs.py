@@ -78,4 +78,6 @@ def memory(pipeline: Pipeline, streams: Mapping[str, Mapping[str, TrainConfig]])
     """Bytes that the largest stream needs at least, the language model apart."""
     residual = pipeline.residual
     itemsize = residual.model.dtype.itemsize
-    return max(needed_memory(list(saes.values()), residual.d_in, itemsize) for saes in streams.values())
+    return max(
+        needed_memory(list(saes.values()), residual.d_in, itemsize, residual.device) for saes in streams.values()
+    )

@@ -1,23 +1,20 @@
-"""A comparison from a plan to its page: each stream of activations trains its SAEs, and all are measured on the same dialogues."""
+"""A comparison from a plan to its page: each stream of activations trains its SAEs, all are measured on the same dialogues."""
 
 from __future__ import annotations
 
 import logging
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fastsae.comparison.arms import DEFAULT_ARMS, Plan, chosen
-from fastsae.comparison.costs import Speed, measure, memory
 from fastsae.disk import local_path, write_json
 from fastsae.errors import FastsaeError, UsageError
-from fastsae.fields import read_json
+from fastsae.fields import Fields, read_json
 from fastsae.interrupt import Interrupted
 from fastsae.train.config import TrainConfig
 from fastsae.train.folder import METRICS_FILE, SAES_FILE, check_writable, located
-from fastsae.train.pipeline import build_pipeline
 from fastsae.train.run import train_many
 
 PLAN_FILE, RESULT_FILE, PAGE_FILE, RUNS = "plan.json", "compare.json", "compare.html", "runs"

@@ -96,6 +96,12 @@ class MixingBuffer(Iterator[ActivationBatch]):
         self._n_wanted, self._n_taken = n_wanted, 0
         self._served_any = False
 
+    @property
+    def n_missing(self) -> int:
+        """Rows that are still to be taken from the source, as far as `n_wanted` says."""
+        n_pending = 0 if self._pending is None else len(self._pending)
+        return max(0, (self._n_wanted or 0) - self._n_taken - n_pending)
+
     def prepare(self) -> None:
         """Fill up if the next batch needs it; the batch itself is then at hand."""
         if self._to_serve < self.batch_size:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastsae.data.activations import ResidualStream
+from fastsae.data.activations import ResidualStream, read_layers
 from fastsae.data.sequencing import TokenBatch
 
 MAX_NORM_MULTIPLE = 10.0
@@ -49,27 +49,29 @@ class SinkRule:
         return cls(found.median().item() if len(found) else None, max_norm_multiple)
 
     @classmethod
-    def of(
+    def of_layers(
         cls,
-        residual: ResidualStream,
+        residuals: Sequence[ResidualStream],
         batches: Iterable[TokenBatch],
         max_norm_multiple: float | None = MAX_NORM_MULTIPLE,
-    ) -> SinkRule:
-        """Take the median over the first dialogues, 2,048 tokens or a few more, so that it is the same in any batching.
+    ) -> list[SinkRule]:
+        """The rule of each layer of a model, which computes them together.
+
+        The median is taken over the first dialogues, 2,048 tokens or a few more, so that it is the same in any batching.
 
         Raises:
             FastsaeError: An activation is NaN or infinite.
         """
-        norms: list[Tensor] = []
+        norms: list[list[Tensor]] = [[] for _ in residuals]
         missing = SAMPLE_TOKENS
         for batch in batches:
             mask = batch.attention_mask.bool()
             late_counts = (mask.sum(1) - 1).clamp_min(0).cumsum(0)
             n_rows = 1 + int((late_counts < missing).sum())
             mask = mask[:n_rows]
-            x = residual(batch.input_ids[:n_rows], mask)[:, 1:]
-            norms.append(x[mask[:, 1:].to(x.device)].float().norm(dim=-1).cpu())
-            missing -= len(norms[-1])
+            for found, x in zip(norms, read_layers(residuals, batch.input_ids[:n_rows], mask), strict=True):
+                found.append(x[:, 1:][mask[:, 1:].to(x.device)].float().norm(dim=-1).cpu())
+            missing -= int(mask[:, 1:].sum())
             if missing <= 0:
                 break
-        return cls.of_norms(norms, max_norm_multiple)
+        return [cls.of_norms(found, max_norm_multiple) for found in norms]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -34,10 +34,8 @@ class SplicedModel:
 
     def clean(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the residual stream `[B, T, d_in]` and the logits `[B, T, vocabulary]` of one ordinary pass."""
-        if self.residual.blocks_can_be_skipped is None:
-            self.check(input_ids[:1], attention_mask[:1])
-        hidden, logits = self._pass(input_ids, attention_mask)
-        return hidden[-1], logits
+        (hidden,), logits = clean_pass([self], input_ids, attention_mask)
+        return hidden, logits
 
     def spliced(self, input_ids: Tensor, attention_mask: Tensor, hidden: Tensor) -> Tensor:
         """Returns the logits `[B, T, vocabulary]` with `hidden` `[B, T, d_in]` as the block's output; `clean` comes first."""
@@ -75,6 +73,12 @@ class SplicedModel:
 
     def _pass(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[list[Tensor], Tensor]:
         """The block's outputs `[B, T, d_in]`, one for each time it ran, and the logits of an ordinary pass."""
+        with self.reading() as hidden:
+            return hidden, self.residual.logits(input_ids, attention_mask)
+
+    @contextmanager
+    def reading(self) -> Iterator[list[Tensor]]:
+        """While this lasts, the block's outputs `[B, T, d_in]` are added to the list."""
         hidden: list[Tensor] = []
 
         def read(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -83,10 +87,9 @@ class SplicedModel:
 
         handle = self.residual.block.register_forward_hook(read)
         try:
-            logits = self.residual.logits(input_ids, attention_mask)
+            yield hidden
         finally:
             handle.remove()
-        return hidden, logits
 
     def _check_reading(self, found: list[Tensor], read: Tensor) -> None:
         if len(found) != 1:
@@ -124,6 +127,25 @@ class SplicedModel:
 
     def _unsupported(self, reason: str) -> UsageError:
         return unsupported(self.residual.model, f"decoder block {self.residual.layer}: {reason}")
+
+
+def clean_pass(
+    models: Sequence[SplicedModel], input_ids: Tensor, attention_mask: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Returns the residual stream `[B, T, d_in]` of each, and the logits `[B, T, vocabulary]` that they share.
+
+    Args:
+        models: One language model at different layers.
+        input_ids: `[B, T]`.
+        attention_mask: `[B, T]`.
+    """
+    for model in models:
+        if model.residual.blocks_can_be_skipped is None:
+            model.check(input_ids[:1], attention_mask[:1])
+    with ExitStack() as stack:
+        found = [stack.enter_context(model.reading()) for model in models]
+        logits = models[0].residual.logits(input_ids, attention_mask)
+    return [hidden[-1] for hidden in found], logits
 
 
 def check_logits(logits: Tensor, attention_mask: Tensor) -> None:

@@ -31,9 +31,9 @@ def load_texts(
     """Open plain texts, or lists of token ids, without reading them into memory.
 
     Args:
-        source: `demo`, the documentation of which the demo's dialogues are made; a `.txt` file, which is read in pieces of 16 kB, each of them a text; a file of chats' kinds (see
-            `fastsae.data.chat.load_chats`) with a column of texts (`text`) or of token ids (`input_ids`); a folder of either
-            kind; or a Hugging Face hub id.
+        source: `demo`, the documentation of which the demo's dialogues are made; a `.txt` file, which is read in pieces of 16 kB,
+            each of them a text; a file of chats' kinds (see `fastsae.data.chat.load_chats`) with a column of texts (`text`) or
+            of token ids (`input_ids`); a folder of either kind; or a Hugging Face hub id.
         split: Name of the split, for folders and the hub.
         n_tokens: How many tokens will be used: a dataset on the hub is then streamed as far as surely holds them, and not
             downloaded whole.

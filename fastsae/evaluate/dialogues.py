@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from fastsae.disk import write_tensors
+from fastsae.disk import write_atomically
 from fastsae.errors import FastsaeError
+from fastsae.evaluate.losses import LOSSES
 from fastsae.evaluate.token_kinds import KINDS
 
-DIALOGUES_FILE = "dialogues.safetensors"
+DIALOGUES_FILE = "dialogues.npz"
 _SPOKEN, _SINKS = ("user", "assistant", "template", "special"), KINDS[4:]
 CLASSES = {
     "all": ("every token but the attention sinks", _SPOKEN),
@@ -44,7 +45,6 @@ FIELDS = {
 }
 """Sums over the tokens of one class in one dialogue; x^ is the reconstruction of the activation x, p the clean model."""
 
-LOSSES = ("targets", "ce", "ce_spliced", "ce_zero", "kl")
 _FIELD = {name: i for i, name in enumerate(FIELDS)}
 _VARIANCE = _FIELD["variance"]
 
@@ -91,10 +91,14 @@ class DialogueSums:
         return of_field if token_class is None else of_field[:, list(CLASSES).index(token_class)]
 
     def save(self, folder: Path) -> None:
-        """Writes `dialogues.safetensors`."""
-        width = torch.tensor(self.d_in)
-        tensors = {"d_in": width, "dialogues": self.dialogues, "values": self.values.contiguous()}
-        write_tensors(folder / DIALOGUES_FILE, tensors)
+        """Writes `dialogues.npz`."""
+        arrays = {"d_in": np.array(self.d_in), "dialogues": self.dialogues.numpy(), "values": self.values.numpy()}
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                np.savez(file, **arrays)
+
+        write_atomically(folder / DIALOGUES_FILE, write)
 
     @classmethod
     def load(cls, folder: Path) -> DialogueSums:
@@ -105,9 +109,9 @@ class DialogueSums:
         """
         path = folder / DIALOGUES_FILE
         try:
-            found = load_file(path)
-            return cls(int(found["d_in"]), found["dialogues"], found["values"])
-        except Exception as error:  # whatever safetensors raises
+            with np.load(path) as found:
+                return cls(int(found["d_in"]), *(torch.from_numpy(found[name]) for name in ("dialogues", "values")))
+        except Exception as error:  # whatever NumPy raises
             raise FastsaeError(
                 f"{path}: expected the sums of each dialogue, found none or a damaged file ({error})"
             ) from None
@@ -147,11 +151,12 @@ class DialogueRecorder:
             x: `[N, d_in]` activations.
             squared_error: `[N]`, ||x^ - x||^2.
             l0: `[N]`, active features.
-            losses: `[len(LOSSES), N]`, of each token as the one that is predicted; 0 for the first of a dialogue.
+            losses: `[len(LOSSES), N]`, see `fastsae.evaluate.losses.token_losses`.
             rows: `[N]`, dialogue of each token, counted from 0 inside this call.
             kinds: `[N]`, see `TokenKinds`.
         """
         x = x.double()
+        assert tuple(FIELDS)[-len(LOSSES) :] == LOSSES
         columns = [torch.ones(len(x)), squared_error, x.square().sum(1), l0, *losses]
         cells = rows * len(KINDS) + kinds
         n_cells = len(dialogues) * len(KINDS)

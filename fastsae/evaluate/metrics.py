@@ -74,8 +74,8 @@ class ReconstructionSums:
         sinks: Tensor,
         positions: Tensor,
         rows: Tensor,
-    ) -> None:
-        """Adds the real tokens (no padding) of whole dialogues.
+    ) -> Tensor:
+        """Adds the real tokens (no padding) of whole dialogues; returns `[N]`, ||x^ - x||^2 of each.
 
         Args:
             x: `[N, d_in]` activations.
@@ -103,6 +103,7 @@ class ReconstructionSums:
         self.late_sinks += int((sinks & (positions > 0)).sum())
         self._add_macro(squared_error / self.d_in, special < self.n_special, sinks, rows)
         self._add_features(acts, special, sinks)
+        return squared_error
 
     def _add_macro(self, mse: Tensor, is_special: Tensor, sinks: Tensor, rows: Tensor) -> None:
         n_rows = int(rows.max()) + 1 if rows.numel() else 0

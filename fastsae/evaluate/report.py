@@ -79,7 +79,10 @@ _MEANINGS = {
     "first_tokens_left_out": "tokens left out of training because a context begins with them",
     "sinks_left_out": "attention sinks left out of training because they are too long",
     "seconds": "duration of the run",
-    "seconds_of_evaluation": "part of it that the evaluation took",
+    "seconds_of_evaluation": "part of it that the evaluation took, of all SAEs of the run together",
+    "seconds_of_evaluation_alone": "part of that which was spent on this SAE alone",
+    "model_tokens_per_second": "speed of the language model while training, tokenising included",
+    "sae_tokens_per_second": "speed of the training steps alone, of all SAEs of the run together",
 }
 _HISTOGRAM_BINS = 40
 

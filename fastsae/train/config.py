@@ -275,6 +275,13 @@ class TrainConfig:
     forward_tokens: int = option(
         8192, "running", "number of tokens, with padding, that the language model computes at a time", COUNT
     )
+    prefetch: int | None = option(
+        None,
+        "running",
+        "number of times --forward-tokens that the language model computes ahead while the SAE is trained (default: on a GPU "
+        "half of --buffer-tokens, on a CPU 0, where both need the same cores)",
+        (0, 10**6),
+    )
     device: str = option("auto", "running", "where to compute: cpu, cuda, cuda:N, or auto for a GPU where there is one")
     seed: int = option(42, "running", "seed of all random numbers: weights, order of the dialogues, batches", ANY_WHOLE)
     data_seed: int | None = option(
@@ -343,6 +350,12 @@ class TrainConfig:
     def steps(self) -> int:
         """Optimiser steps of the run."""
         return self.tokens // self.batch_size
+
+    def batches_ahead(self, device_type: str) -> int:
+        """`prefetch`, its default resolved: on a GPU as many batches of the model as a refill of the buffer takes."""
+        if self.prefetch is not None:
+            return self.prefetch
+        return 0 if device_type == "cpu" else -(-self.buffer_tokens // (2 * self.forward_tokens))
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -22,7 +22,7 @@ class Logger(Protocol):
     """Takes each new point of the curves."""
 
     def log(self, row: Row) -> None:
-        """A point: `step`, `tokens`, `loss`, `l0`, `fvu`, `lr`, `dead_share`, `tokens_per_second` and the parts of the loss."""
+        """A point: `step`, `tokens`, `loss`, `l0`, `fvu`, `lr`, `dead_share`, the speeds and the parts of the loss."""
 
     def close(self) -> None:
         """Writes what it holds."""

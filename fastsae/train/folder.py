@@ -14,6 +14,7 @@ import torch
 
 from fastsae.disk import is_temporary, local_path, write_json
 from fastsae.errors import FastsaeError, UsageError
+from fastsae.evaluate.dialogues import DIALOGUES_FILE
 from fastsae.fields import Fields, read_json
 from fastsae.sae import files
 from fastsae.train import checkpoint
@@ -23,7 +24,8 @@ from fastsae.version import __version__
 
 CONFIG_FILE, METRICS_FILE, REPORT_FILE = "config.json", "metrics.json", "report.html"
 SAES_FILE = "saes.json"  # names of the SAEs of a run that trains several
-MAY_MOVE = ("model", "dataset", "text", "activations", "device")  # options that a resumed run may find elsewhere
+# options that a resumed run may be given anew: places, and what changes no result
+MAY_MOVE = ("model", "dataset", "text", "activations", "device", "prefetch")
 FILES = (
     CONFIG_FILE,
     METRICS_FILE,
@@ -33,6 +35,7 @@ FILES = (
     files.CONFIG_FILE,
     files.WEIGHTS_FILE,
     files.SPARSITY_FILE,
+    DIALOGUES_FILE,
 )
 
 

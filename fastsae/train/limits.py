@@ -24,7 +24,7 @@ def check_memory(saes: Sequence[TrainConfig], d_in: int, bytes_per_number: int, 
     Raises:
         UsageError: It needs more than is free; the message names the option that needs most.
     """
-    config, needs = saes[0], _needs(saes, d_in, bytes_per_number)
+    config, needs = saes[0], _needs(saes, d_in, bytes_per_number, device.type)
     free, total = free_memory(device), sum(needs.values())
     if free is None or total <= free:
         return
@@ -35,22 +35,23 @@ def check_memory(saes: Sequence[TrainConfig], d_in: int, bytes_per_number: int, 
     )
 
 
-def needed_memory(saes: Sequence[TrainConfig], d_in: int, bytes_per_number: int) -> int:
+def needed_memory(saes: Sequence[TrainConfig], d_in: int, bytes_per_number: int, device: torch.device) -> int:
     """Bytes that a run needs at least; see `check_memory`."""
-    return sum(_needs(saes, d_in, bytes_per_number).values())
+    return sum(_needs(saes, d_in, bytes_per_number, device.type).values())
 
 
-def _needs(saes: Sequence[TrainConfig], d_in: int, bytes_per_number: int) -> dict[str, int]:
+def _needs(saes: Sequence[TrainConfig], d_in: int, bytes_per_number: int, device_type: str) -> dict[str, int]:
     """Bytes by the option that decides about them."""
     config = saes[0]
     size = "expansion" if config.d_sae is None else "d_sae"
     n_features, n_layers = sum(sae.n_features(d_in) for sae in saes), len({sae.layer for sae in saes})
     longest_row = config.block_length if config.sequencing == "block" else 0
     longest_batch = max(min(config.forward_tokens, WINDOW * config.max_length), longest_row)
+    n_held = config.buffer_tokens + config.batches_ahead(device_type) * config.forward_tokens
     return {
         size: 3 * 2 * d_in * n_features * 4,  # W_enc and W_dec, and Adam's two means of each, in fp32
-        # each activation with its token, position and dialogue
-        "buffer_tokens": n_layers * config.buffer_tokens * (d_in * bytes_per_number + 3 * 8),
+        # each activation with its token, position and dialogue; those that are computed ahead as well
+        "buffer_tokens": n_layers * n_held * (d_in * bytes_per_number + 3 * 8),
         "batch_size": n_layers * config.batch_size * d_in * 4 * 2,  # the batch scaled, and its reconstruction
         "forward_tokens": longest_batch * d_in * bytes_per_number * 2,  # a block's input and output
     }

@@ -105,10 +105,10 @@ class Pipeline:
             return {}
         return {word[:40]: n for word, n in self.dialogues.unknown_roles.most_common(_ROLES_REPORTED)}
 
-    def all_drops(self, *sequencers: Sequencer) -> Dropped:
-        """The dialogues that could not be used: rows of the dataset, and what the sequencers then dropped."""
+    def all_drops(self, *of_sequencers: Dropped) -> Dropped:
+        """The dialogues that could not be used: rows of the dataset, and what sequencers then dropped."""
         at_load = self.dialogues.drops if isinstance(self.dialogues, ChatDataset) else Dropped(len(self.dialogues))
-        return sum((replace(sequencer.drops, seen=0) for sequencer in sequencers), at_load)
+        return sum((replace(drops, seen=0) for drops in of_sequencers), at_load)
 
     def begins_with_bos(self) -> bool:
         """Whether the model sees a BOS token before the text of a context."""

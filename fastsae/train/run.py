@@ -12,11 +12,11 @@ from typing import Any
 
 from fastsae.data.activations import ResidualStream
 from fastsae.data.chat import Dialogue
-from fastsae.data.sequencing import Sequencer
+from fastsae.data.dropped import Dropped
 from fastsae.data.sinks import MAX_NORM_MULTIPLE
 from fastsae.disk import local_path, write_json
 from fastsae.errors import FastsaeError, UsageError
-from fastsae.evaluate import Evaluation, evaluate, write_report
+from fastsae.evaluate import Evaluation, evaluate_many, write_report
 from fastsae.fields import read_json
 from fastsae.interrupt import Interrupted
 from fastsae.sae import SparseAutoencoder, files
@@ -156,8 +156,9 @@ def _train(
         session.train(lambda: session.save(output, seconds()), curves.add)
     finally:
         curves.close()
+    speeds = session.speeds()
     session.calibrate()
-    metrics = {name: _finish(output / name, session, name, seconds, progress) for name in session.trainers}
+    metrics = _finish(output, session, speeds, seconds, progress)
     if "" not in configs:
         write_json(output / METRICS_FILE, {"saes": metrics, "failures": session.failures, "seconds": seconds()})
     checkpoint.discard(output)
@@ -175,27 +176,36 @@ def _located(config: TrainConfig) -> TrainConfig:
     return replace(config, **places)
 
 
-def _finish(output: Path, session: Session, name: str, seconds: Callable[[], float], progress: bool) -> dict[str, Any]:
-    """Evaluates an SAE and writes its files; what a killed run has finished already is read again."""
-    if (output / METRICS_FILE).exists():
-        found: dict[str, Any] = read_json(output / METRICS_FILE)
-        return found
-    trainer, config, pipeline = session.trainers[name], session.configs[name], session.view(name)
-    trainer.sae.fold_activation_scale_(trainer.scale)
-    save_sae(output, session, name)  # before the evaluation, which can fail
+def _finish(
+    output: Path, session: Session, speeds: dict[str, float | None], seconds: Callable[[], float], progress: bool
+) -> dict[str, dict[str, Any]]:
+    """Evaluates the SAEs and writes their files; what a killed run has finished already is read again."""
+    places = {name: output / name / METRICS_FILE for name in session.trainers}
+    found: dict[str, dict[str, Any]] = {name: read_json(path) for name, path in places.items() if path.exists()}
+    left = {name: trainer for name, trainer in session.trainers.items() if name not in found}
+    for name, trainer in left.items():
+        trainer.sae.fold_activation_scale_(trainer.scale)
+        save_sae(output / name, session, name)  # before the evaluation, which can fail
     trained_in = seconds()
-    result = evaluate_sae(trainer.sae, pipeline, session.forward.sequencer, progress=progress)
-    metrics = {
-        **result.metrics,
-        **l0_metrics(config, result.metrics["l0"], trainer.history[-1]["l0"]),
-        **session.counts(name).metrics(),
-        "tokens": config.steps * config.batch_size,
-        "tokens_evaluated": result.metrics["tokens"],
-        "seconds": seconds(),
-        "seconds_of_evaluation": seconds() - trained_in,
-    }
-    write_run(output, session, name, result, metrics)
-    return metrics
+    saes = {name: (trainer.sae, session.view(name).residual) for name, trainer in left.items()}
+    options: dict[str, Any] = {"progress": progress, "on_failure": session.drop}
+    results = evaluate_saes(saes, session.pipeline, session.forward.drops, **options) if saes else {}
+    cost = {"seconds": seconds(), "seconds_of_evaluation": seconds() - trained_in}
+    for name, result in results.items():
+        config = session.configs[name]
+        metrics = {
+            **result.metrics,
+            **l0_metrics(config, result.metrics["l0"], left[name].history[-1]["l0"]),
+            **session.counts(name).metrics(),
+            **speeds,
+            "tokens": config.steps * config.batch_size,
+            "tokens_evaluated": result.metrics["tokens"],
+            **cost,
+            "seconds_of_evaluation_alone": result.seconds,
+        }
+        write_run(output / name, session, name, result, metrics)
+        found[name] = metrics
+    return {name: found[name] for name in session.trainers}
 
 
 def hook_names(residual: ResidualStream) -> tuple[str, str]:
@@ -242,6 +252,7 @@ def write_run(output: Path, session: Session, name: str, result: Evaluation, met
     """Writes the files of an SAE, the metrics last: where they are, it is complete."""
     save_sae(output, session, name, l0=metrics["l0"])
     write_sparsity(output, result)
+    result.dialogues.save(output)
     settings, history = described(session.configs[name]), session.trainers[name].history
     write_report(output / REPORT_FILE, config=settings, metrics=metrics, history=history, evaluation=result)
     write_json(output / METRICS_FILE, metrics)
@@ -265,21 +276,26 @@ def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True)
     trained_on = sae.metadata.get("hook_name")
     if trained_on not in (None, *hook_names(pipeline.residual)):
         logger.warning("this SAE was trained on %s, not on layer %d", trained_on, pipeline.residual.layer)
-    return evaluate_sae(sae.to(pipeline.residual.device), pipeline, progress=progress)
+    saes = {"": (sae.to(pipeline.residual.device), pipeline.residual)}
+    return evaluate_saes(saes, pipeline, progress=progress)[""]
 
 
-def evaluate_sae(sae: SparseAutoencoder, pipeline: Pipeline, *trained_on: Sequencer, progress: bool) -> Evaluation:
-    """Evaluates an SAE on the held-out dialogues of a pipeline; the metrics tell of dialogues dropped since loading."""
+def evaluate_saes(
+    saes: Mapping[str, tuple[SparseAutoencoder, ResidualStream]],
+    pipeline: Pipeline,
+    *trained_on: Dropped,
+    **options: Any,
+) -> dict[str, Evaluation]:
+    """Evaluates SAEs on the held-out dialogues of a pipeline; the metrics tell of dialogues dropped since loading."""
     held_out = pipeline.held_out_batches()
-    result = evaluate(
-        sae,
-        pipeline.residual,
+    results = evaluate_many(
+        saes,
         pipeline.tokenizer,
         held_out,
         special_tokens=pipeline.special_tokens,
         n_dialogues=len(pipeline.held_out),
         max_norm_multiple=pipeline.config.max_norm_multiple or MAX_NORM_MULTIPLE,
-        progress=progress,
+        **options,
     )
-    of_the_data = pipeline.all_drops(held_out, *trained_on).metrics() | {"unknown_roles": pipeline.unknown_roles}
-    return replace(result, metrics=result.metrics | of_the_data)
+    of_the_data = pipeline.all_drops(held_out.drops, *trained_on).metrics() | {"unknown_roles": pipeline.unknown_roles}
+    return {name: replace(result, metrics=result.metrics | of_the_data) for name, result in results.items()}

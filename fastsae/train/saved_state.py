@@ -15,6 +15,8 @@ from fastsae.fields import DTYPES, Fields
 from fastsae.train.trainer import Trainer
 
 LARGEST = 2**62  # the largest count
+# numbers of a curve: of batches without variance, and of a resumed run that has computed nothing yet
+MAY_BE_UNKNOWN = ("fvu", "model_tokens_per_second", "sae_tokens_per_second")
 ROW = tuple(field.name for field in fields(ActivationBatch))
 
 
@@ -103,7 +105,7 @@ def _check_history(found: Fields, batch_size: int, step: int) -> int:
         last = point.integer("step", last + 1, step)
         point.integer("tokens", last * batch_size, last * batch_size)
         for name in dict.fromkeys(("loss", "l0", "fvu", "lr", "dead_share", "tokens_per_second", *point.values)):
-            if name == "fvu":  # null for batches without variance
+            if name in MAY_BE_UNKNOWN:
                 point.number(name, default=None)
             else:
                 point.number(name)

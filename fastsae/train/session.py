@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,17 +58,18 @@ class Session:
         layers = sorted({_layer(config) for config in configs.values()})
         self.residuals = {layer: own if layer == own.layer else ResidualStream(model, layer) for layer in layers}
         self._cache = open_cache(pipeline, layers)
-        self.forward = SharedForward(self._read, pipeline.sequencer(), len(layers))
+        self.forward = SharedForward(self._read, pipeline.sequencer(), layers, self.postponed.at_once)
         self.streams = {
             layer: ActivationStream(
                 source.residual, source, self.common.drop_first_position, self.common.max_norm_multiple
             )
-            for layer, source in zip(layers, self.forward.layers, strict=True)
+            for layer, source in self.forward.layers.items()
         }
         self.buffers = {layer: self._buffer(stream) for layer, stream in self.streams.items()}
         self.trainers = {name: self._trainer(config) for name, config in configs.items()}
         self._stream_states = {layer: stream.state_dict() for layer, stream in self.streams.items()}
         self._batches: dict[int, ActivationBatch] = {}
+        self._started = (0, 0.0, 0.0)  # tokens trained on, the time and how long was waited when training began
 
     @property
     def step(self) -> int:
@@ -86,12 +88,19 @@ class Session:
         sae = build_sae(config, self.pipeline.residual.d_in, self.pipeline.residual.device)
         return Trainer(sae, self._batches_of(_layer(config)), config)
 
-    def _read(self, batch: TokenBatch) -> Sequence[Tensor]:
+    def _read(self, batch: TokenBatch) -> dict[int, Tensor]:
+        """The activations of each layer; another thread may call this while training runs."""
+        if self._cache is not None:
+            return dict(zip(self._cache.layers, self._cache.read(batch), strict=True))
         positions = (batch.positions,) if batch.is_packed else ()
-        with self.postponed.at_once():
-            if self._cache is not None:
-                return self._cache.read(batch)
-            return read_layers(list(self.residuals.values()), batch.input_ids, batch.attention_mask, *positions)
+        acts = read_layers(list(self.residuals.values()), batch.input_ids, batch.attention_mask, *positions)
+        return dict(zip(self.residuals, acts, strict=True))
+
+    def _run_ahead(self) -> None:
+        """Lets the model compute while the SAEs are trained."""
+        device = self.pipeline.residual.device
+        if n_ahead := self.common.batches_ahead(device.type):
+            self.forward.start(n_ahead, {layer: buffer.n_missing for layer, buffer in self.buffers.items()}, device)
 
     def _batches_of(self, layer: int) -> Iterator[ActivationBatch]:
         while True:
@@ -112,7 +121,7 @@ class Session:
             trainer.initialize(self.buffers[_layer(trainer.config)].sample(SAMPLE))
 
     def train(self, save: Callable[[], None], on_rows: Callable[[dict[str, Row]], object]) -> None:
-        """Trains to the last step.
+        """Trains to the last step; nothing else may use the model meanwhile.
 
         Args:
             save: Is called where a checkpoint is due, and before a signal ends the run.
@@ -124,12 +133,16 @@ class Session:
         """
         with self.postponed:
             try:
+                self._run_ahead()
                 self._train(save, on_rows)
                 self.postponed.check()
             except Interrupted:
+                self.forward.stop()
                 if self.common.checkpoint_every:
                     save()
                 raise
+            finally:
+                self.forward.stop()
         self._drop_what_is_not_finite()
 
     def _train(self, save: Callable[[], None], on_rows: Callable[[dict[str, Row]], object]) -> None:
@@ -137,6 +150,7 @@ class Session:
         for trainer in self.trainers.values():
             trainer.start_clock()
         done, total = self.step * size, steps * size
+        self._started = done, time.perf_counter(), self.forward.times.waited
         with bar(
             "training", "tok", total=total, progress=self._progress, done=done, delay=0
         ) as advance:  # rarely called
@@ -144,6 +158,8 @@ class Session:
                 self._serve()
                 rows = {name: row for name in list(self.trainers) if (row := self._advance(name)) is not None}
                 if rows:
+                    for row in rows.values():
+                        row |= self.speeds()
                     on_rows(rows)
                     n_new, done = self.step * size - done, self.step * size
                     advance(n_new, **_beside(list(rows.values())))
@@ -151,21 +167,34 @@ class Session:
                     save()
                 self.postponed.check()  # between two steps
 
+    def speeds(self) -> dict[str, float | None]:
+        """Tokens per second of the language model, and of all SAEs together in the time in which none waits for it.
+
+        Without a thread that runs ahead the two take turns. With one, the run is as fast as the slower of them.
+        """
+        times, (done, began, waited_before) = self.forward.times, self._started
+        seconds = time.perf_counter() - began - (times.waited - waited_before)
+        trained = self.step * self.common.batch_size - done
+        return {
+            "model_tokens_per_second": times.tokens / times.seconds if times.seconds else None,
+            "sae_tokens_per_second": trained / seconds if trained and seconds > 0 else None,
+        }
+
     def _advance(self, name: str) -> Row | None:
         """One step of one SAE; drops it if it fails."""
         trainer = self.trainers[name]
         try:
             return trainer.advance()
         except FastsaeError as error:
-            self._drop(name, error)
+            self.drop(name, error)
         except ValueError:  # the ops refuse some of what a step with NaN left
             bad = _not_finite(trainer)
             if bad is None:
                 raise
-            self._drop(name, bad)
+            self.drop(name, bad)
         return None
 
-    def _drop(self, name: str, error: FastsaeError) -> None:
+    def drop(self, name: str, error: FastsaeError) -> None:
         """Goes on without an SAE.
 
         Raises:
@@ -174,14 +203,29 @@ class Session:
         if len(self.trainers) == 1:
             raise error
         del self.trainers[name]
+        self._drop_unused_layers()
         self.failures[name] = str(error)
         logger.warning("%s is dropped, the others go on: %s", name, error)
+
+    def _drop_unused_layers(self) -> None:
+        """Computes nothing for a layer all of whose SAEs have failed."""
+        unused = self.buffers.keys() - {_layer(trainer.config) for trainer in self.trainers.values()}
+        if not unused:
+            return
+        ran_ahead = self.forward.stop()
+        for layer in unused:
+            del self.residuals[layer], self.streams[layer], self.buffers[layer], self._stream_states[layer]
+            self.forward.drop(layer)
+        if self._cache is not None:
+            self._cache.layers = list(self.residuals)
+        if ran_ahead:
+            self._run_ahead()
 
     def _drop_what_is_not_finite(self) -> None:
         """No file shall hold NaN or infinity."""
         for name, trainer in list(self.trainers.items()):
             if (bad := _not_finite(trainer)) is not None:
-                self._drop(name, bad)
+                self.drop(name, bad)
 
     def calibrate(self) -> None:
         """Sets the thresholds of BatchTopK SAEs after the last step, by activations that no step has seen."""
@@ -232,6 +276,11 @@ class Session:
         try:
             found = Fields(saved)
             self._check(found)
+            for i, name in enumerate(self.configs):
+                if str(i) in saved["failures"]:
+                    self.failures[name] = saved["failures"][str(i)]
+                    del self.trainers[name]
+            self._drop_unused_layers()
             for layer, stream in self.streams.items():
                 stream.load_state_dict(saved["streams"][str(layer)])
                 self._stream_states[layer] = stream.state_dict()
@@ -239,10 +288,7 @@ class Session:
             for layer, buffer in self.buffers.items():
                 buffer.load_state_dict(saved["buffers"][str(layer)])
             for i, name in enumerate(self.configs):
-                if str(i) in saved["failures"]:
-                    self.failures[name] = saved["failures"][str(i)]
-                    del self.trainers[name]
-                else:
+                if name in self.trainers:
                     self.trainers[name].load_state_dict(saved["trainers"][str(i)])
             return float(saved["seconds"])
         except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -264,12 +310,16 @@ class Session:
             check_options(parts["options"].fields(i), kept_options(config))
             if i not in parts["failures"]:
                 check_trainer(parts["trainers"].fields(i), self.trainers[name])
+        configs = zip(numbers, self.configs.values(), strict=True)
+        layers = {_layer(config) for i, config in configs if i not in parts["failures"]}
+        if not layers:
+            raise found.wrong("failures", "one SAE at least that has not failed")
         for what in ("streams", "buffers"):
-            parts[what].check_names([str(layer) for layer in self.streams])
-        for layer, stream in self.streams.items():
+            parts[what].check_names([str(layer) for layer in sorted(layers)])
+        for layer in layers:
             n_rows = len(self.pipeline.trained_on)
             check_buffer(parts["buffers"].fields(str(layer)), self.buffers[layer], self.pipeline.residual.d_in, n_rows)
-            check_stream(parts["streams"].fields(str(layer)), stream)
+            check_stream(parts["streams"].fields(str(layer)), self.streams[layer])
 
 
 def _layer(config: TrainConfig) -> int:
@@ -287,8 +337,11 @@ def _not_finite(trainer: Trainer) -> FastsaeError | None:
 
 def _beside(rows: Sequence[Row]) -> dict[str, str]:
     """What a progress bar shows of the newest rows of the curves: of one SAE, or the range of all."""
+    shown = {"model": rows[0]["model_tokens_per_second"], "sae": rows[0]["sae_tokens_per_second"]}
+    speeds = {what: f"{speed:,.0f}tok/s" for what, speed in shown.items() if speed}
     fvus = sorted(row["fvu"] for row in rows if row["fvu"] is not None)
     if len(rows) > 1:
-        return {"saes": str(len(rows)), "fvu": f"{fvus[0]:.3f} to {fvus[-1]:.3f}" if fvus else "undefined"}
+        fvu = f"{fvus[0]:.3f} to {fvus[-1]:.3f}" if fvus else "undefined"
+        return {"saes": str(len(rows)), "fvu": fvu, **speeds}
     fvu = f"{fvus[0]:.3f}" if fvus else "undefined"
-    return {"loss": f"{rows[0]['loss']:.4g}", "l0": f"{rows[0]['l0']:.1f}", "fvu": fvu}
+    return {"loss": f"{rows[0]['loss']:.4g}", "l0": f"{rows[0]['l0']:.1f}", "fvu": fvu, **speeds}

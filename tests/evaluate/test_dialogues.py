@@ -91,7 +91,7 @@ def test_numbers_that_no_sum_has(bad: float) -> None:
     sums = recorded(data(), 1)
     values = sums.values.clone()
     values[4, 2, 0] = bad
-    with pytest.raises(FastsaeError, match="user|negative"):
+    with pytest.raises(FastsaeError, match=r"user|negative"):
         DialogueSums(D_IN, sums.dialogues, values)
     with pytest.raises(FastsaeError, match="expected the shape"):
         DialogueSums(D_IN, sums.dialogues[:3], values)

@@ -17,7 +17,7 @@ from fastsae.data.sequencing import TokenBatch
 from fastsae.data.sinks import SinkRule
 from fastsae.data.special_tokens import RoleHeader, SpecialTokens
 from fastsae.evaluate import evaluate, reconstruction
-from fastsae.evaluate.losses import LossSums
+from fastsae.evaluate.losses import LossSums, cross_entropies, token_losses
 
 SPECIAL = SpecialTokens({"<|im_start|>": 3, "user": 4})
 LENGTHS = [12, 7, 10, 1]
@@ -158,8 +158,7 @@ def test_sinks_keep_their_activation_in_the_spliced_pass(with_sinks, tokenizer):
     is_sink = (batch.input_ids == 9) | (torch.arange(40) == 0)
     new = [residual.splice(*inputs, lambda h, v=value: torch.where(is_sink[..., None], x, v)) for value in (0.5, 0.0)]
     expected = LossSums()
-    expected.add_spliced(logits, new[0], *inputs)
-    expected.add_zero(new[1], *inputs)
+    expected.add(token_losses(logits, new[0], cross_entropies(new[1], *inputs), *inputs))
     found = run(constant_sae(16, 0.5), residual, tokenizer, [batch]).metrics
     assert {name: found[name] for name in LOSSES} == pytest.approx(expected.metrics(), rel=1e-5)
 
@@ -191,7 +190,7 @@ def test_the_median_does_not_depend_on_the_batches(residual, batch, monkeypatch)
     rows = [batch[i : i + 1] for i in range(len(batch.input_ids))]
     longer = itertools.chain([batch], itertools.repeat(None))  # what comes later is not looked at
     for batches in ([batch], rows, longer):
-        assert SinkRule.of(residual, batches).median_norm == pytest.approx(first.median().item(), rel=1e-6)
+        assert SinkRule.of_layers([residual], batches)[0].median_norm == pytest.approx(first.median().item(), rel=1e-6)
 
 
 def test_the_rule_by_hand():
@@ -329,3 +328,28 @@ def test_activations_that_are_not_finite_name_the_layer(tiny_model, tokenizer, b
         model.get_input_embeddings().weight[3] = torch.inf
     with pytest.raises(FastsaeError, match="layer 1"):
         run(FusedJumpReLUSAE(16, 32), ResidualStream(model, 1), tokenizer, [batch])
+
+
+def test_sums_of_dialogues_add_up_to_the_metrics(with_sinks, tokenizer):
+    residual, batch = with_sinks
+    result = run(constant_sae(16, 0.5), residual, tokenizer, [batch])
+    sums, metrics = result.dialogues, result.metrics
+    assert sums.dialogues.tolist() == sorted(batch.dialogue_ids[:, 0].tolist())
+
+    def share(name, other, token_class="all"):
+        return (sums.get(name, token_class).sum() / sums.get(other, token_class).sum()).item()
+
+    expected = {
+        "mse_micro": share("squared_error", "tokens") / sums.d_in,
+        "fvu": share("squared_error", "variance"),
+        "special_mse_micro": share("squared_error", "tokens", "special") / sums.d_in,
+        "l0": share("l0", "tokens"),
+        "fvu_sinks": share("squared_error", "variance", "sinks"),
+        "ce": share("ce", "targets", "all_with_sinks"),
+        "ce_zero": share("ce_zero", "targets", "all_with_sinks"),
+        "kl": share("kl", "targets", "all_with_sinks"),
+        "tokens": sums.get("tokens", "all_with_sinks").sum().item(),
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    macro = sums.get("squared_error", "all") / sums.get("tokens", "all") / sums.d_in
+    assert metrics["mse"] == pytest.approx(macro.mean().item(), rel=1e-6)

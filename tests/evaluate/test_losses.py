@@ -7,7 +7,7 @@ import torch
 
 from fastsae.data.activations import ResidualStream
 from fastsae.evaluate import losses
-from fastsae.evaluate.losses import LossSums
+from fastsae.evaluate.losses import LossSums, cross_entropies, token_losses
 
 IDS = torch.randint(3, 61, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK = torch.arange(9) < torch.tensor([[9], [5], [1]])
@@ -21,10 +21,11 @@ def test_cross_entropy_is_that_of_transformers_and_ignores_padding(qwen2, monkey
     logits = ResidualStream(qwen2, 0).logits(IDS, MASK)
     logits[~MASK] = torch.nan  # padding is never read
     sums = LossSums()
-    sums.add_spliced(logits, logits, IDS, MASK)
-    sums.add_zero(logits, IDS, MASK)
+    found = token_losses(logits, logits, cross_entropies(logits, IDS, MASK), IDS, MASK)
+    sums.add(found)
     metrics = sums.metrics()
-    assert sums.count == 8 + 4  # every token but the first of its dialogue
+    assert found[0].tolist() == [0.0, *[1.0] * 8, 0.0, *[1.0] * 4, 0.0]  # every token but the first of its dialogue
+    assert (found[:, [0, 9, 14]] == 0).all()
     assert metrics["ce"] == pytest.approx(expected, rel=1e-6)
     assert metrics["ce_spliced"] == metrics["ce"]
     assert metrics["ce_zero"] == pytest.approx(metrics["ce"], rel=1e-9)
@@ -41,8 +42,7 @@ def test_losses_by_hand():
         return torch.tensor([[[1 - p, p], [0.5, 0.5]]]).log()
 
     sums = LossSums()
-    sums.add_spliced(logits(0.5), logits(0.25), ids, mask)
-    sums.add_zero(logits(1 / 16), ids, mask)
+    sums.add(token_losses(logits(0.5), logits(0.25), cross_entropies(logits(1 / 16), ids, mask), ids, mask))
     metrics = sums.metrics()
     assert metrics["ce"] == pytest.approx(math.log(2))
     assert metrics["ce_spliced"] == pytest.approx(math.log(4))
@@ -55,5 +55,6 @@ def test_losses_by_hand():
 def test_no_targets_give_none():
     sums = LossSums()
     logits = torch.randn(1, 1, 5)
-    sums.add_spliced(logits, logits, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool))
+    ids, mask = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool)
+    sums.add(token_losses(logits, logits, cross_entropies(logits, ids, mask), ids, mask))
     assert set(sums.metrics().values()) == {None}

@@ -9,6 +9,7 @@ import torch
 
 from fastsae.cli import print_summary
 from fastsae.evaluate import Evaluation, plots, write_report
+from fastsae.evaluate.dialogues import CLASSES, FIELDS, DialogueSums
 from fastsae.evaluate.report import number, visible
 
 VOID = {"meta"}
@@ -83,6 +84,7 @@ def evaluation() -> Evaluation:
         feature_counts=torch.tensor([0, 1, 10, 500, 1000]),
         special_tokens=[row, row | {"token": "attention sinks"}],
         top_special_features=[feature],
+        dialogues=DialogueSums(8, torch.tensor([3]), torch.zeros(1, len(CLASSES), len(FIELDS))),
     )
 
 

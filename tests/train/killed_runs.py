@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stopped_runs import without_times
 
 from fastsae.data import stream
 from fastsae.train import run
@@ -71,11 +72,10 @@ class Operations:
 def result(output: Path, trainer: Trainer) -> dict[str, Any]:
     """All that must not depend on kills: weights, metrics and curves without times, names of files."""
     metrics = json.loads((output / "metrics.json").read_text())
-    del metrics["seconds"], metrics["seconds_of_evaluation"]
     return {
         "weights": (output / "sae_weights.safetensors").read_bytes().hex(),
-        "metrics": metrics,
-        "history": [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in trainer.history],
+        "metrics": without_times(metrics),
+        "history": [without_times(row) for row in trainer.history],
         "files": sorted(path.name for path in output.iterdir()),
     }
 

@@ -19,6 +19,11 @@ def make_config(model: Path, chats: Path, **options: Any) -> TrainConfig:
     )  # fmt: skip
 
 
+def without_times(found: dict[str, Any]) -> dict[str, Any]:
+    """Metrics, or a row of the curves, without what differs between two runs of the same bits."""
+    return {name: value for name, value in found.items() if "second" not in name}
+
+
 class Stop(Exception):  # noqa: N818 - what ends the run does not matter
     """Ends a run as an error would."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from stopped_runs import Stop, make_config
+from stopped_runs import Stop, make_config, without_times
 
 from fastsae import FastsaeError, UsageError
 from fastsae.cli import main
@@ -34,9 +34,7 @@ def config(tiny_model: Path, chats: Path, monkeypatch: pytest.MonkeyPatch) -> Tr
 
 def outcome(folder: Path) -> tuple[bytes, dict[str, Any]]:
     metrics = json.loads((folder / "metrics.json").read_text())
-    return (folder / "sae_weights.safetensors").read_bytes(), {
-        name: value for name, value in metrics.items() if not name.startswith("seconds")
-    }
+    return (folder / "sae_weights.safetensors").read_bytes(), without_times(metrics)
 
 
 @pytest.mark.parametrize("sequencing", ["fast", "packed"])

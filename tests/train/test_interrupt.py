@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stopped_runs import without_times
 
 from fastsae.data import stream
 from fastsae.data.activations import ResidualStream
@@ -48,8 +49,7 @@ def config(tiny_model: Path, chats: Path, monkeypatch: pytest.MonkeyPatch) -> Tr
 
 def outcome(output: Path) -> tuple[bytes, dict[str, Any]]:
     metrics = json.loads((output / "metrics.json").read_text())
-    del metrics["seconds"], metrics["seconds_of_evaluation"]
-    return (output / "sae_weights.safetensors").read_bytes(), metrics
+    return (output / "sae_weights.safetensors").read_bytes(), without_times(metrics)
 
 
 def at_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, n: int, number: int) -> None:
@@ -130,7 +130,7 @@ def test_a_signal_in_the_evaluation_leaves_it_to_resume(
 ) -> None:
     train(config, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch:
-        at_call(patch, run, "evaluate_sae", 1, signal.SIGINT)
+        at_call(patch, run, "evaluate_saes", 1, signal.SIGINT)
         with pytest.raises(Interrupted, match="training is done, the evaluation is left"):
             train(config, tmp_path / "run", progress=False)
     monkeypatch.setattr(Trainer, "train_step", None)  # no step is repeated

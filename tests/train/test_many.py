@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from stopped_runs import Stop, make_config
+from stopped_runs import Stop, make_config, without_times
 
 from fastsae import FastsaeError, UsageError
 from fastsae.cli import main
@@ -42,9 +42,7 @@ def configs(tiny_model: Path, chats: Path) -> dict[str, TrainConfig]:
 def outcome(folder: Path) -> tuple[bytes, dict[str, Any]]:
     """Weights and metrics of a run, without the times."""
     metrics = json.loads((folder / "metrics.json").read_text())
-    return (folder / "sae_weights.safetensors").read_bytes(), {
-        name: value for name, value in metrics.items() if not name.startswith("seconds")
-    }
+    return (folder / "sae_weights.safetensors").read_bytes(), without_times(metrics)
 
 
 def test_each_is_what_it_would_be_alone(configs: dict[str, TrainConfig], tmp_path: Path) -> None:
@@ -133,26 +131,26 @@ def test_a_signal_in_a_refill_loses_nothing_of_any_layer(
         assert outcome(tmp_path / "run" / name) == outcome(tmp_path / "whole" / name)
 
 
-def test_a_run_that_ends_between_two_evaluations_keeps_the_first(
+def test_a_run_that_ends_while_it_writes_its_results_keeps_the_first(
     configs: dict[str, TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = {name: configs[name] for name in ("topk", "first")}
-    original = train_many.__globals__["evaluate_sae"]
+    original = train_many.__globals__["write_run"]
     seen = []
 
-    def evaluated(*arguments: Any, **options: Any) -> Any:
-        seen.append(arguments[1].residual.layer)
+    def written(*arguments: Any) -> Any:
+        seen.append(arguments[2])
         if len(seen) == 2:
             raise Stop
-        return original(*arguments, **options)
+        return original(*arguments)
 
-    monkeypatch.setitem(train_many.__globals__, "evaluate_sae", evaluated)
+    monkeypatch.setitem(train_many.__globals__, "write_run", written)
     with pytest.raises(Stop):
         train_many(chosen, tmp_path / "run", progress=False)
     files = sorted(path for path in (tmp_path / "run" / "topk").iterdir() if path.name != "config.json")
     first = [path.read_bytes() for path in files]
     metrics = train_many(read_configs(tmp_path / "run"), tmp_path / "run", resume=True, progress=False)
-    assert seen == [1, 0, 0]
+    assert seen == ["topk", "first", "first"]
     assert list(metrics) == list(chosen)
     assert [path.read_bytes() for path in files] == first
 

@@ -176,8 +176,8 @@ def test_leftovers_of_a_killed_run_count_as_nothing(tiny_model: Path, chats: Pat
     assert is_new(output)
     train(make_config(tiny_model, chats), output, progress=False)
     assert {path.name for path in output.iterdir()} == {
-        "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "config.json", "metrics.json", "metrics.jsonl",
-        "report.html",
+        "cfg.json", "sae_weights.safetensors", "sparsity.safetensors", "dialogues.npz", "config.json", "metrics.json",
+        "metrics.jsonl", "report.html",
     }  # fmt: skip
     assert not is_new(output)
     (tmp_path / "other").mkdir()

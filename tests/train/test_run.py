@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stopped_runs import without_times
 
 from fastsae import (
     FastsaeError,
@@ -66,9 +67,8 @@ def run_and_compare(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "__init__", made)
         metrics = train(config, output, progress=False, **options)
-    history = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in trainers[0].history]
-    del metrics["seconds"], metrics["seconds_of_evaluation"]
-    return (output / "sae_weights.safetensors").read_bytes(), metrics, history
+    history = [without_times(row) for row in trainers[0].history]
+    return (output / "sae_weights.safetensors").read_bytes(), without_times(metrics), history
 
 
 def test_run_leaves_what_it_promises(config: TrainConfig, tmp_path: Path) -> None:
@@ -79,6 +79,7 @@ def test_run_leaves_what_it_promises(config: TrainConfig, tmp_path: Path) -> Non
         "cfg.json",
         "sae_weights.safetensors",
         "sparsity.safetensors",
+        "dialogues.npz",
         "config.json",
         "metrics.json",
         "metrics.jsonl",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from stopped_runs import make_config, stopped_run
+from stopped_runs import make_config, stopped_run, without_times
 
 from fastsae import UsageError, cli
 from fastsae.data import stream
@@ -46,8 +46,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def outcome(output: Path) -> tuple[bytes, dict[str, Any]]:
     metrics = json.loads((output / "metrics.json").read_text())
-    del metrics["seconds"], metrics["seconds_of_evaluation"]
-    return (output / "sae_weights.safetensors").read_bytes(), metrics
+    return (output / "sae_weights.safetensors").read_bytes(), without_times(metrics)
 
 
 @pytest.mark.parametrize("sequencing", [*SEQUENCINGS, "text"])
