@@ -110,9 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--json", type=path, metavar="FILE", help="file to which the metrics are written as well")
     measure.add_argument("--quiet", action="store_true", help="show no progress bars")
-    of_data = (
-        "model dataset split layer model_dtype max_length max_dialogues dedup_words eval_dialogues max_norm_multiple"
-    )
+    of_data = "model dataset split layer hook model_dtype max_length max_dialogues dedup_words eval_dialogues max_norm_multiple"
     add_config_flags(measure, [*of_data.split(), "forward_tokens", "device", "seed"])
     add_convert_command(commands)
     return parser
@@ -218,10 +216,11 @@ def command_cache(arguments: argparse.Namespace) -> None:
 
 def command_evaluate(arguments: argparse.Namespace) -> None:
     """`fastsae evaluate`."""
+    from fastsae.data.hooks import place_of
     from fastsae.disk import write_json
     from fastsae.peers import formats
     from fastsae.train.folder import CONFIG_FILE, check_writable, read_config
-    from fastsae.train.run import evaluate_folder
+    from fastsae.train.run import evaluate_saved, load_sae
 
     given = _given(arguments)
     if arguments.json:
@@ -232,13 +231,20 @@ def command_evaluate(arguments: argparse.Namespace) -> None:
     found = formats.recognise(folder)
     is_ours = found is None or found.name == "saelens"  # other libraries have a config.json, too
     if is_ours and (folder / CONFIG_FILE).is_file():
-        config = replace(read_config(folder), **given)
+        config, sae = replace(read_config(folder), **given), load_sae(folder)
     else:
-        missing = [f"--{name}" for name in ("model", "dataset", "layer") if name not in given]
+        missing = [f"--{name}" for name in ("model", "dataset") if name not in given]
         if missing:
             raise UsageError(f"{folder} has no {CONFIG_FILE} that names its data; give {', '.join(missing)}")
-        config = TrainConfig(**given)
-    result = evaluate_folder(folder, config, progress=not arguments.quiet)
+        sae = load_sae(folder)
+        place = place_of(sae.metadata)
+        if place is None and "layer" not in given:
+            known = sae.metadata.get("hook_name") or "none"
+            raise UsageError(
+                f"{folder} names no layer that fastsae reads (its hook is {known}); give --layer, and --hook"
+            )
+        config = TrainConfig(**{**(place._asdict() if place else {}), **given})
+    result = evaluate_saved(sae, config, progress=not arguments.quiet)
     if arguments.json:
         write_json(arguments.json, result.metrics)
     print_summary(result.metrics)
