@@ -29,6 +29,7 @@ from fastsae.flags import (
     without_effect,
 )
 from fastsae.interrupt import exit_status, signals_end_the_command
+from fastsae.summary import cost, print_summary, print_table
 from fastsae.terminal import tolerant_output
 from fastsae.train.config import PRESETS, TrainConfig
 from fastsae.train.grid import OF_ONE_SAE
@@ -53,27 +54,6 @@ Activation units: while training, activations are scaled to a mean norm of sqrt(
 that scale. Exit status: 0 done, 1 the run failed, 2 an argument is wrong, 130 interrupted (Ctrl-C), 143 ended by
 SIGTERM; both write a checkpoint first, a second one ends at once.
 """
-SUMMARY = (
-    ("fvu", "of the variance is left unexplained (FVU), attention sinks left out", "{:.4f}"),
-    ("special_fvu", "the same on special tokens", "{:.4f}"),
-    ("l0", "features fire on a token (L0)", "{:.1f}"),
-    ("dead_share", "of the features never fire", "{:.1%}"),
-    ("mse", "squared error per element, averaged per dialogue (MSE)", "{:.4g}"),
-    ("mse_with_sinks", "the same with attention sinks", "{:.4g}"),
-    ("special_mse", "squared error per element on special tokens", "{:.4g}"),
-    ("special_mse_with_sinks", "the same with attention sinks", "{:.4g}"),
-    ("ce", "nats per token: the model's own cross-entropy", "{:.4f}"),
-    ("ce_spliced", "with the reconstruction in place of the activations", "{:.4f}"),
-    ("delta_loss_percent", "% change of the cross-entropy (delta loss)", "{:+.2f}"),
-    ("recovered", "of the loss between zeros and the model is recovered", "{:.1%}"),
-)
-SUMMARY_OF_TRAINING = (
-    ("model_tokens_per_second", "tokens per second: the language model while training", "{:,.0f}"),
-    ("sae_tokens_per_second", "tokens per second: the training steps alone, without it", "{:,.0f}"),
-    ("padding_share", "of the tokens that the language model computed for training were padding", "{:.1%}"),
-    ("sinks_left_out", "tokens were left out of training as attention sinks, beside the first of each context", "{:,}"),
-)
-
 OUT_OF_MEMORY = (
     "there is not enough memory; lower --max-length (a dialogue of the evaluation is never cut further), --forward-tokens, "
     "--buffer-tokens, --batch-size, or --d-sae and --expansion, then run again, with --resume if training began and these "
@@ -130,9 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--json", type=path, metavar="FILE", help="file to which the metrics are written as well")
     measure.add_argument("--quiet", action="store_true", help="show no progress bars")
-    of_data = (
-        "model dataset split layer model_dtype max_length max_dialogues dedup_words eval_dialogues max_norm_multiple"
-    )
+    of_data = "model dataset split layer hook model_dtype max_length max_dialogues dedup_words eval_dialogues max_norm_multiple"
     add_config_flags(measure, [*of_data.split(), "forward_tokens", "device", "seed"])
     add_convert_command(commands)
     return parser
@@ -158,8 +136,7 @@ def command_train(arguments: argparse.Namespace) -> None:
         print_table(train_many(configs, output, **options), output)
         return
     metrics = train(configs[""], output, **options)
-    cost = f"{metrics['seconds']:.0f} s, of which the evaluation took {metrics['seconds_of_evaluation']:.0f} s"
-    print(f"\n{output}: {metrics['tokens']:,} tokens in {cost}")
+    print(f"\n{output}: {cost([metrics])}")
     print_summary(metrics)
     name = SAE_CLASSES[configs[""].architecture].__name__
     print(f"\nreport   {output / REPORT_FILE}\nload it  fastsae.{name}.load({str(output)!r})")
@@ -239,10 +216,11 @@ def command_cache(arguments: argparse.Namespace) -> None:
 
 def command_evaluate(arguments: argparse.Namespace) -> None:
     """`fastsae evaluate`."""
+    from fastsae.data.hooks import place_of
     from fastsae.disk import write_json
     from fastsae.peers import formats
     from fastsae.train.folder import CONFIG_FILE, check_writable, read_config
-    from fastsae.train.run import evaluate_folder
+    from fastsae.train.run import evaluate_saved, load_sae
 
     given = _given(arguments)
     if arguments.json:
@@ -253,13 +231,20 @@ def command_evaluate(arguments: argparse.Namespace) -> None:
     found = formats.recognise(folder)
     is_ours = found is None or found.name == "saelens"  # other libraries have a config.json, too
     if is_ours and (folder / CONFIG_FILE).is_file():
-        config = replace(read_config(folder), **given)
+        config, sae = replace(read_config(folder), **given), load_sae(folder)
     else:
-        missing = [f"--{name}" for name in ("model", "dataset", "layer") if name not in given]
+        missing = [f"--{name}" for name in ("model", "dataset") if name not in given]
         if missing:
             raise UsageError(f"{folder} has no {CONFIG_FILE} that names its data; give {', '.join(missing)}")
-        config = TrainConfig(**given)
-    result = evaluate_folder(folder, config, progress=not arguments.quiet)
+        sae = load_sae(folder)
+        place = place_of(sae.metadata)
+        if place is None and "layer" not in given:
+            known = sae.metadata.get("hook_name") or "none"
+            raise UsageError(
+                f"{folder} names no layer that fastsae reads (its hook is {known}); give --layer, and --hook"
+            )
+        config = TrainConfig(**{**(place._asdict() if place else {}), **given})
+    result = evaluate_saved(sae, config, progress=not arguments.quiet)
     if arguments.json:
         write_json(arguments.json, result.metrics)
     print_summary(result.metrics)
@@ -306,35 +291,6 @@ def print_difference(found: dict[str, float]) -> None:
         raise FastsaeError("--check: the written SAE is not the one that was read; please report it with both files")
 
 
-def print_summary(metrics: dict[str, Any]) -> None:
-    """The headline numbers, one a line, with what they mean."""
-    of_training = [line for line in SUMMARY_OF_TRAINING if line[0] in metrics]
-    for name, meaning, form in (*SUMMARY, *of_training):
-        value = metrics.get(name)
-        print(f"  {'undefined' if value is None else form.format(value):>10}  {meaning}")
-    if metrics.get("dialogues_dropped"):
-        reasons = ", ".join(f"{n:,} because {reason}" for reason, n in metrics["dropped_by_reason"].items())
-        print(f"  {metrics['dialogues_dropped']:>10,}  dialogues could not be used: {reasons}")
-    if metrics.get("unknown_roles"):
-        words = ", ".join(f"{word!r} ({n:,})" for word, n in metrics["unknown_roles"].items())
-        print(f"  {'unknown':>10}  roles, and the dialogues that have them: {words}")
-    for warning in metrics.get("warnings") or ():
-        print(f"  warning: {warning}")
-
-
-def print_table(metrics: dict[str, dict[str, Any]], output: Path) -> None:
-    """The headline numbers of several SAEs, a line each."""
-    columns = (("fvu", "FVU", ".4f"), ("special_fvu", "special", ".4f"), ("l0", "L0", ".1f"), ("dead_share", "dead", ".1%"),
-               ("delta_loss_percent", "delta loss", "+.1f"))  # fmt: skip
-    width = max(map(len, metrics))
-    print(f"\n{output}: {len(metrics)} SAEs\n{'':{width}}" + "".join(f"{title:>12}" for _, title, _ in columns))
-    for name, found in metrics.items():
-        cells = ["undefined" if found[key] is None else format(found[key], form) for key, _, form in columns]
-        print(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
-        for warning in found.get("warnings") or ():
-            print(f"{'':{width}}  warning: {warning}")
-
-
 COMMANDS = {
     "train": command_train,
     "cache": command_cache,
@@ -352,13 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_log()
         try:
             with signals_end_the_command():
-                commands = {
-                    "train": command_train,
-                    "cache": command_cache,
-                    "evaluate": command_evaluate,
-                    "convert": command_convert,
-                }
-                commands[arguments.command](arguments)
+                COMMANDS[arguments.command](arguments)
         except FastsaeError as error:
             return fail(as_flag(str(error)), 2 if isinstance(error, UsageError) else 1)
         except OSError as error:

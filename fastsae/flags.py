@@ -89,7 +89,7 @@ def add_cache_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted cache, or add tokens to one")
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     names = (
-        "model dataset split layer model_dtype max_length max_dialogues dedup_words eval_dialogues sequencing tokens "
+        "model dataset split layer hook model_dtype max_length max_dialogues dedup_words eval_dialogues sequencing tokens "
         "forward_tokens device data_seed"
     )
     add_config_flags(parser, names.split(), several=("layer",))

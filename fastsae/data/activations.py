@@ -1,4 +1,4 @@
-"""The residual stream of any causal language model: read it at one layer, or replace it there."""
+"""The residual stream of any causal language model, or what a block adds to it: read it at one layer, or replace it there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsae.data.hooks import HOOKS, Place, find_module
 from fastsae.errors import FastsaeError, UsageError
 
 
@@ -84,27 +85,36 @@ def unsupported(model: Any, reason: str) -> UsageError:
 
 
 class ResidualStream:
-    """The residual stream after decoder block `layer`, counted from 0.
+    """The residual stream after decoder block `layer`, counted from 0, or at another place of that block.
 
     This is `hidden_states[layer + 1]` of transformers, except after the last block, where transformers reports it
     behind the final norm and this class before it. Rows are padded on the right, so positions count from 0 in each;
     the ids there may be any. Nothing is differentiated.
 
+    Args:
+        model: A causal language model of transformers.
+        layer: The decoder block.
+        hook: The place in it, one of `fastsae.data.hooks.HOOKS`.
+
     Attributes:
+        place: Layer and hook.
+        module: What the hook is on: the block, its attention or its MLP.
         d_in: Width of the residual stream.
         device: Device of the model's embedding, where inputs are moved to.
         blocks_can_be_skipped: Whether the blocks before this layer have no influence on a pass in which its output is
             replaced; None until `fastsae.data.splicing.SplicedModel.check` has found out.
 
     Raises:
-        UsageError: `layer` is out of range, or the model has no list of decoder blocks.
+        UsageError: `layer` is out of range, the model has no list of decoder blocks, or the block no such place.
     """
 
-    def __init__(self, model: Any, layer: int) -> None:
+    def __init__(self, model: Any, layer: int, hook: str = "resid_post") -> None:
         check_layer(model, layer)
         self.model = model
         self.layer = layer
+        self.place = Place(layer, hook)
         self.block = decoder_layers(model)[layer]
+        self.module = find_module(self.block, hook)
         self.d_in: int = text_config(model.config).hidden_size
         self.blocks_can_be_skipped: bool | None = None
         self._n_embeddings = n_embeddings(model)
@@ -150,7 +160,7 @@ class ResidualStream:
 
     @torch.no_grad()
     def splice(self, input_ids: Tensor, attention_mask: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the logits [B, T, vocabulary] with the block's output h [B, T, d_in] replaced by `replace(h)`.
+        """Return the logits [B, T, vocabulary] with the activations h [B, T, d_in] replaced by `replace(h)`.
 
         The result of `replace` is cast to the dtype of h.
         """
@@ -159,23 +169,33 @@ class ResidualStream:
 
     @contextmanager
     def changed(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """While this lasts, the block's hidden states are `change(hidden)`."""
+        """While this lasts, the hidden states at this place are `change(hidden)`."""
 
-        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        def on_output(_module: nn.Module, _args: Any, output: Any) -> Any:
             hidden = change(self.hidden_states(output))
             return (hidden, *output[1:]) if isinstance(output, (tuple, list)) else hidden
 
-        handle = self.block.register_forward_hook(hook)
+        def on_input(_module: nn.Module, args: Any, options: dict[str, Any]) -> Any:
+            if args:
+                return (change(self.hidden_states(args)), *args[1:]), options
+            return args, {**options, "hidden_states": change(self.hidden_states(options.get("hidden_states")))}
+
+        if self.place.hook == "resid_pre":
+            handle = self.module.register_forward_pre_hook(on_input, with_kwargs=True)
+        else:
+            handle = self.module.register_forward_hook(on_output)
         try:
             yield
         finally:
             handle.remove()
 
     def hidden_states(self, output: Any) -> Tensor:
-        """Return the hidden states of what a block returned: alone, or first in a tuple or list."""
+        """Return the hidden states of what a module returned or a block was given: alone, or first in a tuple or list."""
         hidden = output[0] if isinstance(output, (tuple, list)) else output
         if not isinstance(hidden, Tensor):
-            raise unsupported(self.model, f"its decoder blocks return {type(output).__name__}, expected a tensor")
+            does = "are given" if self.place.hook == "resid_pre" else "return"
+            name = "decoder blocks" if self.module is self.block else type(self.module).__name__
+            raise unsupported(self.model, f"its {name} {does} {type(output).__name__}, expected a tensor")
         return hidden
 
     def check_shape(self, hidden: Tensor, input_ids: Tensor) -> None:
@@ -184,7 +204,7 @@ class ResidualStream:
         if list(hidden.shape) != expected:
             raise unsupported(
                 self.model,
-                f"expected decoder blocks that return one residual stream of shape [batch, tokens, width] = {expected}, "
+                f"expected one residual stream, or what is added to it, of shape [batch, tokens, width] = {expected}, "
                 f"got {list(hidden.shape)}" + (", several streams at once" if hidden.ndim == 4 else ""),
             )
 
@@ -237,32 +257,32 @@ class ResidualStream:
 
 
 def read_layers(residuals: Sequence[ResidualStream], *arguments: Tensor) -> list[Tensor]:
-    """Return the activations [B, T, d_in] of several layers of one model, computed once up to the deepest of them.
+    """Return the activations [B, T, d_in] of several places in one model, computed once up to the deepest of them.
 
     Args:
-        residuals: Different layers of one model, in any order, which is that of the result.
+        residuals: Different places in one model, in any order, which is that of the result.
         arguments: As for `ResidualStream`.
 
     Raises:
         UsageError: The blocks of this model return something else.
         FastsaeError: An activation of a real token is NaN or infinite, or a token has no embedding.
     """
-    deepest = max(residuals, key=lambda residual: residual.layer)
-    found: dict[int, Tensor] = {}
+    deepest = max(residuals, key=lambda residual: (residual.layer, HOOKS.index(residual.place.hook)))
+    found: dict[Place, Tensor] = {}
 
     def keep(residual: ResidualStream, hidden: Tensor) -> Tensor:
-        found[residual.layer] = hidden.clone()  # the next block may write there
+        found[residual.place] = hidden.clone()  # the next block may write there
         return hidden
 
     with ExitStack() as stack:
         for residual in residuals:
             if residual is not deepest:
                 stack.enter_context(residual.changed(partial(keep, residual)))
-        found[deepest.layer] = deepest(*arguments)
+        found[deepest.place] = deepest(*arguments)
     for residual in residuals:
         if residual is not deepest:  # which has checked its own
-            residual.checked(found[residual.layer], *arguments[:2])
-    return [found[residual.layer] for residual in residuals]
+            residual.checked(found[residual.place], *arguments[:2])
+    return [found[residual.place] for residual in residuals]
 
 
 class _Stop(Exception):  # noqa: N818 - a signal, not an error

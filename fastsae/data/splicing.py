@@ -1,4 +1,4 @@
-"""A model with the residual stream after one block replaced, and the proof on one dialogue that this is done rightly."""
+"""A model with the activations of one place replaced, and the proof on one dialogue that this is done rightly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsae.data.activations import ResidualStream, decoder_layers, unsupported
+from fastsae.data.activations import ResidualStream, decoder_layers, read_layers, text_config, unsupported
+from fastsae.data.hooks import HOOKS
 from fastsae.errors import FastsaeError, UsageError
 
 _CHECKED_TOKENS = 64  # tokens of one dialogue, whose passes take milliseconds
@@ -19,31 +20,40 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torc
 
 
 class SplicedModel:
-    """Logits of a model, clean and with the residual stream after one block replaced, without repeated work.
+    """Logits of a model, clean and with the activations of one place replaced, without repeated work.
 
-    The blocks up to the replaced one are skipped in a spliced pass where that changes nothing. It would in models whose
+    The blocks before the place are skipped in a spliced pass where that changes nothing. It would in models whose
     blocks hand on more than the residual stream (keys and values, a router's state), where they all run. `check` finds out
     which kind of model it is, once for each `ResidualStream`; the first clean pass calls it where nobody did.
     """
 
     def __init__(self, residual: ResidualStream) -> None:
         self.residual = residual
-        self._blocks: list[nn.Module] = list(decoder_layers(residual.model)[: residual.layer + 1])
+        n_before = residual.layer + (residual.place.hook == "resid_post")
+        self._blocks: list[nn.Module] = list(decoder_layers(residual.model)[:n_before])
+        self._replaces_the_stream = residual.place.hook in ("resid_pre", "resid_post")
+        self._stream: Tensor | None = None  # behind the skipped blocks, where it is not what is replaced
         self._other_outputs: tuple[Any, ...] | None = None
         self._tolerance = TOLERANCE.get(residual.model.get_input_embeddings().weight.dtype, 1e-1)
 
     def clean(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the residual stream `[B, T, d_in]` and the logits `[B, T, vocabulary]` of one ordinary pass."""
+        """Returns the activations `[B, T, d_in]` and the logits `[B, T, vocabulary]` of one ordinary pass."""
         (hidden,), logits = clean_pass([self], input_ids, attention_mask)
         return hidden, logits
 
     def spliced(self, input_ids: Tensor, attention_mask: Tensor, hidden: Tensor) -> Tensor:
-        """Returns the logits `[B, T, vocabulary]` with `hidden` `[B, T, d_in]` as the block's output; `clean` comes first."""
+        """Returns the logits `[B, T, vocabulary]` with `hidden` `[B, T, d_in]` as the activations.
+
+        `clean` was called before, with the same tokens.
+        """
         if not self.residual.blocks_can_be_skipped:
             return self.residual.splice(input_ids, attention_mask, lambda _: hidden)
-        output = hidden if self._other_outputs is None else (hidden, *self._other_outputs)
+        stream = hidden if self._stream is None else self._stream
+        output = stream if self._other_outputs is None else (stream, *self._other_outputs)
         with _returning(self._blocks, output):
-            return self.residual.logits(input_ids, attention_mask)
+            if self._replaces_the_stream:
+                return self.residual.logits(input_ids, attention_mask)
+            return self.residual.splice(input_ids, attention_mask, lambda _: hidden)
 
     @torch.no_grad()
     def check(self, input_ids: Tensor, attention_mask: Tensor) -> None:
@@ -69,27 +79,36 @@ class SplicedModel:
             check_logits(logits, mask)
             self._check_reading(found, read)
             self._check_order(input_ids, read)
+            if not self._replaces_the_stream:
+                self._check_parts(input_ids, mask)
             self._check_splicing(input_ids, mask, read, logits)
 
     def _pass(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The block's outputs `[B, T, d_in]`, one for each time it ran, and the logits of an ordinary pass."""
-        with self.reading() as hidden:
-            return hidden, self.residual.logits(input_ids, attention_mask)
+        """The activations `[B, T, d_in]`, one for each time the model came there, and the logits of an ordinary pass."""
+        with self.reading() as found:
+            return found, self.residual.logits(input_ids, attention_mask)
 
     @contextmanager
     def reading(self) -> Iterator[list[Tensor]]:
-        """While this lasts, the block's outputs `[B, T, d_in]` are added to the list."""
-        hidden: list[Tensor] = []
+        """While this lasts, the activations `[B, T, d_in]` of each pass are added to the list."""
+        found: list[Tensor] = []
 
-        def read(_module: nn.Module, _args: Any, output: Any) -> None:
+        def read(hidden: Tensor) -> Tensor:
+            found.append(hidden.clone())  # a later block may change its input in place
+            return hidden
+
+        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
             self._other_outputs = tuple(output[1:]) if isinstance(output, (tuple, list)) else None
-            hidden.append(self.residual.hidden_states(output).clone())  # a later block may change its input in place
+            if not self._replaces_the_stream:
+                self._stream = self.residual.hidden_states(output).clone()
 
-        handle = self.residual.block.register_forward_hook(read)
+        handles = [block.register_forward_hook(leave) for block in self._blocks[-1:]]
         try:
-            yield hidden
+            with self.residual.changed(read):
+                yield found
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _check_reading(self, found: list[Tensor], read: Tensor) -> None:
         if len(found) != 1:
@@ -110,6 +129,27 @@ class SplicedModel:
                 f"{difference:.1%}), expected a model that reads from left to right and heeds the attention mask"
             )
 
+    def _check_parts(self, input_ids: Tensor, mask: Tensor) -> None:
+        """The block must add to the stream what its attention and its MLP give, and nothing else."""
+        residual = self.residual
+        places = [ResidualStream(residual.model, residual.layer, hook) for hook in HOOKS]
+        before, attention, mlp, after = (acts.double() for acts in read_layers(places, input_ids, mask))
+        factor = getattr(text_config(residual.model.config), "residual_multiplier", None) or 1.0
+        added = factor * (attention + mlp)
+        # the stream is rounded to its own size, beside which what is added may be small
+        rounding = (
+            4
+            * torch.finfo(residual.model.dtype).eps
+            * float((after.norm(dim=-1) / added.norm(dim=-1).clamp_min(1e-30)).median())
+        )
+        difference = token_difference(after - before, added)
+        if not difference <= self._tolerance + rounding:
+            raise UsageError(
+                f"hook: expected for {residual.place.hook} a model whose blocks add the outputs of attention and MLP to the "
+                f"residual stream, got {type(residual.model).__name__}, whose block {residual.layer} adds something else "
+                f"(it differs by {difference:.0%}); take resid_post or resid_pre"
+            )
+
     def _check_splicing(self, input_ids: Tensor, mask: Tensor, hidden: Tensor, logits: Tensor) -> None:
         self.residual.blocks_can_be_skipped = False
         whole = _difference(self.spliced(input_ids, mask, hidden.clone()), logits)
@@ -117,6 +157,8 @@ class SplicedModel:
             raise self._unsupported(
                 f"splicing its own output in changes the logits by {whole:.1%} of the largest, expected no change"
             )
+        if not self._blocks:
+            return
         self.residual.blocks_can_be_skipped = True
         try:
             skipping = _difference(self.spliced(input_ids, mask, hidden.clone()), logits)
@@ -126,16 +168,18 @@ class SplicedModel:
         self.residual.blocks_can_be_skipped = skipping <= whole
 
     def _unsupported(self, reason: str) -> UsageError:
-        return unsupported(self.residual.model, f"decoder block {self.residual.layer}: {reason}")
+        place = self.residual.place
+        of = "" if place.hook == "resid_post" else f" ({place.hook})"
+        return unsupported(self.residual.model, f"decoder block {place.layer}{of}: {reason}")
 
 
 def clean_pass(
     models: Sequence[SplicedModel], input_ids: Tensor, attention_mask: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """Returns the residual stream `[B, T, d_in]` of each, and the logits `[B, T, vocabulary]` that they share.
+    """Returns the activations `[B, T, d_in]` of each, and the logits `[B, T, vocabulary]` that they share.
 
     Args:
-        models: One language model at different layers.
+        models: One language model at different places.
         input_ids: `[B, T]`.
         attention_mask: `[B, T]`.
     """

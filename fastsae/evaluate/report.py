@@ -136,7 +136,7 @@ def number(value: Any, digits: int = 3) -> str:
 
 def _header(config: dict[str, Any], evaluation: Evaluation | None) -> str:
     facts = [f"{label} <code>{escape(str(config[key]))}</code>" for key, label in (("model", "model"), ("layer", "layer"),
-             ("dataset", "data"), ("d_sae", "features")) if config.get(key) is not None]  # fmt: skip
+             ("hook", "hook"), ("dataset", "data"), ("d_sae", "features")) if config.get(key) is not None]  # fmt: skip
     if evaluation is not None:
         tokens, dialogues = (number(evaluation.metrics.get(name)) for name in ("tokens", "dialogues"))
         facts.append(f"evaluated on {tokens} tokens in {dialogues} dialogues")

@@ -31,6 +31,7 @@ DEPENDS_ON = (
     "eval_dialogues",
     "data_seed",
     "sequencing",
+    "hook",
 )
 
 _SINKS = 50  # one token in so many may be a sink, which no run trains on
@@ -81,7 +82,7 @@ def cache_activations(
             sequencer.load_state_dict(manifest.sequencer)
         logger.info("%s holds %d tokens already", folder, manifest.tokens)
     folder.mkdir(parents=True, exist_ok=True)
-    residuals = [ResidualStream(pipeline.residual.model, layer) for layer in manifest.layers]
+    residuals = [ResidualStream(pipeline.residual.model, layer, config.hook) for layer in manifest.layers]
 
     def read(batch: TokenBatch) -> list[Any]:
         positions = (batch.positions,) if batch.is_packed else ()

@@ -9,6 +9,7 @@ from fastsae.train.validate import validate
 
 ModelDtype = Literal["float32", "bfloat16", "float16"]
 Sequencing = Literal["fast", "packed", "block"]
+Hook = Literal["resid_post", "resid_pre", "attn_out", "mlp_out"]
 Architecture = Literal["jumprelu", "relu", "topk", "batchtopk"]
 TOPK_FAMILY = ("topk", "batchtopk")
 Sparsity = Literal["step", "quadratic", "tanh"]
@@ -84,7 +85,16 @@ class TrainConfig:
         "not given are those of the cache",
     )
     layer: int | None = option(
-        None, "data", "decoder block whose output the SAE learns, counted from 0 (default: the middle one)", (0, 9999)
+        None,
+        "data",
+        "decoder block whose activations the SAE learns, counted from 0 (default: the middle one)",
+        (0, 9999),
+    )
+    hook: Hook = option(
+        "resid_post",
+        "data",
+        "where in the block: the residual stream after it (resid_post) or before it (resid_pre), or what its attention "
+        "(attn_out) or its MLP or experts (mlp_out) add to the stream, behind the norm that Gemma 2 and 3 put there",
     )
     model_dtype: ModelDtype | None = option(
         None,

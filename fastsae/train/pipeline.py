@@ -234,7 +234,7 @@ def build_pipeline(
     model_dtype = config.model_dtype or (found if found in get_args(ModelDtype) else None)
     config = replace(config, layer=layer, model_dtype=model_dtype)
     check_layer(model, layer)
-    residual = ResidualStream(model, layer)
+    residual = ResidualStream(model, layer, config.hook)
     if evaluated is None:
         check_memory(trained or [config], residual.d_in, model.dtype.itemsize, residual.device)
         for sae in trained or [config]:

@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastsae.data.activations import ResidualStream
+from fastsae.data.activations import ResidualStream, decoder_layers
 from fastsae.data.chat import Dialogue
 from fastsae.data.dropped import Dropped
+from fastsae.data.hooks import place_of
 from fastsae.data.sinks import MAX_NORM_MULTIPLE
 from fastsae.disk import local_path, write_json
 from fastsae.errors import FastsaeError, UsageError
@@ -208,12 +209,20 @@ def _finish(
     return {name: found[name] for name in session.trainers}
 
 
-def hook_names(residual: ResidualStream) -> tuple[str, str]:
-    """Names of the place in the model that an SAE reads: the module whose output it is, and TransformerLens' name."""
-    modules = residual.model.named_modules()
-    return next(
-        name for name, module in modules if module is residual.block
-    ), f"blocks.{residual.layer}.hook_resid_post"
+def place_metadata(residual: ResidualStream) -> dict[str, Any]:
+    """What the metadata say of the place that an SAE reads: that module of transformers whose output it is.
+
+    The stream before the first block is no module's output: SAELens' tools find it in a model of TransformerLens alone.
+    """
+    place = residual.place
+    found = {"hook_layer": place.layer, "hook": place.hook}
+    at = place.as_output
+    if at.hook == "resid_pre":
+        return {**found, "model_class_name": "HookedTransformer", "hook_name": at.lens_name}
+    wanted = residual.module if at == place else decoder_layers(residual.model)[at.layer]
+    name = next(name for name, module in residual.model.named_modules() if module is wanted)
+    # SAELens' word for a model of transformers, as it is
+    return {**found, "model_class_name": "AutoModelForCausalLM", "hook_name": name}
 
 
 def save_sae(output: Path, session: Session, name: str, **metadata: Any) -> None:
@@ -223,8 +232,7 @@ def save_sae(output: Path, session: Session, name: str, **metadata: Any) -> None
     session.trainers[name].sae.save(
         output,
         model_name=config.model,
-        model_class_name="AutoModelForCausalLM",  # SAELens' word for a model of transformers, as it is
-        hook_name=hook_names(pipeline.residual)[0],
+        **place_metadata(pipeline.residual),
         dataset_path=config.dataset if config.text is None else config.text,
         context_size=config.block_length if is_block else pipeline.max_length,
         prepend_bos=pipeline.begins_with_bos(),
@@ -258,24 +266,38 @@ def write_run(output: Path, session: Session, name: str, result: Evaluation, met
     write_json(output / METRICS_FILE, metrics)
 
 
-def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True) -> Evaluation:
-    """Evaluates a saved SAE on the held-out dialogues of `config`.
+def load_sae(folder: Path) -> SparseAutoencoder:
+    """The SAE of a folder.
 
     Raises:
-        UsageError: The SAE does not fit the model.
-        FastsaeError: The folder holds no readable SAE.
+        UsageError: The folder holds none.
+        FastsaeError: It is corrupt, or none that this library runs.
     """
     try:
-        sae = SparseAutoencoder.load(folder)
-        sae.store_by_feature_()
+        return SparseAutoencoder.load(folder)
     except FileNotFoundError as error:
         raise UsageError(str(error)) from None
     except ValueError as error:
         raise FastsaeError(str(error)) from None
+
+
+def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True) -> Evaluation:
+    """Evaluates the SAE of a folder on the held-out dialogues of `config`; raises as `load_sae` and `evaluate_saved` do."""
+    return evaluate_saved(load_sae(folder), config, progress=progress)
+
+
+def evaluate_saved(sae: SparseAutoencoder, config: TrainConfig, *, progress: bool = True) -> Evaluation:
+    """Evaluates a loaded SAE on the held-out dialogues of `config`.
+
+    Raises:
+        UsageError: The SAE does not fit the model.
+    """
+    sae.store_by_feature_()
     pipeline = build_pipeline(config, progress=progress, evaluated=sae)
-    trained_on = sae.metadata.get("hook_name")
-    if trained_on not in (None, *hook_names(pipeline.residual)):
-        logger.warning("this SAE was trained on %s, not on layer %d", trained_on, pipeline.residual.layer)
+    trained_on, own = sae.metadata.get("hook_name"), pipeline.residual.place
+    place = place_of(sae.metadata)
+    if trained_on is not None and (place is None or place.as_output != own.as_output):
+        logger.warning("this SAE was trained on %s, not on %s of layer %d", trained_on, own.hook, own.layer)
     saes = {"": (sae.to(pipeline.residual.device), pipeline.residual)}
     return evaluate_saes(saes, pipeline, progress=progress)[""]
 

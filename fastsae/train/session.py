@@ -56,7 +56,9 @@ class Session:
         self.failures: dict[str, str] = {}
         model, own = pipeline.residual.model, pipeline.residual
         layers = sorted({_layer(config) for config in configs.values()})
-        self.residuals = {layer: own if layer == own.layer else ResidualStream(model, layer) for layer in layers}
+        self.residuals = {
+            layer: own if layer == own.layer else ResidualStream(model, layer, self.common.hook) for layer in layers
+        }
         self._cache = open_cache(pipeline, layers)
         self.forward = SharedForward(self._read, pipeline.sequencer(), layers, self.postponed.at_once)
         self.streams = {

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastsae.cli import print_summary
 from fastsae.evaluate import Evaluation, plots, write_report
 from fastsae.evaluate.dialogues import CLASSES, FIELDS, DialogueSums
 from fastsae.evaluate.report import number, visible
+from fastsae.summary import print_summary
 
 VOID = {"meta"}
 METRICS = {"fvu": 0.1234, "l0": 33.3, "dead_share": 0.25, "delta_loss_percent": -0.5, "recovered": None, "tokens": 1010}

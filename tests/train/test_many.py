@@ -13,6 +13,7 @@ from stopped_runs import Stop, make_config, without_times
 
 from fastsae import FastsaeError, UsageError
 from fastsae.cli import main
+from fastsae.data import stream
 from fastsae.data.activations import ResidualStream
 from fastsae.data.buffer import MixingBuffer
 from fastsae.flags import parsed
@@ -253,3 +254,50 @@ def test_a_bad_file_is_one_message(tmp_path: Path, text: str, message: str) -> N
 def test_a_bad_grid_is_one_message(varied: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         expand({}, varied)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("resumes", [False, True])
+def test_nothing_is_computed_for_a_layer_all_of_whose_saes_have_failed(
+    configs: dict[str, TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefetch: int, resumes: bool
+) -> None:
+    """The SAE of the deeper layer fails at step 5; the shallower one goes on as if it were alone."""
+    monkeypatch.setattr(stream, "SAMPLE_TOKENS", 100)  # so that the first piece of so short a run is not all of it
+    chosen = {name: replace(configs[name], prefetch=prefetch, tokens=64 * 40) for name in ("first", "topk")}
+    step, stopped = Trainer.train_step, []
+    read: list[int] = []  # the deepest layer of each pass, after the failure
+    called = ResidualStream.__call__
+
+    def spoiled(self: Trainer, batch: Any) -> Any:
+        if self.config.architecture == "topk" and self.step == 5:
+            with torch.no_grad():
+                self.sae.b_enc.fill_(float("nan"))
+        if self.step == 19 and resumes and not stopped:
+            stopped.append(True)
+            raise Stop
+        if self.step >= 10:  # when what was read ahead is used up
+            monkeypatch.setattr(ResidualStream, "__call__", watched)
+        return step(self, batch)
+
+    def watched(self: ResidualStream, *arguments: Any) -> Any:
+        read.append(self.layer)
+        return called(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "train_step", spoiled)
+    monkeypatch.setitem(train_many.__globals__, "_finish", lambda *arguments: {})
+    if resumes:
+        with pytest.raises(Stop):
+            train_many(chosen, tmp_path / "run", progress=False)
+        saved = checkpoint.load_latest(tmp_path / "run")
+        assert saved is not None
+        assert saved["streams"].keys() == saved["buffers"].keys() == {"0"}
+        chosen = read_configs(tmp_path / "run")
+    with pytest.raises(FastsaeError, match="1 of 2 SAEs failed"):
+        train_many(chosen, tmp_path / "run", resume=resumes, progress=False)
+    assert set(read) == {0}
+    monkeypatch.undo()
+    monkeypatch.setattr(stream, "SAMPLE_TOKENS", 100)
+    history = (tmp_path / "run" / "first" / "metrics.jsonl").read_text().splitlines()
+    train(read_config(tmp_path / "run" / "first"), tmp_path / "alone", progress=False)
+    alone = (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()
+    assert [without_times(json.loads(row)) for row in history] == [without_times(json.loads(row)) for row in alone]
