@@ -1,4 +1,4 @@
-"""The command line: `fastsae train`, `cache`, `evaluate` and `convert`."""
+"""The command line: `fastsae train`, `compare`, `cache`, `evaluate` and `convert`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fastsae.flags import (
     OPTIONS,
     Several,
     add_cache_command,
+    add_compare_command,
     add_config_flags,
     add_convert_command,
     as_flag,
@@ -47,6 +48,7 @@ Sparse autoencoders (SAEs) for language models.
   fastsae train --model ./my-model --dataset chats.jsonl     rows like {"messages": [{"role": ..., "content": ...}]}
   fastsae cache acts --layers 2,3     write activations once, for fastsae train --activations acts
   fastsae train --model ./my-model --dataset chats.jsonl --text pile.jsonl --sequencing block     plain text, in blocks
+  fastsae compare                     FAST against block training at matched sparsity, with controls and intervals
   fastsae evaluate my-sae             measure a saved SAE on held-out dialogues, of this or another library
   fastsae convert params.npz my-sae   turn another library's SAE into this one's files, or back with --to
 
@@ -95,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="show no progress bars")
     add_config_flags(train, several=OF_ONE_SAE)
 
+    add_compare_command(commands)
     add_cache_command(commands)
     measure = commands.add_parser(
         "evaluate",
@@ -192,6 +195,29 @@ def _new(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str
     layer = "" if first.layer is None or "layer" in varied or arguments.spec else f"-layer{first.layer}"
     name = local_path(first.model).resolve().name  # resolved, because `.` has no name
     return configs, arguments.output or Path(f"sae{'' if '' in configs else 's'}-{name}{layer}")
+
+
+def command_compare(arguments: argparse.Namespace) -> None:
+    """`fastsae compare`."""
+    from fastsae.comparison.costs import estimate
+    from fastsae.comparison.run import PAGE_FILE, carry_out, new_plan, prepare, saved_plan
+    from fastsae.comparison.terminal import print_plan, print_result
+
+    given = _given(arguments)
+    seeds = given.pop("seed", None)
+    if seeds is not None and not isinstance(seeds, Several):
+        seeds = (seeds,)
+    if arguments.resume and arguments.output is None:
+        raise UsageError("--resume: expected --output with the folder of the interrupted comparison")
+    name = local_path(given.get("model", "demo")).resolve().name
+    output = arguments.output or Path(f"compare-{name}")
+    plan = saved_plan(output, arguments.arms, seeds, given) if arguments.resume else new_plan(arguments.arms, seeds, given)
+    print_plan(plan, estimate(plan, progress=not arguments.quiet))
+    if arguments.dry_run:
+        return
+    result = carry_out(plan, output, resume=arguments.resume, progress=not arguments.quiet)
+    print_result(result)
+    print(f"\npage     {output / PAGE_FILE}")
 
 
 def command_cache(arguments: argparse.Namespace) -> None:
@@ -293,6 +319,7 @@ def print_difference(found: dict[str, float]) -> None:
 
 COMMANDS = {
     "train": command_train,
+    "compare": command_compare,
     "cache": command_cache,
     "evaluate": command_evaluate,
     "convert": command_convert,

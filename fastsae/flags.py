@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from fastsae.comparison.arms import ARMS, DECIDED_BY_ARMS, DEFAULT_ARMS
 from fastsae.disk import local_path
 from fastsae.errors import UsageError, shown
 from fastsae.train.config import TrainConfig
@@ -93,6 +94,40 @@ def add_cache_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
         "forward_tokens device data_seed"
     )
     add_config_flags(parser, names.split(), several=("layer",))
+
+
+_COMPARE = """\
+Trains SAEs by FAST and by other ways on the same number of tokens, at the same sparsity, and measures all of them on the same
+held-out dialogues: what differs, with an interval, and what does not.
+
+  fastsae compare                                        the embedded model and dialogues, minutes on a CPU
+  fastsae compare --model ./my-model --dataset chats.jsonl --text pile.jsonl --layer 12 --tokens 2e6
+  fastsae compare ... --dry-run                          the arms with their tokens, time and memory, and nothing else
+  fastsae compare --output comparison --resume           go on with an interrupted comparison
+
+arms:
+"""
+
+
+def add_compare_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`fastsae compare`."""
+    of_arms = "".join(f"  {name:16}{arm.meaning}\n" for name, arm in ARMS.items())
+    parser = commands.add_parser(
+        "compare",
+        help="compare FAST with block training, at matched sparsity, with controls and intervals",
+        description=_COMPARE + of_arms,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", type=path, metavar="FOLDER", help="new folder for the results (default: compare-MODEL)")
+    parser.add_argument(
+        "--arms", type=lambda text: text.split(","), metavar="NAME,...", help=f"ways to train [{','.join(DEFAULT_ARMS)}]"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what it would take, and end")
+    parser.add_argument("--resume", action="store_true", help="go on with the interrupted comparison in --output")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
+    left_out = (*DECIDED_BY_ARMS, "activations", "log", "data_seed", "init_from")
+    add_config_flags(parser, [name for name in OPTIONS if name not in left_out], several=("seed",))
 
 
 def add_convert_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

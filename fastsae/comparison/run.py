@@ -56,11 +56,17 @@ def compare(
     """
     output = local_path(output)
     plan = saved_plan(output, arms, seeds, options) if resume else new_plan(arms, seeds, options)
+    return carry_out(plan, output, resume=resume, progress=progress)
+
+
+def carry_out(plan: Plan, output: Path, *, resume: bool, progress: bool) -> dict[str, Any]:
+    """`compare`, with a plan."""
+    started = time.perf_counter()
     prepare(output, plan, resume=resume)
     failures: dict[str, str] = {}
     for stream, saes in plan.streams().items():
         failures |= _train(output / RUNS / stream, saes, progress)
-    result = collect(output, plan, failures)
+    result = collect(plan, output, failures)
     write_json(output / RESULT_FILE, result)
     write_page(output / PAGE_FILE, result)
     return result

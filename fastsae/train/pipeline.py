@@ -252,7 +252,7 @@ def build_pipeline(
     _check_model(residual, tokenizer, max_length)
     _tell_of_doubled_bos(tokenizer)
     if evaluated is None:
-        _check_sequencing(residual, tokenizer, config, max_length)
+        check_sequencing(residual, tokenizer, config, max_length)
     if given.dialogues is not None:
         dialogues: Sequence[Dialogue] = ChatDataset(list(given.dialogues), GIVEN, progress=progress)
     else:
@@ -305,7 +305,7 @@ def _tell_of_doubled_bos(tokenizer: Any) -> None:
         pass
 
 
-def _check_sequencing(residual: ResidualStream, tokenizer: Any, config: TrainConfig, max_length: int) -> None:
+def check_sequencing(residual: ResidualStream, tokenizer: Any, config: TrainConfig, max_length: int) -> None:
     """Raises UsageError where the model cannot take the rows that the sequencing makes."""
     limit = position_limit(residual.model)
     if config.sequencing == "block" and limit is not None and config.block_length > limit:
