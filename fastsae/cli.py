@@ -200,7 +200,7 @@ def _new(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str
 def command_compare(arguments: argparse.Namespace) -> None:
     """`fastsae compare`."""
     from fastsae.comparison.costs import estimate
-    from fastsae.comparison.run import PAGE_FILE, carry_out, new_plan, prepare, saved_plan
+    from fastsae.comparison.run import PAGE_FILE, carry_out, new_plan, saved_plan
     from fastsae.comparison.terminal import print_plan, print_result
 
     given = _given(arguments)
@@ -211,7 +211,9 @@ def command_compare(arguments: argparse.Namespace) -> None:
         raise UsageError("--resume: expected --output with the folder of the interrupted comparison")
     name = local_path(given.get("model", "demo")).resolve().name
     output = arguments.output or Path(f"compare-{name}")
-    plan = saved_plan(output, arguments.arms, seeds, given) if arguments.resume else new_plan(arguments.arms, seeds, given)
+    plan = (
+        saved_plan(output, arguments.arms, seeds, given) if arguments.resume else new_plan(arguments.arms, seeds, given)
+    )
     print_plan(plan, estimate(plan, progress=not arguments.quiet))
     if arguments.dry_run:
         return

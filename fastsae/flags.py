@@ -119,9 +119,14 @@ def add_compare_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--output", type=path, metavar="FOLDER", help="new folder for the results (default: compare-MODEL)")
     parser.add_argument(
-        "--arms", type=lambda text: text.split(","), metavar="NAME,...", help=f"ways to train [{','.join(DEFAULT_ARMS)}]"
+        "--output", type=path, metavar="FOLDER", help="new folder for the results (default: compare-MODEL)"
+    )
+    parser.add_argument(
+        "--arms",
+        type=lambda text: text.split(","),
+        metavar="NAME,...",
+        help=f"ways to train [{','.join(DEFAULT_ARMS)}]",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what it would take, and end")
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted comparison in --output")

@@ -82,8 +82,8 @@ def _check_tokens(option: str, config: TrainConfig, pipeline: Pipeline, data: An
         if n_tokens >= config.tokens:
             return
     raise UsageError(
-        f"{option}: expected at least the {config.tokens:,} tokens of an arm in {getattr(config, option)!r}, so that none is seen "
-        f"twice, got {n_tokens:,}; lower --tokens, or give more data"
+        f"{option}: expected at least the {config.tokens:,} tokens of an arm in {getattr(config, option)!r}, so that none is "
+        f"seen twice, got {n_tokens:,}; lower --tokens, or give more data"
     )
 
 

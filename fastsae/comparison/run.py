@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from fastsae.comparison.arms import DEFAULT_ARMS, Plan, chosen
+from fastsae.comparison.collect import RUNS, collect
+from fastsae.comparison.page import write_page
+from fastsae.comparison.result import Result
 from fastsae.disk import local_path, write_json
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.fields import Fields, read_json
@@ -17,10 +20,10 @@ from fastsae.train.config import TrainConfig
 from fastsae.train.folder import METRICS_FILE, SAES_FILE, check_writable, located
 from fastsae.train.run import train_many
 
-PLAN_FILE, RESULT_FILE, PAGE_FILE, RUNS = "plan.json", "compare.json", "compare.html", "runs"
+PLAN_FILE, RESULT_FILE, PAGE_FILE = "plan.json", "compare.json", "compare.html"
 DEFAULT_SEEDS = (0, 1)
 HELD_OUT = {"eval_dialogues": 200}  # the same for all arms, and enough for intervals
-DEMO = {"tokens": 300_000}  # minutes
+DEMO = {"tokens": 300_000, "block_length": 512}  # minutes, and three dialogues to a block
 PLACES = ("model", "dataset", "text")  # options that may name a file
 
 logger = logging.getLogger(__name__)
@@ -34,7 +37,7 @@ def compare(
     resume: bool = False,
     progress: bool = True,
     **options: Any,
-) -> dict[str, Any]:
+) -> Result:
     """Trains SAEs in several ways at the same sparsity and measures all of them on the same held-out dialogues.
 
     Writes to `output`: `plan.json`, the SAEs under `runs/`, and at the end `compare.json` and `compare.html`.
@@ -59,16 +62,16 @@ def compare(
     return carry_out(plan, output, resume=resume, progress=progress)
 
 
-def carry_out(plan: Plan, output: Path, *, resume: bool, progress: bool) -> dict[str, Any]:
+def carry_out(plan: Plan, output: Path, *, resume: bool, progress: bool) -> Result:
     """`compare`, with a plan."""
-    started = time.perf_counter()
     prepare(output, plan, resume=resume)
     failures: dict[str, str] = {}
     for stream, saes in plan.streams().items():
         failures |= _train(output / RUNS / stream, saes, progress)
-    result = collect(plan, output, failures)
-    write_json(output / RESULT_FILE, result)
+    seconds = sum(read_json(output / RUNS / stream / METRICS_FILE)["seconds"] for stream in plan.streams())
+    result = collect(plan, output, failures, {"gsnr": [], "leakage": [], "seconds": seconds})
     write_page(output / PAGE_FILE, result)
+    write_json(output / RESULT_FILE, result)  # the last file: where it is, the comparison is complete
     return result
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from fastsae.comparison.arms import ARMS, Plan
+from fastsae.comparison.arms import ARMS, REFERENCE, Plan
 from fastsae.comparison.costs import Costs
+from fastsae.comparison.result import Result
+from fastsae.comparison.statistics import HIGHER, LOWER
+
+COLUMNS = (
+    ("all", "l0", "L0", ".1f"),
+    ("all", "fvu", "FVU", ".4f"),
+    ("special", "fvu", "special FVU", ".4f"),
+    ("all", "delta_loss_percent", "delta loss %", "+.2f"),
+)
+"""Class, metric, title and format of the figures that are printed."""
 
 
 def print_plan(plan: Plan, costs: Costs) -> None:
@@ -14,7 +21,9 @@ def print_plan(plan: Plan, costs: Costs) -> None:
     streams = plan.streams()
     n_saes = sum(map(len, streams.values()))
     config = next(iter(streams["fast"].values()))
-    print(f"{n_saes} SAEs, each on {config.tokens:,} tokens, measured on {config.eval_dialogues:,} held-out dialogues:\n")
+    print(
+        f"{n_saes} SAEs, each on {config.tokens:,} tokens, measured on {config.eval_dialogues:,} held-out dialogues:\n"
+    )
     total = 0.0
     for name, saes in streams.items():
         own = [arm for arm in plan.arms if any(sae.rpartition("-seed-")[0] == arm for sae in saes)]
@@ -33,5 +42,27 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def print_result(result: Mapping[str, Any]) -> None:
-    """A line for each arm, then the differences that are shown."""
+def print_result(result: Result) -> None:
+    """A line for each arm, then how the headline figures differ, and how much else does."""
+    width = max(len(arm["name"]) for arm in result["arms"])
+    print(f"\n{'':{width}}" + "".join(f"{title:>12}" for *_, title, _ in COLUMNS))
+    for arm in result["arms"]:
+        found = [result["values"][token_class][metric].get(arm["name"]) for token_class, metric, *_ in COLUMNS]
+        cells = ["-" if value is None else format(value["value"], COLUMNS[i][-1]) for i, value in enumerate(found)]
+        print(f"{arm['name']:{width}}" + "".join(f"{cell:>12}" for cell in cells))
+    print(f"\ndifferences from {REFERENCE}, with 95 % intervals over held-out dialogues:")
+    for token_class, metric, title, form in COLUMNS[1:]:
+        for row in result["differences"]:
+            if (row["class"], row["metric"]) == (token_class, metric):
+                low, high = (
+                    format(limit, "+" + form.lstrip("+")) if limit is not None else "?"
+                    for limit in (row["low"], row["high"])
+                )
+                print(
+                    f"  {row['arm']:{width}}  {title:12}{low:>9} to {high:>9}  {row['verdict'] or ''} {row['reason']}".rstrip()
+                )
+    tested = [row for row in result["differences"] if row["verdict"] is not None]
+    shown = sum(row["verdict"] in (LOWER, HIGHER) for row in tested)
+    print(f"\n{shown} of {len(tested)} differences that were tested are shown; the page has all of them")
+    for warning in result["warnings"]:
+        print(f"warning: {warning}")

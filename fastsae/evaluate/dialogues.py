@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsae.disk import write_atomically
@@ -15,22 +17,33 @@ from fastsae.evaluate.losses import LOSSES
 from fastsae.evaluate.token_kinds import KINDS
 
 DIALOGUES_FILE = "dialogues.npz"
-_SPOKEN, _SINKS = ("user", "assistant", "template", "special"), KINDS[4:]
+FloatArray: TypeAlias = NDArray[np.float64]
+
 CLASSES = {
-    "all": ("every token but the attention sinks", _SPOKEN),
-    "special": ("tokens that the chat template writes around turns, role names among them", ("special",)),
-    "user": ("tokens of the user's messages", ("user",)),
-    "assistant": ("tokens of the assistant's messages", ("assistant",)),
-    "template": ("whatever the chat template writes, special or not", ("template", "special")),
-    "sinks": ("attention sinks: position 0, and tokens many times as long as the median token", _SINKS),
-    "position_0": ("the first token of each dialogue", ("position_0", "special_position_0")),
-    "all_with_sinks": ("every token, as the FAST paper counts", KINDS),
-    "special_with_sinks": (
-        "every special token, as the FAST paper counts",
-        ("special", "special_position_0", "special_late_sink"),
-    ),
+    "all": "every token but the attention sinks",
+    "special": "tokens that the chat template writes around turns, role names among them, but no sinks",
+    "user": "tokens of the user's messages, but no sinks",
+    "assistant": "tokens of the assistant's messages, but no sinks",
+    "template": "whatever the chat template writes, special or not, but no sinks",
+    "sinks": "attention sinks: position 0, and tokens many times as long as the median token",
+    "position_0": "the first token of each dialogue",
+    "all_with_sinks": "every token, as the FAST paper counts",
+    "special_with_sinks": "every special token, as the FAST paper counts",
 }
-"""Classes of tokens: what they hold, and of which kinds they consist; those without sinks in their name hold none."""
+"""Classes of tokens. A token may be in several; a loss belongs to the classes of the token that is predicted."""
+
+_SPOKEN = ("user", "assistant", "template", "special")
+_KINDS_OF = {
+    "all": _SPOKEN,
+    "special": ("special",),
+    "user": ("user",),
+    "assistant": ("assistant",),
+    "template": ("template", "special"),
+    "sinks": KINDS[len(_SPOKEN) :],
+    "position_0": ("position_0", "special_position_0"),
+    "all_with_sinks": KINDS,
+    "special_with_sinks": ("special", "special_position_0", "special_late_sink"),
+}
 
 FIELDS = {
     "tokens": "number of tokens n of the class",
@@ -55,16 +68,16 @@ class DialogueSums:
 
     Attributes:
         d_in: Width of the activations.
-        dialogues: `[n]` int64, their indices in the dataset, ascending.
         values: `[n, len(CLASSES), len(FIELDS)]` fp64, in the order of these two tables.
+        dialogues: `[n]`, the dialogues' indices in the dataset, ascending.
 
     Raises:
         FastsaeError: The shapes are others, or a number is NaN or infinite, or a count is negative.
     """
 
     d_in: int
-    dialogues: Tensor
-    values: Tensor
+    values: FloatArray
+    dialogues: NDArray[np.int64]
 
     def __post_init__(self) -> None:
         n = len(self.dialogues)
@@ -73,11 +86,12 @@ class DialogueSums:
                 f"sums of dialogues: expected the shape [dialogues, {len(CLASSES)}, {len(FIELDS)}] with at least one dialogue, "
                 f"got {list(self.values.shape)} for {n}"
             )
-        if not self.values.isfinite().all():
-            dialogue, token_class, name = (int(i) for i in (~self.values.isfinite()).nonzero()[0])
+        bad = ~np.isfinite(self.values)
+        if bad.any():
+            dialogue, token_class, name = (int(i[0]) for i in np.nonzero(bad))
             raise FastsaeError(
                 f"the sum {list(FIELDS)[name]!r} over the tokens {list(CLASSES)[token_class]!r} of held-out dialogue "
-                f"{dialogue} is {self.values[dialogue, token_class, name].item()}; expected a finite number"
+                f"{dialogue} is {self.values[dialogue, token_class, name]}; expected a finite number"
             )
         if (self.get("tokens") < 0).any() or (self.get("targets") < 0).any():
             raise FastsaeError("sums of dialogues: expected counts of tokens of at least 0, got a negative one")
@@ -85,14 +99,14 @@ class DialogueSums:
     def __len__(self) -> int:
         return len(self.dialogues)
 
-    def get(self, name: str, token_class: str | None = None) -> Tensor:
+    def get(self, name: str, token_class: str | None = None) -> FloatArray:
         """The sums `[n]` of a field over one class, or `[n, len(CLASSES)]` over each."""
-        of_field = self.values[:, :, _FIELD[name]]
+        of_field: FloatArray = self.values[:, :, _FIELD[name]]
         return of_field if token_class is None else of_field[:, list(CLASSES).index(token_class)]
 
     def save(self, folder: Path) -> None:
         """Writes `dialogues.npz`."""
-        arrays = {"d_in": np.array(self.d_in), "dialogues": self.dialogues.numpy(), "values": self.values.numpy()}
+        arrays = {"d_in": np.array(self.d_in), "values": self.values, "dialogues": self.dialogues}
 
         def write(path: Path) -> None:
             with path.open("wb") as file:
@@ -110,7 +124,7 @@ class DialogueSums:
         path = folder / DIALOGUES_FILE
         try:
             with np.load(path) as found:
-                return cls(int(found["d_in"]), *(torch.from_numpy(found[name]) for name in ("dialogues", "values")))
+                return cls(int(found["d_in"]), found["values"], found["dialogues"])
         except Exception as error:  # whatever NumPy raises
             raise FastsaeError(
                 f"{path}: expected the sums of each dialogue, found none or a damaged file ({error})"
@@ -176,6 +190,6 @@ class DialogueRecorder:
         projections = torch.cat([vectors.double() @ mean for vectors in self._vectors])
         squares = sums[:, :, _VARIANCE] - 2 * projections + sums[:, :, 0] * mean.square().sum()
         sums[:, :, _VARIANCE] = squares.clamp_min(0)
-        kinds_of = torch.tensor([[float(kind in kinds) for kind in KINDS] for _, kinds in CLASSES.values()])
+        kinds_of = torch.tensor([[float(kind in _KINDS_OF[name]) for kind in KINDS] for name in CLASSES])
         order = dialogues.argsort()
-        return DialogueSums(self.d_in, dialogues[order], (kinds_of.double() @ sums)[order])
+        return DialogueSums(self.d_in, (kinds_of.double() @ sums)[order].numpy(), dialogues[order].numpy())

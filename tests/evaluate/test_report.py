@@ -4,6 +4,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,7 +85,7 @@ def evaluation() -> Evaluation:
         feature_counts=torch.tensor([0, 1, 10, 500, 1000]),
         special_tokens=[row, row | {"token": "attention sinks"}],
         top_special_features=[feature],
-        dialogues=DialogueSums(8, torch.tensor([3]), torch.zeros(1, len(CLASSES), len(FIELDS))),
+        dialogues=DialogueSums(8, np.zeros((1, len(CLASSES), len(FIELDS))), np.array([3])),
     )
 
 
