@@ -257,7 +257,8 @@ def build_pipeline(
 
     def n_affordable(order: Sequence[int]) -> int:
         rows = TokenRows(dialogues, tokenizer, max_length, None)
-        return n_affordable_dialogues(residual, rows, order, config.tokens)
+        layers = [layer if sae.layer is None else sae.layer for sae in trained or [config]]
+        return n_affordable_dialogues(model, layers, rows, order, config.tokens)
 
     options = {} if evaluated is not None else {"n_affordable": n_affordable}
     train, held_out = split_dialogues(dialogues, config, **options, progress=progress)
