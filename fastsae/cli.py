@@ -53,25 +53,6 @@ Activation units: while training, activations are scaled to a mean norm of sqrt(
 that scale. Exit status: 0 done, 1 the run failed, 2 an argument is wrong, 130 interrupted (Ctrl-C), 143 ended by
 SIGTERM; both write a checkpoint first, a second one ends at once.
 """
-SUMMARY = (
-    ("fvu", "of the variance is left unexplained (FVU), attention sinks left out", "{:.4f}"),
-    ("special_fvu", "the same on special tokens", "{:.4f}"),
-    ("l0", "features fire on a token (L0)", "{:.1f}"),
-    ("dead_share", "of the features never fire", "{:.1%}"),
-    ("mse", "squared error per element, averaged per dialogue (MSE)", "{:.4g}"),
-    ("mse_with_sinks", "the same with attention sinks", "{:.4g}"),
-    ("special_mse", "squared error per element on special tokens", "{:.4g}"),
-    ("special_mse_with_sinks", "the same with attention sinks", "{:.4g}"),
-    ("ce", "nats per token: the model's own cross-entropy", "{:.4f}"),
-    ("ce_spliced", "with the reconstruction in place of the activations", "{:.4f}"),
-    ("delta_loss_percent", "% change of the cross-entropy (delta loss)", "{:+.2f}"),
-    ("recovered", "of the loss between zeros and the model is recovered", "{:.1%}"),
-)
-SUMMARY_OF_TRAINING = (
-    ("padding_share", "of the tokens that the language model computed for training were padding", "{:.1%}"),
-    ("sinks_left_out", "tokens were left out of training as attention sinks, beside the first of each context", "{:,}"),
-)
-
 OUT_OF_MEMORY = (
     "there is not enough memory; lower --max-length (a dialogue of the evaluation is never cut further), --forward-tokens, "
     "--buffer-tokens, --batch-size, or --d-sae and --expansion, then run again, with --resume if training began and these "
@@ -111,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         "options named as in config.json; a grid needs no file: --layers 4,8 --target-l0 16,32,64 --seeds 0,1",
     )
     train.add_argument("--quiet", action="store_true", help="show no progress bars")
-    add_config_flags(train, several=OF_ONE_SAE)
+    add_config_flags(train, several=[name for name in OF_ONE_SAE if name != "init_from"])
 
     add_cache_command(commands)
     measure = commands.add_parser(
@@ -140,6 +121,7 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def command_train(arguments: argparse.Namespace) -> None:
     """`fastsae train`."""
+    from fastsae.evaluate.summary import summary, table
     from fastsae.train.folder import REPORT_FILE
     from fastsae.train.run import train, train_many
     from fastsae.train.trainer import SAE_CLASSES
@@ -151,12 +133,13 @@ def command_train(arguments: argparse.Namespace) -> None:
             log.warning("without effect on a %s run: %s", config.architecture, ", ".join(map(flag, unused)))
     options = {"resume": arguments.resume, "progress": not arguments.quiet}
     if "" not in configs:
-        print_table(train_many(configs, output, **options), output)
+        found = train_many(configs, output, **options)
+        print(f"\n{output}: {len(found)} SAEs\n{table(found)}")
         return
     metrics = train(configs[""], output, **options)
     cost = f"{metrics['seconds']:.0f} s, of which the evaluation took {metrics['seconds_of_evaluation']:.0f} s"
     print(f"\n{output}: {metrics['tokens']:,} tokens in {cost}")
-    print_summary(metrics)
+    print(summary(metrics))
     name = SAE_CLASSES[configs[""].architecture].__name__
     print(f"\nreport   {output / REPORT_FILE}\nload it  fastsae.{name}.load({str(output)!r})")
 
@@ -191,6 +174,13 @@ def _new(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str
         from fastsae.train.caching import options_of
 
         preset = {**preset, **options_of(local_path(given["activations"]))}
+    if given.get("init_from") is not None:
+        from fastsae.peers import formats
+        from fastsae.train.init_from import options_of as options_of_sae
+        from fastsae.train.run import load_sae
+
+        given = {**given, "init_from": str(formats.find(given["init_from"], formats.wanted_files()))}
+        preset = {**preset, **options_of_sae(load_sae(Path(given["init_from"])))}
     varied = {name: value for name, value in given.items() if isinstance(value, Several)}
     common = {name: value for name, value in given.items() if name not in varied}
     if arguments.spec is not None:
@@ -237,6 +227,7 @@ def command_evaluate(arguments: argparse.Namespace) -> None:
     """`fastsae evaluate`."""
     from fastsae.data.hooks import place_of
     from fastsae.disk import write_json
+    from fastsae.evaluate.summary import summary
     from fastsae.peers import formats
     from fastsae.train.folder import CONFIG_FILE, check_writable, read_config
     from fastsae.train.run import evaluate_saved, load_sae
@@ -266,7 +257,7 @@ def command_evaluate(arguments: argparse.Namespace) -> None:
     result = evaluate_saved(sae, config, progress=not arguments.quiet)
     if arguments.json:
         write_json(arguments.json, result.metrics)
-    print_summary(result.metrics)
+    print(summary(result.metrics))
 
 
 def command_convert(arguments: argparse.Namespace) -> None:
@@ -308,35 +299,6 @@ def print_difference(found: dict[str, float]) -> None:
     )
     if not (found["sae_out"] <= 1e-3 * found["size"] and 2 * found["other_features"] <= found["tokens"]):
         raise FastsaeError("--check: the written SAE is not the one that was read; please report it with both files")
-
-
-def print_summary(metrics: dict[str, Any]) -> None:
-    """The headline numbers, one a line, with what they mean."""
-    of_training = [line for line in SUMMARY_OF_TRAINING if line[0] in metrics]
-    for name, meaning, form in (*SUMMARY, *of_training):
-        value = metrics.get(name)
-        print(f"  {'undefined' if value is None else form.format(value):>10}  {meaning}")
-    if metrics.get("dialogues_dropped"):
-        reasons = ", ".join(f"{n:,} because {reason}" for reason, n in metrics["dropped_by_reason"].items())
-        print(f"  {metrics['dialogues_dropped']:>10,}  dialogues could not be used: {reasons}")
-    if metrics.get("unknown_roles"):
-        words = ", ".join(f"{word!r} ({n:,})" for word, n in metrics["unknown_roles"].items())
-        print(f"  {'unknown':>10}  roles, and the dialogues that have them: {words}")
-    for warning in metrics.get("warnings") or ():
-        print(f"  warning: {warning}")
-
-
-def print_table(metrics: dict[str, dict[str, Any]], output: Path) -> None:
-    """The headline numbers of several SAEs, a line each."""
-    columns = (("fvu", "FVU", ".4f"), ("special_fvu", "special", ".4f"), ("l0", "L0", ".1f"), ("dead_share", "dead", ".1%"),
-               ("delta_loss_percent", "delta loss", "+.1f"))  # fmt: skip
-    width = max(map(len, metrics))
-    print(f"\n{output}: {len(metrics)} SAEs\n{'':{width}}" + "".join(f"{title:>12}" for _, title, _ in columns))
-    for name, found in metrics.items():
-        cells = ["undefined" if found[key] is None else format(found[key], form) for key, _, form in columns]
-        print(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
-        for warning in found.get("warnings") or ():
-            print(f"{'':{width}}  warning: {warning}")
 
 
 COMMANDS = {

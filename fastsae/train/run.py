@@ -32,9 +32,11 @@ from fastsae.train.folder import (
     how_to_go_on,
     located,
     prepare,
+    read_origin,
     resumed_config,
     write_configs,
 )
+from fastsae.train.init_from import Source, load_source, with_options_of
 from fastsae.train.l0_control import l0_metrics
 from fastsae.train.pipeline import Given, Pipeline, build_pipeline
 from fastsae.train.session import Session
@@ -128,11 +130,16 @@ def _train(
     started = time.perf_counter()
     configs = {name: _located(config) for name, config in configs.items()}
     check_loggers(configs.values())
+    sources: dict[str, Source] = {}
     if resume:
         configs = {name: resumed_config(output / name, config) for name, config in configs.items()}
     prepare(output, resume=resume)
     saved = checkpoint.load_latest(output) if resume else None
     first = next(iter(configs.values()))
+    if saved is None:
+        sources = {name: load_source(config) for name, config in configs.items() if config.init_from is not None}
+        configs |= {name: with_options_of(configs[name], source.sae) for name, source in sources.items()}
+        first = next(iter(configs.values()))
     pipeline = build_pipeline(first, list(configs.values()), progress=progress, given=given)
     configs = {name: pipeline.resolved(config) for name, config in configs.items()}
     fingerprints = pipeline.fingerprints()
@@ -141,12 +148,13 @@ def _train(
             check_fingerprints(output / name, config, fingerprints)
     session = Session(pipeline, configs, progress)
     if saved is not None:
+        session.origins = {name: read_origin(output / name) for name in configs}
         seconds_before = session.restore(saved, output)
     else:
         seconds_before = 0.0
-        session.initialize()
+        session.initialize(sources)
     # a resumed run writes them again: model and dataset may have moved
-    write_configs(output, configs, fingerprints)
+    write_configs(output, configs, fingerprints, session.origins)
 
     def seconds() -> float:
         return seconds_before + time.perf_counter() - started
@@ -171,7 +179,7 @@ def _train(
 
 
 def _located(config: TrainConfig) -> TrainConfig:
-    given = {name: getattr(config, name) for name in ("model", "dataset", "text", "activations")}
+    given = {name: getattr(config, name) for name in ("model", "dataset", "text", "activations", "init_from")}
     places: dict[str, Any] = {name: located(value) for name, value in given.items() if value is not None}
     return replace(config, **places)
 
@@ -219,6 +227,8 @@ def save_sae(output: Path, session: Session, name: str, **metadata: Any) -> None
     """Saves an SAE with what SAELens' tools want to know of the model, of its place in it, and of the data."""
     pipeline, config = session.view(name), session.configs[name]
     is_block = config.sequencing == "block"
+    if origin := session.origins.get(name):
+        metadata["init_from"] = {"path": config.init_from, "files": origin}
     session.trainers[name].sae.save(
         output,
         model_name=config.model,

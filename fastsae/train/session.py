@@ -16,7 +16,7 @@ from fastsae.data.progress import bar
 from fastsae.data.sequencing import TokenBatch
 from fastsae.data.shared_forward import SharedForward
 from fastsae.data.stream import ActivationStream, StreamCounts
-from fastsae.errors import FastsaeError
+from fastsae.errors import FastsaeError, UsageError
 from fastsae.fields import Fields, is_finite
 from fastsae.interrupt import Interrupted, Postponed
 from fastsae.train import checkpoint
@@ -24,6 +24,7 @@ from fastsae.train.caching import open_cache
 from fastsae.train.config import TrainConfig
 from fastsae.train.curves import Row
 from fastsae.train.folder import kept_options
+from fastsae.train.init_from import Source
 from fastsae.train.initialize import SAMPLE
 from fastsae.train.pipeline import Pipeline
 from fastsae.train.saved_state import check_buffer, check_options, check_stream, check_trainer
@@ -45,6 +46,7 @@ class Session:
 
     Attributes:
         trainers: Of the SAEs that have not failed.
+        origins: The files of the SAEs that training went on from, by name; see `fastsae.train.init_from`.
         failures: What went wrong with the others.
     """
 
@@ -53,6 +55,7 @@ class Session:
         self.common = next(iter(self.configs.values()))
         self.postponed = Postponed()
         self.failures: dict[str, str] = {}
+        self.origins: dict[str, list[dict[str, str]]] = {}
         model, own = pipeline.residual.model, pipeline.residual
         layers = sorted({_layer(config) for config in configs.values()})
         self.residuals = {
@@ -106,12 +109,25 @@ class Session:
             self._stream_states[layer] = self.streams[layer].state_dict()
         self._batches = {layer: next(buffer) for layer, buffer in self.buffers.items()}
 
-    def initialize(self) -> None:
-        """Fills the buffers, and gives each SAE its start from what they hold."""
+    def initialize(self, sources: Mapping[str, Source]) -> None:
+        """Fills the buffers, and gives each SAE its start from what they hold, or from the source of its name.
+
+        Raises:
+            UsageError: A source is of another width.
+        """
+        d_in = self.pipeline.residual.d_in
+        for name, source in sources.items():
+            self.origins[name] = source.files
+            if source.sae.d_in != d_in:
+                raise UsageError(
+                    f"init_from: expected an SAE of the model's width {d_in}, got {source.sae.d_in} of "
+                    f"{self.configs[name].init_from}"
+                )
         n_first = min(self.common.buffer_tokens, self.common.steps * self.common.batch_size)
         logger.info("filling the buffer with the activations of %d tokens", n_first)
-        for trainer in self.trainers.values():
-            trainer.initialize(self.buffers[_layer(trainer.config)].sample(SAMPLE))
+        for name, trainer in self.trainers.items():
+            source = sources[name].sae if name in sources else None
+            trainer.initialize(self.buffers[_layer(trainer.config)].sample(SAMPLE), source)
 
     def train(self, save: Callable[[], None], on_rows: Callable[[dict[str, Row]], object]) -> None:
         """Trains to the last step.

@@ -53,7 +53,7 @@ def validate(config: TrainConfig) -> None:
         if value is None and kinds[f.name].is_optional:
             continue
         _require(f.name, value, _problem(value, kinds[f.name], f.metadata["bounds"]))
-    for name in ("model", "dataset", "split", "text", "activations"):
+    for name in ("model", "dataset", "split", "text", "activations", "init_from"):
         value = getattr(config, name)
         _require(name, value, "" if value is None else name_problem(value))
     _require("device", config.device, "" if DEVICES.fullmatch(config.device) else "auto, cpu, cuda or cuda:N")
