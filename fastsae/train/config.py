@@ -297,6 +297,13 @@ class TrainConfig:
     checkpoint_every: int = option(
         500, "running", "number of steps between two checkpoints; 0 writes none", (0, 10**12)
     )
+    keep_checkpoints: int | None = option(
+        None,
+        "running",
+        "number of the newest checkpoints of which the SAE stays in the folder, also at the end: checkpoints/sae-step-N, which "
+        "fastsae evaluate and load read (default: none; --resume needs the newest checkpoint alone, which the end removes)",
+        COUNT,
+    )
 
     def __post_init__(self) -> None:
         validate(self)

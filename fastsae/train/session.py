@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from fastsae.data.stream import ActivationStream, StreamCounts
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.fields import Fields, is_finite
 from fastsae.interrupt import Interrupted, Postponed
+from fastsae.sae import FusedBatchTopKSAE, SparseAutoencoder
 from fastsae.train import checkpoint
 from fastsae.train.caching import open_cache
 from fastsae.train.config import TrainConfig
@@ -78,6 +80,21 @@ class Session:
     def step(self) -> int:
         """Steps that were made."""
         return next(iter(self.trainers.values())).step
+
+    @property
+    def checkpoint_is_due(self) -> bool:
+        """Whether this step ends with a checkpoint."""
+        return next(iter(self.trainers.values())).checkpoint_is_due
+
+    def sae_now(self, name: str) -> SparseAutoencoder:
+        """A copy of an SAE in training, on activations as the model gives them, a BatchTopK one calibrated by the last batch."""
+        trainer = self.trainers[name]
+        sae = copy.deepcopy(trainer.sae)
+        if isinstance(sae, FusedBatchTopKSAE):
+            acts = self._batches[_layer(trainer.config)].acts
+            sae.calibrate_threshold_(acts.to(sae.device, sae.dtype) * trainer.scale)
+        sae.fold_activation_scale_(trainer.scale)
+        return sae
 
     def _buffer(self, stream: ActivationStream) -> MixingBuffer:
         config = self.common
@@ -148,7 +165,7 @@ class Session:
                 if self.common.checkpoint_every:
                     save()
                 raise
-        self._drop_what_is_not_finite()
+        self.drop_what_is_not_finite()
 
     def _train(self, save: Callable[[], None], on_rows: Callable[[dict[str, Row]], object]) -> None:
         steps, size = self.common.steps, self.common.batch_size
@@ -165,7 +182,7 @@ class Session:
                     on_rows(rows)
                     n_new, done = self.step * size - done, self.step * size
                     advance(n_new, **_beside(list(rows.values())))
-                if next(iter(self.trainers.values())).checkpoint_is_due:
+                if self.checkpoint_is_due:
                     save()
                 self.postponed.check()  # between two steps
 
@@ -195,8 +212,12 @@ class Session:
         self.failures[name] = str(error)
         logger.warning("%s is dropped, the others go on: %s", name, error)
 
-    def _drop_what_is_not_finite(self) -> None:
-        """No file shall hold NaN or infinity."""
+    def drop_what_is_not_finite(self) -> None:
+        """No file shall hold NaN or infinity.
+
+        Raises:
+            FastsaeError: The only SAE that is left does.
+        """
         for name, trainer in list(self.trainers.items()):
             if (bad := _not_finite(trainer)) is not None:
                 self._drop(name, bad)
@@ -226,7 +247,7 @@ class Session:
     def save(self, output: Path, seconds: float) -> None:
         """Writes a checkpoint of the whole session."""
         if len(self.trainers) > 1:
-            self._drop_what_is_not_finite()
+            self.drop_what_is_not_finite()
         numbers = {
             name: str(i) for i, name in enumerate(self.configs)
         }  # a name may have dots, which part names of tensors

@@ -128,5 +128,9 @@ def _validate_together(config: TrainConfig) -> None:
         raise UsageError(
             f"buffer_tokens: expected at least twice --batch-size = {config.batch_size:,}, got {config.buffer_tokens:,}"
         )
+    if config.keep_checkpoints is not None and config.checkpoint_every == 0:
+        raise UsageError(
+            f"keep_checkpoints: expected --checkpoint-every above 0, which writes them, got {config.keep_checkpoints} with 0"
+        )
     if config.tokens < config.batch_size:
         raise UsageError(f"tokens: expected at least one --batch-size = {config.batch_size:,}, got {config.tokens:,}")
