@@ -87,6 +87,12 @@ class SplicedModel:
 
     def _pass(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[list[Tensor], Tensor]:
         """The activations `[B, T, d_in]`, one for each time the model came there, and the logits of an ordinary pass."""
+        with self.reading() as hidden:
+            return hidden, self.residual.logits(input_ids, attention_mask)
+
+    @contextmanager
+    def reading(self) -> Iterator[list[Tensor]]:
+        """While this lasts, the activations `[B, T, d_in]` are added to the list."""
         found: list[Tensor] = []
 
         def read(hidden: Tensor) -> Tensor:
@@ -101,11 +107,10 @@ class SplicedModel:
         handles = [block.register_forward_hook(leave) for block in self._blocks[-1:]]
         try:
             with self.residual.changed(read):
-                logits = self.residual.logits(input_ids, attention_mask)
+                yield found
         finally:
             for handle in handles:
                 handle.remove()
-        return found, logits
 
     def _check_reading(self, found: list[Tensor], read: Tensor) -> None:
         if len(found) != 1:

@@ -9,7 +9,7 @@ import torch
 
 from fastsae.evaluate import Evaluation, plots, write_report
 from fastsae.evaluate.report import number, visible
-from fastsae.evaluate.summary import summary
+from fastsae.summary import print_summary
 
 VOID = {"meta"}
 METRICS = {"fvu": 0.1234, "l0": 33.3, "dead_share": 0.25, "delta_loss_percent": -0.5, "recovered": None, "tokens": 1010}
@@ -164,16 +164,17 @@ def test_warnings_stand_before_the_headline(tmp_path):
     assert 'class="warnings"' not in write(tmp_path, metrics=METRICS | {"warnings": []})[0]
 
 
-def test_the_summary_shows_both_figures_and_the_warnings():
+def test_the_summary_shows_both_figures_and_the_warnings(capsys):
     metrics = METRICS | {"mse": 3.93, "mse_with_sinks": 1.16e5, "special_mse": None, "special_mse_with_sinks": 4.17e6}
-    text = summary(metrics | {"warnings": ["L0 is 38.1, 19 % above the target of 32"]})
-    lines = [line.split(maxsplit=1) for line in text.splitlines()]
+    print_summary(metrics | {"warnings": ["L0 is 38.1, 19 % above the target of 32"]})
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     shown = {meaning: value for value, meaning in lines}
     assert shown["squared error per element, averaged per dialogue (MSE)"] == "3.93"
     assert shown["squared error per element on special tokens"] == "undefined"
     assert [value for value, meaning in lines if meaning == "the same with attention sinks"] == ["1.16e+05", "4.17e+06"]
     assert lines[-1] == ["warning:", "L0 is 38.1, 19 % above the target of 32"]
-    assert "warning" not in summary(METRICS)
+    print_summary(METRICS)
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_dialogues_that_could_not_be_used_are_listed(tmp_path):

@@ -1,7 +1,8 @@
-"""The headline numbers of an evaluation as lines on the terminal."""
+"""What the command line prints of a run that is done."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 SUMMARY = (
@@ -24,30 +25,30 @@ SUMMARY_OF_TRAINING = (
 )
 
 
-def summary(metrics: dict[str, Any]) -> str:
+def print_summary(metrics: dict[str, Any]) -> None:
     """The headline numbers, one a line, with what they mean."""
     of_training = [line for line in SUMMARY_OF_TRAINING if line[0] in metrics]
-    lines = []
     for name, meaning, form in (*SUMMARY, *of_training):
         value = metrics.get(name)
-        lines.append(f"  {'undefined' if value is None else form.format(value):>10}  {meaning}")
+        print(f"  {'undefined' if value is None else form.format(value):>10}  {meaning}")
     if metrics.get("dialogues_dropped"):
         reasons = ", ".join(f"{n:,} because {reason}" for reason, n in metrics["dropped_by_reason"].items())
-        lines.append(f"  {metrics['dialogues_dropped']:>10,}  dialogues could not be used: {reasons}")
+        print(f"  {metrics['dialogues_dropped']:>10,}  dialogues could not be used: {reasons}")
     if metrics.get("unknown_roles"):
         words = ", ".join(f"{word!r} ({n:,})" for word, n in metrics["unknown_roles"].items())
-        lines.append(f"  {'unknown':>10}  roles, and the dialogues that have them: {words}")
-    return "\n".join([*lines, *(f"  warning: {warning}" for warning in metrics.get("warnings") or ())])
+        print(f"  {'unknown':>10}  roles, and the dialogues that have them: {words}")
+    for warning in metrics.get("warnings") or ():
+        print(f"  warning: {warning}")
 
 
-def table(metrics: dict[str, dict[str, Any]]) -> str:
+def print_table(metrics: dict[str, dict[str, Any]], output: Path) -> None:
     """The headline numbers of several SAEs, a line each."""
     columns = (("fvu", "FVU", ".4f"), ("special_fvu", "special", ".4f"), ("l0", "L0", ".1f"), ("dead_share", "dead", ".1%"),
                ("delta_loss_percent", "delta loss", "+.1f"))  # fmt: skip
     width = max(map(len, metrics))
-    lines = [" " * width + "".join(f"{title:>12}" for _, title, _ in columns)]
+    print(f"\n{output}: {len(metrics)} SAEs\n{'':{width}}" + "".join(f"{title:>12}" for _, title, _ in columns))
     for name, found in metrics.items():
         cells = ["undefined" if found[key] is None else format(found[key], form) for key, _, form in columns]
-        lines.append(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
-        lines += [f"{'':{width}}  warning: {warning}" for warning in found.get("warnings") or ()]
-    return "\n".join(lines)
+        print(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
+        for warning in found.get("warnings") or ():
+            print(f"{'':{width}}  warning: {warning}")
