@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         "options named as in config.json; a grid needs no file: --layers 4,8 --target-l0 16,32,64 --seeds 0,1",
     )
     train.add_argument("--quiet", action="store_true", help="show no progress bars")
-    add_config_flags(train, several=OF_ONE_SAE)
+    add_config_flags(train, several=[name for name in OF_ONE_SAE if name != "init_from"])
 
     add_cache_command(commands)
     measure = commands.add_parser(
@@ -172,6 +172,13 @@ def _new(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str
         from fastsae.train.caching import options_of
 
         preset = {**preset, **options_of(local_path(given["activations"]))}
+    if given.get("init_from") is not None:
+        from fastsae.peers import formats
+        from fastsae.train.init_from import options_of as options_of_sae
+        from fastsae.train.run import load_sae
+
+        given = {**given, "init_from": str(formats.find(given["init_from"], formats.wanted_files()))}
+        preset = {**preset, **options_of_sae(load_sae(Path(given["init_from"])))}
     varied = {name: value for name, value in given.items() if isinstance(value, Several)}
     common = {name: value for name, value in given.items() if name not in varied}
     if arguments.spec is not None:

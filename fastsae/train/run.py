@@ -25,6 +25,7 @@ from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig
 from fastsae.train.curves import Curves, check_loggers
 from fastsae.train.folder import (
+    CONFIG_FILE,
     METRICS_FILE,
     REPORT_FILE,
     check_fingerprints,
@@ -32,9 +33,11 @@ from fastsae.train.folder import (
     how_to_go_on,
     located,
     prepare,
+    read_origin,
     resumed_config,
     write_configs,
 )
+from fastsae.train.init_from import Source, load_source, with_options_of
 from fastsae.train.l0_control import l0_metrics
 from fastsae.train.pipeline import Given, Pipeline, build_pipeline
 from fastsae.train.session import Session
@@ -56,8 +59,9 @@ def train(
     """Trains, evaluates and saves an SAE; returns the metrics.
 
     Writes to `output`: SAELens' `cfg.json`, `sae_weights.safetensors` and `sparsity.safetensors`, `config.json`,
-    `metrics.json`, `report.html`, and, while it runs, `metrics.jsonl` with the curves and a checkpoint. Nothing is written
-    before model, data and options are known to fit.
+    `metrics.json`, `report.html`, and, while it runs, `metrics.jsonl` with the curves and a checkpoint; with
+    `keep_checkpoints` also the SAEs of the newest ones, as folders `checkpoints/sae-step-N`. Nothing is written before model,
+    data and options are known to fit.
 
     Args:
         config: The run.
@@ -128,11 +132,16 @@ def _train(
     started = time.perf_counter()
     configs = {name: _located(config) for name, config in configs.items()}
     check_loggers(configs.values())
+    sources: dict[str, Source] = {}
     if resume:
         configs = {name: resumed_config(output / name, config) for name, config in configs.items()}
     prepare(output, resume=resume)
     saved = checkpoint.load_latest(output) if resume else None
     first = next(iter(configs.values()))
+    if saved is None:
+        sources = {name: load_source(config) for name, config in configs.items() if config.init_from is not None}
+        configs |= {name: with_options_of(configs[name], source.sae) for name, source in sources.items()}
+        first = next(iter(configs.values()))
     pipeline = build_pipeline(first, list(configs.values()), progress=progress, given=given)
     configs = {name: pipeline.resolved(config) for name, config in configs.items()}
     fingerprints = pipeline.fingerprints()
@@ -141,12 +150,13 @@ def _train(
             check_fingerprints(output / name, config, fingerprints)
     session = Session(pipeline, configs, progress)
     if saved is not None:
+        session.origins = {name: read_origin(output / name) for name in configs}
         seconds_before = session.restore(saved, output)
     else:
         seconds_before = 0.0
-        session.initialize()
+        session.initialize(sources)
     # a resumed run writes them again: model and dataset may have moved
-    write_configs(output, configs, fingerprints)
+    write_configs(output, configs, fingerprints, session.origins)
 
     def seconds() -> float:
         return seconds_before + time.perf_counter() - started
@@ -154,7 +164,7 @@ def _train(
     history = {name: trainer.history for name, trainer in session.trainers.items()}
     curves = Curves({name: output / name for name in configs}, configs, history)
     try:
-        session.train(lambda: session.save(output, seconds()), curves.add)
+        session.train(lambda: _save(output, session, seconds()), curves.add)
     finally:
         curves.close()
     speeds = session.speeds()
@@ -171,8 +181,23 @@ def _train(
     return metrics
 
 
+def _save(output: Path, session: Session, seconds: float) -> None:
+    """Writes a checkpoint, and before it, where one is due, the SAEs that are to be kept."""
+    most = session.common.keep_checkpoints
+    if most is not None and session.checkpoint_is_due:
+        session.drop_what_is_not_finite()
+        for name in session.trainers:
+
+            def write(folder: Path, name: str = name) -> None:
+                save_sae(folder, session, name, session.sae_now(name))
+                write_json(folder / CONFIG_FILE, read_json(output / name / CONFIG_FILE))
+
+            checkpoint.keep(output / name, session.step, most, write)
+    session.save(output, seconds)
+
+
 def _located(config: TrainConfig) -> TrainConfig:
-    given = {name: getattr(config, name) for name in ("model", "dataset", "text", "activations")}
+    given = {name: getattr(config, name) for name in ("model", "dataset", "text", "activations", "init_from")}
     places: dict[str, Any] = {name: located(value) for name, value in given.items() if value is not None}
     return replace(config, **places)
 
@@ -186,7 +211,7 @@ def _finish(
     left = {name: trainer for name, trainer in session.trainers.items() if name not in found}
     for name, trainer in left.items():
         trainer.sae.fold_activation_scale_(trainer.scale)
-        save_sae(output / name, session, name)  # before the evaluation, which can fail
+        save_sae(output / name, session, name, trainer.sae)  # before the evaluation, which can fail
     trained_in = seconds()
     saes = {name: (trainer.sae, session.view(name).residual) for name, trainer in left.items()}
     options: dict[str, Any] = {"progress": progress, "on_failure": session.drop}
@@ -225,11 +250,13 @@ def place_metadata(residual: ResidualStream) -> dict[str, Any]:
     return {**found, "model_class_name": "AutoModelForCausalLM", "hook_name": name}
 
 
-def save_sae(output: Path, session: Session, name: str, **metadata: Any) -> None:
+def save_sae(output: Path, session: Session, name: str, sae: SparseAutoencoder, **metadata: Any) -> None:
     """Saves an SAE with what SAELens' tools want to know of the model, of its place in it, and of the data."""
     pipeline, config = session.view(name), session.configs[name]
     is_block = config.sequencing == "block"
-    session.trainers[name].sae.save(
+    if origin := session.origins.get(name):
+        metadata["init_from"] = {"path": config.init_from, "files": origin}
+    sae.save(
         output,
         model_name=config.model,
         **place_metadata(pipeline.residual),
@@ -258,7 +285,7 @@ def write_sparsity(output: Path, result: Evaluation) -> None:
 
 def write_run(output: Path, session: Session, name: str, result: Evaluation, metrics: dict[str, Any]) -> None:
     """Writes the files of an SAE, the metrics last: where they are, it is complete."""
-    save_sae(output, session, name, l0=metrics["l0"])
+    save_sae(output, session, name, session.trainers[name].sae, l0=metrics["l0"])
     write_sparsity(output, result)
     settings, history = described(session.configs[name]), session.trainers[name].history
     write_report(output / REPORT_FILE, config=settings, metrics=metrics, history=history, evaluation=result)

@@ -22,7 +22,7 @@ from fastsae.sae import (
 )
 from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig
-from fastsae.train.initialize import activation_scale, initialize_from_data
+from fastsae.train.initialize import SAMPLE, activation_scale, initialize_from_data, start_from
 from fastsae.train.l0_control import L0Control
 from fastsae.train.schedules import learning_rate, sparsity_share
 
@@ -80,16 +80,26 @@ class Trainer:
         self._sums: dict[str, Tensor] = {}
         self._clock = time.perf_counter()
 
-    def initialize(self, sample: Tensor) -> None:
-        """Sets scale, `b_dec` and `b_enc` from activations `[N, d_in]`."""
+    def initialize(self, sample: Tensor, source: SparseAutoencoder | None = None) -> None:
+        """Sets scale, `b_dec` and `b_enc` from activations `[N, d_in]`, or takes the weights of a `source`, which it uses up."""
         scale = activation_scale(sample)
         if self.config.normalize_activations:
             self.scale = scale
         if self.l0_control is not None:
             self.l0_control.unit = self.scale / scale
+        if source is not None:
+            start_from(self.sae, source, self.scale)
+            if self.l0_control is not None:
+                x = sample[:SAMPLE].to(self.sae.device, self.sae.dtype) * self.scale
+                self.l0_control.start = max(self._l0(x), 1e-3)
+            return
         # a count needs no help to be sparse: its b_enc starts at 0, as in the literature
         init_l0 = None if self.config.is_topk else self.config.init_l0
         initialize_from_data(self.sae, sample * self.scale, self.config.b_dec_init, init_l0)
+
+    @torch.no_grad()
+    def _l0(self, x: Tensor) -> float:
+        return self.sae.encode_sparse(x).packed().values.numel() / len(x)
 
     def run(
         self,
