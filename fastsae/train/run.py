@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from fastsae.train.folder import (
     resumed_config,
     write_configs,
 )
+from fastsae.train.gradients import Measure, measure_gradients
 from fastsae.train.l0_control import l0_metrics
 from fastsae.train.pipeline import Given, Pipeline, build_pipeline
 from fastsae.train.session import Session
@@ -209,8 +210,9 @@ def hook_names(residual: ResidualStream) -> tuple[str, str]:
 def save_sae(output: Path, session: Session, name: str, **metadata: Any) -> None:
     """Saves an SAE with what SAELens' tools want to know of the model, of its place in it, and of the data."""
     pipeline, config = session.view(name), session.configs[name]
-    is_block = config.sequencing == "block"
-    session.trainers[name].sae.save(
+    is_block, trainer = config.sequencing == "block", session.trainers[name]
+    coefficient = trainer.sparsity_coefficient
+    trainer.sae.save(
         output,
         model_name=config.model,
         model_class_name="AutoModelForCausalLM",  # SAELens' word for a model of transformers, as it is
@@ -223,6 +225,8 @@ def save_sae(output: Path, session: Session, name: str, **metadata: Any) -> None
         disable_concat_sequences=not is_block,  # each dialogue is a context of its own
         sequencing=config.sequencing,
         max_norm_multiple=config.max_norm_multiple,
+        sparsity_coefficient=None if coefficient is None else float(coefficient),
+        activation_scale=trainer.scale,
         median_norm=session.streams[pipeline.residual.layer].rule.median_norm,
         **metadata,
     )
@@ -247,8 +251,10 @@ def write_run(output: Path, session: Session, name: str, result: Evaluation, met
     write_json(output / METRICS_FILE, metrics)
 
 
-def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True) -> Evaluation:
-    """Evaluates a saved SAE on the held-out dialogues of `config`.
+def evaluate_folder(
+    folder: Path, config: TrainConfig, measures: Collection[Measure] = (), *, progress: bool = True
+) -> Evaluation:
+    """Evaluates a saved SAE on the held-out dialogues of `config`; with `measures`, those of `fastsae.train.gradients` too.
 
     Raises:
         UsageError: The SAE does not fit the model.
@@ -265,7 +271,10 @@ def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True)
     trained_on = sae.metadata.get("hook_name")
     if trained_on not in (None, *hook_names(pipeline.residual)):
         logger.warning("this SAE was trained on %s, not on layer %d", trained_on, pipeline.residual.layer)
-    return evaluate_sae(sae.to(pipeline.residual.device), pipeline, progress=progress)
+    sae = sae.to(pipeline.residual.device)
+    result = evaluate_sae(sae, pipeline, progress=progress)
+    gradients = measure_gradients(sae, pipeline, measures, progress=progress)
+    return replace(result, metrics=result.metrics | gradients)
 
 
 def evaluate_sae(sae: SparseAutoencoder, pipeline: Pipeline, *trained_on: Sequencer, progress: bool) -> Evaluation:
