@@ -72,6 +72,20 @@ def test_batch_topk_keeps_the_choice_of_its_batch() -> None:
     torch.testing.assert_close(moments.of_tokens["W_dec"].ratios(N)[0], ratios, rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
+@pytest.mark.parametrize("kind", ["step", "relu"])
+def test_an_sae_that_never_fires_has_no_ratio_but_that_of_its_bias(kind: str) -> None:
+    sae, term = make(kind)
+    with torch.no_grad():
+        sae.b_enc.fill_(-100)
+    moments = GradientMoments(sae, term)
+    moments.add(tokens(), torch.arange(N) // 6)
+    result = moments.result()
+    assert result["live_features"] == 0
+    for unit in ("per_token", "per_dialogue"):
+        assert result[unit]["W_dec"]["pooled"] is None
+        assert result[unit]["b_dec"]["pooled"] is not None
+
+
 def test_a_sample_of_features_is_that_of_all() -> None:
     sae, term = make("step")
     dialogues = torch.arange(N) // 6
