@@ -20,12 +20,12 @@ from fastsae.flags import (
     add_cache_command,
     add_config_flags,
     add_convert_command,
+    add_evaluate_command,
     as_flag,
     check_values,
     flag,
     parsed,
     path,
-    place,
     without_effect,
 )
 from fastsae.interrupt import exit_status, signals_end_the_command
@@ -96,22 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_config_flags(train, several=[name for name in OF_ONE_SAE if name != "init_from"])
 
     add_cache_command(commands)
-    measure = commands.add_parser(
-        "evaluate",
-        help="measure a saved SAE on held-out dialogues",
-        description="Measures reconstruction, sparsity and delta loss. A folder of `fastsae train` knows its model and data.",
-        allow_abbrev=False,
-    )
-    measure.add_argument(
-        "path",
-        type=place,
-        metavar="SAE",
-        help="folder with cfg.json and sae_weights.safetensors, another library's, or a hub id: owner/name/folder@revision",
-    )
-    measure.add_argument("--json", type=path, metavar="FILE", help="file to which the metrics are written as well")
-    measure.add_argument("--quiet", action="store_true", help="show no progress bars")
-    of_data = "model dataset split layer hook model_dtype max_length max_dialogues dedup_words eval_dialogues max_norm_multiple"
-    add_config_flags(measure, [*of_data.split(), "forward_tokens", "device", "seed"])
+    add_evaluate_command(commands)
     add_convert_command(commands)
     return parser
 
@@ -225,15 +210,18 @@ def command_evaluate(arguments: argparse.Namespace) -> None:
     """`fastsae evaluate`."""
     from fastsae.data.hooks import place_of
     from fastsae.disk import write_json
+    from fastsae.evaluate import write_report
+    from fastsae.evaluate.gradient_sections import summary_lines
     from fastsae.peers import formats
-    from fastsae.train.folder import CONFIG_FILE, check_writable, read_config
+    from fastsae.train.folder import CONFIG_FILE, check_writable, described, read_config
     from fastsae.train.run import evaluate_saved, load_sae
 
     given = _given(arguments)
-    if arguments.json:
-        if arguments.json.is_dir():
-            raise UsageError(f"--json: expected the name of a file, got the folder {arguments.json}")
-        check_writable("--json", arguments.json.absolute().parent)
+    for option, file in (("--json", arguments.json), ("--report", arguments.report)):
+        if file is not None and file.is_dir():
+            raise UsageError(f"{option}: expected the name of a file, got the folder {file}")
+        if file is not None:
+            check_writable(option, file.absolute().parent)
     folder = formats.find(arguments.path, formats.wanted_files())
     found = formats.recognise(folder)
     is_ours = found is None or found.name == "saelens"  # other libraries have a config.json, too
@@ -251,10 +239,14 @@ def command_evaluate(arguments: argparse.Namespace) -> None:
                 f"{folder} names no layer that fastsae reads (its hook is {known}); give --layer, and --hook"
             )
         config = TrainConfig(**{**(place._asdict() if place else {}), **given})
-    result = evaluate_saved(sae, config, progress=not arguments.quiet)
+    result = evaluate_saved(sae, config, arguments.measures or (), progress=not arguments.quiet)
     if arguments.json:
         write_json(arguments.json, result.metrics)
+    if arguments.report:
+        write_report(arguments.report, config=described(config), metrics=result.metrics, history=[], evaluation=result)
     print_summary(result.metrics)
+    for shown, meaning in summary_lines(result.metrics):
+        print(f"  {shown:>10}  {meaning}")
 
 
 def command_convert(arguments: argparse.Namespace) -> None:

@@ -78,7 +78,9 @@ class TrainConfig:
         "they do not see each other; block, the baseline, concatenates them and cuts that into blocks, in which a token sees "
         "whatever stands before it. The evaluation always reads whole dialogues",
     )
-    block_length: int = option(2048, "data", "number of tokens in a block, with --sequencing block", (2, 10**9))
+    block_length: int = option(
+        2048, "data", "number of tokens in a block, with --sequencing block or --leakage", (2, 10**9)
+    )
     activations: str | None = option(
         None,
         "data",

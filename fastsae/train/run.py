@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from fastsae.train.folder import (
     resumed_config,
     write_configs,
 )
+from fastsae.train.gradients import Measure, measure_gradients
 from fastsae.train.init_from import Source, load_source, with_options_of
 from fastsae.train.l0_control import l0_metrics
 from fastsae.train.pipeline import Given, Pipeline, build_pipeline
@@ -253,7 +254,8 @@ def place_metadata(residual: ResidualStream) -> dict[str, Any]:
 def save_sae(output: Path, session: Session, name: str, sae: SparseAutoencoder, **metadata: Any) -> None:
     """Saves an SAE with what SAELens' tools want to know of the model, of its place in it, and of the data."""
     pipeline, config = session.view(name), session.configs[name]
-    is_block = config.sequencing == "block"
+    is_block, trainer = config.sequencing == "block", session.trainers[name]
+    coefficient = trainer.sparsity_coefficient
     if origin := session.origins.get(name):
         metadata["init_from"] = {"path": config.init_from, "files": origin}
     sae.save(
@@ -268,6 +270,8 @@ def save_sae(output: Path, session: Session, name: str, sae: SparseAutoencoder, 
         disable_concat_sequences=not is_block,  # each dialogue is a context of its own
         sequencing=config.sequencing,
         max_norm_multiple=config.max_norm_multiple,
+        sparsity_coefficient=None if coefficient is None else float(coefficient),
+        activation_scale=trainer.scale,
         median_norm=session.streams[pipeline.residual.layer].rule.median_norm,
         **metadata,
     )
@@ -307,13 +311,17 @@ def load_sae(folder: Path) -> SparseAutoencoder:
         raise FastsaeError(str(error)) from None
 
 
-def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True) -> Evaluation:
+def evaluate_folder(
+    folder: Path, config: TrainConfig, measures: Collection[Measure] = (), *, progress: bool = True
+) -> Evaluation:
     """Evaluates the SAE of a folder on the held-out dialogues of `config`; raises as `load_sae` and `evaluate_saved` do."""
-    return evaluate_saved(load_sae(folder), config, progress=progress)
+    return evaluate_saved(load_sae(folder), config, measures, progress=progress)
 
 
-def evaluate_saved(sae: SparseAutoencoder, config: TrainConfig, *, progress: bool = True) -> Evaluation:
-    """Evaluates a loaded SAE on the held-out dialogues of `config`.
+def evaluate_saved(
+    sae: SparseAutoencoder, config: TrainConfig, measures: Collection[Measure] = (), *, progress: bool = True
+) -> Evaluation:
+    """Evaluates a loaded SAE on the held-out dialogues of `config`; with `measures`, those of `fastsae.train.gradients` too.
 
     Raises:
         UsageError: The SAE does not fit the model.
@@ -324,8 +332,10 @@ def evaluate_saved(sae: SparseAutoencoder, config: TrainConfig, *, progress: boo
     place = place_of(sae.metadata)
     if trained_on is not None and (place is None or place.as_output != own.as_output):
         logger.warning("this SAE was trained on %s, not on %s of layer %d", trained_on, own.hook, own.layer)
-    saes = {"": (sae.to(pipeline.residual.device), pipeline.residual)}
-    return evaluate_saes(saes, pipeline, progress=progress)[""]
+    sae = sae.to(pipeline.residual.device)
+    (result,) = evaluate_saes({"": (sae, pipeline.residual)}, pipeline, progress=progress).values()
+    gradients = measure_gradients(sae, pipeline, measures, progress=progress)
+    return replace(result, metrics=result.metrics | gradients)
 
 
 def evaluate_saes(

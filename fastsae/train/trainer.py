@@ -131,6 +131,11 @@ class Trainer:
         every = self.config.checkpoint_every
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
+    @property
+    def sparsity_coefficient(self) -> float | Tensor | None:
+        """The weight of the penalty behind its warm-up, on activations times `scale`; None for the TopK family."""
+        return self.config.sparsity_coefficient if self.l0_control is None else self.l0_control.coefficient
+
     def train_step(self, batch: ActivationBatch) -> TrainOutput:
         """One step of Adam on one batch."""
         config, sae = self.config, self.sae
@@ -152,10 +157,9 @@ class Trainer:
         return output
 
     def _forward(self, x: Tensor, share: float) -> TrainOutput:
-        config, sae, control = self.config, self.sae, self.l0_control
+        config, sae, control, coefficient = self.config, self.sae, self.l0_control, self.sparsity_coefficient
         if isinstance(sae, FusedTopKSAE | FusedBatchTopKSAE):
             return sae.training_forward(x, dead_mask=self.dead_mask, aux_loss_coefficient=config.aux_loss_coefficient)
-        coefficient = config.sparsity_coefficient if control is None else control.coefficient
         assert coefficient is not None  # where the options give none, the control has one
         if isinstance(sae, FusedReLUSAE):
             return sae.training_forward(x, coefficient * share)
