@@ -29,6 +29,7 @@ from fastsae.flags import (
     without_effect,
 )
 from fastsae.interrupt import exit_status, signals_end_the_command
+from fastsae.summary import print_summary, print_table
 from fastsae.terminal import tolerant_output
 from fastsae.train.config import PRESETS, TrainConfig
 from fastsae.train.grid import OF_ONE_SAE
@@ -42,6 +43,8 @@ Sparse autoencoders (SAEs) for language models.
                 --layer 12 --tokens 40000000
   fastsae train --architecture topk --k 32
   fastsae train --layers 2,3 --target-l0 16,32 --output grid     four SAEs for one pass of the model, each in its folder
+  fastsae train --layer 3 --hook mlp_out     what the block's MLP adds to the residual stream
+  fastsae train --init-from my-sae --lr 3e-4 --dataset chats.jsonl     train a saved SAE further
   fastsae train --output my-sae --resume     go on with an interrupted run
   fastsae train --model ./my-model --dataset chats.jsonl     rows like {"messages": [{"role": ..., "content": ...}]}
   fastsae cache acts --layers 2,3     write activations once, for fastsae train --activations acts
@@ -121,7 +124,6 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def command_train(arguments: argparse.Namespace) -> None:
     """`fastsae train`."""
-    from fastsae.evaluate.summary import summary, table
     from fastsae.train.folder import REPORT_FILE
     from fastsae.train.run import train, train_many
     from fastsae.train.trainer import SAE_CLASSES
@@ -133,13 +135,12 @@ def command_train(arguments: argparse.Namespace) -> None:
             log.warning("without effect on a %s run: %s", config.architecture, ", ".join(map(flag, unused)))
     options = {"resume": arguments.resume, "progress": not arguments.quiet}
     if "" not in configs:
-        found = train_many(configs, output, **options)
-        print(f"\n{output}: {len(found)} SAEs\n{table(found)}")
+        print_table(train_many(configs, output, **options), output)
         return
     metrics = train(configs[""], output, **options)
     cost = f"{metrics['seconds']:.0f} s, of which the evaluation took {metrics['seconds_of_evaluation']:.0f} s"
     print(f"\n{output}: {metrics['tokens']:,} tokens in {cost}")
-    print(summary(metrics))
+    print_summary(metrics)
     name = SAE_CLASSES[configs[""].architecture].__name__
     print(f"\nreport   {output / REPORT_FILE}\nload it  fastsae.{name}.load({str(output)!r})")
 
@@ -195,12 +196,18 @@ def _new(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str
         configs = {"": TrainConfig(**{**preset, **common})}
     first = next(iter(configs.values()))
     if first.text is not None and first.dataset == "demo":
-        raise UsageError(
-            "--text: expected --dataset with dialogues for the evaluation, which reads whole dialogues, got none"
-        )
+        check_dataset({**preset, **given})
     layer = "" if first.layer is None or "layer" in varied or arguments.spec else f"-layer{first.layer}"
     name = local_path(first.model).resolve().name  # resolved, because `.` has no name
     return configs, arguments.output or Path(f"sae{'' if '' in configs else 's'}-{name}{layer}")
+
+
+def check_dataset(given: dict[str, Any]) -> None:
+    """Raises UsageError where plain text comes without dialogues for the evaluation, and nobody has asked for the demo's."""
+    if "dataset" not in given:
+        raise UsageError(
+            "--text: expected --dataset with dialogues for the evaluation, which reads whole dialogues, got none"
+        )
 
 
 def command_cache(arguments: argparse.Namespace) -> None:
@@ -213,6 +220,8 @@ def command_cache(arguments: argparse.Namespace) -> None:
         earlier = options_of(arguments.path)
         layers = layers or earlier.pop("layer", ())
         given = {**earlier, **given}
+    if given.get("text") is not None:
+        check_dataset(given)
     layers = [layers] if isinstance(layers, int) else list(layers)
     options = {"resume": arguments.resume, "progress": not arguments.quiet}
     manifest = cache_activations(TrainConfig(**{"batch_size": 1, **given}), layers, arguments.path, **options)
@@ -227,7 +236,6 @@ def command_evaluate(arguments: argparse.Namespace) -> None:
     """`fastsae evaluate`."""
     from fastsae.data.hooks import place_of
     from fastsae.disk import write_json
-    from fastsae.evaluate.summary import summary
     from fastsae.peers import formats
     from fastsae.train.folder import CONFIG_FILE, check_writable, read_config
     from fastsae.train.run import evaluate_saved, load_sae
@@ -257,7 +265,7 @@ def command_evaluate(arguments: argparse.Namespace) -> None:
     result = evaluate_saved(sae, config, progress=not arguments.quiet)
     if arguments.json:
         write_json(arguments.json, result.metrics)
-    print(summary(result.metrics))
+    print_summary(result.metrics)
 
 
 def command_convert(arguments: argparse.Namespace) -> None:

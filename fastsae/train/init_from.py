@@ -37,7 +37,7 @@ def load_source(config: TrainConfig) -> Source:
         FastsaeError: It is corrupt, or the hub could not be reached.
     """
     assert config.init_from is not None
-    sae = _loaded(config.init_from, SparseAutoencoder)
+    sae = _loaded(config.init_from)
     wanted = SAE_CLASSES[config.architecture]
     if (
         not isinstance(sae, wanted) and config.architecture in sae.file_architectures
@@ -59,9 +59,9 @@ def load_source(config: TrainConfig) -> Source:
     return Source(sae, known)
 
 
-def _loaded(name: str, wanted: type[SparseAutoencoder]) -> SparseAutoencoder:
+def _loaded(name: str, wanted: type[SparseAutoencoder] | None = None) -> SparseAutoencoder:
     try:
-        return wanted.load(name, "cpu")
+        return wanted.load(name, "cpu") if wanted else SparseAutoencoder.load(name, "cpu")
     except FileNotFoundError as error:
         raise UsageError(f"init_from: {error}") from None
     except ValueError as error:

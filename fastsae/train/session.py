@@ -143,8 +143,8 @@ class Session:
         n_first = min(self.common.buffer_tokens, self.common.steps * self.common.batch_size)
         logger.info("filling the buffer with the activations of %d tokens", n_first)
         for name, trainer in self.trainers.items():
-            source = sources[name].sae if name in sources else None
-            trainer.initialize(self.buffers[_layer(trainer.config)].sample(SAMPLE), source)
+            start = sources[name].sae if name in sources else None
+            trainer.initialize(self.buffers[_layer(trainer.config)].sample(SAMPLE), start)
 
     def train(self, save: Callable[[], None], on_rows: Callable[[dict[str, Row]], object]) -> None:
         """Trains to the last step.
