@@ -43,6 +43,8 @@ Sparse autoencoders (SAEs) for language models.
                 --layer 12 --tokens 40000000
   fastsae train --architecture topk --k 32
   fastsae train --layers 2,3 --target-l0 16,32 --output grid     four SAEs for one pass of the model, each in its folder
+  fastsae train --layer 3 --hook mlp_out     what the block's MLP adds to the residual stream
+  fastsae train --init-from my-sae --lr 3e-4 --dataset chats.jsonl     train a saved SAE further
   fastsae train --output my-sae --resume     go on with an interrupted run
   fastsae train --model ./my-model --dataset chats.jsonl     rows like {"messages": [{"role": ..., "content": ...}]}
   fastsae cache acts --layers 2,3     write activations once, for fastsae train --activations acts
@@ -178,12 +180,18 @@ def _new(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str
         configs = {"": TrainConfig(**{**preset, **common})}
     first = next(iter(configs.values()))
     if first.text is not None and first.dataset == "demo":
-        raise UsageError(
-            "--text: expected --dataset with dialogues for the evaluation, which reads whole dialogues, got none"
-        )
+        check_dataset({**preset, **given})
     layer = "" if first.layer is None or "layer" in varied or arguments.spec else f"-layer{first.layer}"
     name = local_path(first.model).resolve().name  # resolved, because `.` has no name
     return configs, arguments.output or Path(f"sae{'' if '' in configs else 's'}-{name}{layer}")
+
+
+def check_dataset(given: dict[str, Any]) -> None:
+    """Raises UsageError where plain text comes without dialogues for the evaluation, and nobody has asked for the demo's."""
+    if "dataset" not in given:
+        raise UsageError(
+            "--text: expected --dataset with dialogues for the evaluation, which reads whole dialogues, got none"
+        )
 
 
 def command_cache(arguments: argparse.Namespace) -> None:
@@ -196,6 +204,8 @@ def command_cache(arguments: argparse.Namespace) -> None:
         earlier = options_of(arguments.path)
         layers = layers or earlier.pop("layer", ())
         given = {**earlier, **given}
+    if given.get("text") is not None:
+        check_dataset(given)
     layers = [layers] if isinstance(layers, int) else list(layers)
     options = {"resume": arguments.resume, "progress": not arguments.quiet}
     manifest = cache_activations(TrainConfig(**{"batch_size": 1, **given}), layers, arguments.path, **options)

@@ -89,8 +89,8 @@ def add_cache_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted cache, or add tokens to one")
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     names = (
-        "model dataset split layer hook model_dtype max_length max_dialogues dedup_words eval_dialogues sequencing tokens "
-        "forward_tokens device data_seed"
+        "model dataset split text layer hook model_dtype max_length max_dialogues dedup_words eval_dialogues sequencing "
+        "block_length tokens forward_tokens device data_seed"
     )
     add_config_flags(parser, names.split(), several=("layer",))
 
@@ -268,6 +268,8 @@ def without_effect(config: TrainConfig, given: Iterable[str]) -> list[str]:
     ]
     if "expansion" in given and config.d_sae is not None:
         unused.append("expansion")
+    if config.init_from is not None:  # training starts with what the SAE has
+        unused += [name for name in ("init_threshold", "b_dec_init", "init_l0") if name in given and name not in unused]
     if "target_l0" in given and config.expected_l0 is None:  # the given weight of the penalty decides
         unused.append("target_l0")
     return unused

@@ -185,6 +185,8 @@ def test_a_target_beside_a_given_weight_is_without_effect() -> None:
     given: dict[str, Any] = {"target_l0": 8.0, "l0_coefficient": 1.0}
     assert without_effect(TrainConfig(**given), given) == ["target_l0"]
     assert without_effect(TrainConfig(sparsity="quadratic", **given), given) == []
+    start = {"init_from": "my-sae", "d_sae": 8, "init_l0": 9.0, "lr": 1e-3}
+    assert without_effect(TrainConfig(**start), start) == ["init_l0"]
 
 
 @pytest.mark.parametrize(

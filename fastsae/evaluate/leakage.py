@@ -219,7 +219,9 @@ def leakage(
     arguments = tokenizer, max_length, batch_tokens
     options: dict[str, Any] = {"shuffle": False, "endless": False, "n_embeddings": n_embeddings(residual.model)}
     blocks = BlockSequencer(dialogues, indices, *arguments, block_length=block_length, **options)
-    is_sink = SinkRule.of_layers([residual], FastSequencer(dialogues, indices, *arguments, **options), max_norm_multiple)[0]
+    is_sink = SinkRule.of_layers(
+        [residual], FastSequencer(dialogues, indices, *arguments, **options), max_norm_multiple
+    )[0]
     leaks, seen, n_blocks, keeps_apart = _Leaks(), set[int](), 0, True
     with bar("leakage", "block", total=None, progress=progress) as advance:
         for batch in blocks:

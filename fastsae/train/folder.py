@@ -91,6 +91,13 @@ def located(name: str) -> str:
     return os.path.abspath(path) if name != "demo" and os.path.exists(path) else name
 
 
+def located_config(config: TrainConfig) -> TrainConfig:
+    """The options with absolute paths of what is on this machine."""
+    given = {name: getattr(config, name) for name in ("model", "dataset", "text", "activations", "init_from")}
+    places: dict[str, Any] = {name: located(value) for name, value in given.items() if value is not None}
+    return replace(config, **places)
+
+
 def described(config: TrainConfig) -> dict[str, Any]:
     """The resolved config and what it ran on."""
     versions = {"fastsae": __version__, "torch": torch.__version__, "python": platform.python_version()}

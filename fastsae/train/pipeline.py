@@ -247,6 +247,9 @@ def build_pipeline(
     special_tokens = find_special_tokens(tokenizer)
     max_length = _max_length(model, config)
     _check_model(residual, tokenizer, max_length)
+    if config.hook in ("attn_out", "mlp_out"):  # which blocks of one model may differ in
+        for other in sorted({sae.layer for sae in trained if sae.layer is not None} - {layer}):
+            _check_model(ResidualStream(model, other, config.hook), tokenizer, max_length)
     _tell_of_doubled_bos(tokenizer)
     if evaluated is None:
         _check_sequencing(residual, tokenizer, config, max_length)
@@ -269,6 +272,8 @@ def build_pipeline(
     elif config.text is not None and evaluated is None:
         texts = load_texts(config.text, n_tokens=config.tokens, progress=progress)
     if texts is not None:
+        if not len(texts):
+            raise UsageError(f"text: expected at least one text, got none in {config.text}")
         train = list(range(len(texts)))
     what = "dialogues" if texts is None else "texts"
     logger.info("%d %s to train on, %d dialogues held out", len(train), what, len(held_out))

@@ -31,7 +31,7 @@ from fastsae.train.folder import (
     check_fingerprints,
     described,
     how_to_go_on,
-    located,
+    located_config,
     prepare,
     read_origin,
     resumed_config,
@@ -131,7 +131,7 @@ def _train(
     configs: dict[str, TrainConfig], output: Path, given: Given, resume: bool, progress: bool
 ) -> dict[str, dict[str, Any]]:
     started = time.perf_counter()
-    configs = {name: _located(config) for name, config in configs.items()}
+    configs = {name: located_config(config) for name, config in configs.items()}
     check_loggers(configs.values())
     sources: dict[str, Source] = {}
     if resume:
@@ -195,12 +195,6 @@ def _save(output: Path, session: Session, seconds: float) -> None:
 
             checkpoint.keep(output / name, session.step, most, write)
     session.save(output, seconds)
-
-
-def _located(config: TrainConfig) -> TrainConfig:
-    given = {name: getattr(config, name) for name in ("model", "dataset", "text", "activations", "init_from")}
-    places: dict[str, Any] = {name: located(value) for name, value in given.items() if value is not None}
-    return replace(config, **places)
 
 
 def _finish(
