@@ -21,14 +21,14 @@ import torch
 from benchmarks import floor
 
 OPERATIONS = (  # in the order of the tables
-    "whole step", "forward+backward", "peers before and after", "encode", "top-k", "batch top-k", "decode", "epoch",
-    "trainer overhead", "scaling with d_sae", "scaling with L0",
+    "whole step", "forward+backward", "peers before and after", "whole run", "encode", "top-k", "batch top-k", "decode",
+    "epoch", "trainer overhead", "scaling with d_sae", "scaling with L0",
 )  # fmt: skip
-PEERS = "peers before and after"
+PEERS, RUNS = "peers before and after", "whole run"
 MAX_SPREAD = 0.5  # where the IQR is a larger share of the median, the median says little
 ROOT, CPUINFO = Path(__file__).parents[1], Path("/proc/cpuinfo")
 Kind = Literal["fused", "dense", "peer", "tiles", "other"]
-OURS = ("fused", "accelerated")  # how the names of providers begin
+OURS = ("fused", "accelerated", "fastsae train")  # how the names of providers begin
 PYTORCH = ("dense", "F.linear", "embedding_bag")
 PEER_PACKAGES = ("sae-lens", "eai-sparsify", "dictionary-learning")
 
@@ -69,6 +69,10 @@ class Row:
     peak_mib: float | None = None
     floor_s: float | None = None
     gather_floor_s: float | None = None
+    n_saes: int = 1  # of a whole run
+    run_tokens: int | None = None  # that a whole run trains each of its SAEs on
+    parts_s: dict[str, float] = field(default_factory=dict)  # of a whole run: median seconds by part
+    padding_share: float | None = None  # of a whole run: of the tokens that the model computed
     commit: str | None = None  # where it is not the file's: a partial run keeps the rows that it does not replace
 
     @property

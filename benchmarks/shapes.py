@@ -51,7 +51,7 @@ EARLY_SHAPES = {
 }
 SHAPES = CPU_SHAPES if DEVICE == "cpu" else GPU_SHAPES
 # what a run on a CPU measures without --full
-SMALL = ("demo", "demo, half active", "64 tokens", "64 tokens, half active", "one token", "512 tokens")
+SMALL = ("demo", "demo x4", "demo, half active", "64 tokens", "64 tokens, half active", "one token", "512 tokens")
 
 
 def too_large(provider: str, shape: Shape) -> str | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 
 from benchmarks.allocator import DEFAULT
-from benchmarks.result import PEERS, Result, Row, faster_by, fastest, lost
+from benchmarks.result import PEERS, RUNS, Result, Row, faster_by, fastest, lost
 from benchmarks.shapes import HEADLINE
 
 NONE = "-"
@@ -30,6 +30,7 @@ HARD = {
     "half-active-64-tokens": "64 tokens, half active",
     "few-tokens": "qwen2.5-7b x8",
 }
+TRAIN, ALONE = "fastsae train", "one of them alone"  # whole runs: of a group's SAEs, and of one of several
 ACCELERATED, WITH_OPTIMIZER = "accelerated", "accelerated, FusedSAEAdam"
 
 
@@ -130,7 +131,11 @@ def section(result: Result, operation: str) -> str:
     else:
         for baseline in dict.fromkeys(row.baseline for row in rows):
             same = [row for row in rows if row.baseline == baseline]
-            parts.append(providers_table(result, same, columns(axis, baseline)))
+            cells = run_columns(baseline) if operation == RUNS else columns(axis, baseline)
+            parts.append(providers_table(result, same, cells))
+    if operation == RUNS and (lines := list(further_saes(result))):
+        parts.append("What a further SAE on the same stream costs, and what it computes for itself alone:\n")
+        parts.append(table(FURTHER, lines, 1))
     if has_plot(result, operation):
         parts.append(f"![{operation}: medians by provider](plots/{result.plot_of(operation)})\n")
     return "\n".join(parts)
@@ -165,14 +170,51 @@ def columns(axis: str, baseline: str) -> Columns:
     }
 
 
+def run_columns(baseline: str) -> Columns:
+    """Returns each column's title and cell, of whole runs."""
+    parts = {
+        f"{part}, %": lambda row, _, part=part: (
+            digits(100 * row.parts_s[part] / sum(row.parts_s.values()), 2) if row.parts_s else NONE
+        )
+        for part in ("model", "SAE", "buffer", "host")
+    }
+    return {
+        "SAEs": lambda row, _: f"{row.subject}, {shape_name(row)}",
+        "provider": lambda row, _: row.provider,
+        "tokens": lambda row, _: plain(row.run_tokens) if row.run_tokens else NONE,
+        "median ± IQR, s": lambda row, _: median_and_iqr(row, unit_s=1.0),
+        "tokens/s": lambda row, _: digits((row.run_tokens or 0) / row.median_s) if row.median_s else NONE,
+        f"vs {baseline}": lambda row, group: times_as_fast(faster_by(row, provider_of(group, row.baseline))),
+        "goal": lambda row, _: times_as_fast(row.goal) if row.provider == TRAIN else NONE,
+        **parts,
+        "padding, %": lambda row, _: digits(None if row.padding_share is None else 100 * row.padding_share, 2),
+        "peak, MiB": lambda row, _: digits(row.peak_mib),
+    }
+
+
+FURTHER = ["SAEs", "tokens", "one alone, s", "all, s", "a further one, s", "start and steps of the one alone, s"]
+
+
+def further_saes(result: Result) -> Iterator[list[str]]:
+    """Yields a line for each group of whole runs with several SAEs."""
+    for alone in (row for row in result.rows_of(RUNS) if row.provider == ALONE and row.is_sound):
+        together = provider_of(result.groups[alone.group], TRAIN)
+        if together is not None and together.is_sound:
+            further_s = (together.ms - alone.ms) / 1e3 / (together.n_saes - 1)
+            seconds = [alone.ms / 1e3, together.ms / 1e3, further_s, alone.parts_s["SAE"]]
+            name = f"{together.subject}, {shape_name(together)}"
+            yield [name, plain(alone.run_tokens or 0), *map(digits, seconds)]
+
+
 def provider_of(group: list[Row], name: str) -> Row | None:
     return next((row for row in group if row.provider == name), None)
 
 
-def median_and_iqr(row: Row) -> str:
-    if row.median_s is None or row.iqr_s is None:
-        return milliseconds(row)
-    return f"{digits(row.ms)} ± {digits(row.iqr_s * 1e3)}" + " (unsteady)" * row.is_unsteady
+def median_and_iqr(row: Row, unit_s: float = 1e-3) -> str:
+    if row.median_s is None:
+        return why_no_time(row)
+    spread = "" if row.iqr_s is None else f" ± {digits(row.iqr_s / unit_s)}"
+    return f"{digits(row.median_s / unit_s)}{spread}" + " (unsteady)" * row.is_unsteady
 
 
 def other_median(row: Row) -> str:
@@ -299,7 +341,8 @@ def figures(results: list[Result]) -> dict[str, str]:
     `step` and `pass` are our median in fp32, `step/PROVIDER` how many times as fast as a provider that is, `step/peak` the MiB
     that it takes; `half-active/PROVIDER` and `few-tokens/PROVIDER` are ratios of a pass to a provider in the same dtype.
     `accelerate/PEER` is how many times as fast a peer's step becomes, and `accelerate/PEER/FusedSAEAdam` with that optimiser,
-    `accelerate-512-tokens/...` the same at a small shape; `accelerate/least` is the least of them.
+    `accelerate-512-tokens/...` the same at a small shape; `accelerate/least` is the least of them. `run/SAES/SHAPE` is how many
+    times as fast as SAELens a whole run of `fastsae train` is, and `run/SAES/SHAPE/PROVIDER` the seconds of a provider's.
     """
     if (shown := headline(results)) is None:
         return {}
@@ -331,6 +374,11 @@ def figures(results: list[Result]) -> dict[str, str]:
         if row.kind == "fused":
             before = provider_of(result.groups[row.group], row.baseline)
             found[f"{name}/{slug(row.subject)}{adam}"] = times_as_fast(faster_by(row, before))
+    for row in result.rows_of(RUNS):
+        name = f"run/{slug(row.subject)}/{slug(row.shape)}"
+        found[f"{name}/{slug(row.provider)}"] = digits(row.median_s, 2, " s") if row.is_sound else NONE
+        if row.provider == TRAIN:
+            found[name] = times_as_fast(faster_by(row, provider_of(result.groups[row.group], row.baseline)))
     for name in {name.partition("/")[0] for name in found if name.startswith("accelerate")}:
         ratios = [value for key, value in found.items() if key.startswith(f"{name}/") and value != NONE]
         found[f"{name}/least"] = min(ratios, key=lambda ratio: float(ratio[:-1]), default=NONE)

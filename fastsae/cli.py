@@ -21,12 +21,12 @@ from fastsae.flags import (
     add_compare_command,
     add_config_flags,
     add_convert_command,
+    add_evaluate_command,
     as_flag,
     check_values,
     flag,
     parsed,
     path,
-    place,
     without_effect,
 )
 from fastsae.interrupt import exit_status, signals_end_the_command
@@ -44,6 +44,8 @@ Sparse autoencoders (SAEs) for language models.
                 --layer 12 --tokens 40000000
   fastsae train --architecture topk --k 32
   fastsae train --layers 2,3 --target-l0 16,32 --output grid     four SAEs for one pass of the model, each in its folder
+  fastsae train --layer 3 --hook mlp_out     what the block's MLP adds to the residual stream
+  fastsae train --init-from my-sae --lr 3e-4 --dataset chats.jsonl     train a saved SAE further
   fastsae train --output my-sae --resume     go on with an interrupted run
   fastsae train --model ./my-model --dataset chats.jsonl     rows like {"messages": [{"role": ..., "content": ...}]}
   fastsae cache acts --layers 2,3     write activations once, for fastsae train --activations acts
@@ -95,26 +97,11 @@ def build_parser() -> argparse.ArgumentParser:
         "options named as in config.json; a grid needs no file: --layers 4,8 --target-l0 16,32,64 --seeds 0,1",
     )
     train.add_argument("--quiet", action="store_true", help="show no progress bars")
-    add_config_flags(train, several=OF_ONE_SAE)
+    add_config_flags(train, several=[name for name in OF_ONE_SAE if name != "init_from"])
 
     add_compare_command(commands)
     add_cache_command(commands)
-    measure = commands.add_parser(
-        "evaluate",
-        help="measure a saved SAE on held-out dialogues",
-        description="Measures reconstruction, sparsity and delta loss. A folder of `fastsae train` knows its model and data.",
-        allow_abbrev=False,
-    )
-    measure.add_argument(
-        "path",
-        type=place,
-        metavar="SAE",
-        help="folder with cfg.json and sae_weights.safetensors, another library's, or a hub id: owner/name/folder@revision",
-    )
-    measure.add_argument("--json", type=path, metavar="FILE", help="file to which the metrics are written as well")
-    measure.add_argument("--quiet", action="store_true", help="show no progress bars")
-    of_data = "model dataset split layer hook model_dtype max_length max_dialogues dedup_words eval_dialogues max_norm_multiple"
-    add_config_flags(measure, [*of_data.split(), "forward_tokens", "device", "seed"])
+    add_evaluate_command(commands)
     add_convert_command(commands)
     return parser
 
@@ -175,6 +162,13 @@ def _new(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str
         from fastsae.train.caching import options_of
 
         preset = {**preset, **options_of(local_path(given["activations"]))}
+    if given.get("init_from") is not None:
+        from fastsae.peers import formats
+        from fastsae.train.init_from import options_of as options_of_sae
+        from fastsae.train.run import load_sae
+
+        given = {**given, "init_from": str(formats.find(given["init_from"], formats.wanted_files()))}
+        preset = {**preset, **options_of_sae(load_sae(Path(given["init_from"])))}
     varied = {name: value for name, value in given.items() if isinstance(value, Several)}
     common = {name: value for name, value in given.items() if name not in varied}
     if arguments.spec is not None:
@@ -189,9 +183,7 @@ def _new(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str
         configs = {"": TrainConfig(**{**preset, **common})}
     first = next(iter(configs.values()))
     if first.text is not None and first.dataset == "demo":
-        raise UsageError(
-            "--text: expected --dataset with dialogues for the evaluation, which reads whole dialogues, got none"
-        )
+        check_dataset({**preset, **given})
     layer = "" if first.layer is None or "layer" in varied or arguments.spec else f"-layer{first.layer}"
     name = local_path(first.model).resolve().name  # resolved, because `.` has no name
     return configs, arguments.output or Path(f"sae{'' if '' in configs else 's'}-{name}{layer}")
@@ -211,15 +203,22 @@ def command_compare(arguments: argparse.Namespace) -> None:
         raise UsageError("--resume: expected --output with the folder of the interrupted comparison")
     name = local_path(given.get("model", "demo")).resolve().name
     output = arguments.output or Path(f"compare-{name}")
-    plan = (
-        saved_plan(output, arguments.arms, seeds, given) if arguments.resume else new_plan(arguments.arms, seeds, given)
-    )
+    resumed = arguments.resume
+    plan = saved_plan(output, arguments.arms, seeds, given) if resumed else new_plan(arguments.arms, seeds, given)
     print_plan(plan, estimate(plan, progress=not arguments.quiet))
     if arguments.dry_run:
         return
-    result = carry_out(plan, output, resume=arguments.resume, progress=not arguments.quiet)
+    result = carry_out(plan, output, resume=resumed, progress=not arguments.quiet)
     print_result(result)
     print(f"\npage     {output / PAGE_FILE}")
+
+
+def check_dataset(given: dict[str, Any]) -> None:
+    """Raises UsageError where plain text comes without dialogues for the evaluation, and nobody has asked for the demo's."""
+    if "dataset" not in given:
+        raise UsageError(
+            "--text: expected --dataset with dialogues for the evaluation, which reads whole dialogues, got none"
+        )
 
 
 def command_cache(arguments: argparse.Namespace) -> None:
@@ -232,6 +231,8 @@ def command_cache(arguments: argparse.Namespace) -> None:
         earlier = options_of(arguments.path)
         layers = layers or earlier.pop("layer", ())
         given = {**earlier, **given}
+    if given.get("text") is not None:
+        check_dataset(given)
     layers = [layers] if isinstance(layers, int) else list(layers)
     options = {"resume": arguments.resume, "progress": not arguments.quiet}
     manifest = cache_activations(TrainConfig(**{"batch_size": 1, **given}), layers, arguments.path, **options)
@@ -246,15 +247,18 @@ def command_evaluate(arguments: argparse.Namespace) -> None:
     """`fastsae evaluate`."""
     from fastsae.data.hooks import place_of
     from fastsae.disk import write_json
+    from fastsae.evaluate import write_report
+    from fastsae.evaluate.gradient_sections import summary_lines
     from fastsae.peers import formats
-    from fastsae.train.folder import CONFIG_FILE, check_writable, read_config
+    from fastsae.train.folder import CONFIG_FILE, check_writable, described, read_config
     from fastsae.train.run import evaluate_saved, load_sae
 
     given = _given(arguments)
-    if arguments.json:
-        if arguments.json.is_dir():
-            raise UsageError(f"--json: expected the name of a file, got the folder {arguments.json}")
-        check_writable("--json", arguments.json.absolute().parent)
+    for option, file in (("--json", arguments.json), ("--report", arguments.report)):
+        if file is not None and file.is_dir():
+            raise UsageError(f"{option}: expected the name of a file, got the folder {file}")
+        if file is not None:
+            check_writable(option, file.absolute().parent)
     folder = formats.find(arguments.path, formats.wanted_files())
     found = formats.recognise(folder)
     is_ours = found is None or found.name == "saelens"  # other libraries have a config.json, too
@@ -272,10 +276,14 @@ def command_evaluate(arguments: argparse.Namespace) -> None:
                 f"{folder} names no layer that fastsae reads (its hook is {known}); give --layer, and --hook"
             )
         config = TrainConfig(**{**(place._asdict() if place else {}), **given})
-    result = evaluate_saved(sae, config, progress=not arguments.quiet)
+    result = evaluate_saved(sae, config, arguments.measures or (), progress=not arguments.quiet)
     if arguments.json:
         write_json(arguments.json, result.metrics)
+    if arguments.report:
+        write_report(arguments.report, config=described(config), metrics=result.metrics, history=[], evaluation=result)
     print_summary(result.metrics)
+    for shown, meaning in summary_lines(result.metrics):
+        print(f"  {shown:>10}  {meaning}")
 
 
 def command_convert(arguments: argparse.Namespace) -> None:

@@ -90,8 +90,8 @@ def add_cache_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     parser.add_argument("--resume", action="store_true", help="go on with an interrupted cache, or add tokens to one")
     parser.add_argument("--quiet", action="store_true", help="show no progress bar")
     names = (
-        "model dataset split layer hook model_dtype max_length max_dialogues dedup_words eval_dialogues sequencing tokens "
-        "forward_tokens device data_seed"
+        "model dataset split text layer hook model_dtype max_length max_dialogues dedup_words eval_dialogues sequencing "
+        "block_length tokens forward_tokens device data_seed"
     )
     add_config_flags(parser, names.split(), several=("layer",))
 
@@ -133,6 +133,53 @@ def add_compare_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
     left_out = (*DECIDED_BY_ARMS, "activations", "log", "data_seed", "init_from")
     add_config_flags(parser, [name for name in OPTIONS if name not in left_out], several=("seed",))
+
+
+_EVALUATE = """\
+Measures reconstruction, sparsity and delta loss on held-out dialogues. A folder of `fastsae train` knows its model and data.
+
+  fastsae evaluate my-sae --json metrics.json --report page.html
+  fastsae evaluate my-sae --gsnr                               is a parameter's gradient signal or noise?
+  fastsae evaluate my-sae --leakage --block-length 512         what would blocks of this length do to each token?
+"""
+
+
+def add_evaluate_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`fastsae evaluate`."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure a saved SAE on held-out dialogues",
+        description=_EVALUATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "path",
+        type=place,
+        metavar="SAE",
+        help="folder with cfg.json and sae_weights.safetensors, another library's, or a hub id: owner/name/folder@revision",
+    )
+    parser.add_argument("--json", type=path, metavar="FILE", help="file to which the metrics are written as well")
+    parser.add_argument("--report", type=path, metavar="FILE", help="file for a page (HTML) that shows them")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
+    gradients = parser.add_argument_group("gradients of the loss, measured on demand")
+    options: dict[str, Any] = {"dest": "measures", "action": "append_const"}
+    gradients.add_argument(
+        "--gsnr",
+        **options,
+        const="gsnr",
+        help="signal-to-noise ratios: the squared mean of each parameter's gradient over its variance, over tokens and over "
+        "dialogues, free of the bias of few draws",
+    )
+    gradients.add_argument(
+        "--leakage",
+        **options,
+        const="leakage",
+        help="how far a token's activation and gradients move where it stands in a block of --block-length tokens, by its "
+        "distance from the start of its dialogue; packed rows, where dialogues do not see each other, are the control",
+    )
+    of_data = "model dataset split layer hook model_dtype max_length max_dialogues dedup_words eval_dialogues max_norm_multiple"
+    add_config_flags(parser, [*of_data.split(), "block_length", "forward_tokens", "device", "seed"])
 
 
 def add_convert_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -261,6 +308,8 @@ def without_effect(config: TrainConfig, given: Iterable[str]) -> list[str]:
     ]
     if "expansion" in given and config.d_sae is not None:
         unused.append("expansion")
+    if config.init_from is not None:  # training starts with what the SAE has
+        unused += [name for name in ("init_threshold", "b_dec_init", "init_l0") if name in given and name not in unused]
     if "target_l0" in given and config.expected_l0 is None:  # the given weight of the penalty decides
         unused.append("target_l0")
     return unused

@@ -1,4 +1,4 @@
-"""What this machine has left for a run."""
+"""What this machine has left for a run, and how tensors get to its GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 # Where the two versions of control groups tell the limit of a container, and what it uses: only the entry of
 # this name counts, because the rest is a cache of files, which the system gives back when memory is needed
@@ -13,6 +14,13 @@ CONTAINERS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.stat", "anon"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.stat", "total_rss"),
 )
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a tensor on a device; from the host to a GPU by pinned memory, so that nobody waits for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def free_memory(device: torch.device) -> int | None:

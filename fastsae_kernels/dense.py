@@ -33,23 +33,26 @@ if TYPE_CHECKING:
     from fastsae_kernels.weight_gradients import WeightGradients
 
 TILE = 2**17  # elements of a tile for each thread of a CPU: four are alive at a time, and stay in its cache
+KEPT_TILE = 2**20  # elements of a tile of a pass that keeps its pre-activations: these take the memory then
 MIN_TILES = 512  # of a large pass: with the copies for products one takes up to 4 % of the dense tensor (d_sae 16384)
 MIN_TILES_GPU = 128  # needs larger tiles to fill it, and makes no copies
 FEATURES = 512  # of a tile where tokens are many
 KEPT_ELEMENTS = 2**24  # of the pre-activations that a pass keeps: 64 MB in fp32
 MIN_CHUNK = 128  # features; with fewer the products lose more than the memory is worth
-MAX_CHUNK = 1024  # features, where tokens are few; with more the sums of weight gradients outgrow the tile
+MAX_CHUNK = (
+    1024  # features, where tokens are few and nothing is kept; with more the sums of weight gradients outgrow the tile
+)
 
 
-def _tiles(x: Tensor, d_sae: int, *, all_tokens: bool = False) -> Iterator[tuple[slice, list[slice]]]:
+def _tiles(x: Tensor, d_sae: int, *, is_kept: bool, all_tokens: bool = False) -> Iterator[tuple[slice, list[slice]]]:
     """Features, and the tokens of each of their tiles: one empty tile where there are no tokens."""
     n_tokens, on_cpu = max(1, x.shape[0]), x.device.type == "cpu"
     elements = n_tokens * d_sae // (MIN_TILES if on_cpu else MIN_TILES_GPU)
     if on_cpu:
         elements = min(elements, TILE * torch.get_num_threads())
-    elements = max(elements, TILE)
+    elements = max(elements, KEPT_TILE if is_kept else TILE)
     tokens = n_tokens if all_tokens else min(n_tokens, max(1, elements // FEATURES))
-    features = min(max(MIN_CHUNK, elements // tokens), MAX_CHUNK)
+    features = max(MIN_CHUNK, elements // tokens if is_kept else min(elements // tokens, MAX_CHUNK))
     for rows in _blocks(d_sae, features):
         yield rows, _blocks(n_tokens, tokens)
 
@@ -98,7 +101,7 @@ def forward(
     kept = None
     if keeps_dense and len(x) * inputs.d_sae <= KEPT_ELEMENTS:
         kept = x.new_empty(inputs.d_sae, len(x), dtype=wide)
-    for rows, of_tokens in _tiles(x, W_enc.shape[1]):
+    for rows, of_tokens in _tiles(x, W_enc.shape[1], is_kept=kept is not None):
         scale = None if feature_scale is None else feature_scale[rows, None]
         for tokens in of_tokens:
             out = None if kept is None else kept[rows, tokens]
@@ -132,7 +135,10 @@ def backward(
     wide = torch.promote_types(x.dtype, torch.float32)
     W_enc_t = W_enc.t()
     of_weights = needs.weight_dtype or x.dtype
-    grad_W_enc_t = empty_like(W_enc_t, of_weights) if needs.W_enc else None
+    # in the layout of the weights: autograd would copy another, and a copy that transposes takes a fifth of a product's time
+    grad_W_enc_t = None
+    if needs.W_enc:
+        grad_W_enc_t = empty_like(W_enc, of_weights).t() if W_enc.is_contiguous() else empty_like(W_enc_t, of_weights)
     if spec.penalty == "l0":
         feature_scale = None  # which weighs no count
     totals = AutoencodeGrads(
@@ -145,7 +151,8 @@ def backward(
         feature_scale=None if feature_scale is None else torch.zeros_like(feature_scale, dtype=wide),
     )
     # each part of a sum over tokens is rounded to the dtype of the products, so that only fp32 and wider ones may be cut
-    for rows, of_tokens in _tiles(x, W_enc.shape[1], all_tokens=x.dtype != wide):
+    is_kept = kept.hidden_pre is not None
+    for rows, of_tokens in _tiles(x, W_enc.shape[1], is_kept=is_kept, all_tokens=x.dtype != wide):
         gate_threshold = threshold[rows, None]
         scale = None if feature_scale is None else feature_scale[rows, None]
         for tokens in of_tokens:

@@ -38,6 +38,32 @@ def test_train_then_evaluate(capsys: pytest.CaptureFixture[str], tiny_model: Pat
     assert json.loads((tmp_path / "m.json").read_text())["fvu"] == pytest.approx(trained["fvu"], rel=1e-6)
 
 
+def test_gradients_on_demand(capsys: pytest.CaptureFixture[str], tiny_model: Path, chats: Path, tmp_path: Path) -> None:
+    output, file, page = tmp_path / "run", tmp_path / "m.json", tmp_path / "page.html"
+    status, _, err = run(capsys, "train", "--model", tiny_model, "--dataset", chats, "--output", output, *FAST)
+    assert status == 0, err
+    arguments = ["evaluate", output, "--json", file, "--report", page, "--quiet"]
+    status, out, err = run(capsys, *arguments)
+    assert status == 0, err
+    assert not {"gsnr", "leakage"} & json.loads(file.read_text()).keys()
+    assert "Leakage" not in page.read_text()
+    status, out, err = run(capsys, *arguments, "--gsnr", "--leakage", "--block-length", "32")
+    assert status == 0, err
+    assert "GSNR" in out
+    assert "behind another dialogue" in out
+    metrics = json.loads(file.read_text())
+    assert metrics["gsnr"]["per_token"]["threshold"]["pooled"] is not None
+    assert metrics["gsnr"]["coefficient"] == metrics["leakage"]["coefficient"] > 0
+    assert metrics["leakage"]["packed"]["begins_behind_another"]["activation"]["mean"] < 1e-9
+    assert metrics["leakage"]["block"]["begins_behind_another"]["activation"]["median"] > 1e-9
+    assert "Gradient signal-to-noise ratios" in page.read_text()
+    assert "Leakage" in page.read_text()
+    status, _, err = run(capsys, *arguments, "--leakage")
+    assert status == 2
+    assert "--block-length: expected blocks that the data can fill, got 512 tokens" in err
+    assert run(capsys, "evaluate", output, "--report", tmp_path)[0] == 2
+
+
 @pytest.mark.parametrize(("architecture", "name"), [("topk", "FusedTopKSAE"), ("batchtopk", "FusedBatchTopKSAE")])
 def test_train_topk(
     capsys: pytest.CaptureFixture[str], tiny_model: Path, chats: Path, tmp_path: Path, architecture: str, name: str
@@ -159,6 +185,8 @@ def test_a_target_beside_a_given_weight_is_without_effect() -> None:
     given: dict[str, Any] = {"target_l0": 8.0, "l0_coefficient": 1.0}
     assert without_effect(TrainConfig(**given), given) == ["target_l0"]
     assert without_effect(TrainConfig(sparsity="quadratic", **given), given) == []
+    start = {"init_from": "my-sae", "d_sae": 8, "init_l0": 9.0, "lr": 1e-3}
+    assert without_effect(TrainConfig(**start), start) == ["init_l0"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -36,3 +37,25 @@ def test_a_container_may_have_less_than_its_machine(
         assert machine.free_memory(CPU) == free
     elif whole is not None:
         assert abs(machine.free_memory(CPU) - whole) < 2**32  # that of the machine, which others use meanwhile
+
+
+class HostTensor:
+    """A tensor of the host that writes down how it is copied."""
+
+    def __init__(self, place: str, *steps: object) -> None:
+        self.device, self.steps = torch.device(place), steps
+
+    def pin_memory(self) -> HostTensor:
+        return HostTensor("cpu", *self.steps, "pinned")
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> HostTensor:
+        return HostTensor(str(device), *self.steps, "copied without waiting" if non_blocking else "copied")
+
+
+def test_only_what_goes_from_the_host_to_a_gpu_is_pinned() -> None:
+    def steps(place: str, device: str) -> tuple[object, ...]:
+        tensor: Any = HostTensor(place)
+        return cast(Any, machine.to_device(tensor, torch.device(device))).steps
+
+    assert steps("cpu", "cuda:0") == ("pinned", "copied without waiting")
+    assert steps("cpu", "cpu") == steps("cuda:0", "cuda:0") == steps("cuda:0", "cpu") == ("copied",)

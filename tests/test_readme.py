@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,23 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     names: dict[str, object] = {}
     for number, block in enumerate(blocks):
         exec(compile(block, f"README.md, python block {number}", "exec"), names)
+
+
+def test_the_run_on_objects_in_hand_works(tiny_model: Path, chats: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """With a tiny model, so another layer, and fewer tokens."""
+    from fastsae.data.language_model import load_model
+
+    (block,) = re.findall(
+        r"```text\n(from fastsae.train import.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    block, n_changed = re.subn(r"layer=\d+, tokens=[\d_]+, batch_size=\d+", "layer=1, tokens=256, batch_size=64", block)
+    assert n_changed == 1
+    model, tokenizer = load_model(str(tiny_model))
+    dialogues = (json.loads(line)["messages"] for line in chats.read_text().splitlines())
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"model": model, "tokenizer": tokenizer, "dialogues": dialogues}
+    exec(block, names)
+    assert names["metrics"]["tokens"] == 256
 
 
 @pytest.mark.parametrize("number", [0, 1])

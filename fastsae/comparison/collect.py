@@ -15,7 +15,6 @@ from fastsae.comparison.result import Arm, HeldOut, Result, Run
 from fastsae.errors import FastsaeError
 from fastsae.evaluate.dialogues import DialogueSums
 from fastsae.fields import read_json
-from fastsae.sae import SparseAutoencoder
 from fastsae.train.curves import CURVES_FILE
 from fastsae.train.folder import METRICS_FILE, read_config
 from fastsae.version import __version__

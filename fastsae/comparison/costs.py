@@ -32,14 +32,15 @@ class Costs:
     Attributes:
         forward: Seconds of the language model, up to the layer, for a token.
         step: Seconds of a training step of one SAE for a token, with as many active features as it starts with.
-        evaluation: Seconds of the language model's passes of the evaluation for a token, estimated by their products.
+        evaluation: Seconds of the evaluation's passes of the language model for a token, that of all SAEs of a stream together
+            and that of each, estimated by their products.
         mean_length: Tokens of a held-out dialogue.
         n_bytes: Memory that the largest stream needs at least, beside the language model.
     """
 
     forward: float
     step: float
-    evaluation: float
+    evaluation: tuple[float, float]
     mean_length: float
     n_bytes: int
 
@@ -47,7 +48,8 @@ class Costs:
         """What one stream takes."""
         config = next(iter(saes.values()))
         evaluated = (config.eval_dialogues or 0) * self.mean_length
-        return config.tokens * (self.forward + self.step * len(saes)) + evaluated * self.evaluation * len(saes)
+        together, each = self.evaluation
+        return config.tokens * (self.forward + self.step * len(saes)) + evaluated * (together + each * len(saes))
 
 
 def estimate(plan: Plan, *, progress: bool = False) -> Costs:
@@ -87,7 +89,7 @@ def _check_tokens(option: str, config: TrainConfig, pipeline: Pipeline, data: An
     )
 
 
-def _measure(pipeline: Pipeline, config: TrainConfig) -> tuple[float, float, float, float]:
+def _measure(pipeline: Pipeline, config: TrainConfig) -> tuple[float, float, tuple[float, float], float]:
     """The first four figures of `Costs`, from a batch or two of the language model and a few steps of an SAE."""
     residual, batches = pipeline.residual, pipeline.sequencer()
     parts, seconds = list[torch.Tensor](), 0.0
@@ -111,4 +113,6 @@ def _measure(pipeline: Pipeline, config: TrainConfig) -> tuple[float, float, flo
     held_out = next(pipeline.held_out_batches())
     mean_length = held_out.attention_mask.sum().item() / len(held_out.input_ids)
     forward = seconds / len(acts)
-    return forward, step, forward * cost_of_evaluation(residual), mean_length
+    of_one, of_two = (cost_of_evaluation(residual.model, [residual.layer] * n) for n in (1, 2))
+    evaluation = forward * (2 * of_one - of_two), forward * (of_two - of_one)
+    return forward, step, evaluation, mean_length

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastsae.data.hooks import HOOKS, Place, find_module
 from fastsae.errors import FastsaeError, UsageError
+from fastsae.machine import to_device
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -212,9 +213,9 @@ class ResidualStream:
         self, module: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
     ) -> Any:
         if position_ids is None:
-            places = {"attention_mask": attention_mask.to(self.device, torch.int64)}
+            places = {"attention_mask": to_device(attention_mask.long(), self.device)}
         else:  # transformers makes the mask, with the model's sliding windows, of positions that come without one
-            places = {"position_ids": position_ids.to(self.device)}
+            places = {"position_ids": to_device(position_ids, self.device)}
         real = attention_mask.to(input_ids.device, torch.bool)
         outside = input_ids >= self._n_embeddings
         if (outside & real).any():
@@ -225,7 +226,7 @@ class ResidualStream:
             )
         try:
             return module(
-                input_ids=input_ids.masked_fill(outside, 0).to(self.device),
+                input_ids=to_device(input_ids.masked_fill(outside, 0), self.device),
                 use_cache=False,
                 return_dict=True,
                 **places,

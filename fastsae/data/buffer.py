@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastsae.data.progress import bar
 from fastsae.errors import FastsaeError, UsageError
+from fastsae.machine import to_device
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class ActivationBatch:
         return len(self.token_ids)
 
     def __getitem__(self, rows: slice | Tensor) -> ActivationBatch:
-        return self.map(lambda tensor: tensor[rows.to(tensor.device) if isinstance(rows, Tensor) else rows])
+        return self.map(lambda tensor: tensor[to_device(rows, tensor.device) if isinstance(rows, Tensor) else rows])
 
     @classmethod
     def joined(cls, pieces: Sequence[ActivationBatch]) -> ActivationBatch:
@@ -187,7 +188,7 @@ class MixingBuffer(Iterator[ActivationBatch]):
             n_new = self._fill(free, advance)
         held = torch.cat([self._order, free[:n_new]])
         self._order = held[torch.randperm(len(held), generator=self._generator)]
-        self._slots = self._order.to(self.device)
+        self._slots = to_device(self._order, self.device)
         self._n_taken += n_new
         self._to_serve = self.capacity // 2 if n_new == len(free) and not is_last else len(held)
 
@@ -214,10 +215,10 @@ class MixingBuffer(Iterator[ActivationBatch]):
             self._storage = rows.map(
                 lambda new: torch.empty((self.capacity, *new.shape[1:]), dtype=new.dtype, device=self.device)
             )
-        places = slots.to(self.device)
+        places = to_device(slots, self.device)
         stored = self._storage.tensors()
         for name, new in rows.tensors().items():
             if new.dtype != stored[name].dtype:
                 dtypes = f"are {stored[name].dtype}, those of this run {new.dtype}"
                 raise UsageError(f"cannot resume: the {name} of the checkpoint's buffer {dtypes}")
-            stored[name].index_copy_(0, places, new.to(self.device))
+            stored[name].index_copy_(0, places, to_device(new, self.device))

@@ -1,10 +1,10 @@
 """Activations on disk: computed once, read memory-mapped by any number of runs, in the place of the model's forward passes.
 
-A folder holds `cache.json` and shards of whole dialogues, in the order in which training reads them. A shard is a safetensors
-file with n tokens of m dialogues:
+A folder holds `cache.json` and shards of contexts, in the order in which training reads them. A context is what the model sees
+as one text: a dialogue, or a block of several. A shard is a safetensors file with n tokens of m contexts:
 
-    token_ids [n] int32    dialogue_ids [m] int64    offsets [m + 1] int64, where each dialogue begins
-    layer_L [n, d_in]      for each layer L, in the model's dtype
+    token_ids [n] int32    offsets [m + 1] int64, where each context begins    layer_L [n, d_in], in the model's dtype
+    dialogue_ids [m], starts [m] int64, the dialogue of a context's first token, and the place of that token in it
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from fastsae.errors import FastsaeError, UsageError
 from fastsae.fields import Fields, read_json
 
 MANIFEST = "cache.json"
-FORMAT = 1
+FORMAT = 2
 SHARD_BYTES = 2**28
 
 
@@ -36,11 +36,11 @@ class Manifest:
         options: The options that the activations depend on, as a run's config.json names them.
         layers: The layers.
         fingerprints: What tells this dataset and this model, with its chat template, from others.
-        sequencer: Its state behind the last dialogue that was written.
+        sequencer: Its state behind the last context that was written.
         tokens: How many were written.
         is_complete: Whether that is all that was wanted.
         holds_all: Whether there are no other dialogues to train on.
-        shards: Name, SHA-256 and numbers of dialogues and tokens of each.
+        shards: Name, SHA-256 and numbers of contexts and tokens of each.
     """
 
     options: dict[str, Any]
@@ -54,8 +54,8 @@ class Manifest:
 
     @property
     def n_trainable(self) -> int:
-        """Tokens behind the first of their dialogue, attention sinks among them."""
-        return self.tokens - sum(shard["dialogues"] for shard in self.shards)
+        """Tokens behind the first of their context, attention sinks among them."""
+        return self.tokens - sum(shard["contexts"] for shard in self.shards)
 
     def write(self, folder: Path) -> None:
         """Writes it atomically."""
@@ -80,7 +80,7 @@ class Manifest:
                     raise found.wrong(name, f"a value of type {kind.__name__}")
             for shard in found.get("shards"):
                 fields = Fields(shard, "shards.")
-                fields.integer("dialogues", 1)
+                fields.integer("contexts", 1)
                 fields.integer("tokens", 1)
                 if not isinstance(fields.get("file"), str) or Path(fields.get("file")).name != fields.get("file"):
                     raise fields.wrong("file", "the name of a file")
@@ -93,16 +93,36 @@ class Manifest:
             ) from None
 
 
-def dialogues_of(batch: TokenBatch) -> Iterator[tuple[int, int, int, int]]:
-    """The `(dialogue, row, first column, length)` of each whole dialogue in a batch of whole dialogues."""
-    real = batch.attention_mask.bool()
-    begins = real & (batch.positions == 0)
-    ends = real.clone()
-    ends[:, :-1] &= ~real[:, 1:] | begins[:, 1:]
+class Context(NamedTuple):
+    """A context in a batch: the dialogue of its first token, that token's place there, and where in the batch it stands."""
+
+    dialogue: int
+    start: int
+    row: int
+    column: int
+    length: int
+
+    @property
+    def part(self) -> tuple[int, slice]:
+        """Its tokens in a batch."""
+        return self.row, slice(self.column, self.column + self.length)
+
+
+def contexts_of(batch: TokenBatch) -> Iterator[Context]:
+    """The contexts of a batch: in packed rows its whole dialogues, else its rows."""
+    begins = batch.attention_mask.bool().clone()
+    if batch.is_packed:
+        begins &= batch.positions == 0
+    else:
+        begins[:, 1:] = False
     rows, columns = begins.nonzero(as_tuple=True)
-    last = ends.nonzero(as_tuple=True)[1]
-    for row, column, end in zip(rows.tolist(), columns.tolist(), last.tolist(), strict=True):
-        yield int(batch.dialogue_ids[row, column]), row, column, end + 1 - column
+    n_real = batch.attention_mask.sum(1).tolist()
+    places = list(zip(rows.tolist(), columns.tolist(), strict=True))
+    for i, (row, column) in enumerate(places):
+        is_last = i + 1 == len(places) or places[i + 1][0] != row
+        end = n_real[row] if is_last else places[i + 1][1]
+        first = batch.dialogue_ids[row, column], batch.positions[row, column]
+        yield Context(int(first[0]), int(first[1]), row, column, end - column)
 
 
 def write_cache(
@@ -114,7 +134,7 @@ def write_cache(
     advance: Callable[[int], object],
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes the activations of the dialogues that follow those in the manifest, until `n_tokens` are there or all dialogues.
+    """Writes the activations of the contexts that follow those in the manifest, until `n_tokens` are there or all dialogues.
 
     A shard has its name once it is whole, and counts once the manifest names it: a killed run goes on behind the last one.
 
@@ -123,14 +143,14 @@ def write_cache(
         manifest: What is there already; kept up to date.
         sequencer: Where the last shard ended.
         read: Maps a batch to the activations [B, T, d_in] of each of the manifest's layers.
-        n_tokens: How many tokens behind the first of their dialogue the cache is to hold.
+        n_tokens: How many tokens behind the first of their context the cache is to hold.
         advance: Is told how many tokens came in.
         shard_bytes: Size of a shard, or a batch more.
 
     Raises:
         OSError: The disk is full.
     """
-    held: list[tuple[Tensor, Tensor, list[Tensor]]] = []  # dialogue, token ids, activations of each layer
+    held: list[tuple[Context, Tensor, list[Tensor]]] = []  # with its token ids, and its activations of each layer
     size = n_held = 0
     while manifest.n_trainable + n_held < n_tokens and not manifest.holds_all:
         batch = next(sequencer)
@@ -138,13 +158,12 @@ def write_cache(
             manifest.holds_all = True
             break
         acts = [layer.cpu() for layer in read(batch)]
-        for dialogue, row, column, length in dialogues_of(batch):
-            part = slice(column, column + length)
-            tensors = [layer[row, part] for layer in acts]
-            held.append((torch.tensor([dialogue]), batch.input_ids[row, part].int(), tensors))
+        for context in contexts_of(batch):
+            tensors = [layer[context.part] for layer in acts]
+            held.append((context, batch.input_ids[context.part].int(), tensors))
             size += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            n_held += length - 1
-            advance(length)
+            n_held += context.length - 1
+            advance(context.length)
         if size >= shard_bytes:
             _write_shard(folder, manifest, held, sequencer.state_dict())
             held, size, n_held = [], 0, 0
@@ -156,9 +175,10 @@ def write_cache(
 
 def _write_shard(folder: Path, manifest: Manifest, held: list[Any], state: dict[str, Any]) -> None:
     name = f"activations-{len(manifest.shards):05d}.safetensors"
-    lengths = torch.tensor([0] + [len(ids) for _, ids, _ in held])
+    lengths = torch.tensor([0] + [context.length for context, _, _ in held])
     tensors = {
-        "dialogue_ids": torch.cat([dialogue for dialogue, _, _ in held]),
+        "dialogue_ids": torch.tensor([context.dialogue for context, _, _ in held]),
+        "starts": torch.tensor([context.start for context, _, _ in held]),
         "offsets": lengths.cumsum(0),
         "token_ids": torch.cat([ids for _, ids, _ in held]),
     }
@@ -166,7 +186,7 @@ def _write_shard(folder: Path, manifest: Manifest, held: list[Any], state: dict[
         tensors[f"layer_{layer}"] = torch.cat([acts[i] for _, _, acts in held])
     write_tensors(folder / name, tensors)
     n_tokens = int(lengths.sum())
-    manifest.shards.append({"file": name, "sha256": digest(folder / name), "dialogues": len(held), "tokens": n_tokens})
+    manifest.shards.append({"file": name, "sha256": digest(folder / name), "contexts": len(held), "tokens": n_tokens})
     manifest.tokens += n_tokens
     manifest.sequencer = state
     manifest.write(folder)
@@ -176,7 +196,7 @@ class CachedActivations:
     """Reads a cache in the place of the model.
 
     Each shard is opened, and its checksum compared, when it is first needed; its activations are read from the memory-mapped
-    file, and only those of the dialogues that are asked for.
+    file, and only those of the contexts that are asked for.
 
     Args:
         folder: What `fastsae cache` wrote.
@@ -201,15 +221,15 @@ class CachedActivations:
         self._offsets: list[np.ndarray] = []
         places = [self._places(number, shard) for number, shard in enumerate(self.manifest.shards)]
         found = np.concatenate(places) if places else np.empty((0, 3), dtype=np.int64)
-        self._index = found[np.argsort(found[:, 0], kind="stable")]  # dialogue, shard, place in it
+        self._index = found[np.argsort(found[:, 0], kind="stable")]  # key of a context, shard, place in it
 
     def _places(self, number: int, shard: dict[str, Any]) -> np.ndarray:
         with self._checked_file(shard) as file:
-            ids, offsets = file.get_tensor("dialogue_ids").numpy(), file.get_tensor("offsets").numpy()
+            ids, starts, offsets = (file.get_tensor(name).numpy() for name in ("dialogue_ids", "starts", "offsets"))
             self._offsets.append(offsets)
-            if len(ids) != shard["dialogues"] or offsets[-1] != shard["tokens"]:
-                raise self._corrupt(shard, "its numbers of dialogues and tokens are others")
-        return np.stack([ids, np.full_like(ids, number), np.arange(len(ids))], axis=1)
+            if len(ids) != shard["contexts"] or offsets[-1] != shard["tokens"]:
+                raise self._corrupt(shard, "its numbers of contexts and tokens are others")
+        return np.stack([_key(ids, starts), np.full_like(ids, number), np.arange(len(ids))], axis=1)
 
     def _checked_file(self, shard: dict[str, Any]) -> Any:
         from safetensors import SafetensorError, safe_open
@@ -237,32 +257,41 @@ class CachedActivations:
         """The activations [B, T, d_in] of each layer, zero on padding.
 
         Raises:
-            FastsaeError: A dialogue is not in the cache, or has other tokens there.
+            FastsaeError: A context is not in the cache, or has other tokens there.
         """
         found: list[Tensor | None] = [None] * len(self.layers)
-        for dialogue, row, column, length in dialogues_of(batch):
-            file, begin, end = self._find(dialogue)
+        for context in contexts_of(batch):
+            file, begin, end = self._find(context)
             ids = file.get_slice("token_ids")[begin:end]
-            part = slice(column, column + length)
-            if not torch.equal(ids.long(), batch.input_ids[row, part]):
+            if not torch.equal(ids.long(), batch.input_ids[context.part]):
                 raise FastsaeError(
-                    f"{self.folder}: expected dialogue {dialogue} of this run, got other tokens: the cache was written from "
+                    f"{self.folder}: expected {_described(context)} of this run, got other tokens: the cache was written from "
                     "another dataset or chat template"
                 )
             for i, layer in enumerate(self.layers):
                 acts = file.get_slice(f"layer_{layer}")[begin:end]
                 if (whole := found[i]) is None:
                     whole = found[i] = acts.new_zeros(*batch.input_ids.shape, acts.shape[1])
-                whole[row, part] = acts
+                whole[context.part] = acts
         return [acts for acts in found if acts is not None]
 
-    def _find(self, dialogue: int) -> tuple[Any, int, int]:
-        at = int(np.searchsorted(self._index[:, 0], dialogue))
-        if at == len(self._index) or self._index[at, 0] != dialogue:
+    def _find(self, context: Context) -> tuple[Any, int, int]:
+        key = _key(context.dialogue, context.start)
+        at = int(np.searchsorted(self._index[:, 0], key))
+        if at == len(self._index) or self._index[at, 0] != key:
             raise FastsaeError(
-                f"{self.folder}: the cache ends after {len(self._index):,} dialogues, and this run needs dialogue {dialogue}; "
+                f"{self.folder}: the cache ends after {len(self._index):,} contexts, and this run needs {_described(context)}; "
                 "lower --tokens, or write more with fastsae cache --resume --tokens N"
             )
         _, number, place = self._index[at].tolist()
         begin, end = self._offsets[number][place : place + 2].tolist()
         return self._file(number), begin, end
+
+
+def _key(dialogue: Any, start: Any) -> Any:
+    """One number for the first token of a context: numbers of dialogues and places in them stay below 2^31."""
+    return dialogue << 32 | start
+
+
+def _described(context: Context) -> str:
+    return f"dialogue {context.dialogue}" + (f" from its token {context.start} on" if context.start else "")

@@ -327,10 +327,11 @@ class BlockSequencer(Sequencer):
     def _nothing_to_serve(self) -> FastsaeError:
         if self.dropped == len(self.indices):
             return super()._nothing_to_serve()
+        n = len(self.indices)
+        held = "all of them hold" if n <= WINDOW else f"any {WINDOW:,} that follow each other hold"
         return UsageError(
-            f"block_length: expected blocks that the data can fill, got {self.block_length:,} tokens, which no "
-            f"{min(WINDOW, len(self.indices)):,} of the {len(self.indices):,} dialogues or texts hold together; lower it, or "
-            "use more of them"
+            f"block_length: expected a block that the {n:,} dialogues or texts can fill, got {self.block_length:,} tokens, which "
+            f"is more than {held} together; lower it, or use more of them"
         )
 
 

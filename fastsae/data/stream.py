@@ -11,6 +11,7 @@ from torch import Tensor
 from fastsae.data.buffer import ActivationBatch
 from fastsae.data.sequencing import TokenBatch
 from fastsae.data.sinks import SAMPLE_TOKENS, SinkRule
+from fastsae.machine import to_device
 
 
 class Batches(Protocol):
@@ -115,7 +116,8 @@ class ActivationStream(Iterator[ActivationBatch]):
         self.counts.first += n_real - len(rows)
         places = batch.input_ids, batch.positions, batch.dialogue_ids
         piece = ActivationBatch(
-            acts[rows.to(acts.device), columns.to(acts.device)], *(tensor[rows, columns] for tensor in places)
+            acts[to_device(rows, acts.device), to_device(columns, acts.device)],
+            *(tensor[rows, columns] for tensor in places),
         )
         return piece, is_late[rows, columns]
 

@@ -35,6 +35,18 @@ def log2(value: float | None) -> float | None:
     return math.log2(value) if value else None
 
 
+def number(value: Any, digits: int = 3) -> str:
+    """A metric for reading: thousands separated, `digits` significant ones, a true minus sign, "n/a" where undefined."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "n/a"
+    if isinstance(value, int) or value == 0 or abs(value) >= 10**digits:
+        return f"{value:,.0f}".replace("-", "−")
+    if abs(value) < 1e-3:
+        return f"{value:.{digits - 1}e}".replace("-", "−")
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}".replace("-", "−")
+
+
 class ReconstructionSums:
     """Everything about reconstruction and sparsity that a pass over the evaluation set accumulates.
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from fastsae.disk import write_atomically
 from fastsae.evaluate import plots
-from fastsae.evaluate.metrics import OTHER_TOKENS, SINKS
+from fastsae.evaluate.gradient_sections import gradient_sections
+from fastsae.evaluate.metrics import OTHER_TOKENS, SINKS, number
 from fastsae.evaluate.reconstruction import Evaluation
 from fastsae.evaluate.style import CSS
 
@@ -109,7 +110,7 @@ def write_report(
     sections = [_header(config, evaluation), _warnings(metrics), _headlines(metrics), _curves(history)]
     if evaluation is not None:
         sections += [_densities(evaluation), _special_tokens(evaluation), _features(evaluation)]
-    sections += [_data(metrics), _all_metrics(metrics), _configuration(config)]
+    sections += [gradient_sections(metrics), _data(metrics), _all_metrics(metrics), _configuration(config)]
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -120,18 +121,6 @@ def write_report(
     write_atomically(
         Path(path), lambda temporary: temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     )
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """A metric for reading: thousands separated, `digits` significant ones, a true minus sign, "n/a" where undefined."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "n/a"
-    if isinstance(value, int) or value == 0 or abs(value) >= 10**digits:
-        return f"{value:,.0f}".replace("-", "−")
-    if abs(value) < 1e-3:
-        return f"{value:.{digits - 1}e}".replace("-", "−")
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{decimals}f}".replace("-", "−")
 
 
 def _header(config: dict[str, Any], evaluation: Evaluation | None) -> str:

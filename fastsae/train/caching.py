@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import shlex
 import signal
@@ -12,12 +13,12 @@ from typing import Any
 from fastsae.data.activations import ResidualStream, check_layer, read_layers
 from fastsae.data.cache import CachedActivations, Manifest, write_cache
 from fastsae.data.progress import bar
-from fastsae.data.sequencing import TokenBatch
+from fastsae.data.sequencing import Sequencer, TokenBatch
 from fastsae.disk import local_path
-from fastsae.errors import UsageError
+from fastsae.errors import FastsaeError, UsageError, shown
 from fastsae.interrupt import Interrupted
 from fastsae.train.config import TrainConfig
-from fastsae.train.folder import check_writable, located
+from fastsae.train.folder import check_writable, located_config
 from fastsae.train.initialize import SAMPLE
 from fastsae.train.pipeline import Pipeline, build_pipeline
 
@@ -54,7 +55,7 @@ def cache_activations(
     Raises:
         UsageError: An option or the folder does not fit.
         FastsaeError: The model, the data or the folder is at fault, as the message says.
-        OSError: The disk is full; what was written stays, and `resume` goes on.
+            A full disk is one of them: what was written stays, and `resume` goes on.
     """
     folder = local_path(folder)
     check_writable("DIR", folder)
@@ -62,18 +63,14 @@ def cache_activations(
         raise UsageError(
             f"{folder}: expected a new or empty folder; --resume goes on with a cache, or adds --tokens to it"
         )
-    if config.text is not None or config.sequencing == "block":
-        raise UsageError(
-            "sequencing: expected fast or packed, with dialogues: in a block, activations depend on what stands before it"
-        )
     earlier = Manifest.read(folder) if resume else None
-    config = replace(config, model=located(config.model), dataset=located(config.dataset), data_seed=config.order_seed)
+    config = replace(located_config(config), data_seed=config.order_seed)
     pipeline = build_pipeline(config, progress=progress)
     sequencer = pipeline.sequencer()
     if earlier is None:
         for layer in layers:
             check_layer(pipeline.residual.model, layer)
-        chosen = sorted(layers) or [pipeline.residual.layer]
+        chosen = sorted(set(layers)) or [pipeline.residual.layer]
         manifest = Manifest(asdict(pipeline.config), chosen, pipeline.fingerprints(), {}, 0, False, False, [])
     else:
         manifest = earlier
@@ -81,8 +78,9 @@ def cache_activations(
         if manifest.shards:
             sequencer.load_state_dict(manifest.sequencer)
         logger.info("%s holds %d tokens already", folder, manifest.tokens)
-    folder.mkdir(parents=True, exist_ok=True)
     residuals = [ResidualStream(pipeline.residual.model, layer, config.hook) for layer in manifest.layers]
+    _check_it_serves(sequencer)
+    folder.mkdir(parents=True, exist_ok=True)
 
     def read(batch: TokenBatch) -> list[Any]:
         positions = (batch.positions,) if batch.is_packed else ()
@@ -95,25 +93,48 @@ def cache_activations(
         with bar("caching", "tok", total=wanted, progress=progress, done=manifest.tokens) as advance:
             write_cache(folder, manifest, sequencer, read, wanted, advance)
     except KeyboardInterrupt as interruption:
-        message = f"interrupted; whole shards stay. Go on with: fastsae cache {shlex.quote(str(folder))} --resume"
+        message = f"interrupted; {_go_on_with(folder)}"
         raise Interrupted(message, getattr(interruption, "number", signal.SIGINT)) from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise FastsaeError(
+            f"the disk is full, {error.filename} could not be written; free some space: {_go_on_with(folder)}"
+        ) from error
     return manifest
+
+
+def _go_on_with(folder: Path) -> str:
+    return f"whole shards stay. Go on with: fastsae cache {shlex.quote(str(folder))} --resume"
+
+
+def _check_it_serves(sequencer: Sequencer) -> None:
+    """Raises what a sequencer without a batch raises, before anything is written."""
+    state = sequencer.state_dict()
+    next(sequencer)
+    sequencer.load_state_dict(state)
 
 
 def check_fits(manifest: Manifest, folder: Path, pipeline: Pipeline, layers: list[int]) -> None:
     """Raises UsageError where a cache was written with other options, or from another model or dataset, than a run's."""
-    for name in DEPENDS_ON:
-        config = pipeline.config
+    config = pipeline.config
+    names = list(DEPENDS_ON)
+    if config.sequencing == "block":
+        names.append("block_length")
+    if not manifest.holds_all:
+        names.append("forward_tokens")  # by which the order of the batches differs, and so which of the data are there
+    for name in names:
         own = config.order_seed if name == "data_seed" else getattr(config, name)
         if manifest.options.get(name) != own:
             raise UsageError(
                 f"{name}: the cache {folder} was written with {manifest.options.get(name)}, this run has {own}; "
                 "leave the option out, or write another cache"
             )
-    for what, found in pipeline.fingerprints().items():
-        if manifest.fingerprints.get(what) != found:
+    found = pipeline.fingerprints()
+    for what in {**manifest.fingerprints, **found}:
+        if manifest.fingerprints.get(what) != found.get(what):
             raise UsageError(
-                f"{what}: the cache {folder} was written from another {what} than {getattr(pipeline.config, what)!r}, or from "
+                f"{what}: the cache {folder} was written from another {what} than {shown(getattr(config, what))}, or from "
                 "an earlier version of it; write another cache"
             )
     if missing := [layer for layer in layers if layer not in manifest.layers]:
@@ -128,12 +149,21 @@ def open_cache(pipeline: Pipeline, layers: list[int]) -> CachedActivations | Non
     folder = local_path(pipeline.config.activations)
     manifest = Manifest.read(folder)
     check_fits(manifest, folder, pipeline, layers)
-    if not manifest.holds_all and pipeline.config.tokens > manifest.n_trainable:
+    is_block = pipeline.config.sequencing == "block"  # a second pass over the data cuts it into other blocks
+    n_usable = _n_usable(manifest)
+    if (is_block or not manifest.holds_all) and pipeline.config.tokens > n_usable:
+        more = "the data hold no more" if manifest.holds_all else "write more with fastsae cache --resume --tokens N"
         raise UsageError(
-            f"tokens: expected at most the {manifest.n_trainable:,} of the cache {folder}, got {pipeline.config.tokens:,}; lower "
-            "it, or write more with fastsae cache --resume --tokens N"
+            f"tokens: expected at most the {n_usable:,} of the cache {folder}, beside those kept for sinks, got "
+            f"{pipeline.config.tokens:,}; lower it, or {more}"
         )
     return CachedActivations(folder, layers)
+
+
+def _n_usable(manifest: Manifest) -> int:
+    """The tokens that a run can surely be trained on, although some that are left are sinks."""
+    found = max(0, manifest.n_trainable - SAMPLE) * _SINKS // (_SINKS + 1)
+    return found if manifest.holds_all else max(found, manifest.options["tokens"])  # for which it was written
 
 
 def options_of(folder: Path) -> dict[str, Any]:
@@ -144,6 +174,6 @@ def options_of(folder: Path) -> dict[str, Any]:
         FastsaeError: It is corrupt.
     """
     manifest = Manifest.read(folder)
-    names = ("model", "dataset", "model_kwargs", *DEPENDS_ON, "forward_tokens", "tokens")
+    names = ("model", "dataset", "text", "model_kwargs", *DEPENDS_ON, "block_length", "forward_tokens", "tokens")
     found = {name: manifest.options[name] for name in names if name in manifest.options}
     return {**found, "layer": manifest.layers[0]} if len(manifest.layers) == 1 else found

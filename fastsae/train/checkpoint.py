@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fastsae.fields import is_finite, read_json
 FOLDER = "checkpoints"
 TENSORS, STATE = "tensors.safetensors", "state.json"
 DIGEST, STATE_DIGEST = "sha256", "sha256_of_state"
+KEPT = "sae-step-"  # of an SAE alone, as it was at a step
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -71,22 +73,50 @@ def save(run: Path, step: int, state: dict[str, Any]) -> None:
     for name, value in (*tensors.items(), *rest.items()):
         if not _all_finite(value):
             raise not_finite(step, f"{name} holds NaN or infinity")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
+
+    def write(temporary: Path) -> None:
         write_tensors(temporary / TENSORS, tensors)
         rest[DIGEST] = digest(temporary / TENSORS)
         write_json(temporary / STATE, {**rest, STATE_DIGEST: _digest_of(rest)})
-        sync(temporary)
-        temporary.rename(final)
-        sync(folder)  # the new one is safely there before an older one goes
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    _write_folder(final, write)
     for old in _whole(run):
         if old != final:
             _remove(old)
+
+
+def keep(run: Path, step: int, most: int, write: Callable[[Path], None]) -> None:
+    """Writes the SAE of `step` under `run`, then removes the oldest that are more than `most`.
+
+    Args:
+        run: The folder of the SAE's run.
+        step: What names it; nothing is written where it is there already.
+        most: How many stay.
+        write: Writes it to a folder.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written; the older ones stay.
+    """
+    final = run / FOLDER / f"{KEPT}{step:09d}"
+    if not final.exists():
+        _write_folder(final, write)
+    for old in sorted((run / FOLDER).glob(f"{KEPT}*"), key=lambda path: path.name)[:-most]:
+        _remove(old)
+
+
+def _write_folder(final: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` fill a folder, which has its name once it is whole."""
+    temporary = final.with_name(f".{final.name}")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        write(temporary)
+        sync(temporary)
+        temporary.rename(final)
+        sync(final.parent)  # the new one is safely there before an older one goes
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_latest(run: Path) -> dict[str, Any] | None:
@@ -125,17 +155,18 @@ def _whole(run: Path) -> list[Path]:
 
 def sweep(run: Path) -> None:
     """Removes what a killed run left of unfinished checkpoints, and the folder where nothing else is in it."""
-    for path in (run / FOLDER).glob(".step-*"):
-        shutil.rmtree(path, ignore_errors=True)
+    for begun in (".step-*", f".{KEPT}*"):
+        for path in (run / FOLDER).glob(begun):
+            shutil.rmtree(path, ignore_errors=True)
     if (run / FOLDER).is_dir() and not any((run / FOLDER).iterdir()):
         (run / FOLDER).rmdir()
 
 
 def discard(run: Path) -> None:
-    """Removes the checkpoints of a finished run."""
+    """Removes the checkpoints of a finished run, but not the SAEs that are kept."""
     for path in _whole(run):
         _remove(path)
-    shutil.rmtree(run / FOLDER, ignore_errors=True)
+    sweep(run)
 
 
 def _remove(whole: Path) -> None:

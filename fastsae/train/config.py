@@ -12,6 +12,7 @@ Sequencing = Literal["fast", "packed", "block"]
 Hook = Literal["resid_post", "resid_pre", "attn_out", "mlp_out"]
 Architecture = Literal["jumprelu", "relu", "topk", "batchtopk"]
 TOPK_FAMILY = ("topk", "batchtopk")
+OF_THE_SOURCE = ("d_sae", "k", "apply_b_dec_to_input")  # what `init_from` decides where the options say nothing
 Sparsity = Literal["step", "quadratic", "tanh"]
 
 ANY_WHOLE = (0, 2**63 - 1)
@@ -77,7 +78,9 @@ class TrainConfig:
         "they do not see each other; block, the baseline, concatenates them and cuts that into blocks, in which a token sees "
         "whatever stands before it. The evaluation always reads whole dialogues",
     )
-    block_length: int = option(2048, "data", "number of tokens in a block, with --sequencing block", (2, 10**9))
+    block_length: int = option(
+        2048, "data", "number of tokens in a block, with --sequencing block or --leakage", (2, 10**9)
+    )
     activations: str | None = option(
         None,
         "data",
@@ -151,6 +154,12 @@ class TrainConfig:
         "jumprelu",
         "sae",
         "kind of SAE: jumprelu (L0 penalty), relu (L1 penalty), topk or batchtopk (no penalty, need --k)",
+    )
+    init_from: str | None = option(
+        None,
+        "sae",
+        "saved SAE whose weights training goes on from, with a fresh optimiser: a folder, of this or another library, or a hub "
+        "id; architecture, size and k are then its own, and no start is computed from the data",
     )
     d_sae: int | None = option(None, "sae", "number of features (default: --expansion times d_in)", (1, 2**31 - 1))
     expansion: int = option(
@@ -306,6 +315,13 @@ class TrainConfig:
     )
     checkpoint_every: int = option(
         500, "running", "number of steps between two checkpoints; 0 writes none", (0, 10**12)
+    )
+    keep_checkpoints: int | None = option(
+        None,
+        "running",
+        "number of the newest checkpoints of which the SAE stays in the folder, also at the end: checkpoints/sae-step-N, which "
+        "fastsae evaluate and load read (default: none; --resume needs the newest checkpoint alone, which the end removes)",
+        COUNT,
     )
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from fastsae.evaluate.dialogues import DIALOGUES_FILE
 from fastsae.fields import Fields, read_json
 from fastsae.sae import files
 from fastsae.train import checkpoint
-from fastsae.train.config import TrainConfig, field_names
+from fastsae.train.config import OF_THE_SOURCE, TrainConfig, field_names
 from fastsae.train.curves import CURVES_FILE
 from fastsae.version import __version__
 
@@ -93,17 +93,34 @@ def located(name: str) -> str:
     return os.path.abspath(path) if name != "demo" and os.path.exists(path) else name
 
 
+def located_config(config: TrainConfig) -> TrainConfig:
+    """The options with absolute paths of what is on this machine."""
+    given = {name: getattr(config, name) for name in ("model", "dataset", "text", "activations", "init_from")}
+    places: dict[str, Any] = {name: located(value) for name, value in given.items() if value is not None}
+    return replace(config, **places)
+
+
 def described(config: TrainConfig) -> dict[str, Any]:
     """The resolved config and what it ran on."""
     versions = {"fastsae": __version__, "torch": torch.__version__, "python": platform.python_version()}
     return {**asdict(config), "versions": versions}
 
 
-def write_configs(output: Path, configs: Mapping[str, TrainConfig], fingerprints: dict[str, str]) -> None:
-    """Writes the config of each SAE of a run into its folder, then, where they are several, the list of their names."""
+def write_configs(
+    output: Path, configs: Mapping[str, TrainConfig], fingerprints: dict[str, str], origins: Mapping[str, Any]
+) -> None:
+    """Writes the config of each SAE of a run into its folder, then, where they are several, the list of their names.
+
+    Args:
+        output: The folder of the run.
+        configs: By name.
+        fingerprints: Those of model and data.
+        origins: The files of the SAEs that training went on from, by name.
+    """
     for name, config in configs.items():
         (output / name).mkdir(parents=True, exist_ok=True)
-        write_json(output / name / CONFIG_FILE, {**described(config), "fingerprints": fingerprints})
+        found = {**fingerprints, "init_from": origins[name]} if origins.get(name) else fingerprints
+        write_json(output / name / CONFIG_FILE, {**described(config), "fingerprints": found})
     if "" not in configs:
         write_json(output / SAES_FILE, {"saes": list(configs)})
 
@@ -124,6 +141,12 @@ def read_configs(output: Path) -> dict[str, TrainConfig]:
     except ValueError as error:
         raise FastsaeError(f"{output / SAES_FILE}: expected the names of SAEs, got a corrupt file ({error})") from None
     return {name: read_config(output / name) for name in names}
+
+
+def read_origin(folder: Path) -> list[dict[str, str]]:
+    """The files of the SAE that the run in `folder` went on from; empty where it did not."""
+    found: list[dict[str, str]] = read_json(folder / CONFIG_FILE).get("fingerprints", {}).get("init_from", [])
+    return found
 
 
 def kept_options(config: TrainConfig) -> dict[str, Any]:
@@ -163,13 +186,15 @@ def resumed_config(output: Path, config: TrainConfig) -> TrainConfig:
     if not (output / CONFIG_FILE).exists():
         return config
     saved = read_config(output)
+    found_out = (
+        "layer",
+        "model_dtype",
+        "eval_dialogues",
+        *(OF_THE_SOURCE if config.init_from else ()),
+    )  # by the run itself
     for name in field_names():
         given, started_with = getattr(config, name), getattr(saved, name)
-        is_open = given is None and name in (
-            "layer",
-            "model_dtype",
-            "eval_dialogues",
-        )  # the run has found these out by itself
+        is_open = given is None and name in found_out
         if given != started_with and not is_open and name not in MAY_MOVE:
             raise UsageError(
                 f"{name}: the run in {output} was started with {started_with}, got {given}; "

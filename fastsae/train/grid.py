@@ -99,19 +99,29 @@ def _read(path: Path) -> Any:
         raise UsageError(f"--spec: expected a file, there is none at {path}") from None
     except ValueError as error:
         raise FastsaeError(f"{path}: expected a text in UTF-8 ({error})") from None
+    is_yaml = path.suffix in (".yaml", ".yml")
     try:
-        is_yaml = path.suffix in (".yaml", ".yml")
         return _yaml(text) if is_yaml else json.loads(text, object_pairs_hook=_without_repeats)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
     except (ValueError, RecursionError) as error:
         kind = "YAML" if is_yaml else "JSON (or YAML in a .yaml file)"
-        raise FastsaeError(f"{path}: expected {kind}, got something else ({error})") from None
+        raise FastsaeError(f"{path}: expected {kind}, got something else ({' '.join(str(error).split())})") from None
 
 
 def _yaml(text: str) -> Any:
     import yaml  # comes with huggingface_hub
 
+    class Loader(yaml.SafeLoader):
+        """Takes no name twice, of which YAML keeps the last."""
+
+    def mapping(loader: Any, node: Any) -> Any:
+        _check_names([key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return loader.construct_mapping(node, deep=True)
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
 
@@ -136,8 +146,10 @@ def _options(found: Any, place: str, allowed: Sequence[str], parse: Callable[[st
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return found
+    _check_names([name for name, _ in pairs])
+    return dict(pairs)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise UsageError(f"the name {next(name for name in names if names.count(name) > 1)!r} is there twice")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from fastsae.data.activations import ResidualStream, decoder_layers
+from fastsae.data.activations import decoder_layers
 from fastsae.data.chat import Dialogue
 from fastsae.data.dedup import dedup_ngrams
 from fastsae.data.progress import with_bar
@@ -63,29 +64,36 @@ def split_dialogues(
 
 
 def n_affordable_dialogues(
-    residual: ResidualStream, rows: TokenRows, order: Sequence[int], training_tokens: int
+    model: Any, layers: Sequence[int], rows: TokenRows, order: Sequence[int], training_tokens: int
 ) -> int:
     """How many of the dialogues `order` an evaluation can read in a tenth of the run's time, from 16 to 500.
 
     The time is counted in products of the language model and not measured, so that a run has one answer on any machine:
-    in training a token goes through the blocks up to the layer; in the evaluation through all of them and the head, and
-    twice more through what follows the layer. What the SAE costs is left out, which makes the estimate a careful one.
+    in training a token goes through the blocks up to the deepest layer; in the evaluation through all of them and the head,
+    and again through what follows a layer, once for the layer and once for each of its SAEs. What the SAEs themselves cost is
+    left out, which makes the estimate a careful one.
 
     Args:
-        residual: Model and layer.
+        model: The language model.
+        layers: The layer of each SAE.
         rows: The dataset as tokens.
         order: Indices into it, in a random order.
         training_tokens: Tokens that the run trains on.
     """
-    tokens = SHARE_OF_THE_RUN * training_tokens / cost_of_evaluation(residual)
+    tokens = SHARE_OF_THE_RUN * training_tokens / cost_of_evaluation(model, layers)
     lengths = [len(ids) for _, ids in rows.read(order[:_SAMPLE])[0]]
     mean_length = sum(lengths) / len(lengths) if lengths else 1.0
     return int(min(max(tokens / mean_length, _FEWEST), _MOST))
 
 
-def cost_of_evaluation(residual: ResidualStream) -> float:
-    """Products of the language model for a token of the evaluation, as a multiple of those for a token of training."""
-    blocks = [sum(weight.numel() for weight in block.parameters()) for block in decoder_layers(residual.model)]
-    before, behind = sum(blocks[: residual.layer + 1]), sum(blocks[residual.layer + 1 :])
-    head = residual.model.get_output_embeddings() or residual.model.get_input_embeddings()
-    return (before + 3 * (behind + head.weight.numel())) / before
+def cost_of_evaluation(model: Any, layers: Sequence[int]) -> float:
+    """Products of the language model for a token of the evaluation, as a multiple of those for a token of training.
+
+    Args:
+        model: The language model.
+        layers: The layer of each SAE.
+    """
+    blocks = [sum(weight.numel() for weight in block.parameters()) for block in decoder_layers(model)]
+    head = (model.get_output_embeddings() or model.get_input_embeddings()).weight.numel()
+    behind = [sum(blocks[layer + 1 :]) + head for layer in (*layers, *set(layers))]
+    return (sum(blocks) + head + sum(behind)) / sum(blocks[: max(layers) + 1])

@@ -1,4 +1,4 @@
-"""What an SAE takes from the data before its first step: scale, b_dec, b_enc."""
+"""What an SAE takes before its first step: scale, b_dec and b_enc from the data, or the weights of another SAE."""
 
 from __future__ import annotations
 
@@ -81,3 +81,26 @@ def initialize_from_data(sae: SparseAutoencoder, acts: Tensor, b_dec_init: str, 
     for ids in torch.arange(sae.d_sae, device=sae.device).split(1024):
         hidden_pre = sae.W_enc[:, ids].float().t() @ sae_in.t()  # [1024, N]
         sae.b_enc[ids] = (threshold[ids] - hidden_pre.topk(rank, dim=1).values[:, -1]).to(sae.dtype)
+
+
+@torch.no_grad()
+def start_from(sae: SparseAutoencoder, source: SparseAutoencoder, scale: float) -> None:
+    """Gives the fresh SAE of a run the weights of `source`, which is used up.
+
+    Args:
+        sae: What the run trains, on activations that are multiplied by `scale`.
+        source: Of the same class, on activations as they are.
+        scale: The run's.
+    """
+    source.fold_activation_scale_(1 / scale)
+    state = source.state_dict()
+    for name in ("threshold", "log_threshold"):
+        state.pop(name, None)
+    if isinstance(source, FusedJumpReLUSAE):
+        threshold = source.threshold.detach()
+        if "log_threshold" in sae.state_dict():
+            smallest = torch.finfo(threshold.dtype).tiny  # the logarithm of 0 could never rise
+            state["log_threshold"] = threshold.clamp(min=smallest).log()
+        else:
+            state["threshold"] = threshold
+    sae.load_state_dict(state)

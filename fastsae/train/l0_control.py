@@ -42,11 +42,15 @@ class L0Control:
     Attributes:
         unit: Typical size of a pre-activation; 1 where activations are normalised.
         log_factor: Scalar, the logarithm of the factor by which the penalty's weight differs from that of the start.
+        start: Features per token at the start.
     """
 
     def __init__(self, sae: FusedJumpReLUSAE | FusedReLUSAE, config: TrainConfig) -> None:
         self.sae, self.config, self.unit = sae, config, 1.0
         self.log_factor = torch.zeros((), device=sae.device)
+        self.start = sae.d_sae / 2  # with a bias of 0 half of the features fire
+        if config.init_l0 is not None and config.init_l0 < sae.d_sae:
+            self.start = config.init_l0
 
     @property
     def coefficient(self) -> Tensor:
@@ -57,11 +61,8 @@ class L0Control:
     def target(self, step: int) -> float:
         """Features per token that step `step` aims at: geometric from the start's to `target_l0`."""
         config = self.config
-        start = self.sae.d_sae / 2  # with a bias of 0 half of the features fire
-        if config.init_l0 is not None and config.init_l0 < self.sae.d_sae:
-            start = config.init_l0
         share = min(1.0, (step + 1) / max(1, round(config.sparsity_warm_up * config.steps)))
-        return math.exp((1 - share) * math.log(start) + share * math.log(config.target_l0))
+        return math.exp((1 - share) * math.log(self.start) + share * math.log(config.target_l0))
 
     @torch.no_grad()
     def update(self, step: int, l0: Tensor) -> None:
@@ -74,10 +75,10 @@ class L0Control:
         self.sae.shift_gates_(GAIN * self.unit * softshrink(error, slack))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"unit": self.unit, "log_factor": self.log_factor}
+        return {"unit": self.unit, "start": float(self.start), "log_factor": self.log_factor}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.unit = state["unit"]
+        self.unit, self.start = state["unit"], state["start"]
         self.log_factor = state["log_factor"].to(self.sae.device)
 
 

@@ -250,6 +250,9 @@ def build_pipeline(
     special_tokens = find_special_tokens(tokenizer)
     max_length = _max_length(model, config)
     _check_model(residual, tokenizer, max_length)
+    if config.hook in ("attn_out", "mlp_out"):  # which blocks of one model may differ in
+        for other in sorted({sae.layer for sae in trained if sae.layer is not None} - {layer}):
+            _check_model(ResidualStream(model, other, config.hook), tokenizer, max_length)
     _tell_of_doubled_bos(tokenizer)
     if evaluated is None:
         check_sequencing(residual, tokenizer, config, max_length)
@@ -260,7 +263,8 @@ def build_pipeline(
 
     def n_affordable(order: Sequence[int]) -> int:
         rows = TokenRows(dialogues, tokenizer, max_length, None)
-        return n_affordable_dialogues(residual, rows, order, config.tokens)
+        layers = [layer if sae.layer is None else sae.layer for sae in trained or [config]]
+        return n_affordable_dialogues(model, layers, rows, order, config.tokens)
 
     options = {} if evaluated is not None else {"n_affordable": n_affordable}
     train, held_out = split_dialogues(dialogues, config, **options, progress=progress)
@@ -271,6 +275,8 @@ def build_pipeline(
     elif config.text is not None and evaluated is None:
         texts = load_texts(config.text, n_tokens=config.tokens, progress=progress)
     if texts is not None:
+        if not len(texts):
+            raise UsageError(f"text: expected at least one text, got none in {config.text}")
         train = list(range(len(texts)))
     what = "dialogues" if texts is None else "texts"
     logger.info("%d %s to train on, %d dialogues held out", len(train), what, len(held_out))

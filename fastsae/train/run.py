@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,20 @@ from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig
 from fastsae.train.curves import Curves, check_loggers
 from fastsae.train.folder import (
+    CONFIG_FILE,
     METRICS_FILE,
     REPORT_FILE,
     check_fingerprints,
     described,
     how_to_go_on,
-    located,
+    located_config,
     prepare,
+    read_origin,
     resumed_config,
     write_configs,
 )
+from fastsae.train.gradients import Measure, measure_gradients
+from fastsae.train.init_from import Source, load_source, with_options_of
 from fastsae.train.l0_control import l0_metrics
 from fastsae.train.pipeline import Given, Pipeline, build_pipeline
 from fastsae.train.session import Session
@@ -56,8 +60,9 @@ def train(
     """Trains, evaluates and saves an SAE; returns the metrics.
 
     Writes to `output`: SAELens' `cfg.json`, `sae_weights.safetensors` and `sparsity.safetensors`, `config.json`,
-    `metrics.json`, `report.html`, and, while it runs, `metrics.jsonl` with the curves and a checkpoint. Nothing is written
-    before model, data and options are known to fit.
+    `metrics.json`, `report.html`, and, while it runs, `metrics.jsonl` with the curves and a checkpoint; with
+    `keep_checkpoints` also the SAEs of the newest ones, as folders `checkpoints/sae-step-N`. Nothing is written before model,
+    data and options are known to fit.
 
     Args:
         config: The run.
@@ -126,13 +131,18 @@ def _train(
     configs: dict[str, TrainConfig], output: Path, given: Given, resume: bool, progress: bool
 ) -> dict[str, dict[str, Any]]:
     started = time.perf_counter()
-    configs = {name: _located(config) for name, config in configs.items()}
+    configs = {name: located_config(config) for name, config in configs.items()}
     check_loggers(configs.values())
+    sources: dict[str, Source] = {}
     if resume:
         configs = {name: resumed_config(output / name, config) for name, config in configs.items()}
     prepare(output, resume=resume)
     saved = checkpoint.load_latest(output) if resume else None
     first = next(iter(configs.values()))
+    if saved is None:
+        sources = {name: load_source(config) for name, config in configs.items() if config.init_from is not None}
+        configs |= {name: with_options_of(configs[name], source.sae) for name, source in sources.items()}
+        first = next(iter(configs.values()))
     pipeline = build_pipeline(first, list(configs.values()), progress=progress, given=given)
     configs = {name: pipeline.resolved(config) for name, config in configs.items()}
     fingerprints = pipeline.fingerprints()
@@ -141,12 +151,13 @@ def _train(
             check_fingerprints(output / name, config, fingerprints)
     session = Session(pipeline, configs, progress)
     if saved is not None:
+        session.origins = {name: read_origin(output / name) for name in configs}
         seconds_before = session.restore(saved, output)
     else:
         seconds_before = 0.0
-        session.initialize()
+        session.initialize(sources)
     # a resumed run writes them again: model and dataset may have moved
-    write_configs(output, configs, fingerprints)
+    write_configs(output, configs, fingerprints, session.origins)
 
     def seconds() -> float:
         return seconds_before + time.perf_counter() - started
@@ -154,7 +165,7 @@ def _train(
     history = {name: trainer.history for name, trainer in session.trainers.items()}
     curves = Curves({name: output / name for name in configs}, configs, history)
     try:
-        session.train(lambda: session.save(output, seconds()), curves.add)
+        session.train(lambda: _save(output, session, seconds()), curves.add)
     finally:
         curves.close()
     speeds = session.speeds()
@@ -171,10 +182,19 @@ def _train(
     return metrics
 
 
-def _located(config: TrainConfig) -> TrainConfig:
-    given = {name: getattr(config, name) for name in ("model", "dataset", "text", "activations")}
-    places: dict[str, Any] = {name: located(value) for name, value in given.items() if value is not None}
-    return replace(config, **places)
+def _save(output: Path, session: Session, seconds: float) -> None:
+    """Writes a checkpoint, and before it, where one is due, the SAEs that are to be kept."""
+    most = session.common.keep_checkpoints
+    if most is not None and session.checkpoint_is_due:
+        session.drop_what_is_not_finite()
+        for name in session.trainers:
+
+            def write(folder: Path, name: str = name) -> None:
+                save_sae(folder, session, name, session.sae_now(name))
+                write_json(folder / CONFIG_FILE, read_json(output / name / CONFIG_FILE))
+
+            checkpoint.keep(output / name, session.step, most, write)
+    session.save(output, seconds)
 
 
 def _finish(
@@ -186,7 +206,7 @@ def _finish(
     left = {name: trainer for name, trainer in session.trainers.items() if name not in found}
     for name, trainer in left.items():
         trainer.sae.fold_activation_scale_(trainer.scale)
-        save_sae(output / name, session, name)  # before the evaluation, which can fail
+        save_sae(output / name, session, name, trainer.sae)  # before the evaluation, which can fail
     trained_in = seconds()
     saes = {name: (trainer.sae, session.view(name).residual) for name, trainer in left.items()}
     options: dict[str, Any] = {"progress": progress, "on_failure": session.drop}
@@ -225,11 +245,14 @@ def place_metadata(residual: ResidualStream) -> dict[str, Any]:
     return {**found, "model_class_name": "AutoModelForCausalLM", "hook_name": name}
 
 
-def save_sae(output: Path, session: Session, name: str, **metadata: Any) -> None:
+def save_sae(output: Path, session: Session, name: str, sae: SparseAutoencoder, **metadata: Any) -> None:
     """Saves an SAE with what SAELens' tools want to know of the model, of its place in it, and of the data."""
     pipeline, config = session.view(name), session.configs[name]
-    is_block = config.sequencing == "block"
-    session.trainers[name].sae.save(
+    is_block, trainer = config.sequencing == "block", session.trainers[name]
+    coefficient = trainer.sparsity_coefficient
+    if origin := session.origins.get(name):
+        metadata["init_from"] = {"path": config.init_from, "files": origin}
+    sae.save(
         output,
         model_name=config.model,
         **place_metadata(pipeline.residual),
@@ -241,6 +264,8 @@ def save_sae(output: Path, session: Session, name: str, **metadata: Any) -> None
         disable_concat_sequences=not is_block,  # each dialogue is a context of its own
         sequencing=config.sequencing,
         max_norm_multiple=config.max_norm_multiple,
+        sparsity_coefficient=None if coefficient is None else float(coefficient),
+        activation_scale=trainer.scale,
         median_norm=session.streams[pipeline.residual.layer].rule.median_norm,
         **metadata,
     )
@@ -258,7 +283,7 @@ def write_sparsity(output: Path, result: Evaluation) -> None:
 
 def write_run(output: Path, session: Session, name: str, result: Evaluation, metrics: dict[str, Any]) -> None:
     """Writes the files of an SAE, the metrics last: where they are, it is complete."""
-    save_sae(output, session, name, l0=metrics["l0"])
+    save_sae(output, session, name, session.trainers[name].sae, l0=metrics["l0"])
     write_sparsity(output, result)
     result.dialogues.save(output)
     settings, history = described(session.configs[name]), session.trainers[name].history
@@ -281,13 +306,17 @@ def load_sae(folder: Path) -> SparseAutoencoder:
         raise FastsaeError(str(error)) from None
 
 
-def evaluate_folder(folder: Path, config: TrainConfig, *, progress: bool = True) -> Evaluation:
+def evaluate_folder(
+    folder: Path, config: TrainConfig, measures: Collection[Measure] = (), *, progress: bool = True
+) -> Evaluation:
     """Evaluates the SAE of a folder on the held-out dialogues of `config`; raises as `load_sae` and `evaluate_saved` do."""
-    return evaluate_saved(load_sae(folder), config, progress=progress)
+    return evaluate_saved(load_sae(folder), config, measures, progress=progress)
 
 
-def evaluate_saved(sae: SparseAutoencoder, config: TrainConfig, *, progress: bool = True) -> Evaluation:
-    """Evaluates a loaded SAE on the held-out dialogues of `config`.
+def evaluate_saved(
+    sae: SparseAutoencoder, config: TrainConfig, measures: Collection[Measure] = (), *, progress: bool = True
+) -> Evaluation:
+    """Evaluates a loaded SAE on the held-out dialogues of `config`; with `measures`, those of `fastsae.train.gradients` too.
 
     Raises:
         UsageError: The SAE does not fit the model.
@@ -298,8 +327,10 @@ def evaluate_saved(sae: SparseAutoencoder, config: TrainConfig, *, progress: boo
     place = place_of(sae.metadata)
     if trained_on is not None and (place is None or place.as_output != own.as_output):
         logger.warning("this SAE was trained on %s, not on %s of layer %d", trained_on, own.hook, own.layer)
-    saes = {"": (sae.to(pipeline.residual.device), pipeline.residual)}
-    return evaluate_saes(saes, pipeline, progress=progress)[""]
+    sae = sae.to(pipeline.residual.device)
+    (result,) = evaluate_saes({"": (sae, pipeline.residual)}, pipeline, progress=progress).values()
+    gradients = measure_gradients(sae, pipeline, measures, progress=progress)
+    return replace(result, metrics=result.metrics | gradients)
 
 
 def evaluate_saes(

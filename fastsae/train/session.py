@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,14 +18,16 @@ from fastsae.data.progress import bar
 from fastsae.data.sequencing import TokenBatch
 from fastsae.data.shared_forward import SharedForward
 from fastsae.data.stream import ActivationStream, StreamCounts
-from fastsae.errors import FastsaeError
+from fastsae.errors import FastsaeError, UsageError
 from fastsae.fields import Fields, is_finite
 from fastsae.interrupt import Interrupted, Postponed
+from fastsae.sae import FusedBatchTopKSAE, SparseAutoencoder
 from fastsae.train import checkpoint
 from fastsae.train.caching import open_cache
 from fastsae.train.config import TrainConfig
 from fastsae.train.curves import Row
 from fastsae.train.folder import kept_options
+from fastsae.train.init_from import Source
 from fastsae.train.initialize import SAMPLE
 from fastsae.train.pipeline import Pipeline
 from fastsae.train.saved_state import check_buffer, check_options, check_stream, check_trainer
@@ -46,6 +49,7 @@ class Session:
 
     Attributes:
         trainers: Of the SAEs that have not failed.
+        origins: The files of the SAEs that training went on from, by name; see `fastsae.train.init_from`.
         failures: What went wrong with the others.
     """
 
@@ -54,6 +58,7 @@ class Session:
         self.common = next(iter(self.configs.values()))
         self.postponed = Postponed()
         self.failures: dict[str, str] = {}
+        self.origins: dict[str, list[dict[str, str]]] = {}
         model, own = pipeline.residual.model, pipeline.residual
         layers = sorted({_layer(config) for config in configs.values()})
         self.residuals = {
@@ -77,6 +82,21 @@ class Session:
     def step(self) -> int:
         """Steps that were made."""
         return next(iter(self.trainers.values())).step
+
+    @property
+    def checkpoint_is_due(self) -> bool:
+        """Whether this step ends with a checkpoint."""
+        return next(iter(self.trainers.values())).checkpoint_is_due
+
+    def sae_now(self, name: str) -> SparseAutoencoder:
+        """A copy of an SAE in training, on activations as the model gives them, a BatchTopK one calibrated by the last batch."""
+        trainer = self.trainers[name]
+        sae = copy.deepcopy(trainer.sae)
+        if isinstance(sae, FusedBatchTopKSAE):
+            acts = self._batches[_layer(trainer.config)].acts
+            sae.calibrate_threshold_(acts.to(sae.device, sae.dtype) * trainer.scale)
+        sae.fold_activation_scale_(trainer.scale)
+        return sae
 
     def _buffer(self, stream: ActivationStream) -> MixingBuffer:
         config = self.common
@@ -115,12 +135,25 @@ class Session:
             self._stream_states[layer] = self.streams[layer].state_dict()
         self._batches = {layer: next(buffer) for layer, buffer in self.buffers.items()}
 
-    def initialize(self) -> None:
-        """Fills the buffers, and gives each SAE its start from what they hold."""
+    def initialize(self, sources: Mapping[str, Source]) -> None:
+        """Fills the buffers, and gives each SAE its start from what they hold, or from the source of its name.
+
+        Raises:
+            UsageError: A source is of another width.
+        """
+        d_in = self.pipeline.residual.d_in
+        for name, source in sources.items():
+            self.origins[name] = source.files
+            if source.sae.d_in != d_in:
+                raise UsageError(
+                    f"init_from: expected an SAE of the model's width {d_in}, got {source.sae.d_in} of "
+                    f"{self.configs[name].init_from}"
+                )
         n_first = min(self.common.buffer_tokens, self.common.steps * self.common.batch_size)
         logger.info("filling the buffer with the activations of %d tokens", n_first)
-        for trainer in self.trainers.values():
-            trainer.initialize(self.buffers[_layer(trainer.config)].sample(SAMPLE))
+        for name, trainer in self.trainers.items():
+            start = sources[name].sae if name in sources else None
+            trainer.initialize(self.buffers[_layer(trainer.config)].sample(SAMPLE), start)
 
     def train(self, save: Callable[[], None], on_rows: Callable[[dict[str, Row]], object]) -> None:
         """Trains to the last step; nothing else may use the model meanwhile.
@@ -145,7 +178,7 @@ class Session:
                 raise
             finally:
                 self.forward.stop()
-        self._drop_what_is_not_finite()
+        self.drop_what_is_not_finite()
 
     def _train(self, save: Callable[[], None], on_rows: Callable[[dict[str, Row]], object]) -> None:
         steps, size = self.common.steps, self.common.batch_size
@@ -165,7 +198,7 @@ class Session:
                     on_rows(rows)
                     n_new, done = self.step * size - done, self.step * size
                     advance(n_new, **_beside(list(rows.values())))
-                if next(iter(self.trainers.values())).checkpoint_is_due:
+                if self.checkpoint_is_due:
                     save()
                 self.postponed.check()  # between two steps
 
@@ -223,8 +256,12 @@ class Session:
         if ran_ahead:
             self._run_ahead()
 
-    def _drop_what_is_not_finite(self) -> None:
-        """No file shall hold NaN or infinity."""
+    def drop_what_is_not_finite(self) -> None:
+        """No file shall hold NaN or infinity.
+
+        Raises:
+            FastsaeError: The only SAE that is left does.
+        """
         for name, trainer in list(self.trainers.items()):
             if (bad := _not_finite(trainer)) is not None:
                 self.drop(name, bad)
@@ -254,7 +291,7 @@ class Session:
     def save(self, output: Path, seconds: float) -> None:
         """Writes a checkpoint of the whole session."""
         if len(self.trainers) > 1:
-            self._drop_what_is_not_finite()
+            self.drop_what_is_not_finite()
         numbers = {
             name: str(i) for i, name in enumerate(self.configs)
         }  # a name may have dots, which part names of tensors

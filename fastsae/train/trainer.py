@@ -22,7 +22,7 @@ from fastsae.sae import (
 )
 from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig
-from fastsae.train.initialize import activation_scale, initialize_from_data
+from fastsae.train.initialize import SAMPLE, activation_scale, initialize_from_data, start_from
 from fastsae.train.l0_control import L0Control
 from fastsae.train.schedules import learning_rate, sparsity_share
 
@@ -83,16 +83,26 @@ class Trainer:
         self._sums: dict[str, Tensor] = {}
         self._clock = time.perf_counter()
 
-    def initialize(self, sample: Tensor) -> None:
-        """Sets scale, `b_dec` and `b_enc` from activations `[N, d_in]`."""
+    def initialize(self, sample: Tensor, source: SparseAutoencoder | None = None) -> None:
+        """Sets scale, `b_dec` and `b_enc` from activations `[N, d_in]`, or takes the weights of a `source`, which it uses up."""
         scale = activation_scale(sample)
         if self.config.normalize_activations:
             self.scale = scale
         if self.l0_control is not None:
             self.l0_control.unit = self.scale / scale
+        if source is not None:
+            start_from(self.sae, source, self.scale)
+            if self.l0_control is not None:
+                x = sample[:SAMPLE].to(self.sae.device, self.sae.dtype) * self.scale
+                self.l0_control.start = max(self._l0(x), 1e-3)
+            return
         # a count needs no help to be sparse: its b_enc starts at 0, as in the literature
         init_l0 = None if self.config.is_topk else self.config.init_l0
         initialize_from_data(self.sae, sample * self.scale, self.config.b_dec_init, init_l0)
+
+    @torch.no_grad()
+    def _l0(self, x: Tensor) -> float:
+        return self.sae.encode_sparse(x).packed().values.numel() / len(x)
 
     def run(
         self,
@@ -124,6 +134,11 @@ class Trainer:
         every = self.config.checkpoint_every
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
+    @property
+    def sparsity_coefficient(self) -> float | Tensor | None:
+        """The weight of the penalty behind its warm-up, on activations times `scale`; None for the TopK family."""
+        return self.config.sparsity_coefficient if self.l0_control is None else self.l0_control.coefficient
+
     def train_step(self, batch: ActivationBatch) -> TrainOutput:
         """One step of Adam on one batch."""
         config, sae = self.config, self.sae
@@ -145,10 +160,9 @@ class Trainer:
         return output
 
     def _forward(self, x: Tensor, share: float) -> TrainOutput:
-        config, sae, control = self.config, self.sae, self.l0_control
+        config, sae, control, coefficient = self.config, self.sae, self.l0_control, self.sparsity_coefficient
         if isinstance(sae, FusedTopKSAE | FusedBatchTopKSAE):
             return sae.training_forward(x, dead_mask=self.dead_mask, aux_loss_coefficient=config.aux_loss_coefficient)
-        coefficient = config.sparsity_coefficient if control is None else control.coefficient
         assert coefficient is not None  # where the options give none, the control has one
         if isinstance(sae, FusedReLUSAE):
             return sae.training_forward(x, coefficient * share)

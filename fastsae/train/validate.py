@@ -53,7 +53,7 @@ def validate(config: TrainConfig) -> None:
         if value is None and kinds[f.name].is_optional:
             continue
         _require(f.name, value, _problem(value, kinds[f.name], f.metadata["bounds"]))
-    for name in ("model", "dataset", "split", "text", "activations"):
+    for name in ("model", "dataset", "split", "text", "activations", "init_from"):
         value = getattr(config, name)
         _require(name, value, "" if value is None else name_problem(value))
     _require("device", config.device, "" if DEVICES.fullmatch(config.device) else "auto, cpu, cuda or cuda:N")
@@ -127,6 +127,10 @@ def _validate_together(config: TrainConfig) -> None:
     if config.buffer_tokens < 2 * config.batch_size:
         raise UsageError(
             f"buffer_tokens: expected at least twice --batch-size = {config.batch_size:,}, got {config.buffer_tokens:,}"
+        )
+    if config.keep_checkpoints is not None and config.checkpoint_every == 0:
+        raise UsageError(
+            f"keep_checkpoints: expected --checkpoint-every above 0, which writes them, got {config.keep_checkpoints} with 0"
         )
     if config.tokens < config.batch_size:
         raise UsageError(f"tokens: expected at least one --batch-size = {config.batch_size:,}, got {config.tokens:,}")

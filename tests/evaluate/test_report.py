@@ -134,6 +134,42 @@ def test_it_says_what_was_measured(tmp_path):
     assert cards["Loss recovered"] == "n/a"
 
 
+def gradients(control: bool) -> dict:
+    """What GSNR and leakage are, with numbers that are undefined among them."""
+    quartiles = {"mean": 0.3, "lower_quartile": 0.1, "median": 0.25, "upper_quartile": 0.5}
+    undefined = dict.fromkeys(quartiles)
+    ratios = {
+        name: {"pooled": 0.0625, "live": quartiles, "dead": undefined}
+        for name in ("W_enc", "W_dec", "b_enc", "threshold")
+    }
+    ratios["b_dec"] = {"pooled": None, "all": undefined}
+    gsnr = {"coefficient": 0.5, "tokens": 1200, "dialogues": 9, "sampled_features": 256}
+    leaks = {name: {"tokens": 10, **quartiles} for name in ("activation", "W_enc", "W_dec", "b_enc", "b_dec")}
+    undefined_leaks = {name: {"tokens": 0, **undefined} for name in leaks}
+    bins = [{"from": 0, "to": 0, **leaks}, {"from": 1, "to": 1, **leaks}, {"from": 2, "to": 3, **undefined_leaks}]
+    places = ("begins_the_block", "begins_behind_another", "begins_before_the_block")
+    way = {"sinks": undefined_leaks, **{place: {**leaks, "bins": bins} for place in places}}
+    leakage = {"coefficient": 0.0, "model_dtype": "float32", "block_length": 2048, "block": way}
+    return {
+        "gsnr": {**gsnr, "per_token": ratios, "per_dialogue": ratios},
+        "leakage": {**leakage, "packed": way if control else None},
+    }
+
+
+@pytest.mark.parametrize("control", [True, False])
+def test_gradients_have_their_sections(tmp_path, control):
+    page, checker = write(tmp_path, metrics=METRICS | gradients(control))
+    text = " ".join(checker.text)
+    assert "0.0625 0.250 0.100 to 0.500" in text
+    assert "the squared error and 0.500 times the sparsity term" in text
+    assert "The loss is the squared error alone" in text
+    assert "a block of 2,048 tokens" in text
+    assert ("packed (control)" in text) is control
+    assert "None" not in text
+    assert "nan" not in re.sub(r"[a-z]*nan[a-z]+", "", page.lower())
+    assert "Gradient signal" not in write(tmp_path)[0]
+
+
 def test_trained_and_evaluated_tokens_are_told_apart(tmp_path):
     _, checker = write(tmp_path, metrics={"tokens": 4096, "tokens_evaluated": 1010})
     text = " ".join(checker.text)

@@ -14,6 +14,7 @@ from small_products import force_product
 
 import fastsae_kernels as kernels
 from fastsae_kernels import AutoencodeSpec, dense
+from fastsae_kernels.activity import sampled_share
 from fastsae_kernels.backend import BackendName as Backend
 from fastsae_kernels.cpu.product import has_fast_bf16
 
@@ -83,7 +84,7 @@ def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     monkeypatch.setattr(matmul, "MIN_ROWS", 1)
     monkeypatch.setattr(matmul, "LONGEST_SUM", 5)
     if "tiles" in request.param:
-        for name, value in {"TILE": 256, "FEATURES": 16, "MIN_CHUNK": 16, "MAX_CHUNK": 32}.items():
+        for name, value in {"TILE": 256, "KEPT_TILE": 256, "FEATURES": 16, "MIN_CHUNK": 16, "MAX_CHUNK": 32}.items():
             monkeypatch.setattr(dense, name, value)
     return str(request.param)
 
@@ -94,6 +95,24 @@ def test_chunked_dense_matches_reference(spec: AutoencodeSpec, tiling: str) -> N
     problems.assert_matches(run(problem, "dense"), problem)
     edges = problems.on_the_edges(spec)
     problems.assert_matches(run(edges, "dense"), edges)
+
+
+@pytest.mark.parametrize("few_columns", [0, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunked_dense_with_weights_stored_by_input(
+    dtype: torch.dtype, few_columns: int, tiling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their gradients have that layout, or autograd would copy them."""
+    monkeypatch.setattr(matmul, "FEW_COLUMNS", few_columns)
+    problem = problems.on_the_edges(problems.SPECS["ste to input"]).to(dtype)
+    other = replace(problem, W_enc=problem.W_enc.contiguous(), W_dec=problem.W_dec.t().contiguous().t())
+    problems.assert_matches(run(other, "dense"), other)
+    for p in (problem, other):
+        *tensors, _ = problems.leaves(p)
+        with kernels.use_backend("dense"):
+            output = kernels.autoencode(*tensors, spec=p.spec)  # type: ignore[arg-type]
+        (grad,) = torch.autograd.grad(output.sae_out, tensors[1:2], p.grad_out)  # type: ignore[arg-type]
+        assert grad.stride() == p.W_enc.stride()
 
 
 @pytest.mark.parametrize("problem", problems.HOSTILE.values(), ids=problems.HOSTILE)
@@ -300,7 +319,8 @@ def test_a_small_dense_pass_multiplies_no_tile_again(dtype: torch.dtype, monkeyp
         multiply(*operands, **options)
 
     monkeypatch.setattr(dense, "multiply", counted)
-    monkeypatch.setattr(dense, "TILE", 2**14)
+    for name in ("TILE", "KEPT_TILE"):
+        monkeypatch.setattr(dense, name, 2**14)
     counts, results = [], []
     for kept in (dense.KEPT_ELEMENTS, 0):
         monkeypatch.setattr(dense, "KEPT_ELEMENTS", kept)
@@ -343,3 +363,10 @@ def test_a_limit_of_onednn_to_older_instructions_is_heeded(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setenv(name, limit)
     assert has_fast_bf16.__wrapped__() is expected
+
+
+@pytest.mark.parametrize(("d_sae", "every"), [(1, 1), (5, 5), (127, 1), (1000, 4), (16384, 2)])
+def test_a_sample_has_the_share_of_active_features(d_sae: int, every: int) -> None:
+    b_enc = (torch.arange(d_sae) % every == 0).float()
+    share = sampled_share(torch.randn(70, 3), torch.zeros(3, d_sae), b_enc, torch.full((d_sae,), 0.5))
+    assert share == pytest.approx(1 / every)

@@ -56,6 +56,77 @@ def test_a_run_that_reads_them_is_the_one_that_computes_them(
         assert outcome(tmp_path / f"cached{layer}") == outcome(tmp_path / "live" / str(layer))
 
 
+@pytest.fixture
+def texts(tmp_path: Path) -> str:
+    """Plain texts, of which some fill several blocks and others are parts of one."""
+    words = "one two three four five six seven eight nine ten".split()
+    rows = [{"text": " ".join(words[(i * j) % 10] for j in range(20 + 37 * (i % 5)))} for i in range(60)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "texts.jsonl")
+
+
+@pytest.mark.parametrize("sequencing", ["block", "packed", "fast"])
+@pytest.mark.parametrize("of_texts", [False, True])
+def test_blocks_and_texts_are_cached_as_they_are_read(
+    config: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    texts: str,
+    sequencing: Any,
+    of_texts: bool,
+) -> None:
+    config = replace(config, sequencing=sequencing, block_length=24, data_seed=42, text=texts if of_texts else None)
+    cache_activations(replace(config, tokens=3000), [0, 1], tmp_path / "acts", progress=False)
+    train(config, tmp_path / "live", progress=False)
+    cached = replace(config, activations=str(tmp_path / "acts"))
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "read_layers", None)
+        train(cached, tmp_path / "cached", progress=False)
+    assert outcome(tmp_path / "cached") == outcome(tmp_path / "live")
+    other = replace(cached, forward_tokens=96)
+    if of_texts:  # of which the cache holds a part
+        with pytest.raises(UsageError, match=r"forward_tokens: the cache .* was written with 256, this run has 96"):
+            train(other, tmp_path / "run", progress=False)
+    else:
+        train(other, tmp_path / "other", progress=False)
+    if sequencing == "block":
+        with pytest.raises(UsageError, match=r"block_length: the cache .* was written with 24, this run has 32"):
+            train(replace(cached, block_length=32), tmp_path / "run", progress=False)
+    with pytest.raises(UsageError, match=r"text: the cache .* was written from another text than"):
+        train(replace(cached, text=None if of_texts else texts), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cache_of_blocks_goes_on_after_a_kill_and_serves_one_pass(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, sequencing="block", block_length=24, data_seed=42)
+    everything = replace(config, tokens=10**6)
+    whole = cache_activations(everything, [], tmp_path / "whole", progress=False)
+    assert whole.holds_all
+    assert {shard["tokens"] % 24 for shard in whole.shards} == {0}
+    original, n_left = cache.write_tensors, 2
+
+    def killed(*arguments: Any) -> None:
+        nonlocal n_left
+        n_left -= 1
+        if n_left == 0:
+            raise Stop
+        original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "write_tensors", killed)
+        with pytest.raises(Stop):
+            cache_activations(everything, [], tmp_path / "acts", progress=False)
+    cache_activations(everything, [], tmp_path / "acts", resume=True, progress=False)
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "acts" / path.name).read_bytes() == path.read_bytes()
+    longer = replace(config, activations=str(tmp_path / "acts"), tokens=whole.n_trainable)
+    with pytest.raises(UsageError, match=r"tokens: expected at most the .* lower it, or the data hold no more"):
+        train(longer, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def interrupted(*_: Any) -> None:
     raise KeyboardInterrupt
 
@@ -86,6 +157,45 @@ def test_a_cache_that_was_killed_goes_on_bit_for_bit(
     cache_activations(config, [], tmp_path / "acts", resume=True, progress=False)
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "acts" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_what_cannot_be_written_leaves_nothing(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for changes in (
+        {"sequencing": "block", "block_length": 500, "max_dialogues": 12},
+        {"hook": "mlp_out", "model": str(tmp_path / "nowhere")},
+    ):
+        with pytest.raises(UsageError):
+            cache_activations(replace(config, **changes), [], tmp_path / "acts", progress=False)  # type: ignore[arg-type]
+        assert not (tmp_path / "acts").exists()
+    (tmp_path / "none.txt").write_text("")
+    with pytest.raises(UsageError, match=r"text: expected at least one text, got none in .*none.txt"):
+        cache_activations(replace(config, text=str(tmp_path / "none.txt")), [], tmp_path / "acts", progress=False)
+    assert not (tmp_path / "acts").exists()
+
+
+def test_a_full_disk_says_how_to_go_on(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, n_left = cache.write_tensors, 2
+
+    def full(path: Path, tensors: Any) -> None:
+        nonlocal n_left
+        n_left -= 1
+        if n_left == 0:
+            raise OSError(28, "No space left on device", str(path))
+        original(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "write_tensors", full)
+        with pytest.raises(
+            FastsaeError, match=r"the disk is full, .*00001.* Go on with: fastsae cache .*acts --resume"
+        ):
+            cache_activations(config, [], tmp_path / "acts", progress=False)
+    assert sorted(path.name for path in (tmp_path / "acts").iterdir()) == [
+        "activations-00000.safetensors",
+        "cache.json",
+    ]
+    assert cache_activations(config, [], tmp_path / "acts", resume=True, progress=False).is_complete
 
 
 def test_tokens_can_be_added(config: TrainConfig, tmp_path: Path) -> None:
@@ -157,12 +267,10 @@ def test_bad_folders_are_one_message(config: TrainConfig, tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="expected a folder of `fastsae cache`"):
         options_of(tmp_path)
     (tmp_path / "cache.json").write_text('{"format": 7}')
-    with pytest.raises(FastsaeError, match="format: expected 1, got 7"):
+    with pytest.raises(FastsaeError, match="format: expected 2, got 7"):
         options_of(tmp_path)
     with pytest.raises(UsageError, match="expected a new or empty folder"):
         cache_activations(config, [], tmp_path, progress=False)
-    with pytest.raises(UsageError, match="sequencing: expected fast or packed"):
-        cache_activations(replace(config, sequencing="block"), [], tmp_path / "new", progress=False)
 
 
 def test_the_command_takes_its_options_from_the_cache(

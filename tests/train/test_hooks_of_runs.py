@@ -62,6 +62,15 @@ def test_several_layers_with_one_hook_are_as_alone(config: TrainConfig, tmp_path
         assert len({(folder / "sae_weights.safetensors").read_bytes() for folder in both}) == 1
 
 
+def test_every_layer_is_checked_before_the_run(config: TrainConfig, tiny_model: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(str(tiny_model))
+    model.model.layers[0].register_forward_hook(lambda _module, args, output: output + args[0])
+    runs = {f"{layer}": replace(config, layer=layer, hook="mlp_out", data_seed=42) for layer in (1, 0)}
+    with pytest.raises(UsageError, match=r"hook: expected for mlp_out .* whose block 0 adds something else"):
+        train_many(runs, tmp_path / "run", model=model, tokenizer=tokenizer, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_cache_serves_its_own_hook(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = replace(config, hook="attn_out", layer=0, data_seed=42)
     cache_activations(replace(config, tokens=3000), [0, 1], tmp_path / "acts", progress=False)

@@ -242,6 +242,28 @@ def test_a_bad_file_is_one_message(tmp_path: Path, text: str, message: str) -> N
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("saes:\n  a: {seed: 1}\n  a: {seed: 2}\n", "the name 'a' is there twice"),
+        ("saes:\n  a: {seed: 1, seed: 3}\n", "the name 'seed' is there twice"),
+        ("saes: [", "expected YAML, got something else .*line 1"),
+        ("saes:\n  ? [1]\n  : {}\n", "expected YAML, got something else"),
+    ],
+)
+def test_a_bad_yaml_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "saes.yaml").write_text(text)
+    with pytest.raises(FastsaeError, match=message) as found:
+        read_spec(tmp_path / "saes.yaml", {}, {}, parsed)
+    assert "\n" not in str(found.value)
+
+
+def test_yaml_may_take_options_over(tmp_path: Path) -> None:
+    (tmp_path / "saes.yaml").write_text("saes:\n  a: &a {seed: 1, d_sae: 8}\n  b: {<<: *a, seed: 2}\n")
+    found = read_spec(tmp_path / "saes.yaml", {}, {}, parsed)
+    assert (found["b"].seed, found["b"].d_sae) == (2, 8)
+
+
+@pytest.mark.parametrize(
     ("varied", "message"),
     [
         ({"batch_size": (64, 128)}, "batch_size: expected one value"),

@@ -1,0 +1,139 @@
+"""Whole training runs: `fastsae train` and SAELens' runner on the same model and dialogues, one SAE and eight on one stream.
+
+What a run's time holds, and what both sides share, says `benchmarks.runs`. Each run has a process of its own. A round has one of
+each provider, in an order that the next round turns around. There are two rounds, as whole runs take long; what runs without
+--full has one, and few tokens.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from collections import defaultdict
+from functools import cache, partial
+from typing import Any
+
+import pytest
+
+from benchmarks.harness import Call, Case, Group, Outcome, Provider, cases_and_providers, report
+from benchmarks.peers import PEERS, why_not
+from benchmarks.result import RUNS
+from benchmarks.runs import BATCH_TOKENS, PARTS, TARGET_L0, Run, Took, take
+from benchmarks.runs_data import DEMO, SMOLLM2, Model, chats, new_folder
+from benchmarks.shapes import Shape
+from benchmarks.tables import ALONE, TRAIN
+
+ROUNDS = 2
+SAELENS = PEERS[0].title
+NUMBERS = {1: "one", 8: "eight"}
+WAYS = {"--sequencing packed": "packed", "fastsae cache": "cache", "--activations": "cached"}
+
+
+@cache
+def stored(model: Model) -> str:
+    """Returns the folder of a model's activations."""
+    return new_folder()
+
+
+def whole_run(runner: str, model: Model, options: dict[str, Any]) -> Call:
+    folder = stored(model)
+    if runner == "cache":
+        shutil.rmtree(folder, ignore_errors=True)  # the round before has written them
+    run = Run(model.folder, model.layer, model.d_in, **options, chats=chats(), output=new_folder(), cache=folder)
+    return partial(take, runner, run)
+
+
+def case(
+    model: Model,
+    expansion: int,
+    n_saes: int,
+    tokens: int,
+    goal: float | None = None,
+    architecture: str = "JumpReLU",
+    batch_tokens: int = BATCH_TOKENS,
+    ways: bool = False,
+) -> Case:
+    """Returns the runs of one set-up.
+
+    Args:
+        model: The model.
+        expansion: Features of an SAE for each dimension of the model.
+        n_saes: SAEs on one stream.
+        tokens: How many each SAE is trained on.
+        goal: How many times as fast as SAELens ours should be.
+        architecture: As SAELens names it.
+        batch_tokens: Tokens of a step.
+        ways: Whether other ways to get the same activations are timed as well.
+    """
+    shape = Shape(batch_tokens, model.d_in, expansion * model.d_in, TARGET_L0)
+    options: dict[str, Any] = {
+        "d_sae": shape.d_sae, "tokens": tokens, "batch_tokens": batch_tokens, "buffer_tokens": min(tokens, 32_768),
+        "architecture": architecture.lower(), "n_saes": n_saes,
+    }  # fmt: skip
+
+    def provider(runner: str, **changes: Any) -> Provider:
+        def skip() -> str | None:
+            return model.why_not() or (why_not(runner) if runner == "sae-lens" else None)
+
+        return Provider(partial(whole_run, runner, model, {**options, **changes}), skip=skip)
+
+    providers = {SAELENS: provider("sae-lens"), TRAIN: provider("fastsae")}
+    if n_saes > 1:
+        providers[ALONE] = provider("fastsae", n_saes=1)
+    if ways:  # a round that goes backwards reads the activations that the one before has written
+        providers |= {name: provider(runner) for name, runner in WAYS.items()}
+    subject = f"{NUMBERS[n_saes]} {architecture} SAE{'s' * (n_saes > 1)}"
+    return Case(RUNS, f"{model.name} x{expansion}", shape, providers, "fp32", subject=subject, goal=goal)
+
+
+class Runs(Group):
+    """The whole runs of a case."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self._took: dict[str, list[Took]] = defaultdict(list)
+
+    def _measure(self, names: list[str], number: int) -> None:
+        for name in names[:: -1 if number % 2 else 1]:
+            with self._guarded(name):
+                if self._may_run(name, number):
+                    self._took[name].append(self.case.providers[name].make()())
+                    self._fill_in(self.outcomes[name], self._took[name], number)
+
+    @staticmethod
+    def _fill_in(outcome: Outcome, took: list[Took], number: int) -> None:
+        row, last = outcome.row, took[-1]
+        outcome.rounds[number] = [last.seconds]
+        row.run_tokens, row.n_saes, row.padding_share = last.tokens, last.n_saes, last.padding_share
+        row.parts_s = {part: statistics.median(run.parts.get(part, 0.0) for run in took) for part in PARTS}
+        row.peak_mib = max((run.peak_mib for run in took if run.peak_mib is not None), default=None)
+
+
+@cache
+def measured(case: Case, rounds: int) -> Runs:
+    group = Runs(case)
+    for _ in range(rounds):
+        group.measure()
+    return group
+
+
+TINY = [case(DEMO, 4, n_saes, 8192, batch_tokens=1024, ways=n_saes == 1) for n_saes in NUMBERS]
+CASES = [
+    *TINY,
+    case(DEMO, 16, 1, 49_152, goal=2.0, ways=True),
+    case(DEMO, 32, 1, 32_768, goal=3.0),
+    case(DEMO, 16, 8, 16_384, goal=3.0),
+    case(SMOLLM2, 16, 1, 16_384, goal=2.0),
+    case(SMOLLM2, 16, 1, 16_384, goal=2.0, architecture="TopK"),
+]
+
+
+@cases_and_providers(CASES)
+def test_run(benchmark, request, timed_rows, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
+    is_tiny = case in TINY
+    if is_tiny and request.config.getoption("--full"):
+        pytest.skip("larger runs show it")
+    group = measured(case, 1 if is_tiny else ROUNDS)
+    rows = [outcome.row for outcome in group.outcomes.values()]
+    timed_rows += [row for row in rows if row not in timed_rows]
+    report(benchmark, group, provider)
