@@ -1,0 +1,418 @@
+"""`compare.html`: what a comparison found, on one self-contained page, each figure beside its definition."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from html import escape
+from pathlib import Path
+
+from fastsae.compare import charts
+from fastsae.compare.paper import FIGURES, PaperFigure
+from fastsae.compare.result import Arm, Difference, Result, Value
+from fastsae.compare.statistics import HIGHER, LOWER
+from fastsae.compare.sums import CLASSES, METRICS
+from fastsae.evaluate.report import number, write_page
+
+# class and metric of the columns of the table of arms, the name, and the factor to what is shown
+_COLUMNS = (
+    ("all", "fvu", "FVU", 1.0),
+    ("special", "fvu", "FVU, special", 1.0),
+    ("all", "mse_log2", "MSE, log2", 1.0),
+    ("special", "mse_log2", "MSE, log2, special", 1.0),
+    ("all", "delta_loss_percent", "delta loss, %", 1.0),
+    ("all", "recovered", "recovered, %", 100.0),
+    ("all", "kl", "KL, nats", 1.0),
+    ("features", "dead_share", "dead, %", 100.0),
+)
+# metric, its name, and what its differences are
+_FORESTS = (
+    ("fvu", "FVU", "difference of the fraction of variance unexplained"),
+    ("mse_log2", "MSE, log2", "difference of log2 of the MSE: −1 is half of the error, +1 is twice"),
+    ("delta_loss_percent", "Delta loss", "difference in percent of the model's own loss"),
+    ("kl", "KL divergence", "difference in nats per token"),
+    ("dead_share", "Dead features", "difference of the share of features"),
+    ("l0", "L0 (set, not tested)", "difference in active features per token"),
+)
+_STYLES = {LOWER: "lower", HIGHER: "higher"}
+_LARGEST_DEVIATION = 2.0  # percent of the target L0 up to which arms count as matched
+_STATISTICS = (
+    "<p>Square brackets hold 95 % intervals by the paired bootstrap over the held-out dialogues: the same dialogues are drawn "
+    "for all arms, and the seeds of an arm are averaged. They cover which dialogues were held out. They do not cover "
+    "training: how much another seed changes a figure is what the values of the seeds show. p-values come from a sign-flip "
+    "test over dialogues and are corrected by Holm over all differences on this page that were tested; intervals are not "
+    "corrected. A difference is called lower or higher only where its interval leaves out 0, Holm rejects at 5 %, "
+    "and the seeds of the two arms do not overlap.</p>"
+)
+
+
+def write_compare_page(path: str | Path, result: Result) -> None:
+    """Writes one HTML page that loads nothing from elsewhere, atomically.
+
+    Args:
+        path: The file, usually `compare.html`.
+        result: As in `compare.json`, see `fastsae.compare.result`. What was not measured is said to be so, and an arm that
+            failed stands in the table with its error.
+    """
+    sections = [
+        _header(result),
+        "".join(f'<div class="warnings" role="note"><p>{escape(text)}</p></div>' for text in result["warnings"]),
+        _verdicts(result),
+        _arms(result),
+        _forests(result),
+        _classes(result),
+        _sparsity(result),
+        _leakage(result),
+        _gsnr(result),
+        _controls(result),
+        _paper(result),
+        _definitions(),
+        _configuration(result),
+    ]
+    write_page(path, "fastsae compare", charts.CSS, sections)
+
+
+def _header(result: Result) -> str:
+    held_out = result["held_out"]
+    facts = [
+        f"model <code>{escape(result['model'])}</code>",
+        f"layer <code>{result['layer']}</code>",
+        f"data <code>{escape(result['dataset'])}</code>",
+        f"{escape(result['architecture'])} with {number(result['d_sae'])} features",
+        f"seeds {', '.join(map(str, result['seeds']))}",
+        f"measured on {number(held_out['tokens'])} tokens in {number(held_out['dialogues'])} held-out dialogues, "
+        f"{number(held_out['sinks'])} of them attention sinks",
+    ]
+    if result["text_dataset"]:
+        facts.insert(3, f"plain text <code>{escape(result['text_dataset'])}</code>")
+    return f'<h1>Whole dialogues against blocks</h1>\n<p class="lead">{" · ".join(facts)}</p>'
+
+
+def _verdicts(result: Result) -> str:
+    """A table of all tested differences: a row for each metric, a column for each pair."""
+    tested = [row for row in result["differences"] if row["verdict"] is not None]
+    pairs = list(dict.fromkeys((row["arm"], row["reference"]) for row in tested))
+    if not pairs:
+        return "<h2>What differs</h2>\n<p>No two arms could be compared.</p>"
+    head = "".join(f"<th>{_name(arm)}<small>against {_name(reference)}</small></th>" for arm, reference in pairs)
+    body = ""
+    for key in dict.fromkeys((row["class"], row["metric"]) for row in tested):
+        found = {(row["arm"], row["reference"]): row for row in tested if (row["class"], row["metric"]) == key}
+        cells = "".join(_verdict_cell(found.get(pair)) for pair in pairs)
+        body += f"<tr><td><code>{escape(key[1])}</code><small>{escape(_words(key[0]))}</small></td>{cells}</tr>"
+    note = ""
+    if len(result["seeds"]) < 2:
+        note = "<p>There is one seed, so nothing here says how much another seed would change.</p>"
+    return (
+        f"<h2>What differs</h2>\n{_STATISTICS}{note}<p>Lower is better for every metric in this table. Below the verdict stand "
+        "the difference of the means over seeds and its interval.</p>"
+        f'<div class="wide"><table><tr><th>metric</th>{head}</tr>{body}</table></div>'
+    )
+
+
+def _verdict_cell(row: Difference | None) -> str:
+    if row is None:
+        return '<td class="not-shown">not comparable</td>'
+    style = _STYLES.get(row["verdict"] or "", "not-shown")
+    said = f"<small>{_signed(row['difference'])} {charts.bracket(row['low'], row['high'])}</small>"
+    reason = f"<small>{escape(row['reason'])}</small>" if row["reason"] else ""
+    return f'<td><span class="{style}">{escape(row["verdict"] or "")}</span>{said}{reason}</td>'
+
+
+def _arms(result: Result) -> str:
+    head = '<th>arm</th><th class="number">target L0</th><th class="number">L0, own data</th><th class="number">L0, held out</th>'
+    head += "".join(f'<th class="number">{name}</th>' for _, _, name, _ in _COLUMNS)
+    body = "".join(_arm_row(result, i, arm) for i, arm in enumerate(result["arms"]))
+    return (
+        "<h2>Arms</h2>\n<p>Every metric follows sparsity, so L0, the mean number of active features of a token, stands in every "
+        "row. Beside it stands how far it is from its target: on the data that the arm was trained on, at the end of "
+        f"training, and on the held-out dialogues. More than {_LARGEST_DEVIATION:g} % is marked: figures of such an arm are "
+        "not at matched sparsity. Below each mean stand its interval and the value of each seed.</p>"
+        f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    )
+
+
+def _arm_row(result: Result, i: int, arm: Arm) -> str:
+    seeds = ", ".join(str(run["seed"]) for run in arm["runs"])
+    about = f"<small>{'control, ' if arm['is_control'] else ''}{f'seeds {seeds}' if seeds else 'no SAE'}</small>"
+    name = f"<td>{charts.mark(i)}{_name(arm['name'])}{about}</td>"
+    error = escape(arm["error"] or "")
+    if not arm["runs"]:
+        return f'<tr>{name}<td class="sentence" colspan="{3 + len(_COLUMNS)}">failed: {error}</td></tr>'
+    own = [run["l0_own_data"] for run in arm["runs"]]
+    known = [l0 for l0 in own if l0 is not None]
+    target = arm["target_l0"]
+    cells = f'<td class="number">{"none" if target is None else number(target)}</td>'
+    cells += _l0_cell(sum(known) / len(known) if known else None, known, target)
+    held_out = _value(result, "all", "l0", arm["name"])
+    cells += _l0_cell(held_out["value"] if held_out else None, held_out["seeds"] if held_out else [], target)
+    cells += "".join(
+        _value_cell(_value(result, token_class, metric, arm["name"]), factor)
+        for token_class, metric, _, factor in _COLUMNS
+    )
+    row = f"<tr>{name}{cells}</tr>"
+    if error:
+        row += f'<tr><td></td><td class="sentence" colspan="{3 + len(_COLUMNS)}">a seed failed: {error}</td></tr>'
+    return row
+
+
+def _l0_cell(l0: float | None, seeds: Sequence[float], target: float | None) -> str:
+    if l0 is None:
+        return '<td class="number">n/a</td>'
+    deviation = ""
+    if target:
+        off = 100 * (l0 - target) / target
+        style = ' class="higher"' if abs(off) > _LARGEST_DEVIATION else ""
+        deviation = f"<small{style}>{_signed(off)} %</small>"
+    return f'<td class="number">{number(l0)}{deviation}<small>{_seeds(seeds)}</small></td>'
+
+
+def _value_cell(value: Value | None, factor: float = 1.0) -> str:
+    if value is None:
+        return '<td class="number">n/a</td>'
+    low, high = (None if end is None else factor * end for end in (value["low"], value["high"]))
+    seeds = _seeds([factor * x for x in value["seeds"]])
+    return (
+        f'<td class="number">{number(factor * value["value"])}<small>{charts.bracket(low, high)}</small>'
+        f"<small>{seeds}</small></td>"
+    )
+
+
+def _forests(result: Result) -> str:
+    parts = [
+        "<h2>Paired differences</h2>\n<p>Each row is one arm minus another on the same held-out dialogues, so that left of the "
+        "line the first arm is lower. The bar is the 95 % interval. Behind it: the difference, its interval, p after "
+        "Holm, the verdict, and in the last line the smallest difference that the test would have found in 80 % of such sets of "
+        "dialogues, counted at the level of Holm's first step.</p>"
+    ]
+    for metric, title, label in _FORESTS:
+        rows = [row for row in result["differences"] if row["metric"] == metric]
+        if rows:
+            parts.append(f"<h3>{title}</h3>{charts.intervals(list(_forest_rows(rows)), label)}")
+    return "".join(parts) if len(parts) > 1 else ""
+
+
+def _forest_rows(rows: Sequence[Difference]) -> Iterator[charts.Row]:
+    token_class = ""
+    for row in rows:
+        is_first, token_class = row["class"] != token_class, row["class"]
+        label = f"{_name(row['arm'])} − {_name(row['reference'])}"
+        if is_first:
+            label = f"<strong>{escape(_words(token_class))}</strong><br>{label}"
+        said = f"{_signed(row['difference'])} {charts.bracket(row['low'], row['high'])}"
+        small = []
+        if row["p_holm"] is not None:
+            small.append(f"p = {number(row['p_holm'], 2)}")
+        small += [escape(text) for text in (row["verdict"], row["reason"]) if text]
+        if row["detectable"] is not None:
+            small.append(f"detectable: {number(row['detectable'], 2)}")
+        style = _STYLES.get(row["verdict"] or "", "not-shown")
+        said += f"<br><small>{'; '.join(small)}</small>" if small else ""
+        yield charts.Row(label, row["low"], row["difference"], row["high"], said, style, is_first)
+
+
+def _classes(result: Result) -> str:
+    arms = [arm["name"] for arm in result["arms"] if arm["runs"]]
+    index = {arm["name"]: i for i, arm in enumerate(result["arms"])}
+    of_one_model = [arm for arm in arms if arm not in _of_another_model(result)]
+    groups = []
+    body = ""
+    for token_class in CLASSES:
+        logs = {arm: _value(result, token_class, "mse_log2", arm) for arm in arms}
+        lane = [
+            (
+                index[arm],
+                f"{arm}: {number(v['value'])} {charts.bracket(v['low'], v['high'])}",
+                v["low"],
+                v["value"],
+                v["high"],
+            )
+            for arm, v in logs.items()
+            if v is not None and arm in of_one_model
+        ]
+        if lane:
+            groups.append((f"{escape(_words(token_class))}", lane))
+        cells = ""
+        for arm in arms:
+            plain, log = _value(result, token_class, "mse", arm), logs[arm]
+            small = f"<small>{number(plain['value'])}</small>" if plain else ""
+            cells += f'<td class="number">{number(log["value"] if log else None)}{small}</td>'
+        body += f"<tr><td>{escape(_words(token_class))}</td>{cells}</tr>"
+    if not groups:
+        return ""
+    head = "".join(f'<th class="number">{_name(arm)}</th>' for arm in arms)
+    legend = charts.legend([arm["name"] for arm in result["arms"]])
+    return (
+        "<h2>MSE by class of tokens</h2>\n<p>The paper's MSE: squared error per element, mean over the tokens of the class in "
+        "a dialogue, then over the dialogues that have any. Attention sinks are left out but where the class says otherwise. "
+        "Classes are defined at the end of the page. Arms on another model's activations are in the table "
+        f"alone, as their scale is another one.</p>{legend}{charts.lanes(groups, 'log2 of the MSE, with 95 % intervals')}"
+        "<p>log2 of the MSE, and below it the MSE itself:</p>"
+        f'<div class="wide"><table><tr><th>class</th>{head}</tr>{body}</table></div>'
+    )
+
+
+def _sparsity(result: Result) -> str:
+    points: list[tuple[int, str, float, float]] = []
+    for i, arm in enumerate(result["arms"]):
+        l0, mse = (_value(result, "all", metric, arm["name"]) for metric in ("l0", "mse"))
+        if l0 and mse and arm["name"] not in _of_another_model(result):
+            runs = zip(arm["runs"], l0["seeds"], mse["seeds"], strict=True)
+            points += [(i, f"{arm['name']}, seed {run['seed']}", x, y) for run, x, y in runs if y > 0]
+    targets = {arm["target_l0"] for arm in result["arms"]} - {None}
+    target = targets.pop() if len(targets) == 1 else None
+    chart = charts.scatter(points, target, "L0, features per token", "MSE per element (log scale)")
+    return (
+        "<h2>L0 against MSE</h2>\n<p>Each mark is one SAE on the held-out dialogues, attention sinks left out. Of two SAEs, "
+        "only one that lies lower at the same L0 reconstructs better. The dashed line is the target.</p>"
+        f"{charts.legend([arm['name'] for arm in result['arms']])}<figure>{chart}</figure>"
+    )
+
+
+def _leakage(result: Result) -> str:
+    title = "<h2>Leakage between dialogues</h2>\n"
+    if not result["leakage"]:
+        return title + "<p>Not measured in this comparison.</p>"
+    in_block = [
+        (p["distance"], p["low"] or p["leak"], p["leak"], p["high"] or p["leak"])
+        for p in result["leakage"]
+        if p["context"] == "block" and p["leak"] > 0 and p["distance"] > 0
+    ]
+    control = [p["leak"] for p in result["leakage"] if p["context"] == "packed"]
+    chart = charts.band(in_block, "tokens since the last boundary", "leak (log scale)")
+    said = f" There it is at most {number(max(control), 2)}, the limit of the numerics." if control else ""
+    return (
+        f"{title}<p>The leak of a token is ||g − g<sub>alone</sub>||² / ||g<sub>alone</sub>||²: g is the gradient that it gives "
+        "the SAE's weights when it stands in a block behind other dialogues, g<sub>alone</sub> the one when its dialogue is "
+        f"alone. The control is a pack of dialogues whose attention is masked.{said}</p><figure>{chart}<figcaption>Median over "
+        "tokens in a block, and the quartiles.</figcaption></figure>"
+    )
+
+
+def _gsnr(result: Result) -> str:
+    title = "<h2>Gradient signal-to-noise ratio</h2>\n"
+    if not result["gsnr"]:
+        return title + "<p>Not measured in this comparison.</p>"
+    head = "<th>arm</th><th>parameters</th><th>features</th><th>sampled by</th>"
+    head += '<th class="number">GSNR</th><th class="number">pooled</th>'
+    body = "".join(
+        f"<tr><td>{_name(row['arm'])}</td><td><code>{escape(row['group'])}</code></td><td>{escape(row['features'])}</td>"
+        f'<td>{escape(row["unit"])}</td><td class="number">{number(row["median"])}'
+        f'<small>{charts.bracket(row["low"], row["high"])}</small></td><td class="number">{number(row["pooled"])}</td></tr>'
+        for row in result["gsnr"]
+    )
+    return (
+        f"{title}<p>GSNR of a parameter: (E g)² / Var g over tokens or dialogues, corrected for the noise of a finite sample. "
+        "Shown are the median over the parameters and, in brackets, the quartiles, which are no interval. "
+        "Pooled: ||E g||² / tr Cov g, which rare features do not disturb.</p>"
+        f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    )
+
+
+def _controls(result: Result) -> str:
+    controls = [arm for arm in result["arms"] if arm["is_control"]]
+    if not controls:
+        return ""
+    rows = "".join(
+        f'<tr><td>{_name(arm["name"])}</td><td class="sentence">{escape(arm["description"])}</td>'
+        f"{_value_cell(_value(result, 'all', 'l0', arm['name']))}{_value_cell(_value(result, 'all', 'fvu', arm['name']))}</tr>"
+        for arm in controls
+    )
+    return (
+        "<h2>Controls</h2>\n<p>Each control leaves out what an SAE is thought to learn. A figure on which a control does as well "
+        "as an arm says nothing about what that arm has learnt.</p>"
+        '<div class="wide"><table><tr><th>control</th><th>what it is</th><th class="number">L0</th><th class="number">FVU</th>'
+        f"</tr>{rows}</table></div>"
+    )
+
+
+def _paper(result: Result) -> str:
+    body = "".join(
+        f'<tr><td>{escape(f.name)}</td><td class="sentence">{escape(f.definition)}</td>'
+        f'<td class="sentence">{escape(f.paper)}</td><td class="sentence">{_ours(result, f)}</td></tr>'
+        for f in FIGURES
+    )
+    return (
+        "<h2>The paper's figures beside ours</h2>\n<p>The paper (arXiv:2506.07691) trains on blocks of plain text, BT(P), on "
+        "blocks of dialogues, BT(F), and on whole dialogues, FAST. It has other models, trains on 40.96 million tokens, "
+        " gives no L0 and no intervals, and has one seed. So the columns share definitions, and not conditions.</p>"
+        '<div class="wide"><table><tr><th>figure</th><th>definition</th><th>paper: BT(P) / BT(F) / FAST</th>'
+        f"<th>ours: bt-p / bt-f / fast</th></tr>{body}</table></div>"
+    )
+
+
+def _ours(result: Result, figure: PaperFigure) -> str:
+    if figure.ours is None:
+        return "see above" if figure.name == "GSNR" and result["gsnr"] else "not measured"
+    token_class, metric = figure.ours
+    if figure.is_ratio:
+        ratios = [_ratio_to_fast(row) for row in result["differences"] if (row["class"], row["metric"]) == figure.ours]
+        return "; ".join(filter(None, ratios)) or "not measured"
+    values = [_value(result, token_class, metric, arm) for arm in ("bt-p", "bt-f", "fast")]
+    if not any(values):
+        return "not measured"
+    said = " / ".join(number(value["value"], 4) if value else "n/a" for value in values)
+    return f"{said}<small>{escape(metric)}, {escape(_words(token_class))}</small>"
+
+
+def _ratio_to_fast(row: Difference) -> str:
+    """How many times as large as FAST's the MSE of block training is, from the difference of the logs."""
+    if row["arm"] != "fast" or row["reference"] not in ("bt-p", "bt-f"):
+        return ""
+    low, high = (None if end is None else 2.0**-end for end in (row["high"], row["low"]))
+    return f"{_name(row['reference'])} {number(2.0 ** -row['difference'])} times {charts.bracket(low, high)}"
+
+
+def _definitions() -> str:
+    metrics = "".join(
+        f"<tr><td><code>{name}</code></td><td>{escape(m.formula)}</td></tr>" for name, m in METRICS.items()
+    )
+    classes = "".join(
+        f"<tr><td>{escape(_words(name))}</td><td>{escape(meaning)}</td></tr>" for name, meaning in CLASSES.items()
+    )
+    return (
+        "<h2>Definitions</h2>\n<p>Sums run over the held-out dialogues; i counts them. squared_error is ||x̂ − x||² over the "
+        "tokens of the class; variance is ||x − m||², where m is the mean of all tokens but the sinks. ce is the model's next-token loss, "
+        "ce_spliced the same with the reconstruction in place of the activation, ce_zero with zeros there; sinks keep their own "
+        "activation in both. A loss belongs to the class of the token that is predicted. Dead features fire on no held-out "
+        "token; their intervals are Wilson's and Newcombe's, which take features for independent draws.</p>"
+        f'<div class="wide"><table><tr><th>metric</th><th>formula</th></tr>{metrics}</table>'
+        f"<table><tr><th>class</th><th>tokens</th></tr>{classes}</table></div>"
+    )
+
+
+def _configuration(result: Result) -> str:
+    text = escape(json.dumps(result["config"], indent=2, default=str, ensure_ascii=False))
+    arms = "".join(f"<li>{_name(arm['name'])}: {escape(arm['description'])}</li>" for arm in result["arms"])
+    return (
+        f"<h2>Configuration</h2>\n<ul>{arms}</ul><p>fastsae {escape(result['version'])}; the comparison took "
+        f"{number(result['seconds'])} s.</p><details><summary>The resolved configuration</summary><pre>{text}</pre></details>"
+    )
+
+
+def _of_another_model(result: Result) -> set[str]:
+    """Arms whose activations are not the model's own: no difference of theirs depends on the scale."""
+    scaled = {row["arm"] for row in result["differences"] if row["metric"] == "mse_log2"}
+    scaled |= {row["reference"] for row in result["differences"] if row["metric"] == "mse_log2"}
+    compared = {name for row in result["differences"] for name in (row["arm"], row["reference"])}
+    return compared - scaled
+
+
+def _value(result: Result, token_class: str, metric: str, arm: str) -> Value | None:
+    return result["values"].get(token_class, {}).get(metric, {}).get(arm)
+
+
+def _name(arm: str) -> str:
+    return f"<code>{escape(arm)}</code>"
+
+
+def _words(token_class: str) -> str:
+    return {"position_0": "position 0"}.get(token_class, token_class.replace("_with_sinks", ", with sinks"))
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "") + number(value)
+
+
+def _seeds(seeds: Sequence[float]) -> str:
+    return "seeds " + " · ".join(number(value) for value in seeds) if len(seeds) > 1 else "one seed"
