@@ -11,7 +11,6 @@ from html import escape
 from typing import NamedTuple
 
 from fastsae.evaluate import plots
-from fastsae.evaluate.report import number
 from fastsae.evaluate.style import CSS as REPORT_CSS
 
 _SHAPES = (
@@ -33,10 +32,12 @@ CSS = (
 """
     + "\n".join(f".m{i} {{ fill: var(--s{i}); color: var(--s{i}); }}" for i in range(len(_SHAPES)))
     + """
+body { max-width: 80rem; }
+th, td { padding-right: 1.1rem; }
 svg.mark { display: inline-block; width: 0.8rem; height: 0.8rem; vertical-align: -0.1rem; margin-right: 0.3rem; }
 .legend { display: flex; flex-wrap: wrap; gap: 0.2rem 1.2rem; margin: 0.5rem 0; font-size: 0.88rem; max-width: none; }
-.track-chart { margin: 0.6rem 0 1.6rem; max-width: 58rem; }
-.track-row { display: grid; grid-template-columns: 11rem minmax(0, 1fr) 17rem; gap: 0 1rem; align-items: center;
+.track-chart { margin: 0.6rem 0 1.6rem; max-width: 74rem; }
+.track-row { display: grid; grid-template-columns: 12rem minmax(0, 1fr) 24rem; gap: 0 1rem; align-items: center;
   padding: 0.12rem 0; font-size: 0.88rem; }
 .track-row.first { border-top: 1px solid var(--rule); margin-top: 0.3rem; padding-top: 0.4rem; }
 .track-row .said { font-variant-numeric: tabular-nums; }
@@ -63,14 +64,14 @@ td { vertical-align: top; }
 
 
 class Row(NamedTuple):
-    """One interval of a chart; texts are HTML."""
+    """One interval of a chart, in the colour of an arm; texts are HTML."""
 
     label: str
     low: float | None
     middle: float
     high: float | None
     said: str
-    style: str
+    arm: int
     starts_group: bool
 
 
@@ -96,8 +97,8 @@ def intervals(rows: Sequence[Row], axis_label: str) -> str:
     for row in rows:
         first = " first" if row.starts_group else ""
         body.append(
-            f'<div class="track-row{first}"><div>{row.label}</div><div class="track {row.style}">{zero}'
-            f"{_range(axis, row.low, row.high)}{mark(0, style=f'left:{axis(row.middle):.2f}%;fill:currentColor')}</div>"
+            f'<div class="track-row{first}"><div>{row.label}</div><div class="track m{row.arm % len(_SHAPES)}">{zero}'
+            f"{_range(axis, row.low, row.high)}{mark(row.arm, style=f'left:{axis(row.middle):.2f}%')}</div>"
             f'<div class="said">{row.said}</div></div>'
         )
     return f'<div class="track-chart">{"".join(body)}{_tick_row(axis, axis_label)}</div>'
@@ -199,8 +200,3 @@ def _tick_row(axis: plots.Axis, label: str) -> str:
         f'<div class="track-row axis"><div></div><div><div class="ticks">{spans}</div></div><div></div></div>'
         f'<p class="note">{escape(label)}</p>'
     )
-
-
-def bracket(low: float | None, high: float | None) -> str:
-    """An interval in words."""
-    return "no interval" if low is None or high is None else f"[{number(low)}, {number(high)}]"

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from fastsae.compare import charts
-from fastsae.compare.paper import FIGURES, PaperFigure
-from fastsae.compare.result import Arm, Difference, Result, Value
+from fastsae.compare import charts, paper
+from fastsae.compare.cells import arm_name, bracket, class_name, each_seed, signed, value_cell, value_of
+from fastsae.compare.result import Arm, Difference, Result
 from fastsae.compare.statistics import HIGHER, LOWER
 from fastsae.compare.sums import CLASSES, METRICS
 from fastsae.evaluate.report import number, write_page
@@ -65,7 +65,7 @@ def write_compare_page(path: str | Path, result: Result) -> None:
         _leakage(result),
         _gsnr(result),
         _controls(result),
-        _paper(result),
+        paper.section(result),
         _definitions(),
         _configuration(result),
     ]
@@ -94,12 +94,12 @@ def _verdicts(result: Result) -> str:
     pairs = list(dict.fromkeys((row["arm"], row["reference"]) for row in tested))
     if not pairs:
         return "<h2>What differs</h2>\n<p>No two arms could be compared.</p>"
-    head = "".join(f"<th>{_name(arm)}<small>against {_name(reference)}</small></th>" for arm, reference in pairs)
+    head = "".join(f"<th>{arm_name(arm)}<small>against {arm_name(reference)}</small></th>" for arm, reference in pairs)
     body = ""
     for key in dict.fromkeys((row["class"], row["metric"]) for row in tested):
         found = {(row["arm"], row["reference"]): row for row in tested if (row["class"], row["metric"]) == key}
         cells = "".join(_verdict_cell(found.get(pair)) for pair in pairs)
-        body += f"<tr><td><code>{escape(key[1])}</code><small>{escape(_words(key[0]))}</small></td>{cells}</tr>"
+        body += f"<tr><td><code>{escape(key[1])}</code><small>{class_name(key[0])}</small></td>{cells}</tr>"
     note = ""
     if len(result["seeds"]) < 2:
         note = "<p>There is one seed, so nothing here says how much another seed would change.</p>"
@@ -114,7 +114,7 @@ def _verdict_cell(row: Difference | None) -> str:
     if row is None:
         return '<td class="not-shown">not comparable</td>'
     style = _STYLES.get(row["verdict"] or "", "not-shown")
-    said = f"<small>{_signed(row['difference'])} {charts.bracket(row['low'], row['high'])}</small>"
+    said = f"<small>{signed(row['difference'])} {bracket(row['low'], row['high'])}</small>"
     reason = f"<small>{escape(row['reason'])}</small>" if row["reason"] else ""
     return f'<td><span class="{style}">{escape(row["verdict"] or "")}</span>{said}{reason}</td>'
 
@@ -135,7 +135,7 @@ def _arms(result: Result) -> str:
 def _arm_row(result: Result, i: int, arm: Arm) -> str:
     seeds = ", ".join(str(run["seed"]) for run in arm["runs"])
     about = f"<small>{'control, ' if arm['is_control'] else ''}{f'seeds {seeds}' if seeds else 'no SAE'}</small>"
-    name = f"<td>{charts.mark(i)}{_name(arm['name'])}{about}</td>"
+    name = f"<td>{charts.mark(i)}{arm_name(arm['name'])}{about}</td>"
     error = escape(arm["error"] or "")
     if not arm["runs"]:
         return f'<tr>{name}<td class="sentence" colspan="{3 + len(_COLUMNS)}">failed: {error}</td></tr>'
@@ -144,10 +144,10 @@ def _arm_row(result: Result, i: int, arm: Arm) -> str:
     target = arm["target_l0"]
     cells = f'<td class="number">{"none" if target is None else number(target)}</td>'
     cells += _l0_cell(sum(known) / len(known) if known else None, known, target)
-    held_out = _value(result, "all", "l0", arm["name"])
+    held_out = value_of(result, "all", "l0", arm["name"])
     cells += _l0_cell(held_out["value"] if held_out else None, held_out["seeds"] if held_out else [], target)
     cells += "".join(
-        _value_cell(_value(result, token_class, metric, arm["name"]), factor)
+        value_cell(value_of(result, token_class, metric, arm["name"]), factor)
         for token_class, metric, _, factor in _COLUMNS
     )
     row = f"<tr>{name}{cells}</tr>"
@@ -163,66 +163,57 @@ def _l0_cell(l0: float | None, seeds: Sequence[float], target: float | None) -> 
     if target:
         off = 100 * (l0 - target) / target
         style = ' class="higher"' if abs(off) > _LARGEST_DEVIATION else ""
-        deviation = f"<small{style}>{_signed(off)} %</small>"
-    return f'<td class="number">{number(l0)}{deviation}<small>{_seeds(seeds)}</small></td>'
-
-
-def _value_cell(value: Value | None, factor: float = 1.0) -> str:
-    if value is None:
-        return '<td class="number">n/a</td>'
-    low, high = (None if end is None else factor * end for end in (value["low"], value["high"]))
-    seeds = _seeds([factor * x for x in value["seeds"]])
-    return (
-        f'<td class="number">{number(factor * value["value"])}<small>{charts.bracket(low, high)}</small>'
-        f"<small>{seeds}</small></td>"
-    )
+        deviation = f"<small{style}>{signed(off, 2)} %</small>"
+    return f'<td class="number">{number(l0)}{deviation}<small>{each_seed(seeds)}</small></td>'
 
 
 def _forests(result: Result) -> str:
     parts = [
-        "<h2>Paired differences</h2>\n<p>Each row is one arm minus another on the same held-out dialogues, so that left of the "
-        "line the first arm is lower. The bar is the 95 % interval. Behind it: the difference, its interval, p after "
-        "Holm, the verdict, and in the last line the smallest difference that the test would have found in 80 % of such sets of "
-        "dialogues, counted at the level of Holm's first step.</p>"
+        "<h2>Paired differences</h2>\n<p>Each row is one arm minus another on the same held-out dialogues, so that "
+        "left of the line the first arm is lower. The mark is that of the other arm, the bar the 95 % interval. "
+        "Behind it: the difference, its interval, p after Holm, the verdict, and in the last line the smallest "
+        "difference that the test would have found in 80 % of such sets of dialogues, counted at the level of Holm's "
+        "first step.</p>"
     ]
     for metric, title, label in _FORESTS:
         rows = [row for row in result["differences"] if row["metric"] == metric]
         if rows:
-            parts.append(f"<h3>{title}</h3>{charts.intervals(list(_forest_rows(rows)), label)}")
+            parts.append(f"<h3>{title}</h3>{charts.intervals(list(_forest_rows(rows, _index(result))), label)}")
     return "".join(parts) if len(parts) > 1 else ""
 
 
-def _forest_rows(rows: Sequence[Difference]) -> Iterator[charts.Row]:
+def _forest_rows(rows: Sequence[Difference], index: dict[str, int]) -> Iterator[charts.Row]:
     token_class = ""
     for row in rows:
         is_first, token_class = row["class"] != token_class, row["class"]
-        label = f"{_name(row['arm'])} − {_name(row['reference'])}"
+        label = f"{arm_name(row['arm'])} − {arm_name(row['reference'])}"
         if is_first:
-            label = f"<strong>{escape(_words(token_class))}</strong><br>{label}"
-        said = f"{_signed(row['difference'])} {charts.bracket(row['low'], row['high'])}"
+            label = f"<strong>{class_name(token_class)}</strong><br>{label}"
+        said = f"{signed(row['difference'])} {bracket(row['low'], row['high'])}"
         small = []
         if row["p_holm"] is not None:
             small.append(f"p = {number(row['p_holm'], 2)}")
         small += [escape(text) for text in (row["verdict"], row["reason"]) if text]
         if row["detectable"] is not None:
             small.append(f"detectable: {number(row['detectable'], 2)}")
-        style = _STYLES.get(row["verdict"] or "", "not-shown")
         said += f"<br><small>{'; '.join(small)}</small>" if small else ""
-        yield charts.Row(label, row["low"], row["difference"], row["high"], said, style, is_first)
+        yield charts.Row(
+            label, row["low"], row["difference"], row["high"], said, index.get(row["reference"], 0), is_first
+        )
 
 
 def _classes(result: Result) -> str:
     arms = [arm["name"] for arm in result["arms"] if arm["runs"]]
-    index = {arm["name"]: i for i, arm in enumerate(result["arms"])}
+    index = _index(result)
     of_one_model = [arm for arm in arms if arm not in _of_another_model(result)]
     groups = []
     body = ""
     for token_class in CLASSES:
-        logs = {arm: _value(result, token_class, "mse_log2", arm) for arm in arms}
+        logs = {arm: value_of(result, token_class, "mse_log2", arm) for arm in arms}
         lane = [
             (
                 index[arm],
-                f"{arm}: {number(v['value'])} {charts.bracket(v['low'], v['high'])}",
+                f"{arm}: {number(v['value'])} {bracket(v['low'], v['high'])}",
                 v["low"],
                 v["value"],
                 v["high"],
@@ -231,16 +222,16 @@ def _classes(result: Result) -> str:
             if v is not None and arm in of_one_model
         ]
         if lane:
-            groups.append((f"{escape(_words(token_class))}", lane))
+            groups.append((f"{class_name(token_class)}", lane))
         cells = ""
         for arm in arms:
-            plain, log = _value(result, token_class, "mse", arm), logs[arm]
+            plain, log = value_of(result, token_class, "mse", arm), logs[arm]
             small = f"<small>{number(plain['value'])}</small>" if plain else ""
             cells += f'<td class="number">{number(log["value"] if log else None)}{small}</td>'
-        body += f"<tr><td>{escape(_words(token_class))}</td>{cells}</tr>"
+        body += f"<tr><td>{class_name(token_class)}</td>{cells}</tr>"
     if not groups:
         return ""
-    head = "".join(f'<th class="number">{_name(arm)}</th>' for arm in arms)
+    head = "".join(f'<th class="number">{arm_name(arm)}</th>' for arm in arms)
     legend = charts.legend([arm["name"] for arm in result["arms"]])
     return (
         "<h2>MSE by class of tokens</h2>\n<p>The paper's MSE: squared error per element, mean over the tokens of the class in "
@@ -255,7 +246,7 @@ def _classes(result: Result) -> str:
 def _sparsity(result: Result) -> str:
     points: list[tuple[int, str, float, float]] = []
     for i, arm in enumerate(result["arms"]):
-        l0, mse = (_value(result, "all", metric, arm["name"]) for metric in ("l0", "mse"))
+        l0, mse = (value_of(result, "all", metric, arm["name"]) for metric in ("l0", "mse"))
         if l0 and mse and arm["name"] not in _of_another_model(result):
             runs = zip(arm["runs"], l0["seeds"], mse["seeds"], strict=True)
             points += [(i, f"{arm['name']}, seed {run['seed']}", x, y) for run, x, y in runs if y > 0]
@@ -296,9 +287,9 @@ def _gsnr(result: Result) -> str:
     head = "<th>arm</th><th>parameters</th><th>features</th><th>sampled by</th>"
     head += '<th class="number">GSNR</th><th class="number">pooled</th>'
     body = "".join(
-        f"<tr><td>{_name(row['arm'])}</td><td><code>{escape(row['group'])}</code></td><td>{escape(row['features'])}</td>"
+        f"<tr><td>{arm_name(row['arm'])}</td><td><code>{escape(row['group'])}</code></td><td>{escape(row['features'])}</td>"
         f'<td>{escape(row["unit"])}</td><td class="number">{number(row["median"])}'
-        f'<small>{charts.bracket(row["low"], row["high"])}</small></td><td class="number">{number(row["pooled"])}</td></tr>'
+        f'<small>{bracket(row["low"], row["high"])}</small></td><td class="number">{number(row["pooled"])}</td></tr>'
         for row in result["gsnr"]
     )
     return (
@@ -314,8 +305,8 @@ def _controls(result: Result) -> str:
     if not controls:
         return ""
     rows = "".join(
-        f'<tr><td>{_name(arm["name"])}</td><td class="sentence">{escape(arm["description"])}</td>'
-        f"{_value_cell(_value(result, 'all', 'l0', arm['name']))}{_value_cell(_value(result, 'all', 'fvu', arm['name']))}</tr>"
+        f'<tr><td>{arm_name(arm["name"])}</td><td class="sentence">{escape(arm["description"])}</td>'
+        f"{value_cell(value_of(result, 'all', 'l0', arm['name']))}{value_cell(value_of(result, 'all', 'fvu', arm['name']))}</tr>"
         for arm in controls
     )
     return (
@@ -326,56 +317,20 @@ def _controls(result: Result) -> str:
     )
 
 
-def _paper(result: Result) -> str:
-    body = "".join(
-        f'<tr><td>{escape(f.name)}</td><td class="sentence">{escape(f.definition)}</td>'
-        f'<td class="sentence">{escape(f.paper)}</td><td class="sentence">{_ours(result, f)}</td></tr>'
-        for f in FIGURES
-    )
-    return (
-        "<h2>The paper's figures beside ours</h2>\n<p>The paper (arXiv:2506.07691) trains on blocks of plain text, BT(P), on "
-        "blocks of dialogues, BT(F), and on whole dialogues, FAST. It has other models, trains on 40.96 million tokens, "
-        " gives no L0 and no intervals, and has one seed. So the columns share definitions, and not conditions.</p>"
-        '<div class="wide"><table><tr><th>figure</th><th>definition</th><th>paper: BT(P) / BT(F) / FAST</th>'
-        f"<th>ours: bt-p / bt-f / fast</th></tr>{body}</table></div>"
-    )
-
-
-def _ours(result: Result, figure: PaperFigure) -> str:
-    if figure.ours is None:
-        return "see above" if figure.name == "GSNR" and result["gsnr"] else "not measured"
-    token_class, metric = figure.ours
-    if figure.is_ratio:
-        ratios = [_ratio_to_fast(row) for row in result["differences"] if (row["class"], row["metric"]) == figure.ours]
-        return "; ".join(filter(None, ratios)) or "not measured"
-    values = [_value(result, token_class, metric, arm) for arm in ("bt-p", "bt-f", "fast")]
-    if not any(values):
-        return "not measured"
-    said = " / ".join(number(value["value"], 4) if value else "n/a" for value in values)
-    return f"{said}<small>{escape(metric)}, {escape(_words(token_class))}</small>"
-
-
-def _ratio_to_fast(row: Difference) -> str:
-    """How many times as large as FAST's the MSE of block training is, from the difference of the logs."""
-    if row["arm"] != "fast" or row["reference"] not in ("bt-p", "bt-f"):
-        return ""
-    low, high = (None if end is None else 2.0**-end for end in (row["high"], row["low"]))
-    return f"{_name(row['reference'])} {number(2.0 ** -row['difference'])} times {charts.bracket(low, high)}"
-
-
 def _definitions() -> str:
     metrics = "".join(
         f"<tr><td><code>{name}</code></td><td>{escape(m.formula)}</td></tr>" for name, m in METRICS.items()
     )
     classes = "".join(
-        f"<tr><td>{escape(_words(name))}</td><td>{escape(meaning)}</td></tr>" for name, meaning in CLASSES.items()
+        f"<tr><td>{class_name(name)}</td><td>{escape(meaning)}</td></tr>" for name, meaning in CLASSES.items()
     )
     return (
-        "<h2>Definitions</h2>\n<p>Sums run over the held-out dialogues; i counts them. squared_error is ||x̂ − x||² over the "
-        "tokens of the class; variance is ||x − m||², where m is the mean of all tokens but the sinks. ce is the model's next-token loss, "
-        "ce_spliced the same with the reconstruction in place of the activation, ce_zero with zeros there; sinks keep their own "
-        "activation in both. A loss belongs to the class of the token that is predicted. Dead features fire on no held-out "
-        "token; their intervals are Wilson's and Newcombe's, which take features for independent draws.</p>"
+        "<h2>Definitions</h2>\n<p>Sums run over the held-out dialogues; i counts them. squared_error is ||x̂ − x||² "
+        "over the tokens of the class; variance is ||x − m||², m being the mean of all tokens but the sinks. ce is "
+        "the model's next-token loss, ce_spliced the same with the reconstruction in place of the activation, "
+        "ce_zero with zeros there; sinks keep their own activation in both. A loss belongs to the class of the token "
+        "that is predicted. Dead features fire on no held-out token; their intervals are Wilson's and Newcombe's, "
+        "which take features for independent draws.</p>"
         f'<div class="wide"><table><tr><th>metric</th><th>formula</th></tr>{metrics}</table>'
         f"<table><tr><th>class</th><th>tokens</th></tr>{classes}</table></div>"
     )
@@ -383,7 +338,7 @@ def _definitions() -> str:
 
 def _configuration(result: Result) -> str:
     text = escape(json.dumps(result["config"], indent=2, default=str, ensure_ascii=False))
-    arms = "".join(f"<li>{_name(arm['name'])}: {escape(arm['description'])}</li>" for arm in result["arms"])
+    arms = "".join(f"<li>{arm_name(arm['name'])}: {escape(arm['description'])}</li>" for arm in result["arms"])
     return (
         f"<h2>Configuration</h2>\n<ul>{arms}</ul><p>fastsae {escape(result['version'])}; the comparison took "
         f"{number(result['seconds'])} s.</p><details><summary>The resolved configuration</summary><pre>{text}</pre></details>"
@@ -398,21 +353,6 @@ def _of_another_model(result: Result) -> set[str]:
     return compared - scaled
 
 
-def _value(result: Result, token_class: str, metric: str, arm: str) -> Value | None:
-    return result["values"].get(token_class, {}).get(metric, {}).get(arm)
-
-
-def _name(arm: str) -> str:
-    return f"<code>{escape(arm)}</code>"
-
-
-def _words(token_class: str) -> str:
-    return {"position_0": "position 0"}.get(token_class, token_class.replace("_with_sinks", ", with sinks"))
-
-
-def _signed(value: float) -> str:
-    return ("+" if value > 0 else "") + number(value)
-
-
-def _seeds(seeds: Sequence[float]) -> str:
-    return "seeds " + " · ".join(number(value) for value in seeds) if len(seeds) > 1 else "one seed"
+def _index(result: Result) -> dict[str, int]:
+    """Name of an arm to the number that gives it its mark."""
+    return {arm["name"]: i for i, arm in enumerate(result["arms"])}

@@ -6,7 +6,12 @@ prints as log2 are called so here; it prints them as plain "MSE" in places.
 
 from __future__ import annotations
 
+from html import escape
 from typing import NamedTuple
+
+from fastsae.compare.cells import arm_name, bracket, class_name, value_of
+from fastsae.compare.result import Difference, Result
+from fastsae.evaluate.report import number
 
 
 class PaperFigure(NamedTuple):
@@ -93,3 +98,41 @@ FIGURES = (
         None,
     ),
 )
+
+
+def section(result: Result) -> str:
+    """The paper's figures beside those of a comparison, as HTML."""
+    body = "".join(
+        f'<tr><td>{escape(f.name)}</td><td class="sentence">{escape(f.definition)}</td>'
+        f'<td class="sentence">{escape(f.paper)}</td><td class="sentence">{_ours(result, f)}</td></tr>'
+        for f in FIGURES
+    )
+    return (
+        "<h2>The paper's figures beside ours</h2>\n<p>The paper (arXiv:2506.07691) trains on blocks of plain text, BT(P), on "
+        "blocks of dialogues, BT(F), and on whole dialogues, FAST. It has other models, trains on 40.96 million tokens, "
+        "gives no L0 and no intervals, and has one seed. So the columns share definitions, and not conditions.</p>"
+        '<div class="wide"><table><tr><th>figure</th><th>definition</th><th>paper: BT(P) / BT(F) / FAST</th>'
+        f"<th>ours: bt-p / bt-f / fast</th></tr>{body}</table></div>"
+    )
+
+
+def _ours(result: Result, figure: PaperFigure) -> str:
+    if figure.ours is None:
+        return "see above" if figure.name == "GSNR" and result["gsnr"] else "not measured"
+    token_class, metric = figure.ours
+    if figure.is_ratio:
+        ratios = [_ratio_to_fast(row) for row in result["differences"] if (row["class"], row["metric"]) == figure.ours]
+        return "; ".join(filter(None, ratios)) or "not measured"
+    values = [value_of(result, token_class, metric, arm) for arm in ("bt-p", "bt-f", "fast")]
+    if not any(values):
+        return "not measured"
+    said = " / ".join(number(value["value"], 4) if value else "n/a" for value in values)
+    return f"{said}<small>{escape(metric)}, {class_name(token_class)}</small>"
+
+
+def _ratio_to_fast(row: Difference) -> str:
+    """How many times as large as FAST's the MSE of block training is, from the difference of the logs."""
+    if row["arm"] != "fast" or row["reference"] not in ("bt-p", "bt-f"):
+        return ""
+    low, high = (None if end is None else 2.0**-end for end in (row["high"], row["low"]))
+    return f"{arm_name(row['reference'])} {number(2.0 ** -row['difference'])} times {bracket(low, high)}"
