@@ -33,12 +33,13 @@ CSS = (
     + "\n".join(f".m{i} {{ fill: var(--s{i}); color: var(--s{i}); }}" for i in range(len(_SHAPES)))
     + """
 body { max-width: 80rem; }
-th, td { padding-right: 1.1rem; }
+th, td { padding-right: 1rem; }
 svg.mark { display: inline-block; width: 0.8rem; height: 0.8rem; vertical-align: -0.1rem; margin-right: 0.3rem; }
 .legend { display: flex; flex-wrap: wrap; gap: 0.2rem 1.2rem; margin: 0.5rem 0; font-size: 0.88rem; max-width: none; }
 .track-chart { margin: 0.6rem 0 1.6rem; max-width: 74rem; }
 .track-row { display: grid; grid-template-columns: 12rem minmax(0, 1fr) 24rem; gap: 0 1rem; align-items: center;
   padding: 0.12rem 0; font-size: 0.88rem; }
+.lane-chart .track-row { grid-template-columns: 12rem minmax(0, 1fr); }
 .track-row.first { border-top: 1px solid var(--rule); margin-top: 0.3rem; padding-top: 0.4rem; }
 .track-row .said { font-variant-numeric: tabular-nums; }
 .track-row .said small { color: var(--soft); }
@@ -55,10 +56,10 @@ svg.mark { display: inline-block; width: 0.8rem; height: 0.8rem; vertical-align:
 svg .area { fill: var(--s0); opacity: 0.16; } svg .target { stroke: var(--soft); stroke-dasharray: 4 3; }
 td small, th small { display: block; font-weight: 400; font-size: 0.82em; color: var(--soft); white-space: nowrap; }
 td.sentence { min-width: 15rem; white-space: normal; }
-td { vertical-align: top; }
+td { vertical-align: top; } th.number { white-space: normal; }
 @media (max-width: 44rem) { body { padding: 1.5rem 1rem 3rem; }
   .track-row { grid-template-columns: minmax(0, 1fr); padding: 0.3rem 0; }
-  .track-row.axis > :first-child, .track-row.axis > :last-child { display: none; } }
+  .track-row.axis > :empty { display: none; } .lane-chart .track-row { grid-template-columns: minmax(0, 1fr); } }
 """
 )
 
@@ -79,8 +80,13 @@ def mark(arm: int, title: str = "", style: str = "") -> str:
     """The mark of the arm with this index, as an inline element."""
     tip = f"<title>{escape(title)}</title>" if title else ""
     where = f' style="{style}"' if style else ""
-    i = arm % len(_SHAPES)
-    return f'<svg class="mark m{i}" viewBox="-6 -6 12 12" aria-hidden="true"{where}>{tip}<path d="{_SHAPES[i]}"/></svg>'
+    shape = _SHAPES[arm % len(_SHAPES)]
+    return f'<svg class="mark {_colour(arm)}" viewBox="-6 -6 12 12" aria-hidden="true"{where}>{tip}<path d="{shape}"/></svg>'
+
+
+def _colour(arm: int) -> str:
+    """The class of the arm's colour; from the ninth arm on shapes come again, in other colours."""
+    return f"m{(arm + arm // len(_SHAPES)) % len(_SHAPES)}"
 
 
 def legend(arms: Sequence[str]) -> str:
@@ -97,7 +103,7 @@ def intervals(rows: Sequence[Row], axis_label: str) -> str:
     for row in rows:
         first = " first" if row.starts_group else ""
         body.append(
-            f'<div class="track-row{first}"><div>{row.label}</div><div class="track m{row.arm % len(_SHAPES)}">{zero}'
+            f'<div class="track-row{first}"><div>{row.label}</div><div class="track {_colour(row.arm)}">{zero}'
             f"{_range(axis, row.low, row.high)}{mark(row.arm, style=f'left:{axis(row.middle):.2f}%')}</div>"
             f'<div class="said">{row.said}</div></div>'
         )
@@ -117,14 +123,12 @@ def lanes(
     body = []
     for name, arms in groups:
         drawn = "".join(
-            f'<div class="lane m{arm % len(_SHAPES)}">{_range(axis, low, high)}'
+            f'<div class="lane {_colour(arm)}">{_range(axis, low, high)}'
             f"{mark(arm, title, f'left:{axis(value):.2f}%')}</div>"
             for arm, title, low, value, high in arms
         )
-        body.append(
-            f'<div class="track-row first"><div>{name}</div><div class="track lanes">{drawn}</div><div></div></div>'
-        )
-    return f'<div class="track-chart">{"".join(body)}{_tick_row(axis, label)}</div>'
+        body.append(f'<div class="track-row first"><div>{name}</div><div class="track lanes">{drawn}</div></div>')
+    return f'<div class="track-chart lane-chart">{"".join(body)}{_tick_row(axis, label)}</div>'
 
 
 def scatter(points: Sequence[tuple[int, str, float, float]], target: float | None, x_label: str, y_label: str) -> str:
@@ -139,17 +143,17 @@ def scatter(points: Sequence[tuple[int, str, float, float]], target: float | Non
     if not points:
         return '<p class="note">No values to draw.</p>'
     xs = [x for _, _, x, _ in points] + ([] if target is None else [target])
-    x_ticks = plots.linear_ticks(0, 1.08 * max(xs) or 1)
+    margin = max(0.08 * (max(xs) - min(xs)), 0.02 * max(xs)) or 1.0
+    left, right = max(0.0, min(xs) - margin), max(xs) + margin
     y_ticks, low, high = plots.log_ticks(*(f(y for *_, y in points) for f in (min, max)))
-    x_axis = plots.Axis(0, 1.08 * max(xs) or 1, plots.LEFT, plots.WIDTH - plots.RIGHT)
+    x_axis = plots.Axis(left, right, plots.LEFT, plots.WIDTH - plots.RIGHT)
     y_axis = plots.Axis(low, high, plots.HEIGHT - plots.BOTTOM, plots.TOP, log=True)
-    parts = [plots.frame(x_axis, x_ticks, y_axis, y_ticks, x_label, y_label)]
+    parts = [plots.frame(x_axis, plots.linear_ticks(left, right), y_axis, y_ticks, x_label, y_label)]
     if target is not None:
         parts.append(f'<path class="target" d="M{x_axis(target):.1f} {plots.TOP}V{plots.HEIGHT - plots.BOTTOM}"/>')
     for arm, title, x, y in points:
-        i = arm % len(_SHAPES)
         parts.append(
-            f'<path class="m{i}" d="{_SHAPES[i]}" transform="translate({x_axis(x):.1f} {y_axis(y):.1f})">'
+            f'<path class="{_colour(arm)}" d="{_SHAPES[arm % len(_SHAPES)]}" transform="translate({x_axis(x):.1f} {y_axis(y):.1f})">'
             f"<title>{escape(title)}</title></path>"
         )
     return plots.svg(parts, f"{y_label} against {x_label}")
@@ -197,6 +201,6 @@ def _tick_row(axis: plots.Axis, label: str) -> str:
     ticks = plots.linear_ticks(axis.low, axis.high)
     spans = "".join(f'<span style="left:{axis(x):.2f}%">{plots.tick_text(x)}</span>' for x in ticks)
     return (
-        f'<div class="track-row axis"><div></div><div><div class="ticks">{spans}</div></div><div></div></div>'
+        f'<div class="track-row axis"><div></div><div><div class="ticks">{spans}</div></div></div>'
         f'<p class="note">{escape(label)}</p>'
     )

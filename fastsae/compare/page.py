@@ -114,13 +114,13 @@ def _verdict_cell(row: Difference | None) -> str:
     if row is None:
         return '<td class="not-shown">not comparable</td>'
     style = _STYLES.get(row["verdict"] or "", "not-shown")
-    said = f"<small>{signed(row['difference'])} {bracket(row['low'], row['high'])}</small>"
+    said = f"<small>{signed(row['difference'])}</small><small>{bracket(row['low'], row['high'])}</small>"
     reason = f"<small>{escape(row['reason'])}</small>" if row["reason"] else ""
     return f'<td><span class="{style}">{escape(row["verdict"] or "")}</span>{said}{reason}</td>'
 
 
 def _arms(result: Result) -> str:
-    head = '<th>arm</th><th class="number">target L0</th><th class="number">L0, own data</th><th class="number">L0, held out</th>'
+    head = '<th>arm</th><th class="number">L0, own data</th><th class="number">L0, held out</th>'
     head += "".join(f'<th class="number">{name}</th>' for _, _, name, _ in _COLUMNS)
     body = "".join(_arm_row(result, i, arm) for i, arm in enumerate(result["arms"]))
     return (
@@ -134,16 +134,16 @@ def _arms(result: Result) -> str:
 
 def _arm_row(result: Result, i: int, arm: Arm) -> str:
     seeds = ", ".join(str(run["seed"]) for run in arm["runs"])
+    target = arm["target_l0"]
     about = f"<small>{'control, ' if arm['is_control'] else ''}{f'seeds {seeds}' if seeds else 'no SAE'}</small>"
+    about += f"<small>target L0: {'none' if target is None else number(target)}</small>"
     name = f"<td>{charts.mark(i)}{arm_name(arm['name'])}{about}</td>"
     error = escape(arm["error"] or "")
     if not arm["runs"]:
-        return f'<tr>{name}<td class="sentence" colspan="{3 + len(_COLUMNS)}">failed: {error}</td></tr>'
+        return f'<tr>{name}<td class="sentence" colspan="{2 + len(_COLUMNS)}">failed: {error}</td></tr>'
     own = [run["l0_own_data"] for run in arm["runs"]]
     known = [l0 for l0 in own if l0 is not None]
-    target = arm["target_l0"]
-    cells = f'<td class="number">{"none" if target is None else number(target)}</td>'
-    cells += _l0_cell(sum(known) / len(known) if known else None, known, target)
+    cells = _l0_cell(sum(known) / len(known) if known else None, known, target)
     held_out = value_of(result, "all", "l0", arm["name"])
     cells += _l0_cell(held_out["value"] if held_out else None, held_out["seeds"] if held_out else [], target)
     cells += "".join(
@@ -152,7 +152,7 @@ def _arm_row(result: Result, i: int, arm: Arm) -> str:
     )
     row = f"<tr>{name}{cells}</tr>"
     if error:
-        row += f'<tr><td></td><td class="sentence" colspan="{3 + len(_COLUMNS)}">a seed failed: {error}</td></tr>'
+        row += f'<tr><td></td><td class="sentence" colspan="{2 + len(_COLUMNS)}">a seed failed: {error}</td></tr>'
     return row
 
 
@@ -171,7 +171,7 @@ def _forests(result: Result) -> str:
     parts = [
         "<h2>Paired differences</h2>\n<p>Each row is one arm minus another on the same held-out dialogues, so that "
         "left of the line the first arm is lower. The mark is that of the other arm, the bar the 95 % interval. "
-        "Behind it: the difference, its interval, p after Holm, the verdict, and in the last line the smallest "
+        "Behind it: the difference, its interval, p after Holm, the verdict or what stands against one, and the smallest "
         "difference that the test would have found in 80 % of such sets of dialogues, counted at the level of Holm's "
         "first step.</p>"
     ]
@@ -192,11 +192,12 @@ def _forest_rows(rows: Sequence[Difference], index: dict[str, int]) -> Iterator[
         said = f"{signed(row['difference'])} {bracket(row['low'], row['high'])}"
         small = []
         if row["p_holm"] is not None:
-            small.append(f"p = {number(row['p_holm'], 2)}")
-        small += [escape(text) for text in (row["verdict"], row["reason"]) if text]
+            p = row["p_holm"]
+            small.append("p &lt; 0.0001" if p < 1e-4 else f"p = {number(p, 2)}")
+        small.append(escape(row["reason"] or row["verdict"] or "not tested"))
         if row["detectable"] is not None:
-            small.append(f"detectable: {number(row['detectable'], 2)}")
-        said += f"<br><small>{'; '.join(small)}</small>" if small else ""
+            small.append(f"detectable {number(row['detectable'], 2)}")
+        said += f"<br><small>{'; '.join(small)}</small>"
         yield charts.Row(
             label, row["low"], row["difference"], row["high"], said, index.get(row["reference"], 0), is_first
         )
@@ -204,43 +205,41 @@ def _forest_rows(rows: Sequence[Difference], index: dict[str, int]) -> Iterator[
 
 def _classes(result: Result) -> str:
     arms = [arm["name"] for arm in result["arms"] if arm["runs"]]
-    index = _index(result)
-    of_one_model = [arm for arm in arms if arm not in _of_another_model(result)]
-    groups = []
     body = ""
     for token_class in CLASSES:
-        logs = {arm: value_of(result, token_class, "mse_log2", arm) for arm in arms}
-        lane = [
-            (
-                index[arm],
-                f"{arm}: {number(v['value'])} {bracket(v['low'], v['high'])}",
-                v["low"],
-                v["value"],
-                v["high"],
-            )
-            for arm, v in logs.items()
-            if v is not None and arm in of_one_model
-        ]
-        if lane:
-            groups.append((f"{class_name(token_class)}", lane))
         cells = ""
         for arm in arms:
-            plain, log = value_of(result, token_class, "mse", arm), logs[arm]
+            plain, log = (value_of(result, token_class, metric, arm) for metric in ("mse", "mse_log2"))
             small = f"<small>{number(plain['value'])}</small>" if plain else ""
             cells += f'<td class="number">{number(log["value"] if log else None)}{small}</td>'
         body += f"<tr><td>{class_name(token_class)}</td>{cells}</tr>"
-    if not groups:
+    if not arms:
         return ""
     head = "".join(f'<th class="number">{arm_name(arm)}</th>' for arm in arms)
-    legend = charts.legend([arm["name"] for arm in result["arms"]])
+    with_sinks = [name for name in CLASSES if "sinks" in name or name == "position_0"]
+    drawn = "".join(_class_lanes(result, names) for names in ([n for n in CLASSES if n not in with_sinks], with_sinks))
     return (
         "<h2>MSE by class of tokens</h2>\n<p>The paper's MSE: squared error per element, mean over the tokens of the class in "
-        "a dialogue, then over the dialogues that have any. Attention sinks are left out but where the class says otherwise. "
-        "Classes are defined at the end of the page. Arms on another model's activations are in the table "
-        f"alone, as their scale is another one.</p>{legend}{charts.lanes(groups, 'log2 of the MSE, with 95 % intervals')}"
-        "<p>log2 of the MSE, and below it the MSE itself:</p>"
+        "a dialogue, then over the dialogues that have any. Attention sinks are left out but where the class says otherwise, "
+        "and what holds them has an axis of its own. Classes are defined at the end of the page. Arms on another model's "
+        "activations are in the table alone, as their scale is another one.</p>"
+        f"{charts.legend([arm['name'] for arm in result['arms']])}{drawn}<p>log2 of the MSE, and below it the MSE itself:</p>"
         f'<div class="wide"><table><tr><th>class</th>{head}</tr>{body}</table></div>'
     )
+
+
+def _class_lanes(result: Result, classes: Sequence[str]) -> str:
+    groups = []
+    for token_class in classes:
+        lanes = []
+        for arm, i in _index(result).items():
+            value = value_of(result, token_class, "mse_log2", arm)
+            if value is not None and arm not in _of_another_model(result):
+                title = f"{arm}: {number(value['value'])} {bracket(value['low'], value['high'])}"
+                lanes.append((i, title, value["low"], value["value"], value["high"]))
+        if lanes:
+            groups.append((class_name(token_class), lanes))
+    return charts.lanes(groups, "log2 of the MSE, with 95 % intervals") if groups else ""
 
 
 def _sparsity(result: Result) -> str:
