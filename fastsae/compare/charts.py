@@ -6,7 +6,7 @@ Marks of an arm have a colour and a shape, so that neither is needed to tell it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ CSS = (
     + "\n".join(f".m{i} {{ fill: var(--s{i}); color: var(--s{i}); }}" for i in range(len(_SHAPES)))
     + """
 body { max-width: 80rem; }
-th, td { padding-right: 1rem; }
+th, td { padding-right: 0.9rem; }
 svg.mark { display: inline-block; width: 0.8rem; height: 0.8rem; vertical-align: -0.1rem; margin-right: 0.3rem; }
 .legend { display: flex; flex-wrap: wrap; gap: 0.2rem 1.2rem; margin: 0.5rem 0; font-size: 0.88rem; max-width: none; }
 .track-chart { margin: 0.6rem 0 1.6rem; max-width: 74rem; }
@@ -55,7 +55,7 @@ svg.mark { display: inline-block; width: 0.8rem; height: 0.8rem; vertical-align:
 .lower { color: var(--s0); } .higher { color: var(--s1); } .not-shown { color: var(--soft); }
 svg .area { fill: var(--s0); opacity: 0.16; } svg .target { stroke: var(--soft); stroke-dasharray: 4 3; }
 td small, th small { display: block; font-weight: 400; font-size: 0.82em; color: var(--soft); white-space: nowrap; }
-td.sentence { min-width: 15rem; white-space: normal; }
+td.sentence { min-width: 15rem; } td.arm { white-space: nowrap; }
 td { vertical-align: top; } th.number { white-space: normal; }
 @media (max-width: 44rem) { body { padding: 1.5rem 1rem 3rem; }
   .track-row { grid-template-columns: minmax(0, 1fr); padding: 0.3rem 0; }
@@ -89,9 +89,9 @@ def _colour(arm: int) -> str:
     return f"m{(arm + arm // len(_SHAPES)) % len(_SHAPES)}"
 
 
-def legend(arms: Sequence[str]) -> str:
-    """Names and marks of the arms."""
-    return '<p class="legend">' + "".join(f"<span>{mark(i)}{escape(arm)}</span>" for i, arm in enumerate(arms)) + "</p>"
+def legend(arms: Mapping[str, int]) -> str:
+    """Names and marks of the arms, from their indices."""
+    return '<p class="legend">' + "".join(f"<span>{mark(i)}{escape(arm)}</span>" for arm, i in arms.items()) + "</p>"
 
 
 def intervals(rows: Sequence[Row], axis_label: str) -> str:
@@ -153,8 +153,8 @@ def scatter(points: Sequence[tuple[int, str, float, float]], target: float | Non
         parts.append(f'<path class="target" d="M{x_axis(target):.1f} {plots.TOP}V{plots.HEIGHT - plots.BOTTOM}"/>')
     for arm, title, x, y in points:
         parts.append(
-            f'<path class="{_colour(arm)}" d="{_SHAPES[arm % len(_SHAPES)]}" transform="translate({x_axis(x):.1f} {y_axis(y):.1f})">'
-            f"<title>{escape(title)}</title></path>"
+            f'<path class="{_colour(arm)}" d="{_SHAPES[arm % len(_SHAPES)]}" '
+            f'transform="translate({x_axis(x):.1f} {y_axis(y):.1f})"><title>{escape(title)}</title></path>'
         )
     return plots.svg(parts, f"{y_label} against {x_label}")
 

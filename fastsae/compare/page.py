@@ -137,7 +137,7 @@ def _arm_row(result: Result, i: int, arm: Arm) -> str:
     target = arm["target_l0"]
     about = f"<small>{'control, ' if arm['is_control'] else ''}{f'seeds {seeds}' if seeds else 'no SAE'}</small>"
     about += f"<small>target L0: {'none' if target is None else number(target)}</small>"
-    name = f"<td>{charts.mark(i)}{arm_name(arm['name'])}{about}</td>"
+    name = f'<td class="arm">{charts.mark(i)}{arm_name(arm["name"])}{about}</td>'
     error = escape(arm["error"] or "")
     if not arm["runs"]:
         return f'<tr>{name}<td class="sentence" colspan="{2 + len(_COLUMNS)}">failed: {error}</td></tr>'
@@ -217,24 +217,27 @@ def _classes(result: Result) -> str:
         return ""
     head = "".join(f'<th class="number">{arm_name(arm)}</th>' for arm in arms)
     with_sinks = [name for name in CLASSES if "sinks" in name or name == "position_0"]
-    drawn = "".join(_class_lanes(result, names) for names in ([n for n in CLASSES if n not in with_sinks], with_sinks))
+    index = _of_this_model(result)
+    drawn = "".join(
+        _class_lanes(result, index, names) for names in ([n for n in CLASSES if n not in with_sinks], with_sinks)
+    )
     return (
         "<h2>MSE by class of tokens</h2>\n<p>The paper's MSE: squared error per element, mean over the tokens of the class in "
         "a dialogue, then over the dialogues that have any. Attention sinks are left out but where the class says otherwise, "
         "and what holds them has an axis of its own. Classes are defined at the end of the page. Arms on another model's "
         "activations are in the table alone, as their scale is another one.</p>"
-        f"{charts.legend([arm['name'] for arm in result['arms']])}{drawn}<p>log2 of the MSE, and below it the MSE itself:</p>"
+        f"{charts.legend(index)}{drawn}<p>log2 of the MSE, and below it the MSE itself:</p>"
         f'<div class="wide"><table><tr><th>class</th>{head}</tr>{body}</table></div>'
     )
 
 
-def _class_lanes(result: Result, classes: Sequence[str]) -> str:
+def _class_lanes(result: Result, index: dict[str, int], classes: Sequence[str]) -> str:
     groups = []
     for token_class in classes:
         lanes = []
-        for arm, i in _index(result).items():
+        for arm, i in index.items():
             value = value_of(result, token_class, "mse_log2", arm)
-            if value is not None and arm not in _of_another_model(result):
+            if value is not None:
                 title = f"{arm}: {number(value['value'])} {bracket(value['low'], value['high'])}"
                 lanes.append((i, title, value["low"], value["value"], value["high"]))
         if lanes:
@@ -244,18 +247,19 @@ def _class_lanes(result: Result, classes: Sequence[str]) -> str:
 
 def _sparsity(result: Result) -> str:
     points: list[tuple[int, str, float, float]] = []
-    for i, arm in enumerate(result["arms"]):
-        l0, mse = (value_of(result, "all", metric, arm["name"]) for metric in ("l0", "mse"))
-        if l0 and mse and arm["name"] not in _of_another_model(result):
-            runs = zip(arm["runs"], l0["seeds"], mse["seeds"], strict=True)
-            points += [(i, f"{arm['name']}, seed {run['seed']}", x, y) for run, x, y in runs if y > 0]
+    index = _of_this_model(result)
+    for arm, i in index.items():
+        l0, mse = (value_of(result, "all", metric, arm) for metric in ("l0", "mse"))
+        if l0 and mse:
+            runs = zip(result["arms"][i]["runs"], l0["seeds"], mse["seeds"], strict=True)
+            points += [(i, f"{arm}, seed {run['seed']}", x, y) for run, x, y in runs if y > 0]
     targets = {arm["target_l0"] for arm in result["arms"]} - {None}
     target = targets.pop() if len(targets) == 1 else None
     chart = charts.scatter(points, target, "L0, features per token", "MSE per element (log scale)")
     return (
         "<h2>L0 against MSE</h2>\n<p>Each mark is one SAE on the held-out dialogues, attention sinks left out. Of two SAEs, "
         "only one that lies lower at the same L0 reconstructs better. The dashed line is the target.</p>"
-        f"{charts.legend([arm['name'] for arm in result['arms']])}<figure>{chart}</figure>"
+        f"{charts.legend(index)}<figure>{chart}</figure>"
     )
 
 
@@ -344,12 +348,10 @@ def _configuration(result: Result) -> str:
     )
 
 
-def _of_another_model(result: Result) -> set[str]:
-    """Arms whose activations are not the model's own: no difference of theirs depends on the scale."""
-    scaled = {row["arm"] for row in result["differences"] if row["metric"] == "mse_log2"}
-    scaled |= {row["reference"] for row in result["differences"] if row["metric"] == "mse_log2"}
-    compared = {name for row in result["differences"] for name in (row["arm"], row["reference"])}
-    return compared - scaled
+def _of_this_model(result: Result) -> dict[str, int]:
+    """Name to index of the arms that have an SAE on the model's own activations."""
+    arms = enumerate(result["arms"])
+    return {arm["name"]: i for i, arm in arms if arm["runs"] and not arm["is_another_model"]}
 
 
 def _index(result: Result) -> dict[str, int]:
