@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,16 @@ L0_TOLERANCE = 0.02  # of the target
 _LAST = 0.1  # share of the training, at its end, over which an arm's own L0 is averaged
 
 
-def folders(plan: Plan, output: Path) -> dict[str, Path]:
-    """The folder of each SAE of a comparison, by its name."""
-    return {sae: output / RUNS / stream / sae for stream, saes in plan.streams().items() for sae in saes}
+def trained(plan: Plan, output: Path, failures: Mapping[str, str]) -> dict[str, dict[int, Path]]:
+    """The folders of the SAEs that did not fail, by arm and seed."""
+    places = {sae: output / RUNS / stream / sae for stream, saes in plan.streams().items() for sae in saes}
+    return {
+        arm: {seed: places[name] for seed in plan.seeds if (name := sae_name(arm, seed)) not in failures}
+        for arm in plan.arms
+    }
 
 
-def collect(plan: Plan, output: Path, failures: dict[str, str], measured: dict[str, Any]) -> Result:
+def collect(plan: Plan, output: Path, failures: Mapping[str, str], measured: dict[str, Any]) -> Result:
     """What a comparison has found.
 
     Args:
@@ -41,20 +45,16 @@ def collect(plan: Plan, output: Path, failures: dict[str, str], measured: dict[s
     Raises:
         FastsaeError: No SAE of the reference is there, or files are damaged.
     """
-    places = folders(plan, output)
-    trained = {
-        arm: {seed: places[sae_name(arm, seed)] for seed in plan.seeds if sae_name(arm, seed) not in failures}
-        for arm in plan.arms
-    }
-    if not trained[REFERENCE]:
+    places = trained(plan, output, failures)
+    if not places[REFERENCE]:
         raise FastsaeError(f"every SAE of {REFERENCE} failed: {failures[sae_name(REFERENCE, plan.seeds[0])]}")
-    sums = {arm: [DialogueSums.load(place) for place in seeds.values()] for arm, seeds in trained.items() if seeds}
-    metrics = {place: read_json(place / METRICS_FILE) for seeds in trained.values() for place in seeds.values()}
-    config = read_config(next(iter(trained[REFERENCE].values())))
+    sums = {arm: [DialogueSums.load(place) for place in seeds.values()] for arm, seeds in places.items() if seeds}
+    metrics = {place: read_json(place / METRICS_FILE) for seeds in places.values() for place in seeds.values()}
+    config = read_config(next(iter(places[REFERENCE].values())))
     d_in = sums[REFERENCE][0].d_in
     n_features = config.n_features(d_in)
     dead = {
-        arm: [(round(metrics[place]["dead_share"] * n_features), n_features) for place in trained[arm].values()]
+        arm: [(round(metrics[place]["dead_share"] * n_features), n_features) for place in places[arm].values()]
         for arm in sums
     }
     values, differences = analyse(sums, [(arm, REFERENCE) for arm in sums if arm != REFERENCE], dead)
@@ -63,7 +63,7 @@ def collect(plan: Plan, output: Path, failures: dict[str, str], measured: dict[s
         own = sums.get(arm, [])
         runs = [
             _run(seed, place, metrics[place], found, counts)
-            for (seed, place), found, counts in zip(trained[arm].items(), own, dead.get(arm, []), strict=True)
+            for (seed, place), found, counts in zip(places[arm].items(), own, dead.get(arm, []), strict=True)
         ]
         error = next((failures[name] for seed in plan.seeds if (name := sae_name(arm, seed)) in failures), None)
         arms.append(_arm(arm, plan, runs, error))
@@ -83,7 +83,9 @@ def collect(plan: Plan, output: Path, failures: dict[str, str], measured: dict[s
         "warnings": _warnings(arms, values["all"]["l0"]),
         "config": asdict(replace(config, seed=plan.seeds[0])),
         "version": __version__,
-        **measured,
+        "gsnr": measured["gsnr"],
+        "leakage": measured["leakage"],
+        "seconds": measured["seconds"],
     }
 
 
@@ -111,6 +113,7 @@ def _arm(name: str, plan: Plan, runs: list[Run], error: str | None) -> Arm:
         "name": name,
         "description": meaning[:1].upper() + meaning[1:] + ".",
         "is_control": name in CONTROLS,
+        "is_another_model": plan.config(name, plan.seeds[0]).random_model,
         "target_l0": None if target is None else float(target),
         "runs": runs,
         "error": error,

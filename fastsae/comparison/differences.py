@@ -29,6 +29,7 @@ from fastsae.evaluate.dialogues import CLASSES, DialogueSums, FloatArray
 Arms = Mapping[str, Sequence[DialogueSums]]
 Dead = Mapping[str, Sequence[tuple[int, int]]]
 
+FEATURES, DEAD = "features", "dead_share"  # stand where other metrics have the class of tokens and the name
 TESTED = (
     ("all", "fvu"),
     ("special", "fvu"),
@@ -43,11 +44,11 @@ TESTED = (
     ("all", "delta_loss_percent"),
     ("assistant", "delta_loss_percent"),
     ("all", "kl"),
+    (FEATURES, DEAD),
 )
 """Class and metric of the hypotheses of each pair of arms. With all pairs they are the one family that Holm corrects."""
 NOT_TESTED = (("all", "l0"), ("special", "l0"))
 """Differences that have an interval and no verdict: L0 is set, and not found."""
-FEATURES, DEAD = "features", "dead_share"  # stand where other metrics have the class of tokens and the name
 
 
 class _Statistic:
@@ -142,6 +143,8 @@ def analyse(
     shares = {arm: _dead_share(dead[arm]) for arm in arms}
     values[FEATURES] = {DEAD: {**shares}}
     rows += [_dead_difference(dead, shares, *pair) for pair in shown]
+    order = [*TESTED, *NOT_TESTED]
+    rows.sort(key=lambda row: order.index((row["class"], row["metric"])))
     _judge(rows)
     return values, rows
 

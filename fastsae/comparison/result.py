@@ -57,6 +57,7 @@ class Arm(TypedDict):
     name: str
     description: str  # how the activations and the SAE are made, in one sentence
     is_control: bool
+    is_another_model: bool  # the activations are another model's, so that their scale cannot be compared
     target_l0: float | None  # None where the arm's recipe sets none, as the paper's does
     runs: list[Run]  # those that ended well, one for each seed
     error: str | None  # why the others are missing

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastsae.comparison.arms import DEFAULT_ARMS, Plan, chosen
-from fastsae.comparison.collect import RUNS, collect
-from fastsae.comparison.page import write_page
+from fastsae.comparison.collect import RUNS, collect, trained
+from fastsae.comparison.gradients import measure
+from fastsae.comparison.page import write_compare_page
 from fastsae.comparison.result import Result
 from fastsae.disk import local_path, write_json
 from fastsae.errors import FastsaeError, UsageError
@@ -69,8 +71,11 @@ def carry_out(plan: Plan, output: Path, *, resume: bool, progress: bool) -> Resu
     for stream, saes in plan.streams().items():
         failures |= _train(output / RUNS / stream, saes, progress)
     seconds = sum(read_json(output / RUNS / stream / METRICS_FILE)["seconds"] for stream in plan.streams())
-    result = collect(plan, output, failures, {"gsnr": [], "leakage": [], "seconds": seconds})
-    write_page(output / PAGE_FILE, result)
+    started = time.perf_counter()
+    places = {arm: next(iter(found.values())) for arm, found in trained(plan, output, failures).items() if found}
+    measured = measure(places, progress=progress)
+    result = collect(plan, output, failures, {**measured, "seconds": seconds + time.perf_counter() - started})
+    write_compare_page(output / PAGE_FILE, result)
     write_json(output / RESULT_FILE, result)  # the last file: where it is, the comparison is complete
     return result
 

@@ -153,7 +153,7 @@ def two_shares_p_value(count_a: int, total_a: int, count_b: int, total_b: int) -
     error = math.sqrt(pooled * (1 - pooled) * (1 / total_a + 1 / total_b))
     if not error:
         return 1.0
-    return 2 * _NORMAL.cdf(-abs(count_a / total_a - count_b / total_b) / error)
+    return math.erfc(abs(count_a / total_a - count_b / total_b) / error / math.sqrt(2))
 
 
 def detectable_difference(standard_error: float, alpha: float = 1 - CONFIDENCE, power: float = POWER) -> float:

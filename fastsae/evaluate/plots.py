@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 WIDTH, HEIGHT = 460, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 12, 44
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 44
 _MAX_POINTS = 400
 _LEGEND_ROW = 16
 
@@ -34,14 +34,14 @@ def line_chart(
     xs = [x for points in drawn.values() for x, _ in points]
     ys = [y for points in drawn.values() for _, y in points]
     x_ticks = linear_ticks(0, max(xs) or 1)
-    x_axis = _Axis(0, max(xs) or 1, _LEFT, WIDTH - _RIGHT)
+    x_axis = Axis(0, max(xs) or 1, LEFT, WIDTH - RIGHT)
     if log:
-        y_ticks, low, high = _log_ticks(min(ys), max(ys))
+        y_ticks, low, high = log_ticks(min(ys), max(ys))
     else:
         y_ticks = linear_ticks(0, (top if top is not None else max(ys)) or 1)
         low, high = 0.0, max(y_ticks[-1], (top if top is not None else max(ys)) or 1)
-    y_axis = _Axis(low, high, HEIGHT - _BOTTOM, _TOP, log)
-    parts = [_frame(x_axis, x_ticks, y_axis, y_ticks, x_label, y_label)]
+    y_axis = Axis(low, high, HEIGHT - BOTTOM, TOP, log)
+    parts = [frame(x_axis, x_ticks, y_axis, y_ticks, x_label, y_label)]
     for i, (name, points) in enumerate(drawn.items()):
         path = "L".join(f"{x_axis(x):.1f} {y_axis(y):.1f}" for x, y in points)
         parts.append(f'<path class="line s{i}" d="M{path}" clip-path="url(#frame)"/>')
@@ -50,10 +50,10 @@ def line_chart(
                 f'<circle class="dot s{i}" cx="{x_axis(points[0][0]):.1f}" cy="{y_axis(points[0][1]):.1f}" r="3"/>'
             )
         if len(drawn) > 1:
-            y = _TOP + 10 + _LEGEND_ROW * i
+            y = TOP + 10 + _LEGEND_ROW * i
             parts.append(f'<path class="line s{i}" d="M{WIDTH - 112} {y - 4}h16"/>')
             parts.append(f'<text x="{WIDTH - 90}" y="{y}">{escape(name)}</text>')
-    return _svg(parts, f"{y_label} against {x_label}")
+    return svg(parts, f"{y_label} against {x_label}")
 
 
 def histogram(edges: Sequence[float], counts: Sequence[int], *, x_label: str, y_label: str) -> str:
@@ -61,18 +61,18 @@ def histogram(edges: Sequence[float], counts: Sequence[int], *, x_label: str, y_
     if not any(counts):
         return '<p class="note">No values to draw.</p>'
     y_ticks = linear_ticks(0, max(counts))
-    x_axis = _Axis(edges[0], edges[-1], _LEFT, WIDTH - _RIGHT)
-    y_axis = _Axis(0, max(y_ticks[-1], max(counts)), HEIGHT - _BOTTOM, _TOP)
-    parts = [_frame(x_axis, linear_ticks(edges[0], edges[-1]), y_axis, y_ticks, x_label, y_label)]
+    x_axis = Axis(edges[0], edges[-1], LEFT, WIDTH - RIGHT)
+    y_axis = Axis(0, max(y_ticks[-1], max(counts)), HEIGHT - BOTTOM, TOP)
+    parts = [frame(x_axis, linear_ticks(edges[0], edges[-1]), y_axis, y_ticks, x_label, y_label)]
     for left, right, count in zip(edges[:-1], edges[1:], counts, strict=True):
         if count:
             x, y = x_axis(left) + 0.5, y_axis(count)
             title = f"{left:.2f} to {right:.2f}: {count:,}"
             parts.append(
                 f'<rect class="bar" x="{x:.1f}" y="{y:.1f}" width="{max(0.5, x_axis(right) - x - 0.5):.1f}" '
-                f'height="{HEIGHT - _BOTTOM - y:.1f}"><title>{title}</title></rect>'
+                f'height="{HEIGHT - BOTTOM - y:.1f}"><title>{title}</title></rect>'
             )
-    return _svg(parts, f"{y_label} against {x_label}")
+    return svg(parts, f"{y_label} against {x_label}")
 
 
 def linear_ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -97,8 +97,8 @@ def tick_text(value: float) -> str:
     return text.replace("-", "−")
 
 
-class _Axis:
-    """Maps values to pixels."""
+class Axis:
+    """Maps the values from `low` to `high` to the pixels from `start` to `end`."""
 
     def __init__(self, low: float, high: float, start: float, end: float, log: bool = False) -> None:
         self.log = log
@@ -121,7 +121,7 @@ def _thin(points: list[Point]) -> list[Point]:
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
-def _log_ticks(low: float, high: float) -> tuple[list[float], float, float]:
+def log_ticks(low: float, high: float) -> tuple[list[float], float, float]:
     """Ticks and the two ends of a logarithmic axis that holds `low` and `high`."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     if len(powers) > 7:
@@ -133,32 +133,34 @@ def _log_ticks(low: float, high: float) -> tuple[list[float], float, float]:
     return [t for t in ticks if start <= t <= end], start, end
 
 
-def _frame(x_axis: _Axis, x_ticks: list[float], y_axis: _Axis, y_ticks: list[float], x_label: str, y_label: str) -> str:
-    bottom, right = HEIGHT - _BOTTOM, WIDTH - _RIGHT
+def frame(x_axis: Axis, x_ticks: list[float], y_axis: Axis, y_ticks: list[float], x_label: str, y_label: str) -> str:
+    """Both axes with their ticks and labels, and a grid line at each tick of y."""
+    bottom, right = HEIGHT - BOTTOM, WIDTH - RIGHT
     parts = []
     for value in y_ticks:
         y = y_axis(value)
-        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{right}"/>')
-        parts.append(f'<text class="end" x="{_LEFT - 7}" y="{y + 4:.1f}">{tick_text(value)}</text>')
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{right}"/>')
+        parts.append(f'<text class="end" x="{LEFT - 7}" y="{y + 4:.1f}">{tick_text(value)}</text>')
     for value in x_ticks:
         x = x_axis(value)
         parts.append(f'<path class="axis" d="M{x:.1f} {bottom}v4"/>')
         parts.append(f'<text class="mid" x="{x:.1f}" y="{bottom + 17}">{tick_text(value)}</text>')
-    parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{right}"/>')
-    middle = (_TOP + bottom) / 2
-    parts.append(f'<text class="mid label" x="{(_LEFT + right) / 2}" y="{HEIGHT - 8}">{escape(x_label)}</text>')
+    parts.append(f'<path class="axis" d="M{LEFT} {bottom}H{right}"/>')
+    middle = (TOP + bottom) / 2
+    parts.append(f'<text class="mid label" x="{(LEFT + right) / 2}" y="{HEIGHT - 8}">{escape(x_label)}</text>')
     parts.append(f'<text class="mid label" transform="translate(13 {middle}) rotate(-90)">{escape(y_label)}</text>')
     return "".join(parts)
 
 
-def _svg(parts: list[str], title: str) -> str:
+def svg(parts: list[str], title: str) -> str:
+    """A chart of `WIDTH` x `HEIGHT`."""
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
 
 
 def frame_clip() -> str:
     """The clip path that all charts of a page share; place it once."""
-    height = HEIGHT - _BOTTOM - _TOP
+    height = HEIGHT - BOTTOM - TOP
     return (
         '<svg width="0" height="0" class="hidden"><clipPath id="frame">'
-        f'<rect x="{_LEFT}" y="{_TOP}" width="{WIDTH - _LEFT - _RIGHT}" height="{height}"/></clipPath></svg>'
+        f'<rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{height}"/></clipPath></svg>'
     )

@@ -111,10 +111,22 @@ def write_report(
     if evaluation is not None:
         sections += [_densities(evaluation), _special_tokens(evaluation), _features(evaluation)]
     sections += [gradient_sections(metrics), _data(metrics), _all_metrics(metrics), _configuration(config)]
+    write_page(path, "fastsae report", CSS, sections)
+
+
+def write_page(path: str | Path, title: str, css: str, sections: Sequence[str]) -> None:
+    """Writes a page that loads nothing from elsewhere, atomically.
+
+    Args:
+        path: The file.
+        title: Plain text.
+        css: The style sheet.
+        sections: HTML; empty ones are left out.
+    """
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>fastsae report</title>\n<style>\n{CSS}\n</style>\n</head>\n<body>\n{plots.frame_clip()}\n"
+        f"<title>{escape(title)}</title>\n<style>\n{css}\n</style>\n</head>\n<body>\n{plots.frame_clip()}\n"
         + "\n".join(section for section in sections if section)
         + "\n</body>\n</html>\n"
     )

@@ -33,7 +33,7 @@ from fastsae.data.tokens import TokenRows, doubles_bos, render
 from fastsae.errors import FastsaeError, UsageError, is_out_of_memory
 from fastsae.sae import SparseAutoencoder
 from fastsae.train import fingerprint
-from fastsae.train.config import ModelDtype, TrainConfig
+from fastsae.train.config import ModelDtype, Sequencing, TrainConfig
 from fastsae.train.held_out import n_affordable_dialogues, split_dialogues
 from fastsae.train.limits import check_memory
 from fastsae.train.validate import model_options
@@ -120,17 +120,19 @@ class Pipeline:
         config = self.config
         # texts are no dialogues that the evaluation reads as well, so the model's limit does not cut them
         max_length = self.max_length if self.texts is None else config.max_length
-        options: dict[str, Any] = {"seed": config.order_seed, "n_embeddings": n_embeddings(self.residual.model)}
-        arguments = self.trained_on, self.train, self.tokenizer, max_length, config.forward_tokens
-        if config.sequencing == "block":
-            return BlockSequencer(*arguments, block_length=config.block_length, **options)
-        return (PackedSequencer if config.sequencing == "packed" else FastSequencer)(*arguments, **options)
+        items = self.trained_on, self.train, self.tokenizer, max_length
+        return self._sequencer(config.sequencing, *items, seed=config.order_seed)
 
-    def held_out_batches(self) -> FastSequencer:
-        """One pass over the held-out dialogues, each whole and alone, whatever the sequencing of the training."""
-        arguments = self.dialogues, self.held_out, self.tokenizer, self.max_length, self.config.forward_tokens
-        limit = n_embeddings(self.residual.model)
-        return FastSequencer(*arguments, shuffle=False, endless=False, n_embeddings=limit)
+    def held_out_batches(self, sequencing: Sequencing = "fast") -> Sequencer:
+        """One pass over the held-out dialogues, each whole and alone whatever the sequencing of the training, or as said."""
+        items = self.dialogues, self.held_out, self.tokenizer, self.max_length
+        return self._sequencer(sequencing, *items, shuffle=False, endless=False)
+
+    def _sequencer(self, sequencing: Sequencing, *items: Any, **options: Any) -> Sequencer:
+        options |= {"batch_tokens": self.config.forward_tokens, "n_embeddings": n_embeddings(self.residual.model)}
+        if sequencing == "block":
+            return BlockSequencer(*items, block_length=self.config.block_length, **options)
+        return PackedSequencer(*items, **options) if sequencing == "packed" else FastSequencer(*items, **options)
 
 
 def resolve_device(name: str) -> str:

@@ -287,13 +287,13 @@ def test_linear_ticks_are_round_and_inside():
 
 def test_line_chart_puts_zero_at_the_bottom_and_the_top_at_the_top():
     svg = plots.line_chart({"a": [(0, 0.0), (10, 4.0)]}, x_label="x", y_label="y")
-    assert f"M{plots._LEFT:.1f} {plots.HEIGHT - plots._BOTTOM:.1f}" in svg
-    assert f"L{plots.WIDTH - plots._RIGHT:.1f} {plots._TOP:.1f}" in svg
+    assert f"M{plots.LEFT:.1f} {plots.HEIGHT - plots.BOTTOM:.1f}" in svg
+    assert f"L{plots.WIDTH - plots.RIGHT:.1f} {plots.TOP:.1f}" in svg
 
 
 @pytest.mark.parametrize("values", [(1e-3, 1e9), (3.0, 3.0), (0.4, 0.6), (10, 1000)])
 def test_log_axis_holds_its_values(values):
-    ticks, low, high = plots._log_ticks(min(values), max(values))
+    ticks, low, high = plots.log_ticks(min(values), max(values))
     assert low <= min(values) <= max(values) <= high
     assert low < high
     assert len(ticks) <= 13
