@@ -29,6 +29,7 @@ from fastsae.flags import (
     without_effect,
 )
 from fastsae.interrupt import exit_status, signals_end_the_command
+from fastsae.machine import bound_product_caches
 from fastsae.terminal import tolerant_output
 from fastsae.train.config import PRESETS, TrainConfig
 from fastsae.train.grid import OF_ONE_SAE
@@ -348,6 +349,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         check_values(parser, arguments)
         show_log()
+        bound_product_caches()
         try:
             with signals_end_the_command():
                 commands = {
