@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsae.disk import local_path
+from fastsae.environment import bound_product_caches
 from fastsae.errors import FastsaeError, UsageError, is_out_of_memory
 from fastsae.flags import (
     OPTIONS,
@@ -315,6 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         check_values(parser, arguments)
         show_log()
+        bound_product_caches()
         try:
             with signals_end_the_command():
                 COMMANDS[arguments.command](arguments)
