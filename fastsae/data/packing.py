@@ -43,7 +43,7 @@ def check_packing(residual: ResidualStream, first: list[int], second: list[int])
         _ROUNDING * torch.finfo(dtype).eps, min(TOLERANCE.get(dtype, 1e-1), _SHARE_OF_MIXED * most)
     ):
         raise _refused(
-            residual, f"the activations of a dialogue differ by {difference:.2%} where another one precedes it"
+            residual, f"the activations of a dialogue differ by {100 * difference:.2g} % where another one precedes it"
         )
 
 
