@@ -1,4 +1,4 @@
-"""What PyTorch may keep in memory, set before it is imported; nothing here imports it."""
+"""What PyTorch may keep in memory, said before its first product; nothing here imports it."""
 
 from __future__ import annotations
 
