@@ -268,8 +268,8 @@ def command_evaluate(arguments: argparse.Namespace) -> None:
     if arguments.report:
         write_report(arguments.report, config=described(config), metrics=result.metrics, history=[], evaluation=result)
     print_summary(result.metrics)
-    for shown, meaning in summary_lines(result.metrics):
-        print(f"  {shown:>10}  {meaning}")
+    for figure, meaning in summary_lines(result.metrics):
+        print(f"  {figure:>10}  {meaning}")
 
 
 def command_convert(arguments: argparse.Namespace) -> None:
