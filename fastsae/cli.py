@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fastsae.disk import local_path
-from fastsae.errors import FastsaeError, UsageError, is_out_of_memory
+from fastsae.environment import bound_product_caches
+from fastsae.errors import FastsaeError, UsageError, is_out_of_memory, shown
 from fastsae.flags import (
     OPTIONS,
     Several,
@@ -34,6 +35,7 @@ from fastsae.summary import cost, print_summary, print_table
 from fastsae.terminal import tolerant_output
 from fastsae.train.config import PRESETS, TrainConfig
 from fastsae.train.grid import OF_ONE_SAE
+from fastsae.train.validate import name_problem
 from fastsae.version import __version__
 
 DESCRIPTION = """\
@@ -163,12 +165,8 @@ def _new(arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[dict[str
 
         preset = {**preset, **options_of(local_path(given["activations"]))}
     if given.get("init_from") is not None:
-        from fastsae.peers import formats
-        from fastsae.train.init_from import options_of as options_of_sae
-        from fastsae.train.run import load_sae
-
-        given = {**given, "init_from": str(formats.find(given["init_from"], formats.wanted_files()))}
-        preset = {**preset, **options_of_sae(load_sae(Path(given["init_from"])))}
+        folder, of_the_sae = _source(given["init_from"])
+        given, preset = {**given, "init_from": str(folder)}, {**preset, **of_the_sae}
     varied = {name: value for name, value in given.items() if isinstance(value, Several)}
     common = {name: value for name, value in given.items() if name not in varied}
     if arguments.spec is not None:
@@ -211,6 +209,21 @@ def command_compare(arguments: argparse.Namespace) -> None:
     result = carry_out(plan, output, resume=resumed, progress=not arguments.quiet)
     print_result(result)
     print(f"\npage     {output / PAGE_FILE}")
+
+
+def _source(name: str) -> tuple[Path, dict[str, Any]]:
+    """Where the SAE is that training goes on from, and the options that follow from it."""
+    from fastsae.peers import formats
+    from fastsae.train.init_from import options_of
+    from fastsae.train.run import load_sae
+
+    if problem := name_problem(name):
+        raise UsageError(f"init_from: expected {problem}, got {shown(name)}")
+    try:
+        folder = formats.find(name, formats.wanted_files())
+        return folder, options_of(load_sae(folder))
+    except FastsaeError as error:
+        raise type(error)(f"init_from: {error}") from None
 
 
 def check_dataset(given: dict[str, Any]) -> None:
@@ -282,8 +295,8 @@ def command_evaluate(arguments: argparse.Namespace) -> None:
     if arguments.report:
         write_report(arguments.report, config=described(config), metrics=result.metrics, history=[], evaluation=result)
     print_summary(result.metrics)
-    for shown, meaning in summary_lines(result.metrics):
-        print(f"  {shown:>10}  {meaning}")
+    for figure, meaning in summary_lines(result.metrics):
+        print(f"  {figure:>10}  {meaning}")
 
 
 def command_convert(arguments: argparse.Namespace) -> None:
@@ -343,6 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         check_values(parser, arguments)
         show_log()
+        bound_product_caches()
         try:
             with signals_end_the_command():
                 COMMANDS[arguments.command](arguments)

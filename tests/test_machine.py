@@ -1,14 +1,17 @@
-"""How much memory is free: what the machine has left, or the container, whichever is less."""
+"""How much memory is free, and how much of it products keep."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 
-from fastsae import machine
+from fastsae import environment, machine
 
 CPU = torch.device("cpu")
 
@@ -59,3 +62,41 @@ def test_only_what_goes_from_the_host_to_a_gpu_is_pinned() -> None:
 
     assert steps("cpu", "cuda:0") == ("pinned", "copied without waiting")
     assert steps("cpu", "cpu") == steps("cuda:0", "cuda:0") == steps("cuda:0", "cpu") == ("copied",)
+
+
+# 400 shapes, of which each would keep half a megabyte on a CPU where oneDNN forms the products of bf16 matrices.
+PRODUCTS = """
+import torch
+from fastsae import cli
+cli.command_convert = lambda arguments: None
+cli.main(["convert", "a", "b"])
+x, weight = torch.ones(512, 256, dtype=torch.bfloat16), torch.ones(512, 256, dtype=torch.bfloat16)
+torch.nn.functional.linear(x, weight)
+def memory():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+before = memory()
+for n in range(1, 401):
+    torch.nn.functional.linear(x[:n], weight)
+print(memory() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_a_command_keeps_no_memory_for_every_shape_of_a_product() -> None:
+    own = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
+    done = subprocess.run([sys.executable, "-c", PRODUCTS], capture_output=True, text=True, check=True, env=own)
+    assert float(done.stdout) < 80  # MiB; the 400 take 200 and more
+
+
+@pytest.mark.parametrize(
+    "name", ["ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"]
+)
+def test_the_users_own_bound_of_products_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, "7")
+    environment.bound_product_caches()
+    assert os.environ[name] == "7"
+    assert os.environ["LRU_CACHE_CAPACITY"] == ("7" if name.startswith("LRU") else "32")
+    expected = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7", "DNNL_PRIMITIVE_CACHE_CAPACITY": None}.get(name, "32")
+    assert os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") == expected

@@ -34,8 +34,8 @@ TEXTS = st.sampled_from(ODD_TEXTS) | st.text(max_size=20) | st.integers().map(st
 TINY = "--eval-dialogues 4 --d-sae 32 --tokens 256 --batch-size 64 --buffer-tokens 256 --forward-tokens 256 --quiet".split()
 LONGEST_RUN = 2000  # tokens; what asks for more is right, and would take too long here
 EVALUATED = (
-    "model model_kwargs dataset split layer model_dtype max_length max_dialogues dedup_words eval_dialogues max_norm_multiple "
-    "forward_tokens device seed"
+    "model model_kwargs dataset split layer hook model_dtype max_length max_dialogues dedup_words eval_dialogues "
+    "max_norm_multiple forward_tokens device seed"
 )
 
 

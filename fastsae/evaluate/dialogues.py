@@ -106,11 +106,10 @@ class DialogueSums:
 
     def save(self, folder: Path) -> None:
         """Writes `dialogues.npz`."""
-        arrays = {"d_in": np.array(self.d_in), "values": self.values, "dialogues": self.dialogues}
 
         def write(path: Path) -> None:
             with path.open("wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, d_in=np.array(self.d_in), values=self.values, dialogues=self.dialogues)
 
         write_atomically(folder / DIALOGUES_FILE, write)
 

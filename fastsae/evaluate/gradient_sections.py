@@ -77,7 +77,8 @@ def _gsnr(found: dict[str, Any]) -> str:
         f"features that fire; pooled is the ratio of the sums over all parameters. The loss is {_loss(found)}. "
         f"{number(found['tokens'])} tokens of {number(found['dialogues'])} dialogues, attention sinks left out; a dialogue's "
         f"gradient is the mean of its tokens', that of the weights of {number(found['sampled_features'])} features drawn at "
-        f"random.</p>\n{_table(head, rows)}"
+        "random. Of N draws of pure noise one parameter's ratio is 0, give or take 1.4/N.</p>\n"
+        f"{_table(head, rows)}"
     )
 
 
@@ -86,7 +87,7 @@ def _leakage(found: dict[str, Any]) -> str:
     ways = [("block", "in blocks")] + ([("packed", "packed (control)")] if found["packed"] else [])
     rows = [
         [f"{words}, {name}", number(found[way][place][groups[0]]["tokens"])]
-        + [number(found[way][place][group]["median"]) for group in groups]
+        + [_median_and_pooled(found[way][place][group]) for group in groups]
         for way, name in ways
         for place, words in _PLACES.items()
     ]
@@ -110,10 +111,16 @@ def _leakage(found: dict[str, Any]) -> str:
         "<h2>Leakage</h2>\n"
         "<p>How far the text before it in a block of "
         f"{number(found['block_length'])} tokens moves a token: |there − alone|² / |alone|² of its activation, and of the "
-        f"gradient that its loss gives each parameter; medians. The loss is {_loss(found)}. In packed rows dialogues do not see "
-        f"each other, so that their leaks are the rounding of the model's {found['model_dtype']}.</p>\n"
+        "gradient that its loss gives each parameter. The median over tokens, and in brackets the ratio of the sums over all "
+        f"tokens; 2 is the leak of an unrelated gradient of the same length. The loss is {_loss(found)}. In packed rows "
+        "dialogues do not see each other, so that their leaks are the rounding of the model's "
+        f"{found['model_dtype']}.</p>\n"
         f'{_table(head, rows)}\n<div class="charts">{figures}</div>'
     )
+
+
+def _median_and_pooled(summary: dict[str, Any]) -> str:
+    return f"{number(summary['median'])} ({number(summary['pooled'])})"
 
 
 def _curve(found: dict[str, Any], place: str, group: str) -> list[plots.Point]:

@@ -5,8 +5,9 @@ with the mean m and the variance s2 (divided by N - 1) it is estimated as
 
     ratio = (m^2 - s2 / N) / s2
 
-because `m^2` alone exceeds `(E g)^2` by `s2 / N` on average: pure noise would seem to have a ratio of 1 / N. Parameters with
-`s2 = 0` have none. Only sums of g and of g^2 are kept. The gradients of one token are of rank one, so that the squares in them
+because `m^2` alone exceeds `(E g)^2` by `s2 / N` on average: pure noise would seem to have a ratio of 1 / N. What is left of
+noise has a standard deviation of about 1.4 / N for one parameter, and less for many together. Parameters with `s2 = 0` have no
+ratio. Only sums of g and of g^2 are kept. The gradients of one token are of rank one, so that the squares in them
 are products of squares, and both sums are passes over the entries of each feature.
 """
 

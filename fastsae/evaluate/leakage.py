@@ -5,9 +5,10 @@ dialogues do not see each other. For a token with the gradient g of a parameter
 
     leak = |g_there - g_alone|^2 / |g_alone|^2
 
-and the same of its activation. The packed rows are the control: there a leak is what the model's numbers are rounded by.
-Gradients of one token are of rank one, so that all products of two of them come from entries and vectors of the token. The
-difference is one of such products in float64, which resolves leaks down to 1e-15 or so.
+and the same of its activation; 2 is the leak of an unrelated gradient of the same length. The packed rows are the control: there
+a leak is what the model's numbers are rounded by. Gradients of one token are of rank one, so that all products of two of them
+come from entries and vectors of the token. The difference is one of such products in float64, which resolves leaks down to
+1e-15 or so.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from fastsae.data.progress import bar
 from fastsae.data.sequencing import BlockSequencer, FastSequencer, PackedSequencer, TokenBatch
 from fastsae.data.sinks import MAX_NORM_MULTIPLE, SinkRule
 from fastsae.errors import UsageError
+from fastsae.evaluate.metrics import ratio
 from fastsae.sae import SparseAutoencoder
 from fastsae.sae.token_gradients import SparsityTerm, TokenGradients, token_gradients
 
@@ -131,17 +133,14 @@ def _along_decoder(sae: SparseAutoencoder, gradients: TokenGradients) -> Tensor:
 
 
 class _Leaks:
-    """The leaks of all tokens, and where each of them stands."""
+    """What leaks are made of, for all tokens, and where each of them stands."""
 
     def __init__(self) -> None:
         self.columns: dict[str, list[Tensor]] = {}
 
     def add(self, name: str, values: Tensor) -> None:
+        """Adds the next tokens' values of a column, `[N, ...]`; those of a leak are `|there - alone|^2` and `|alone|^2`."""
         self.columns.setdefault(name, []).append(values.cpu())
-
-    def add_leak(self, name: str, difference: Tensor, whole: Tensor) -> None:
-        """Adds `difference / whole`, NaN where the token alone gives no gradient."""
-        self.add(name, torch.where(whole > 0, difference / whole, torch.nan))
 
     def curves(self, way: str) -> dict[str, Any]:
         """Summaries of one way by place and by log2 bins of the distance, and of the sinks."""
@@ -163,13 +162,16 @@ class _Leaks:
         return found
 
 
-def _summary(leaks: Tensor) -> dict[str, float | int | None]:
-    values = leaks[~leaks.isnan()].numpy()
-    names = ("lower_quartile", "median", "upper_quartile")
+def _summary(squares: Tensor) -> dict[str, float | int | None]:
+    """Of `|there - alone|^2` and `|alone|^2` `[N, 2]`: the ratio of their sums, mean and quartiles of the ratios that exist."""
+    difference, whole = squares.unbind(1)
+    values = (difference / whole)[whole > 0].numpy()
+    pooled, names = ratio(float(difference.sum()), float(whole.sum())), ("lower_quartile", "median", "upper_quartile")
     if values.size == 0:
-        return {"tokens": 0, "mean": None, **dict.fromkeys(names)}
+        return {"tokens": 0, "pooled": pooled, "mean": None, **dict.fromkeys(names)}
     quartiles = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
-    return {"tokens": values.size, "mean": float(values.mean()), **dict(zip(names, quartiles, strict=True))}
+    found = {"tokens": values.size, "pooled": pooled, "mean": float(values.mean())}
+    return found | dict(zip(names, quartiles, strict=True))
 
 
 @torch.no_grad()
@@ -205,10 +207,11 @@ def leakage(
     Returns:
         Numbers ready for JSON: `block_length`, `blocks`, `tokens`, `dialogues`, `sinks`, `coefficient` of the sparsity term, the
         `model_dtype` that the control's leaks are due to, and for the ways `block` and `packed` by place (`PLACES`) and for
-        `sinks` the leaks of `activation` and of each parameter's gradient: number of `tokens` that have one, `mean` and
-        quartiles. A place has `bins` of the number of the dialogue's own tokens that precede the token in its block.
-        Attention sinks, by the library's rule either alone or in the block, are left out of the places. `packed` is None for a
-        model that cannot keep packed dialogues apart.
+        `sinks` the leaks of `activation` and of each parameter's gradient: number of `tokens` that have one, their `mean` and
+        quartiles, and `pooled`, the ratio of the sums, which tokens with a small gradient do not disturb. A place has `bins` of
+        the number of the dialogue's own tokens that precede the token in its block. Attention sinks, by the library's rule
+        either alone or in the block, are left out of the places. `packed` is None for a model that cannot keep packed
+        dialogues apart.
 
     Raises:
         UsageError: The SAE's width is not that of the residual stream, or no block is filled.
@@ -284,7 +287,7 @@ def _add(
     for way, tokens in ways.items():
         there = tokens.x[tokens.rows_of(block).to(x.device)]
         difference = (there.double() - x.double()).square().sum(-1)
-        leaks.add_leak(f"{way}.activation", difference, x.double().square().sum(-1))
+        leaks.add(f"{way}.activation", torch.stack([difference, x.double().square().sum(-1)], 1))
         others = token_gradients(sae, there.to(sae.device), term)
         for name, pair in squared_differences(sae, gradients, others).items():
-            leaks.add_leak(f"{way}.{name}", *pair)
+            leaks.add(f"{way}.{name}", torch.stack(pair, 1))

@@ -66,7 +66,7 @@ class LossSums:
         """Losses in nats per token, None where one is undefined.
 
             ce                  mean of -log p(token | tokens before), over all targets
-            ce_spliced          the same with the reconstruction in place of the residual stream
+            ce_spliced          the same with the reconstruction in place of the activations
             ce_zero             the same with zeros in its place
             delta_loss_percent  100 (ce_spliced - ce) / ce
             recovered           (ce_zero - ce_spliced) / (ce_zero - ce): 1 for a perfect SAE, 0 for one that gives zeros

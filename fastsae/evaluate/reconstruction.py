@@ -145,22 +145,42 @@ class _Measured:
 
 
 def evaluate(
-    sae: SparseAutoencoder, residual: ResidualStream, tokenizer: Any, batches: Iterable[TokenBatch], **options: Any
+    sae: SparseAutoencoder,
+    residual: ResidualStream,
+    tokenizer: Any,
+    batches: Iterable[TokenBatch],
+    *,
+    special_tokens: SpecialTokens,
+    n_dialogues: int | None = None,
+    max_norm_multiple: float = MAX_NORM_MULTIPLE,
+    progress: bool = True,
 ) -> Evaluation:
     """Measures reconstruction, sparsity, special tokens and the model's loss with the SAE spliced in.
 
     Args:
         sae: The SAE; its features are never made dense.
         residual: Model and layer that the SAE belongs to.
-        tokenizer: As for `evaluate_many`, and so are the rest.
+        tokenizer: As for `evaluate_many`, and so are all that follow.
         batches: Dialogues.
-        options: Those of `evaluate_many`.
+        special_tokens: What the chat template writes around turns.
+        n_dialogues: Their number.
+        max_norm_multiple: How many times longer than the median token an attention sink is.
+        progress: Show progress bars.
 
     Raises:
         UsageError: The SAE's width is not that of the residual stream, or there are no dialogues.
         FastsaeError: An activation or a reconstruction is NaN or infinite.
     """
-    return evaluate_many({"": (sae, residual)}, tokenizer, batches, **options)[""]
+    found = evaluate_many(
+        {"": (sae, residual)},
+        tokenizer,
+        batches,
+        special_tokens=special_tokens,
+        n_dialogues=n_dialogues,
+        max_norm_multiple=max_norm_multiple,
+        progress=progress,
+    )
+    return found[""]
 
 
 @torch.no_grad()

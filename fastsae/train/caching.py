@@ -99,7 +99,7 @@ def cache_activations(
         if error.errno != errno.ENOSPC:
             raise
         raise FastsaeError(
-            f"the disk is full, {error.filename} could not be written; free some space: {_go_on_with(folder)}"
+            f"the disk is full, {error.filename} could not be written; free some space; {_go_on_with(folder)}"
         ) from error
     return manifest
 

@@ -11,6 +11,9 @@ from fastsae.errors import FastsaeError
 from fastsae.sae import FusedJumpReLUSAE, SparseAutoencoder
 
 SAMPLE = 16_384  # tokens that the estimates look at
+FIRINGS = (
+    128  # of a feature: b_enc needs no more tokens than these, which tell the share of those it fires on to a tenth
+)
 
 
 def activation_scale(acts: Tensor) -> float:
@@ -74,13 +77,15 @@ def initialize_from_data(sae: SparseAutoencoder, acts: Tensor, b_dec_init: str, 
         sae.b_dec.copy_(geometric_median(acts) if b_dec_init == "geometric_median" else acts.mean(0))
     if init_l0 is None or init_l0 >= sae.d_sae:
         return
+    acts = acts[: math.ceil(FIRINGS * sae.d_sae / init_l0)]
     sae_in = acts - sae.b_dec.float() if sae.apply_b_dec_to_input else acts
     # the gate is strict, so the element whose value becomes the threshold is the first that does not fire
     rank = min(acts.shape[0], max(1, round(acts.shape[0] * init_l0 / sae.d_sae)) + 1)
     threshold = sae.threshold if isinstance(sae, FusedJumpReLUSAE) else torch.zeros_like(sae.b_enc)
     for ids in torch.arange(sae.d_sae, device=sae.device).split(1024):
         hidden_pre = sae.W_enc[:, ids].float().t() @ sae_in.t()  # [1024, N]
-        sae.b_enc[ids] = (threshold[ids] - hidden_pre.topk(rank, dim=1).values[:, -1]).to(sae.dtype)
+        largest = hidden_pre.topk(rank, dim=1, sorted=False).values
+        sae.b_enc[ids] = (threshold[ids] - largest.amin(1)).to(sae.dtype)
 
 
 @torch.no_grad()

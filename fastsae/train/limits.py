@@ -47,11 +47,12 @@ def _needs(saes: Sequence[TrainConfig], d_in: int, bytes_per_number: int, device
     n_features, n_layers = sum(sae.n_features(d_in) for sae in saes), len({sae.layer for sae in saes})
     longest_row = config.block_length if config.sequencing == "block" else 0
     longest_batch = max(min(config.forward_tokens, WINDOW * config.max_length), longest_row)
-    n_held = config.buffer_tokens + config.batches_ahead(device_type) * config.forward_tokens
+    row = n_layers * (d_in * bytes_per_number + 3 * 8)  # activations with their token, position and dialogue
+    n_ahead = min(config.batches_ahead(device_type) * config.forward_tokens, config.tokens)
     return {
         size: 3 * 2 * d_in * n_features * 4,  # W_enc and W_dec, and Adam's two means of each, in fp32
-        # each activation with its token, position and dialogue; those that are computed ahead as well
-        "buffer_tokens": n_layers * n_held * (d_in * bytes_per_number + 3 * 8),
+        "buffer_tokens": (config.buffer_tokens + (n_ahead if config.prefetch is None else 0)) * row,
+        "prefetch": 0 if config.prefetch is None else n_ahead * row,
         "batch_size": n_layers * config.batch_size * d_in * 4 * 2,  # the batch scaled, and its reconstruction
         "forward_tokens": longest_batch * d_in * bytes_per_number * 2,  # a block's input and output
     }

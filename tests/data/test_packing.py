@@ -97,6 +97,18 @@ def state_space() -> Any:
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
+def state_space_that_mixes_little() -> Any:
+    config = transformers.MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, state_size=4)
+    torch.manual_seed(5)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def with_distances_for_positions() -> Any:
+    config = transformers.BloomConfig(vocab_size=97, hidden_size=16, n_layer=2, n_head=2)
+    torch.manual_seed(5)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
 def with_own_positions() -> Any:
     """Makes its own positions, whatever it is given."""
     model = make("Llama")
@@ -118,7 +130,16 @@ def that_takes_no_positions() -> Any:
     return model
 
 
-@pytest.mark.parametrize("build", [state_space, with_own_positions, that_takes_no_positions])
+@pytest.mark.parametrize(
+    "build",
+    [
+        state_space,
+        state_space_that_mixes_little,
+        with_distances_for_positions,
+        with_own_positions,
+        that_takes_no_positions,
+    ],
+)
 def test_a_model_that_mixes_packed_dialogues_is_refused(build: Any) -> None:
     with pytest.raises(
         UsageError, match=r"sequencing: expected a model that keeps packed dialogues apart, got .*take --s"

@@ -99,11 +99,10 @@ def test_blocks_against_single_forwards_and_autograd(
     with torch.no_grad():
         sae.W_enc.mul_(0.3)
     alone, block = (torch.stack([row[way] for row in rows]) for way in ("alone", "block"))
-    leaks = {"activation": (block - alone).square().sum(1) / alone.square().sum(1)}
+    squares = {"activation": ((block - alone).square().sum(1), alone.square().sum(1))}
     a, b = (dense_gradients(sae, x, term) for x in (alone, block))
     for name, grad in a.items():
-        whole = grad.flatten(1).square().sum(1)
-        leaks[name] = ((grad - b[name]).flatten(1).square().sum(1) / whole).masked_fill(whole == 0, torch.nan)
+        squares[name] = ((grad - b[name]).flatten(1).square().sum(1), grad.flatten(1).square().sum(1))
     column, position, distance, place = (
         torch.tensor([row[name] for row in rows]) for name in ("column", "position", "distance", "place")
     )
@@ -111,10 +110,16 @@ def test_blocks_against_single_forwards_and_autograd(
     assert result["sinks"] == int(sinks.sum())
 
     def check(summary: dict[str, Any], chosen: torch.Tensor) -> None:
-        for name, values in leaks.items():
-            values = values[chosen]
-            values = values[~values.isnan()]
+        for name, (difference, whole) in squares.items():
+            values = (difference / whole)[chosen & (whole > 0)]
             assert summary[name]["tokens"] == len(values)
+            pooled = summary[name]["pooled"]
+            if pooled is None:
+                assert not whole[chosen].any()
+            else:
+                assert pooled == pytest.approx(
+                    float(difference[chosen].sum() / whole[chosen].sum()), rel=1e-6, abs=1e-15
+                )
             if len(values):
                 assert summary[name]["median"] == pytest.approx(float(values.quantile(0.5)), rel=1e-6, abs=1e-15)
                 assert summary[name]["mean"] == pytest.approx(float(values.mean()), rel=1e-6, abs=1e-15)

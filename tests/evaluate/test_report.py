@@ -136,7 +136,7 @@ def test_it_says_what_was_measured(tmp_path):
 
 def gradients(control: bool) -> dict:
     """What GSNR and leakage are, with numbers that are undefined among them."""
-    quartiles = {"mean": 0.3, "lower_quartile": 0.1, "median": 0.25, "upper_quartile": 0.5}
+    quartiles = {"pooled": 0.2, "mean": 0.3, "lower_quartile": 0.1, "median": 0.25, "upper_quartile": 0.5}
     undefined = dict.fromkeys(quartiles)
     ratios = {
         name: {"pooled": 0.0625, "live": quartiles, "dead": undefined}
@@ -164,6 +164,8 @@ def test_gradients_have_their_sections(tmp_path, control):
     assert "the squared error and 0.500 times the sparsity term" in text
     assert "The loss is the squared error alone" in text
     assert "a block of 2,048 tokens" in text
+    assert "0.250 (0.200)" in text
+    assert "n/a (n/a)" in text
     assert ("packed (control)" in text) is control
     assert "None" not in text
     assert "nan" not in re.sub(r"[a-z]*nan[a-z]+", "", page.lower())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ CPU = torch.device("cpu")
         ({"d_sae": 2_000_000_000}, r"^d_sae: .* 8\.0 GB of free memory, got 2,000,000,000, which alone takes 3,072\.0 GB"),
         ({"expansion": 1_000_000}, r"^expansion: .* got 1,000,000, which alone takes 98\.3 GB"),  # 3 * 2 * 64 * 64e6 * 4
         ({"buffer_tokens": 10**9}, r"^buffer_tokens: .* which alone takes 280\.0 GB"),  # 1e9 * (64 * 4 + 24)
+        ({"prefetch": 10**6, "tokens": 10**9}, r"^prefetch: .* got 1,000,000, which alone takes 280\.0 GB"),  # all tokens
         ({"batch_size": 10**8, "buffer_tokens": 2 * 10**8, "tokens": 10**9}, r"^buffer_tokens: .* 56\.0 GB of the 107\.2 GB"),
         ({"forward_tokens": 10**12, "max_length": 10**6}, r"^forward_tokens: .* which alone takes 524\.3 GB"),
     ],
@@ -29,6 +31,15 @@ def test_largest_need_is_named(options: dict[str, Any], message: str, monkeypatc
     monkeypatch.setattr(limits, "free_memory", lambda device: 8_000_000_000)
     with pytest.raises(UsageError, match=message):
         limits.check_memory([TrainConfig(**options)], 64, 4, CPU)
+
+
+def test_on_a_gpu_half_a_buffer_more_is_computed_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "free_memory", lambda device: 8_000_000_000)
+    config = TrainConfig(buffer_tokens=20_000_000, tokens=10**9)  # 20e6 * 280 bytes, which would fit
+    limits.check_memory([config], 64, 4, CPU)
+    limits.check_memory([replace(config, prefetch=0)], 64, 4, torch.device("cuda"))
+    with pytest.raises(UsageError, match=r"^buffer_tokens: .* which alone takes 8\.4 GB"):
+        limits.check_memory([config], 64, 4, torch.device("cuda"))
 
 
 def test_what_fits_or_is_not_known_passes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -184,6 +184,22 @@ def test_the_evaluation_is_sized_by_the_run(config: TrainConfig, chats: Path, tm
     assert build_pipeline(replace(config, tokens=768)).config.eval_dialogues == 16
 
 
+def test_the_evaluation_of_several_saes_is_sized_by_all_their_passes(
+    config: TrainConfig, chats: Path, tmp_path: Path
+) -> None:
+    many = tmp_path / "many.jsonl"
+    many.write_text("".join(chats.read_text().replace("number ", f"number {i}") for i in range(60)))
+    config = replace(config, dataset=str(many), dedup_words=0, eval_dialogues=None, tokens=2 * 10**6, layer=1)
+    pipelines = [build_pipeline(config, [replace(config, seed=seed) for seed in range(n)]) for n in (1, 8)]
+    one, eight = (len(pipeline.held_out) for pipeline in pipelines)
+    model = pipelines[0].residual.model
+    blocks, head = ([*part.parameters()] for part in (model.model.layers, model.lm_head))
+    whole, last = (sum(weight.numel() for weight in weights) for weights in (blocks + head, head))
+    assert 16 < eight < one < 240
+    # behind the last of the two blocks there is the head alone: a pass with zeros, and one for each SAE
+    assert eight / one == pytest.approx((whole + 2 * last) / (whole + 9 * last), rel=0.05)
+
+
 def test_a_run_with_its_own_number_of_dialogues_resumes(config: TrainConfig, tmp_path: Path) -> None:
     config = replace(config, eval_dialogues=None)
     output = stopped_run(config, tmp_path / "run", at=3)
