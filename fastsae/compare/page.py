@@ -188,7 +188,7 @@ def _forest_rows(rows: Sequence[Difference], index: dict[str, int]) -> Iterator[
         is_first, token_class = row["class"] != token_class, row["class"]
         label = f"{arm_name(row['arm'])} − {arm_name(row['reference'])}"
         if is_first:
-            label = f"<strong>{class_name(token_class)}</strong><br>{label}"
+            label = f"<strong>{class_name(token_class)}</strong>{label}"
         said = f"{signed(row['difference'])} {bracket(row['low'], row['high'])}"
         small = []
         if row["p_holm"] is not None:
@@ -197,7 +197,7 @@ def _forest_rows(rows: Sequence[Difference], index: dict[str, int]) -> Iterator[
         small.append(escape(row["reason"] or row["verdict"] or "not tested"))
         if row["detectable"] is not None:
             small.append(f"detectable {number(row['detectable'], 2)}")
-        said += f"<br><small>{'; '.join(small)}</small>"
+        said += f"<small>{'; '.join(small)}</small>"
         yield charts.Row(
             label, row["low"], row["difference"], row["high"], said, index.get(row["reference"], 0), is_first
         )

@@ -112,7 +112,7 @@ def section(result: Result) -> str:
         "blocks of dialogues, BT(F), and on whole dialogues, FAST. It has other models, trains on 40.96 million tokens, "
         "gives no L0 and no intervals, and has one seed. So the columns share definitions, and not conditions.</p>"
         '<div class="wide"><table><tr><th>figure</th><th>definition</th><th>paper: BT(P) / BT(F) / FAST</th>'
-        f"<th>ours: bt-p / bt-f / fast</th></tr>{body}</table></div>"
+        f"<th>ours, {escape(result['architecture'])}: bt-p / bt-f / fast</th></tr>{body}</table></div>"
     )
 
 
