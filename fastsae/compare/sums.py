@@ -18,7 +18,7 @@ CLASSES = {
     "user": "tokens of the user's messages, but no sinks",
     "assistant": "tokens of the assistant's messages, but no sinks",
     "template": "whatever the chat template writes, special or not, but no sinks",
-    "sinks": "attention sinks: position 0, and tokens more than ten times as long as the median token",
+    "sinks": "attention sinks: position 0, and tokens many times as long as the median token",
     "position_0": "the first token of each dialogue",
     "all_with_sinks": "every token, as the FAST paper counts",
     "special_with_sinks": "every special token, as the FAST paper counts",

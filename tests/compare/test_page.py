@@ -47,7 +47,7 @@ def made_up_result(made_up, n_seeds=2, n_dialogues=30):
         for name, error in ARMS.items()
     }
     dead = {name: [(10, 100)] * n_seeds for name in ARMS}
-    values, differences = analyse(sums, [("fast", "bt-f"), ("fast", "random-model")], dead, resamples=1500)
+    values, differences = analyse(sums, [("bt-f", "fast"), ("random-model", "fast")], dead, resamples=1500)
     block = {"context": "block", "leak": 0.25, "low": 0.1, "high": 0.5, "tokens": 9}
     control = {"context": "packed", "distance": 1.0, "leak": 3e-9, "low": None, "high": None, "tokens": 9}
     gsnr = {"arm": "fast", "group": "W_enc", "features": "live", "unit": "token"}
@@ -127,8 +127,8 @@ def test_an_arm_far_from_its_target_is_marked(tmp_path, result):
 
 def test_verdicts_are_never_called_better(tmp_path, result):
     page, text = write(tmp_path, result)
-    assert '<span class="lower">lower</span>' in page
-    assert "fast against bt-f" in text
+    assert '<span class="higher">higher</span>' in page
+    assert "bt-f against fast" in text
     assert "not comparable" in text  # the MSE of another model's activations
     assert set(re.findall(r"[^.]*\bbetter\b[^.]*\.", text)) == {
         s for s in re.findall(r"[^.]*\bbetter\b[^.]*\.", text) if "Lower is better" in s or "same L0" in s
@@ -207,7 +207,7 @@ def test_the_papers_figures_stand_beside_ours(tmp_path, result):
     fast = result["values"]["special_with_sinks"]["mse_log2"]["fast"]["value"]
     assert f"{fast:.4g}".replace("-", "−") in text
     row = next(r for r in result["differences"] if (r["class"], r["metric"]) == ("all_with_sinks", "mse_log2"))
-    assert f"bt-f {2 ** -row['difference']:.2f} times [" in text
+    assert f"bt-f {2 ** row['difference']:.2f} times [" in text
     assert "not measured" in text
 
 
