@@ -42,7 +42,7 @@ svg.mark { display: inline-block; width: 0.8rem; height: 0.8rem; vertical-align:
 .lane-chart .track-row { grid-template-columns: 12rem minmax(0, 1fr); }
 .track-row.first { border-top: 1px solid var(--rule); margin-top: 0.3rem; padding-top: 0.4rem; }
 .track-row .said { font-variant-numeric: tabular-nums; }
-.track-row .said small { color: var(--soft); }
+.track-row .said small { display: block; color: var(--soft); } .track-row strong { display: block; }
 .track { position: relative; height: 1.25rem; }
 .track.lanes { height: auto; }
 .lane { position: relative; height: 0.62rem; }

@@ -172,7 +172,7 @@ def _l0_cell(l0: float | None, seeds: Sequence[float], target: float | None) -> 
 def _forests(result: Result) -> str:
     parts = [
         "<h2>Paired differences</h2>\n<p>Each row is one arm minus another on the same held-out dialogues, so that "
-        "left of the line the first arm is lower. The mark is that of the other arm, the bar the 95 % interval. "
+        "left of the line the first arm is lower. The mark is the first arm's, the bar the 95 % interval. "
         "Behind it: the difference, its interval, p after Holm, the verdict or what stands against one, and the smallest "
         "difference that the test would have found in 80 % of such sets of dialogues, counted at the level of Holm's "
         "first step.</p>"
@@ -190,7 +190,7 @@ def _forest_rows(rows: Sequence[Difference], index: dict[str, int]) -> Iterator[
         is_first, token_class = row["class"] != token_class, row["class"]
         label = f"{arm_name(row['arm'])} − {arm_name(row['reference'])}"
         if is_first:
-            label = f"<strong>{class_name(token_class)}</strong><br>{label}"
+            label = f"<strong>{class_name(token_class)}</strong>{label}"
         said = f"{signed(row['difference'])} {bracket(row['low'], row['high'])}"
         small = []
         if row["p_holm"] is not None:
@@ -199,10 +199,8 @@ def _forest_rows(rows: Sequence[Difference], index: dict[str, int]) -> Iterator[
         small.append(escape(row["reason"] or row["verdict"] or "not tested"))
         if row["detectable"] is not None:
             small.append(f"detectable {number(row['detectable'], 2)}")
-        said += f"<br><small>{'; '.join(small)}</small>"
-        yield charts.Row(
-            label, row["low"], row["difference"], row["high"], said, index.get(row["reference"], 0), is_first
-        )
+        said += f"<small>{'; '.join(small)}</small>"
+        yield charts.Row(label, row["low"], row["difference"], row["high"], said, index.get(row["arm"], 0), is_first)
 
 
 def _classes(result: Result) -> str:

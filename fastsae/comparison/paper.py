@@ -112,7 +112,7 @@ def section(result: Result) -> str:
         "blocks of dialogues, BT(F), and on whole dialogues, FAST. It has other models, trains on 40.96 million tokens, "
         "gives no L0 and no intervals, and has one seed. So the columns share definitions, and not conditions.</p>"
         '<div class="wide"><table><tr><th>figure</th><th>definition</th><th>paper: BT(P) / BT(F) / FAST</th>'
-        f"<th>ours: bt-p / bt-f / fast</th></tr>{body}</table></div>"
+        f"<th>ours, {escape(result['architecture'])}: bt-p / bt-f / fast</th></tr>{body}</table></div>"
     )
 
 
@@ -132,7 +132,7 @@ def _ours(result: Result, figure: PaperFigure) -> str:
 
 def _ratio_to_fast(row: Difference) -> str:
     """How many times as large as FAST's the MSE of block training is, from the difference of the logs."""
-    if row["arm"] != "fast" or row["reference"] not in ("bt-p", "bt-f"):
+    if row["reference"] != "fast" or row["arm"] not in ("bt-p", "bt-f"):
         return ""
-    low, high = (None if end is None else 2.0**-end for end in (row["high"], row["low"]))
-    return f"{arm_name(row['reference'])} {number(2.0 ** -row['difference'])} times {bracket(low, high)}"
+    low, high = (None if end is None else 2.0**end for end in (row["low"], row["high"]))
+    return f"{arm_name(row['arm'])} {number(2.0 ** row['difference'])} times {bracket(low, high)}"
