@@ -10,8 +10,8 @@ from fastsae.comparison.statistics import HIGHER, LOWER
 COLUMNS = (
     ("all", "l0", "L0", ".1f"),
     ("all", "fvu", "FVU", ".4f"),
-    ("special", "fvu", "special FVU", ".4f"),
-    ("all", "delta_loss_percent", "delta loss %", "+.2f"),
+    ("special", "fvu", "of special", ".4f"),
+    ("all", "delta_loss_percent", "delta loss", "+.2f"),
 )
 """Class, metric, title and format of the figures that are printed."""
 
