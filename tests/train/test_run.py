@@ -160,7 +160,7 @@ def test_failed_evaluation_does_not_cost_the_training(
         raise FastsaeError("evaluation failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate", fail)
+        patch.setattr(run, "evaluate_many", fail)
         with pytest.raises(FastsaeError, match="evaluation failed"):
             train(config, tmp_path / "run", progress=False)
     SparseAutoencoder.load(tmp_path / "run")
