@@ -100,7 +100,7 @@ def keep(run: Path, step: int, most: int, write: Callable[[Path], None]) -> None
     final = run / FOLDER / f"{KEPT}{step:09d}"
     if not final.exists():
         _write_folder(final, write)
-    for old in sorted((run / FOLDER).glob(f"{KEPT}*"), key=lambda path: path.name)[:-most]:
+    for old in sorted(_whole(run, KEPT))[:-most]:
         _remove(old)
 
 
@@ -149,8 +149,8 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _whole(run: Path) -> list[Path]:
-    return [path for path in (run / FOLDER).glob("step-*") if re.fullmatch(r"step-[0-9]{9,18}", path.name)]
+def _whole(run: Path, prefix: str = "step-") -> list[Path]:
+    return [path for path in (run / FOLDER).glob(f"{prefix}*") if re.fullmatch(prefix + "[0-9]{9,18}", path.name)]
 
 
 def sweep(run: Path) -> None:

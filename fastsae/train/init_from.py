@@ -39,10 +39,8 @@ def load_source(config: TrainConfig) -> Source:
     assert config.init_from is not None
     sae = _loaded(config.init_from)
     wanted = SAE_CLASSES[config.architecture]
-    if (
-        not isinstance(sae, wanted) and config.architecture in sae.file_architectures
-    ):  # a BatchTopK SAE is a JumpReLU SAE, too
-        sae = _loaded(config.init_from, wanted)
+    if not isinstance(sae, wanted) and config.architecture in sae.file_architectures:
+        sae = _loaded(config.init_from, wanted)  # a BatchTopK SAE is a JumpReLU SAE, too
     if not isinstance(sae, wanted):
         raise _contradiction(config, "architecture", sae.architecture)
     for name, found in options_of(sae).items():

@@ -156,6 +156,7 @@ def _train(
     else:
         seconds_before = 0.0
         session.initialize(sources)
+        sources.clear()  # their weights are the run's now
     # a resumed run writes them again: model and dataset may have moved
     write_configs(output, configs, fingerprints, session.origins)
 

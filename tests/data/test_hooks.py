@@ -108,7 +108,7 @@ def test_the_stream_before_a_block_is_the_one_after_the_block_before(model):
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("layer", [0, 2])
 def test_a_perfect_reconstruction_leaves_the_logits_as_they_are(model, layer, hook):
     spliced = SplicedModel(ResidualStream(model, layer, hook))
     hidden, logits = spliced.clean(IDS, MASK)

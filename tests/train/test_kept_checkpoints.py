@@ -143,6 +143,9 @@ def test_a_full_disk_leaves_the_older_ones(tmp_path: Path) -> None:
     assert names(tmp_path) == kept(2)
     checkpoint.discard(tmp_path)
     assert names(tmp_path) == kept(2)
+    (tmp_path / "checkpoints" / "sae-step-1-of-mine").mkdir()
+    checkpoint.keep(tmp_path, 3, 1, write)
+    assert names(tmp_path) == [*kept(3), "sae-step-1-of-mine"]
 
 
 def test_there_must_be_checkpoints(config: TrainConfig) -> None:
