@@ -260,6 +260,9 @@ def gsnr(
     `fastsae.sae.token_gradients`. A draw is one token, or one dialogue, whose gradient is the mean of its tokens'. Tokens of
     one dialogue resemble each other, so that ratios per token times its length overstate those per dialogue.
 
+    Training brings the mean gradient on its own data to 0, so that the ratios of a trained SAE are as a rule higher on other
+    data. To compare ways of training, measure each SAE on the kind of data that it is trained on, at the same step.
+
     Args:
         sae: The SAE.
         residual: Model and layer.
