@@ -119,10 +119,9 @@ class ActivityHint:
 
 def sampled_share(x: Tensor, W_enc: Tensor, b_enc: Tensor, lower: Tensor) -> float:
     """The share of pre-activations above `lower`, `[d_sae]`, in a sample of tokens and features, on a CPU."""
-    (n_tokens, n_features), d_sae = SAMPLE, len(lower)
-    starts = torch.arange(0, d_sae, max(RUN, d_sae * RUN // n_features))
-    features = (starts[:, None] + torch.arange(RUN)).flatten()
-    features = features[features < d_sae]
-    weights, bias, lower = (tensor.index_select(-1, features) for tensor in (W_enc, b_enc, lower))
+    n_tokens, n_features = SAMPLE
+    run = min(RUN, len(lower))
+    step = max(run, len(lower) * run // n_features)
+    weights, bias, lower = (tensor.unfold(-1, run, step).flatten(-2) for tensor in (W_enc, b_enc, lower))
     hidden_pre = x[:: max(1, len(x) // n_tokens)] @ weights + bias
     return float((hidden_pre > lower).double().mean())

@@ -19,8 +19,9 @@ LONGEST_SUM = 256  # of the products that oneDNN adds up; longer sums are taken 
 ZEN_5_FAMILY = 26
 MIN_ROWS = 64  # of either operand for oneDNN; with fewer the copies that it needs cost more than it saves
 FEW_COLUMNS = (
-    128  # of a product up to which MKL's way with two transposed operands takes longer than a copy of the product
+    16  # of a product of two transposed operands for MKL; with fewer it takes five times as long as with so many
 )
+MIN_BLOCK = 512  # columns of a product for MKL, where there are more of them than rows
 
 
 @cache
@@ -85,29 +86,33 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
                 out += part
             else:
                 out.copy_(part)
-    elif not add and _is_slow_in_mkl(a, b):
-        out.copy_((b.t() @ a.t()).t())
-    elif add and out.dtype == a.dtype:
-        out.addmm_(a, b)
-    elif add:
-        out += a @ b
     elif out.dtype != a.dtype:
-        out.copy_(a @ b)
+        if add:
+            out += a @ b
+        else:
+            out.copy_(a @ b)
+    elif not add and a.device.type == "cpu" and b.shape[1] < FEW_COLUMNS and _is_transposed(a) and _is_transposed(b):
+        out.copy_((b.t() @ a.t()).t())
     else:
-        torch.mm(a, b, out=out)
+        by_blas(a, b, out, add=add)
+
+
+def by_blas(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """`multiply` in one dtype by the library that PyTorch takes for it; on a CPU in blocks with no more columns than rows.
+
+    MKL shares others badly among its threads: two of a Zen 4 limited to AVX2 multiply 512 x 768 by 768 x 4096 at 169 GFLOP/s,
+    and at 184 in square blocks; one thread at 89 and 94.
+    """
+    size = max(out.shape[0], MIN_BLOCK) if out.device.type == "cpu" else max(1, out.shape[1])
+    for columns, block in zip(b.split(size, 1), out.split(size, 1), strict=True):
+        if add:
+            block.addmm_(a, columns)
+        else:
+            torch.mm(a, columns, out=block)
 
 
 def _is_transposed(matrix: Tensor) -> bool:
     return matrix.stride(0) == 1 < matrix.stride(1)
-
-
-def _is_slow_in_mkl(a: Tensor, b: Tensor) -> bool:
-    """Whether both operands lie transposed and the columns are few.
-
-    One thread of a Zen 4 multiplies 8 tokens with 16,384 x 768 weights that are stored by input in 101 ms so, and 64 tokens in
-    28 ms; turned round, with a copy, in 10 and 24 ms.
-    """
-    return a.device.type == "cpu" and b.shape[1] < FEW_COLUMNS and _is_transposed(a) and _is_transposed(b)
 
 
 def _is_onednn_faster(a: Tensor, b: Tensor, out: Tensor) -> bool:

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsae_kernels.matmul import by_blas
+
 SCRATCH_ELEMENTS = 2**21  # of a chunk's product or weights: 4 to 8 MB, which stay in a server core's share of L2 and L3
 MARGIN_COLUMNS = 4
 MIN_ROUNDED_TOKENS = 64  # fewer multiplications per weight do not pay for rounding it
@@ -236,7 +238,7 @@ class Product:
             # the sign of a bf16 is the sign of its bits, and integers compare faster
             mark_greater(buffer.view(torch.int16), torch.zeros((), dtype=torch.int16), view)
         else:
-            torch.mm(weights, self.x_t, out=buffer)
+            by_blas(weights, self.x_t, buffer)
             if not is_safe and not torch.isfinite(buffer).all():
                 return None
             floor = (-offset - slack).to(buffer.dtype)[:, None] + 0.0  # no negative zero

@@ -47,6 +47,7 @@ def scoring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(cpu_product, "has_fast_bf16", lambda: rescored)
         monkeypatch.setattr(cpu_product, "MIN_ROUNDED_TOKENS", 0)
         monkeypatch.setattr(cpu_product, "SCRATCH_ELEMENTS", 1)  # several chunks even on small problems
+        monkeypatch.setattr(matmul, "MIN_BLOCK", 1)  # and blocks of tokens
         monkeypatch.setattr(cpu_entries, "PRUNE_SLACK", -(2**20))  # and the top k taken between them
         monkeypatch.setattr(cpu_topk, "DENSE_ELEMENTS", 0)
         monkeypatch.setattr(cpu_topk, "MIN_TOKENS", 8)
@@ -83,6 +84,7 @@ def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     monkeypatch.setattr(matmul, "has_half_speed_mkl", lambda: by_onednn)
     monkeypatch.setattr(matmul, "MIN_ROWS", 1)
     monkeypatch.setattr(matmul, "LONGEST_SUM", 5)
+    monkeypatch.setattr(matmul, "MIN_BLOCK", 1)  # blocks of columns, too
     if "tiles" in request.param:
         for name, value in {"TILE": 256, "KEPT_TILE": 256, "FEATURES": 16, "MIN_CHUNK": 16, "MAX_CHUNK": 32}.items():
             monkeypatch.setattr(dense, name, value)
