@@ -256,13 +256,11 @@ class FusedSAEAdam(torch.optim.Adam):
         for p in others:
             torch.autograd.graph.increment_version(p)  # which PyTorch's own fused Adam does not
 
-    def _row_norms(self, p: nn.Parameter, s: RowSums) -> Tensor:
+    def _row_norms(self, p: nn.Parameter, sums: RowSums) -> Tensor:
         from fastsae_kernels.gpu.adam import grad_norms
 
-        return grad_norms(
-            s.by_feature, s.weights, s.vectors, self._by_feature(p, p.detach()),
-            extra=s.extra, extra_flag=s.extra_flag, project=self.normalize_decoder and p is self.matrices[1],
-        )  # fmt: skip
+        on_sphere = self.normalize_decoder and p is self.matrices[1]
+        return grad_norms(sums, self._by_feature(p, p.detach()), project=on_sphere)
 
     def _update_by_kernel(self, sums: dict[nn.Parameter, RowSums], scale: Tensor | None) -> None:
         from fastsae_kernels.gpu.adam import adam_rows
@@ -273,9 +271,9 @@ class FusedSAEAdam(torch.optim.Adam):
             exp_avg, exp_avg_sq = (self._by_feature(p, moment) for moment in self._moments(p))
             on_sphere = self.normalize_decoder and p is self.matrices[1]
             adam_rows(
-                s.by_feature, s.weights, s.vectors, self._by_feature(p, p.detach()), exp_avg if beta1 else None, exp_avg_sq,
+                s, self._by_feature(p, p.detach()), exp_avg if beta1 else None, exp_avg_sq,
                 lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], step=self._step_of(p) + 1,
-                extra=s.extra, extra_flag=s.extra_flag, project=on_sphere, unit_norm=on_sphere, scale=scale,
+                project=on_sphere, unit_norm=on_sphere, scale=scale,
                 last_step=self._owed.last_step.get(p), copy=self._copy(p),
             )  # fmt: skip
 

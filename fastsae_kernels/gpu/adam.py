@@ -38,9 +38,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae_kernels.gpu.config import on_device
-from fastsae_kernels.gpu.feature_sums import FeatureOrder, entries_of, feature_sum, row_config
+from fastsae_kernels.gpu.feature_sums import entries_of, feature_sum, row_config
 from fastsae_kernels.gpu.tiles import MAX_DEPTH, Matrix, columns_of_pieces, matrix_of, read_row, write_row
-from fastsae_kernels.gpu.weight_gradients import keep_for_this_stream
+from fastsae_kernels.gpu.weight_gradients import RowSums, keep_for_this_stream
 
 
 @triton.jit
@@ -198,59 +198,36 @@ def _matrix(rows: Tensor | None) -> Matrix | None:
 
 
 @on_device
-def _launch(
-    param: Tensor,
-    kernel: Any,
-    table: str,
-    by_feature: FeatureOrder,
-    weights: Tensor,
-    vectors: Tensor,
-    extra: Tensor | None,
-    extra_flag: Tensor | None,
-    project: bool,
-    **others: Any,
-) -> None:
+def _launch(param: Tensor, kernel: Any, table: str, sums: RowSums, project: bool, **others: Any) -> None:
     """One program per row of `param`, as many warps as the row's length asks for."""
     n_rows, depth = param.shape
     if depth > MAX_DEPTH:
         raise ValueError(f"param: expected rows of at most {MAX_DEPTH} elements, got {depth}")
-    entries = entries_of(by_feature, weights, vectors)
+    entries = entries_of(sums.by_feature, sums.weights, sums.vectors)
     kernel[(n_rows,)](
         entries=entries,
-        extra=_matrix(extra),
-        extra_flag_ptr=extra_flag,
+        extra=_matrix(sums.extra),
+        extra_flag_ptr=sums.extra_flag,
         param=_matrix(param),
         PROJECT=project,
-        **row_config(table, vectors),
+        **row_config(table, sums.vectors),
         **others,
     )
-    keep_for_this_stream(*entries[:5], extra, extra_flag)
+    keep_for_this_stream(*entries[:5], sums.extra, sums.extra_flag)
 
 
-def grad_norms(
-    by_feature: FeatureOrder,
-    weights: Tensor,
-    vectors: Tensor,
-    param: Tensor,
-    *,
-    extra: Tensor | None = None,
-    extra_flag: Tensor | None = None,
-    project: bool = False,
-) -> Tensor:
+def grad_norms(sums: RowSums, param: Tensor, *, project: bool = False) -> Tensor:
     """Squared norm of each row's gradient, `[S]` fp32, before `scale`; arguments as in `adam_rows`.
 
     `scale = (max_norm / (sum over all parameters).sqrt()).clamp(max=1)` clips by the global norm without a synchronisation.
     """
     norms = torch.empty(param.shape[0], dtype=torch.float32, device=param.device)
-    operands = (by_feature, weights, vectors, extra, extra_flag)
-    _launch(param, _grad_norms_kernel, "feature_sums", *operands, project, norms_ptr=norms)
+    _launch(param, _grad_norms_kernel, "feature_sums", sums, project, norms_ptr=norms)
     return norms
 
 
 def adam_rows(
-    by_feature: FeatureOrder,
-    weights: Tensor,
-    vectors: Tensor,
+    sums: RowSums,
     param: Tensor,
     exp_avg: Tensor | None,
     exp_avg_sq: Tensor,
@@ -260,8 +237,6 @@ def adam_rows(
     beta2: float,
     eps: float,
     step: int,
-    extra: Tensor | None = None,
-    extra_flag: Tensor | None = None,
     project: bool = False,
     unit_norm: bool = False,
     scale: Tensor | None = None,
@@ -271,21 +246,17 @@ def adam_rows(
     """One step of Adam on the rows of `param`, in place and outside autograd; the formulas are the module's.
 
     Args:
-        by_feature: The entries by feature.
-        weights: `[nnz]` weight of each entry, before ordering.
-        vectors: `[B, D]`, what the weights weigh.
+        sums: What the gradient is the sum of.
         param: `[S, D]` fp32, any strides, `D` at most 8192.
         exp_avg: `[S, D]` fp32 or bf16; None exactly where `beta1` is 0.
         exp_avg_sq: `[S, D]` fp32 or bf16.
         lr, beta1, beta2, eps: As in `torch.optim.Adam`.
         step: Number of this step, from 1.
-        extra: `[S, D]`, added to the gradient.
-        extra_flag: `[1]` int32: `extra` is read and added where it is not 0, alone; None: `extra` is.
         project: Remove the gradient's part along the row, which has unit norm.
         unit_norm: Divide the row by its norm afterwards.
         scale: 0-d fp32, what the gradient is multiplied with.
         last_step: `[S]` int32, zeros at first, with `beta1 = 0` alone: rows without entries are left as they are, unless
-            `extra` is added; their v decays when next they are touched, and lacks `beta2 ** (step - last_step)` until
+            `sums.extra` is added; their v decays when next they are touched, and lacks `beta2 ** (step - last_step)` until
             then. Under `unit_norm` rows must have had unit norm before, under `copy` the copy must have been whole.
         copy: `[S, D]` bf16 or fp16, overwritten with the row.
 
@@ -309,11 +280,7 @@ def adam_rows(
         param,
         _adam_rows_kernel,
         "adam_rows",
-        by_feature,
-        weights,
-        vectors,
-        extra,
-        extra_flag,
+        sums,
         project,
         scale_ptr=scale,
         exp_avg=_matrix(exp_avg),

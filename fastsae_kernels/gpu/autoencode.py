@@ -114,17 +114,14 @@ def forward(
         TypeError: x is fp64.
     """
     inputs = _contiguous_vectors(inputs)
-    x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target, rank_scale = inputs
+    x, _, _, threshold, W_dec, b_dec, feature_scale, target, rank_scale = inputs
     acts, overflow, listed, min_active = _list(x, *scoring_encoder(inputs), threshold, spec, capacity)
     if rank_scale is not None:
         acts = acts.divided(rank_scale)
     penalty, l0, feature_counts = stats = row_stats(acts, feature_scale, spec)
     sae_out, squared_error = decode_rows(acts, acts.values, W_dec, b_dec, x.dtype, target)
     if overflow is not None:
-        overflow_rows(
-            overflow, x, W_enc, b_enc, threshold, feature_scale, spec, sae_out, W_dec,
-            b_out=b_dec, stats=stats, target=target, squared_error=squared_error,
-        )  # fmt: skip
+        overflow_rows(overflow, inputs, spec, sae_out, stats=stats, squared_error=squared_error)
     # rows that outgrew the capacity are not among the entries, so the caller gets none
     output = AutoencodeOutput(sae_out, penalty, l0, feature_counts, None, min_active, squared_error)
     return output, Kept(acts, overflow=overflow, listed=listed)
@@ -156,46 +153,39 @@ def backward(
         needs: Which of the large gradients are asked for; that of x costs one more gather.
         collected: Takes what the gradients of both weight matrices are sums of, unless it holds another pass's already.
     """
-    x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, *_ = _contiguous_vectors(inputs)
-    (acts, _, overflow, _), (grad_out, row_scale, grad_penalty) = kept, grads
+    inputs = _contiguous_vectors(inputs)
+    x, W_enc, b_enc, _, W_dec, b_dec, feature_scale, *_ = inputs
+    (acts, _, overflow, _), (grad_out, row_scale, _) = kept, grads
     assert acts is not None
-    scale = None if spec.penalty == "l0" else feature_scale
+    if spec.penalty == "l0":
+        inputs = inputs._replace(feature_scale=None)
     # only a top-k of each row leaves rows of one length
     one_length = spec.k is not None and not spec.batch_topk
     by_feature = feature_order(acts, acts.indices.numel() // max(x.shape[0], 1) if one_length else None)
     leaves = collected is not None and collected.gpu is None and (needs.W_enc or needs.W_dec)
-    grad_hidden_pre, grad_W_enc, grad_W_dec, grad_b_enc, grad_threshold, grad_scale = feature_gradients(
-        by_feature, acts.values, x, W_dec, grad_out, grad_penalty, threshold, scale, spec,
-        row_scale=row_scale, with_weights=not leaves,
-    )  # fmt: skip
+    found = feature_gradients(by_feature, acts.values, inputs, spec, grads, with_weights=not leaves)
     if leaves and collected is not None:
         n_overflow = None if overflow is None else overflow.n_rows
         size = W_dec.shape[0] * (x.shape[1] + W_dec.shape[1])
         buffer = None if overflow is None else collected.buffer(size, like=x)
         encoder, decoder = gpu_share(
-            by_feature, acts.values, grad_hidden_pre, x, grad_out, row_scale, n_overflow, buffer
+            by_feature, acts.values, found.grad_hidden_pre, x, grad_out, row_scale, n_overflow, buffer
         )
         collected.gpu = GpuShare(encoder if needs.W_enc else None, decoder if needs.W_dec else None)
-        grad_W_enc, grad_W_dec = encoder.extra, decoder.extra
-    grad_x = decode_into(acts, grad_hidden_pre, W_enc.t(), None, x.dtype) if needs.x else None
+        found = found._replace(W_enc=encoder.extra, W_dec=decoder.extra)
+    grad_x = decode_into(acts, found.grad_hidden_pre, W_enc.t(), None, x.dtype) if needs.x else None
     if overflow is not None:
-        assert grad_W_enc is not None  # their share is dense in any case
-        assert grad_W_dec is not None
-        overflow_features(
-            overflow, x, W_enc, b_enc, threshold, W_dec, scale, spec, grad_out, grad_penalty, row_scale,
-            grad_W_enc, grad_b_enc, grad_threshold, grad_W_dec, grad_scale,
-        )  # fmt: skip
+        overflow_features(overflow, inputs, spec, grads, found)
         if grad_x is not None:
-            from_output = (grad_out, W_dec, grad_penalty, row_scale)
-            overflow_rows(overflow, x, W_enc, b_enc, threshold, scale, spec, grad_x, W_enc.t(), grads=from_output)
+            overflow_rows(overflow, inputs, spec, grad_x, grads=grads)
     grad_b_dec = grad_out.sum(0, dtype=torch.float32) if row_scale is None else column_sums(grad_out, row_scale)
-    if feature_scale is not None and grad_scale is None:
-        grad_scale = torch.zeros_like(feature_scale)
+    if feature_scale is not None and found.scale is None:
+        found = found._replace(scale=torch.zeros_like(feature_scale))
     if leaves:
-        grad_W_enc = grad_W_dec = None
+        found = found._replace(W_enc=None, W_dec=None)
     return AutoencodeGrads(
-        grad_x, None if grad_W_enc is None else grad_W_enc.t(), grad_b_enc.to(b_enc.dtype), grad_threshold, grad_W_dec,
-        grad_b_dec.to(b_dec.dtype), grad_scale,
+        grad_x, None if found.W_enc is None else found.W_enc.t(), found.b_enc.to(b_enc.dtype), found.threshold,
+        found.W_dec, grad_b_dec.to(b_dec.dtype), found.scale,
     )  # fmt: skip
 
 

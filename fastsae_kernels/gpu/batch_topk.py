@@ -29,8 +29,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae_kernels.gpu.config import on_device
-from fastsae_kernels.gpu.radix import EXACT, Buffer, Cut, Problem, compact, cut_activations, cut_buffer, list_config
-from fastsae_kernels.gpu.tiles import active_bits, pack_entry, start_of_tile
+from fastsae_kernels.gpu.radix import EXACT, Buffer, Cut, compact, cut_activations, cut_buffer, list_config
+from fastsae_kernels.gpu.tiles import EncoderInputs, active_bits, encoder_inputs, pack_entry, start_of_tile
 from fastsae_kernels.gpu.topk import feature_ranges
 from fastsae_kernels.types import SparseActs
 
@@ -51,57 +51,37 @@ class BatchTopK(NamedTuple):
 
 @triton.jit
 def _list_tile(
-    tile, x_ptr, W_enc_ptr, b_enc_ptr, threshold_ptr, bounds_ptr, cursor_ptr, entries_ptr, tokens_ptr, size, first_feature,
-    n_tokens, d_in, d_sae, stride_xb, stride_xd, stride_wd, stride_ws,
-    EVEN_D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-    GROUP_B: tl.constexpr,
+    tile, encoder, bounds_ptr, buffer, size, first_feature, n_tokens,
+    EVEN_D: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_B: tl.constexpr,
 ):  # fmt: skip
     """Lists the entries of one tile; arguments as in the kernel."""
-    first_b, first_s = start_of_tile(tile, n_tokens, d_sae, BLOCK_B, BLOCK_S, GROUP_B)
+    first_b, first_s = start_of_tile(tile, n_tokens, encoder.d_sae, BLOCK_B, BLOCK_S, GROUP_B)
     offs_b = first_b + tl.arange(0, BLOCK_B)
     offs_s = first_s + tl.arange(0, BLOCK_S)
     rows = offs_b % n_tokens  # wrap around rather than mask: the loop stays free of masks
-    bits, hidden_pre = active_bits(
-        x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, offs_s, stride_wd, stride_ws, b_enc_ptr, threshold_ptr,
-        d_in, d_sae, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
-    )  # fmt: skip
+    bits, hidden_pre = active_bits(encoder, rows, offs_s, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D)
     listed = (bits > 0) & (offs_b < n_tokens)[:, None]
     if bounds_ptr is not None:
         listed = listed & (bits >= tl.load(bounds_ptr + rows)[:, None])
     counts = tl.sum(listed.to(tl.int32), 1)
     # over two dimensions, for Triton 3.6 cannot compile the sum of a vector that comes from tensor memory (sm_100)
-    base = tl.atomic_add(cursor_ptr, tl.sum(counts[:, None]).to(tl.int64), sem="relaxed")
+    base = tl.atomic_add(buffer.cursor, tl.sum(counts[:, None]).to(tl.int64), sem="relaxed")
     first = tl.minimum(base, size).to(tl.int32) + tl.cumsum(counts, 0) - counts
     slots = first[:, None] + tl.cumsum(listed.to(tl.int32), 1) - 1
     fits = listed & (slots < size)
-    tl.store(entries_ptr + slots, pack_entry(first_feature + offs_s[None, :], hidden_pre), mask=fits)
-    tl.store(tokens_ptr + slots, rows[:, None] + tl.zeros((BLOCK_B, BLOCK_S), tl.int32), mask=fits)
+    tl.store(buffer.entries + slots, pack_entry(first_feature + offs_s[None, :], hidden_pre), mask=fits)
+    tl.store(buffer.tokens + slots, rows[:, None] + tl.zeros((BLOCK_B, BLOCK_S), tl.int32), mask=fits)
 
 
 @triton.jit(do_not_specialize=["n_tokens", "first_feature", "size"])
 def _batch_list_kernel(
-    # inputs
-    x_ptr,  # [B, D]
-    W_enc_ptr,  # [D, S]
-    b_enc_ptr,  # [S]
-    threshold_ptr,  # [S] fp32
+    encoder,  # EncoderInputs
     bounds_ptr,  # [B] int32 or None: bits of the smallest value of a token that is listed
     overflow_ptr,  # [1] int64 or None: a cursor; does nothing unless that is past the size
-    # outputs
-    cursor_ptr,  # [1] int64: moves on by every entry, also those that find no slot
-    entries_ptr,  # [size] int64: index and bits of the value
-    tokens_ptr,  # [size] int32
-    # scalars and sizes
-    size,
+    buffer,  # Buffer: its cursor moves on by every entry, also those that find no slot
+    size,  # of the buffer
     first_feature,  # index of the first column of W_enc
     n_tokens,
-    d_in,
-    d_sae,
-    # strides
-    stride_xb,
-    stride_xd,
-    stride_wd,
-    stride_ws,
     EVEN_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -111,59 +91,43 @@ def _batch_list_kernel(
     """Program owns one tile: BLOCK_B tokens, BLOCK_S features; after an overflow it takes every num_programs(0)-th of them."""
     if overflow_ptr is None:
         _list_tile(
-            tl.program_id(0),
-            x_ptr, W_enc_ptr, b_enc_ptr, threshold_ptr, bounds_ptr, cursor_ptr, entries_ptr, tokens_ptr, size, first_feature,
-            n_tokens, d_in, d_sae, stride_xb, stride_xd, stride_wd, stride_ws,
+            tl.program_id(0), encoder, bounds_ptr, buffer, size, first_feature, n_tokens,
             EVEN_D, BLOCK_B, BLOCK_S, BLOCK_D, GROUP_B,
         )  # fmt: skip
     elif tl.load(overflow_ptr) > size:
-        n_tiles = tl.cdiv(n_tokens, BLOCK_B) * tl.cdiv(d_sae, BLOCK_S)
+        n_tiles = tl.cdiv(n_tokens, BLOCK_B) * tl.cdiv(encoder.d_sae, BLOCK_S)
         for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
             _list_tile(
-                tile,
-                x_ptr, W_enc_ptr, b_enc_ptr, threshold_ptr, bounds_ptr, cursor_ptr, entries_ptr, tokens_ptr, size, first_feature,
-                n_tokens, d_in, d_sae, stride_xb, stride_xd, stride_wd, stride_ws,
+                tile, encoder, bounds_ptr, buffer, size, first_feature, n_tokens,
                 EVEN_D, BLOCK_B, BLOCK_S, BLOCK_D, GROUP_B,
             )  # fmt: skip
 
 
 def _append(
-    problem: Problem, start: int, end: int, buffer: Buffer, bounds: Tensor | None, overflow: Tensor | None = None
+    encoder: EncoderInputs, start: int, end: int, buffer: Buffer, bounds: Tensor | None, overflow: Tensor | None = None
 ) -> None:
     """Append the entries of features `start .. end` that reach the bounds; if `overflow` is given, only where it did."""
-    x, W_enc = problem.x, problem.W_enc[:, start:end]
-    d_in = x.shape[1]
+    x, W_enc, b_enc, threshold = encoder[:4]
     config = list_config(x, again=overflow is not None)
     tiles = triton.cdiv(x.shape[0], config["BLOCK_B"]) * triton.cdiv(end - start, config["BLOCK_S"])
     # where nothing overflowed, which is nearly always, few programs leave at once
     _batch_list_kernel[(tiles if overflow is None else min(tiles, AGAIN_PROGRAMS),)](
-        x_ptr=x,
-        W_enc_ptr=W_enc,
-        b_enc_ptr=problem.b_enc[start:end],
-        threshold_ptr=problem.threshold[start:end],
+        encoder=encoder_inputs(x, W_enc[:, start:end], b_enc[start:end], threshold[start:end]),
         bounds_ptr=bounds,
         overflow_ptr=overflow,
-        cursor_ptr=buffer.cursor,
-        entries_ptr=buffer.entries,
-        tokens_ptr=buffer.tokens,
+        buffer=buffer,
         size=buffer.entries.numel(),
         first_feature=start,
         n_tokens=x.shape[0],
-        d_in=d_in,
-        d_sae=end - start,
-        stride_xb=x.stride(0),
-        stride_xd=x.stride(1),
-        stride_wd=W_enc.stride(0),
-        stride_ws=W_enc.stride(1),
-        EVEN_D=d_in % config["BLOCK_D"] == 0,
+        EVEN_D=encoder.d_in % config["BLOCK_D"] == 0,
         **config,
     )
 
 
-def _candidates(problem: Problem, n_kept: int, size: int) -> tuple[Buffer, Cut]:
+def _candidates(encoder: EncoderInputs, n_kept: int, size: int) -> tuple[Buffer, Cut]:
     """At most `size` entries, the `n_kept` largest among them, and what tells these apart."""
-    n_tokens, d_sae = problem.x.shape[0], problem.W_enc.shape[1]
-    buffer, spare = Buffer.empty(size, problem.x.device), Buffer.empty(size, problem.x.device)
+    n_tokens, d_sae = encoder.x.shape[0], encoder.d_sae
+    buffer, spare = Buffer.empty(size, encoder.x.device), Buffer.empty(size, encoder.x.device)
     whole = size == n_tokens * d_sae
     first = d_sae if whole else size // n_tokens // MIN_RANGE * MIN_RANGE
     bounds = None
@@ -171,20 +135,20 @@ def _candidates(problem: Problem, n_kept: int, size: int) -> tuple[Buffer, Cut]:
         if start > 0:
             bounds = cut_buffer(buffer, n_tokens, n_kept, levels=2).bounds
             buffer, spare = compact(buffer, spare, bounds), buffer
-        _append(problem, start, end, buffer, bounds)
+        _append(encoder, start, end, buffer, bounds)
     if not whole:
-        bounds = cut_activations(problem, buffer, n_kept).bounds
+        bounds = cut_activations(encoder, buffer, n_kept).bounds
         again = buffer._replace(cursor=torch.zeros_like(buffer.cursor))
-        _append(problem, 0, d_sae, again, bounds, overflow=buffer.cursor)
+        _append(encoder, 0, d_sae, again, bounds, overflow=buffer.cursor)
         buffer = again._replace(cursor=torch.where(buffer.cursor > size, again.cursor, buffer.cursor))
     return buffer, cut_buffer(buffer, n_tokens, n_kept, EXACT)
 
 
-def _survivors(problem: Problem, n_kept: int, size: int) -> tuple[Buffer, Cut]:
+def _survivors(encoder: EncoderInputs, n_kept: int, size: int) -> tuple[Buffer, Cut]:
     """The `n_kept` largest entries, and those that equal the last of them in its token; and what tells these apart."""
-    buffer, cut = _candidates(problem, n_kept, size)
+    buffer, cut = _candidates(encoder, n_kept, size)
     # one token may have more entries that equal the last one than are kept
-    into = Buffer.empty(min(size, n_kept + problem.W_enc.shape[1]), buffer.entries.device)
+    into = Buffer.empty(min(size, n_kept + encoder.d_sae), buffer.entries.device)
     return compact(buffer, into, cut.bounds), cut
 
 
@@ -234,7 +198,7 @@ def encode_batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor
     """
     if x.dtype == torch.float64:
         raise TypeError("x: expected float32, bfloat16 or float16 on the Triton path, got float64")
-    problem = Problem(x, W_enc, b_enc.contiguous(), threshold.contiguous())
+    encoder = encoder_inputs(x, W_enc, b_enc.contiguous(), threshold.contiguous())
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
     n_kept = min(k, d_sae) * n_tokens
     if n_tokens == 0:
@@ -245,7 +209,7 @@ def encode_batch_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor
     size = min(max(int(HEADROOM * n_kept), MIN_RANGE * n_tokens) + d_sae, n_tokens * d_sae)
     if size >= 2**30:
         raise ValueError(f"x: expected fewer than 2**30 candidates in one call, got {size}; split the tokens")
-    kept, cut = _survivors(problem, n_kept, size)
+    kept, cut = _survivors(encoder, n_kept, size)
     row_offsets, indices, values = _in_rows(kept, cut, (n_tokens, d_sae), n_kept)
     row_counts = row_offsets.diff()
     row_offsets[-1] = n_kept

@@ -13,7 +13,7 @@ Numerics: fp32, added in an order that the entries alone decide: deterministic, 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,32 +28,52 @@ MAX_SLOTS = 1024
 CHUNKS_PER_SLOT = 4
 
 
+class ChunkPlan(NamedTuple):
+    """Which slot holds which chunk of which feature; the tensors are None where no feature can be long."""
+
+    n_slots: int  # C
+    length: Tensor | None = None  # 0-d int64: entries of a chunk; features with more are cut
+    slot_ends: Tensor | None = None  # [S] int64: slots of the features 0 .. j
+    slot_features: Tensor | None = None  # [C] int64, ascending; S where a slot is left over
+
+
+class FeatureGradients(NamedTuple):
+    """Gradients of one pass over listed entries; those of the weights are None where nobody asked for them."""
+
+    grad_hidden_pre: Tensor  # [nnz] fp32, zero on padding
+    W_enc: Tensor | None  # [S, d_in]
+    W_dec: Tensor | None  # [S, d_out]
+    b_enc: Tensor  # [S] fp32
+    threshold: Tensor  # [S] fp32
+    scale: Tensor | None  # [S] fp32
+
+
+class Slots(NamedTuple):
+    """The sums of chunks, each None where there are no chunks or nobody asked for that gradient."""
+
+    W_enc: Tensor | None  # [C, I] fp32
+    W_dec: Tensor | None  # [C, O] fp32
+    scalars: Tensor | None  # [3, C] fp32: b_enc, threshold, scale
+
+
 @triton.jit
-def program_entries(
-    pid,
-    feature_offsets_ptr,  # [S + 1] int64
-    chunk_length_ptr,  # int64 or None
-    slot_ends_ptr,  # [S] int64
-    slot_features_ptr,  # [C] int64
-    n_slots,  # C
-    n_features,  # S
-):
+def program_entries(pid, offsets_ptr, plan, n_features):
     """`(feature, start, count)` of the entries that a program owns: those of a chunk or of a whole feature.
 
     The count is negative where it owns none: a slot is left over, or the feature is cut into chunks.
     """
-    feature = (pid - n_slots).to(tl.int64)
-    if chunk_length_ptr is None:
-        start = tl.load(feature_offsets_ptr + feature)
-        count = tl.load(feature_offsets_ptr + feature + 1) - start
+    feature = (pid - plan.n_slots).to(tl.int64)
+    if plan.length is None:
+        start = tl.load(offsets_ptr + feature)
+        count = tl.load(offsets_ptr + feature + 1) - start
     else:
-        is_chunk = pid < n_slots
-        feature = tl.where(is_chunk, tl.load(slot_features_ptr + pid, mask=is_chunk, other=0), feature)
+        is_chunk = pid < plan.n_slots
+        feature = tl.where(is_chunk, tl.load(plan.slot_features + pid, mask=is_chunk, other=0), feature)
         exists = feature < n_features
-        start = tl.load(feature_offsets_ptr + feature, mask=exists, other=0)
-        count = tl.load(feature_offsets_ptr + feature + 1, mask=exists, other=0) - start
-        length = tl.load(chunk_length_ptr)
-        first_slot = tl.load(slot_ends_ptr + feature, mask=exists, other=0) - tl.cdiv(count, length)
+        start = tl.load(offsets_ptr + feature, mask=exists, other=0)
+        count = tl.load(offsets_ptr + feature + 1, mask=exists, other=0) - start
+        length = tl.load(plan.length)
+        first_slot = tl.load(plan.slot_ends + feature, mask=exists, other=0) - tl.cdiv(count, length)
         skipped = tl.where(is_chunk, (pid - first_slot) * length, 0)
         owned = exists & (is_chunk | (count <= length))
         start += skipped
@@ -82,22 +102,10 @@ def _slot_sum(
 
 @triton.jit
 def _join_chunks_kernel(
-    # inputs
-    feature_offsets_ptr,  # [S + 1] int64
-    chunk_length_ptr,  # int64
-    slot_ends_ptr,  # [S] int64
-    slot_features_ptr,  # [C] int64
-    slots_enc_ptr,  # [C, I] fp32 or None
-    slots_dec_ptr,  # [C, O] fp32 or None
-    slots_scalar_ptr,  # [3, C] fp32
-    # outputs
-    grad_W_enc_ptr,  # [S, I] or None
-    grad_W_dec_ptr,  # [S, O] or None
-    grad_b_enc_ptr,  # [S] fp32
-    grad_threshold_ptr,  # [S] fp32
-    grad_scale_ptr,  # [S] fp32 or None
-    # sizes
-    n_slots,  # C
+    offsets_ptr,  # [S + 1] int64
+    plan,  # ChunkPlan
+    slots,  # Slots
+    grads,  # FeatureGradients, outputs but for those of entries
     n_features,  # S
     d_in,
     d_out,
@@ -106,57 +114,30 @@ def _join_chunks_kernel(
 ):
     """Program (c, i) owns columns i * BLOCK_D .. of the feature whose first slot is c; i = 0 adds its scalars too."""
     pid_c, pid_d = tl.program_id(0), tl.program_id(1)
-    feature = tl.load(slot_features_ptr + pid_c)
+    feature = tl.load(plan.slot_features + pid_c)
     if feature >= n_features:
         return
-    count = tl.load(feature_offsets_ptr + feature + 1) - tl.load(feature_offsets_ptr + feature)
-    end_slot = tl.load(slot_ends_ptr + feature)
-    first_slot = end_slot - tl.cdiv(count, tl.load(chunk_length_ptr))
+    count = tl.load(offsets_ptr + feature + 1) - tl.load(offsets_ptr + feature)
+    end_slot = tl.load(plan.slot_ends + feature)
+    first_slot = end_slot - tl.cdiv(count, tl.load(plan.length))
     if pid_c != first_slot:
         return
     offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
-    if slots_enc_ptr is not None:
-        enc = _slot_sum(slots_enc_ptr, first_slot, end_slot, d_in, offs_d, BLOCK_C, BLOCK_D)
-        store_row(grad_W_enc_ptr, feature, offs_d, d_in, enc)
-    if slots_dec_ptr is not None:
-        dec = _slot_sum(slots_dec_ptr, first_slot, end_slot, d_out, offs_d, BLOCK_C, BLOCK_D)
-        store_row(grad_W_dec_ptr, feature, offs_d, d_out, dec)
+    if slots.W_enc is not None:
+        enc = _slot_sum(slots.W_enc, first_slot, end_slot, d_in, offs_d, BLOCK_C, BLOCK_D)
+        store_row(grads.W_enc, feature, offs_d, d_in, enc)
+    if slots.W_dec is not None:
+        dec = _slot_sum(slots.W_dec, first_slot, end_slot, d_out, offs_d, BLOCK_C, BLOCK_D)
+        store_row(grads.W_dec, feature, offs_d, d_out, dec)
     if pid_d == 0:
         one = tl.arange(0, 1).to(tl.int64)
-        b_enc = _slot_sum(slots_scalar_ptr, first_slot, end_slot, 1, one, BLOCK_C, 1)
-        store_row(grad_b_enc_ptr, feature, one, 1, b_enc)
-        threshold = _slot_sum(slots_scalar_ptr + n_slots, first_slot, end_slot, 1, one, BLOCK_C, 1)
-        store_row(grad_threshold_ptr, feature, one, 1, threshold)
-        if grad_scale_ptr is not None:
-            scale = _slot_sum(slots_scalar_ptr + 2 * n_slots, first_slot, end_slot, 1, one, BLOCK_C, 1)
-            store_row(grad_scale_ptr, feature, one, 1, scale)
-
-
-class ChunkPlan(NamedTuple):
-    """Which slot holds which chunk of which feature; the tensors are None where no feature can be long."""
-
-    n_slots: int
-    length: Tensor | None = None  # 0-d int64: entries of a chunk; features with more are cut
-    slot_ends: Tensor | None = None  # [S] int64: slots of the features 0 .. j
-    slot_features: Tensor | None = None  # [C] int64, ascending; S where a slot is left over
-
-    def arguments(self, d_in: int, d_out: int) -> dict[str, Any]:
-        """Of the kernels: the plan, and the slots' memory; a width is 0 where that matrix has no gradient here."""
-
-        def make(*shape: int) -> Tensor | None:
-            if self.length is None or min(shape) == 0:
-                return None
-            return torch.empty(shape, dtype=torch.float32, device=self.length.device)
-
-        return {
-            "chunk_length_ptr": self.length,
-            "slot_ends_ptr": self.slot_ends,
-            "slot_features_ptr": self.slot_features,
-            "slots_enc_ptr": make(self.n_slots, d_in),
-            "slots_dec_ptr": make(self.n_slots, d_out),
-            "slots_scalar_ptr": make(3, self.n_slots),
-            "n_slots": self.n_slots,
-        }
+        b_enc = _slot_sum(slots.scalars, first_slot, end_slot, 1, one, BLOCK_C, 1)
+        store_row(grads.b_enc, feature, one, 1, b_enc)
+        threshold = _slot_sum(slots.scalars + plan.n_slots, first_slot, end_slot, 1, one, BLOCK_C, 1)
+        store_row(grads.threshold, feature, one, 1, threshold)
+        if grads.scale is not None:
+            scale = _slot_sum(slots.scalars + 2 * plan.n_slots, first_slot, end_slot, 1, one, BLOCK_C, 1)
+            store_row(grads.scale, feature, one, 1, scale)
 
 
 def chunk_plan(offsets: Tensor, n_slots: int, shortest: int) -> ChunkPlan:
@@ -186,27 +167,37 @@ def plan_chunks(offsets: Tensor, nnz: int, n_tokens: int, shortest: int) -> Chun
     return chunk_plan(offsets, n_slots, shortest) if n_slots and n_tokens > shortest else ChunkPlan(0)
 
 
-def join_chunks(
-    offsets: Tensor, d_in: int, d_out: int, outputs: dict[str, Any], chunks: dict[str, Any], like: Tensor
-) -> None:
+def slots_for(plan: ChunkPlan, grads: FeatureGradients) -> Slots:
+    """The memory of the plan's slots for the gradients that are asked for."""
+
+    def make(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=grads.b_enc.device)
+
+    if plan.n_slots == 0:
+        return Slots(None, None, None)
+    W_enc, W_dec = (None if W is None else make(plan.n_slots, W.shape[1]) for W in (grads.W_enc, grads.W_dec))
+    return Slots(W_enc, W_dec, make(3, plan.n_slots))
+
+
+def join_chunks(offsets: Tensor, plan: ChunkPlan, slots: Slots, grads: FeatureGradients, like: Tensor) -> None:
     """Add up the slots of every feature that was cut, into its gradients.
 
     Args:
         offsets: `[S + 1]` int64, see `FeatureOrder`.
-        d_in: The width of the encoder's slots.
-        d_out: The width of the decoder's slots.
-        outputs: The gradients, as the kernels name them.
-        chunks: What `ChunkPlan.arguments` gave.
+        plan: Which slot holds which chunk.
+        slots: The sums of the chunks.
+        grads: The gradients, overwritten at the features that were cut.
         like: A tensor whose dtype chooses the launch parameters.
     """
     config = launch_config("join_chunks", like)
-    width = max(d_in if chunks["slots_enc_ptr"] is not None else 1, d_out if chunks["slots_dec_ptr"] is not None else 1)
-    _join_chunks_kernel[(chunks["n_slots"], triton.cdiv(width, config["BLOCK_D"]))](
-        feature_offsets_ptr=offsets,
+    d_in, d_out = (1 if W is None else W.shape[1] for W in (grads.W_enc, grads.W_dec))
+    _join_chunks_kernel[(plan.n_slots, triton.cdiv(max(d_in, d_out), config["BLOCK_D"]))](
+        offsets_ptr=offsets,
+        plan=plan,
+        slots=slots,
+        grads=grads,
         n_features=offsets.numel() - 1,
         d_in=d_in,
         d_out=d_out,
-        **outputs,
-        **chunks,
         **config,
     )

@@ -21,15 +21,13 @@ atomics. Gradients are stored in the dtype of their parameter, `grad_W_enc` feat
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastsae_kernels.gpu.config import launch_config
-from fastsae_kernels.gpu.feature_chunks import join_chunks, plan_chunks, program_entries
+from fastsae_kernels.gpu.feature_chunks import FeatureGradients, join_chunks, plan_chunks, program_entries, slots_for
 from fastsae_kernels.gpu.feature_sums import FeatureOrder, token_of
 from fastsae_kernels.gpu.tiles import (
     MAX_DEPTH,
@@ -37,6 +35,7 @@ from fastsae_kernels.gpu.tiles import (
     gate_gradients,
     gather_pieces,
     gather_rows,
+    matrix_of,
     pieces_of,
     store_pieces,
 )
@@ -53,65 +52,44 @@ def _add_three(a, b, c, more_a, more_b, more_c):
 
 
 @triton.jit
-def _long_product(
-    ptr, rows, stride_b, stride_d, w_row, stride_wd, depth, used, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr
-):
+def _long_product(matrix, rows, w_row, stride_wd, depth, used, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr):
     """`[BLOCK_E]` fp32: the products of some rows with one of W_dec, all of them too long for the registers."""
     products = tl.zeros((BLOCK_E, BLOCK_D), dtype=tl.float32)
     for first in range(0, depth, BLOCK_D):
         offs_d = first + tl.arange(0, BLOCK_D).to(tl.int64)
         w = tl.load(w_row + offs_d * stride_wd, mask=offs_d < depth, other=0.0).to(tl.float32)
-        products += gather_rows(ptr, rows, stride_b, stride_d, offs_d, depth, used) * w[None, :]
+        gathered = gather_rows(matrix.rows, rows, matrix.stride_row, matrix.stride_column, offs_d, depth, used)
+        products += gathered * w[None, :]
     return tl.sum(products, 1)
 
 
 @triton.jit
 def _fused_backward_kernel(
     # inputs
-    feature_offsets_ptr,  # [S + 1] int64
-    order_ptr,  # [nnz] int64: entries by feature, then token
-    tokens_ptr,  # [nnz] int64: token of each entry; None: entry // row_length
+    by_feature,  # FeatureOrder
     values_ptr,  # [nnz]
-    x_ptr,  # [B, I], None without W_enc's gradient
-    W_dec_ptr,  # [S, O]
-    grad_out_ptr,  # [B, O]
+    x,  # Matrix [B, I], None without W_enc's gradient
+    W_dec,  # Matrix [S, O]
+    grad_out,  # Matrix [B, O]
     row_scale_ptr,  # [B] fp32 or None
     grad_penalty_ptr,  # [B] fp32
     threshold_ptr,  # [S] fp32
     scale_ptr,  # [S] fp32 or None
-    # the plan of the chunks, None where no feature can be long
-    chunk_length_ptr,  # int64
-    slot_ends_ptr,  # [S] int64
-    slot_features_ptr,  # [C] int64
+    plan,  # ChunkPlan
     # outputs
-    grad_entries_ptr,  # [nnz] fp32
-    grad_W_enc_ptr,  # [S, I] or None
-    grad_W_dec_ptr,  # [S, O] or None
-    grad_b_enc_ptr,  # [S] fp32
-    grad_threshold_ptr,  # [S] fp32
-    grad_scale_ptr,  # [S] fp32 or None
-    # outputs of chunks
-    slots_enc_ptr,  # [C, I] fp32 or None
-    slots_dec_ptr,  # [C, O] fp32 or None
-    slots_scalar_ptr,  # [3, C] fp32
+    grads,  # FeatureGradients
+    slots,  # Slots
     # scalars, sizes, strides
     half_bandwidth,
     inv_bandwidth,
     tanh_scale,
-    n_slots,  # C
     n_features,  # S
-    row_length,
     d_in,
     d_out,
-    stride_xb,
-    stride_xd,
-    stride_ws,
-    stride_wd,
-    stride_gb,
-    stride_gd,
     stride_row_scale,
     stride_penalty,
     GATED: tl.constexpr,  # without a gate every entry passes its gradient on
+    WINDOW: tl.constexpr,  # there is a window
     PENALTY: tl.constexpr,
     STE_TO_INPUT: tl.constexpr,
     LONG: tl.constexpr,  # rows of W_dec and grad_out are too long for the registers
@@ -123,20 +101,18 @@ def _fused_backward_kernel(
 ):
     """Program p < C owns the chunk of slot p, program C + j feature j unless it is cut into chunks."""
     pid = tl.program_id(0)
-    feature, start, count = program_entries(
-        pid, feature_offsets_ptr, chunk_length_ptr, slot_ends_ptr, slot_features_ptr, n_slots, n_features
-    )  # fmt: skip
+    feature, start, count = program_entries(pid, by_feature.offsets, plan, n_features)
     if count < 0:
         return
 
     o_1, o_2 = columns_of_pieces(BLOCK_O1, BLOCK_O2)
     i_1, i_2 = columns_of_pieces(BLOCK_I1, BLOCK_I2)
-    w_row = W_dec_ptr + feature * stride_ws
+    w_row = W_dec.rows + feature * W_dec.stride_row
     if not LONG:
         # a feature without entries needs no decoder row
         w_depth = tl.where(count > 0, d_out, 0)
-        w_1 = tl.load(w_row + o_1 * stride_wd, mask=o_1 < w_depth, other=0.0)
-        w_2 = tl.load(w_row + o_2 * stride_wd, mask=o_2 < w_depth, other=0.0)
+        w_1 = tl.load(w_row + o_1 * W_dec.stride_column, mask=o_1 < w_depth, other=0.0)
+        w_2 = tl.load(w_row + o_2 * W_dec.stride_column, mask=o_2 < w_depth, other=0.0)
     dec_1 = tl.zeros((BLOCK_O1,), dtype=tl.float32)
     dec_2 = tl.zeros((BLOCK_O2,), dtype=tl.float32)
     enc_1 = tl.zeros((BLOCK_I1,), dtype=tl.float32)
@@ -146,34 +122,36 @@ def _fused_backward_kernel(
     b_enc_sum = tl.zeros((BLOCK_E,), dtype=tl.float32)
     threshold_sum = tl.zeros((BLOCK_E,), dtype=tl.float32)
     scale_sum = tl.zeros((BLOCK_E,), dtype=tl.float32)
-    # entry, value and token are read one block ahead, for gathers wait for them
+    # entry, value and token are read one block ahead, for gathers wait for them; as int32 each takes a register less
     offs_e = tl.arange(0, BLOCK_E)
-    entry = tl.load(order_ptr + start + offs_e, mask=offs_e < count, other=0)
+    entry = tl.load(by_feature.order + start + offs_e, mask=offs_e < count, other=0).to(tl.int32)
     value = tl.load(values_ptr + entry, mask=offs_e < count, other=0.0).to(tl.float32)
-    next_token = token_of(entry, tokens_ptr, row_length, offs_e < count).to(tl.int32)  # a register less than int64
+    next_token = token_of(entry, by_feature.tokens, by_feature.row_length, offs_e < count).to(tl.int32)
     for first in range(0, count, BLOCK_E):
         mask_e = first + offs_e < count
         token = next_token.to(tl.int64)
         # an inactive entry is listed only where it lies in the window
         active = value > 0.0 if GATED else mask_e
-        window = mask_e & ((value == 0.0) | (tl.abs(value - threshold) < half_bandwidth))
+        window = tl.zeros((BLOCK_E,), dtype=tl.int1)
+        if WINDOW:
+            window = mask_e & ((value == 0.0) | (tl.abs(value - threshold) < half_bandwidth))
         # every gather stands ahead of the product, which decides the weight of x: all are on their way at once
         if not LONG:
-            g_1, g_2 = gather_pieces(grad_out_ptr, token, stride_gb, stride_gd, o_1, o_2, d_out, mask_e)
-        if x_ptr is not None:
+            g_1, g_2 = gather_pieces(grad_out, token, o_1, o_2, d_out, mask_e)
+        if x is not None:
             used = active | window if STE_TO_INPUT else active
-            x_1, x_2 = gather_pieces(x_ptr, token, stride_xb, stride_xd, i_1, i_2, d_in, used)
+            x_1, x_2 = gather_pieces(x, token, i_1, i_2, d_in, used)
         grad_penalty = tl.load(grad_penalty_ptr + token * stride_penalty, mask=mask_e, other=0.0)
         row_scale = tl.full((BLOCK_E,), 1.0, tl.float32)
         if row_scale_ptr is not None:
             row_scale = tl.load(row_scale_ptr + token * stride_row_scale, mask=mask_e, other=0.0)
         next_mask = first + BLOCK_E + offs_e < count
-        next_entry = tl.load(order_ptr + start + first + BLOCK_E + offs_e, mask=next_mask, other=0)
+        next_entry = tl.load(by_feature.order + start + first + BLOCK_E + offs_e, mask=next_mask, other=0).to(tl.int32)
         next_value = tl.load(values_ptr + next_entry, mask=next_mask, other=0.0).to(tl.float32)
-        next_token = token_of(next_entry, tokens_ptr, row_length, next_mask).to(tl.int32)
+        next_token = token_of(next_entry, by_feature.tokens, by_feature.row_length, next_mask).to(tl.int32)
         if LONG:
             grad_acts = _long_product(
-                grad_out_ptr, token, stride_gb, stride_gd, w_row, stride_wd, d_out, mask_e, BLOCK_E, BLOCK_O1
+                grad_out, token, w_row, W_dec.stride_column, d_out, mask_e, BLOCK_E, BLOCK_O1
             )  # fmt: skip
         else:
             grad_acts = tl.sum(g_1 * w_1[None, :].to(tl.float32), 1) + tl.sum(g_2 * w_2[None, :].to(tl.float32), 1)
@@ -181,52 +159,41 @@ def _fused_backward_kernel(
             value, active, window, row_scale * grad_acts, grad_penalty, threshold, scale,
             inv_bandwidth, tanh_scale, PENALTY, STE_TO_INPUT,
         )  # fmt: skip
-        tl.store(grad_entries_ptr + entry, grad_hidden_pre, mask=mask_e)
+        tl.store(grads.grad_hidden_pre + entry, grad_hidden_pre, mask=mask_e)
         b_enc_sum += grad_hidden_pre
         threshold_sum += grad_threshold
         scale_sum += grad_scale
-        if grad_W_dec_ptr is not None:
+        if grads.W_dec is not None:
             weight = value * row_scale
             dec_1 += tl.sum(weight[:, None] * g_1, 0)
             dec_2 += tl.sum(weight[:, None] * g_2, 0)
-        if x_ptr is not None:
+        if x is not None:
             enc_1 += tl.sum(grad_hidden_pre[:, None] * x_1, 0)
             enc_2 += tl.sum(grad_hidden_pre[:, None] * x_2, 0)
         entry, value = next_entry, next_value
 
     # one reduction: on three of them side by side LLVM's SLP vectoriser, as Triton 3.8 has it, crashes
     b_enc, threshold_total, scale_total = tl.reduce((b_enc_sum, threshold_sum, scale_sum), 0, _add_three)
-    if chunk_length_ptr is not None:  # noqa: SIM102 a compile-time branch must stand alone
-        if pid < n_slots:
+    if plan.length is not None:  # noqa: SIM102 a compile-time branch must stand alone
+        if pid < plan.n_slots:
             slot = pid.to(tl.int64)
-            if grad_W_dec_ptr is not None:
-                store_pieces(slots_dec_ptr, slot, o_1, o_2, d_out, dec_1, dec_2)
-            if x_ptr is not None:
-                store_pieces(slots_enc_ptr, slot, i_1, i_2, d_in, enc_1, enc_2)
-            tl.store(slots_scalar_ptr + slot, b_enc)
-            tl.store(slots_scalar_ptr + n_slots + slot, threshold_total)
-            if grad_scale_ptr is not None:
-                tl.store(slots_scalar_ptr + 2 * n_slots + slot, scale_total)
+            if grads.W_dec is not None:
+                store_pieces(slots.W_dec, slot, o_1, o_2, d_out, dec_1, dec_2)
+            if x is not None:
+                store_pieces(slots.W_enc, slot, i_1, i_2, d_in, enc_1, enc_2)
+            tl.store(slots.scalars + slot, b_enc)
+            tl.store(slots.scalars + plan.n_slots + slot, threshold_total)
+            if grads.scale is not None:
+                tl.store(slots.scalars + 2 * plan.n_slots + slot, scale_total)
             return
-    if grad_W_dec_ptr is not None:
-        store_pieces(grad_W_dec_ptr, feature, o_1, o_2, d_out, dec_1, dec_2)
-    if x_ptr is not None:
-        store_pieces(grad_W_enc_ptr, feature, i_1, i_2, d_in, enc_1, enc_2)
-    tl.store(grad_b_enc_ptr + feature, b_enc)
-    tl.store(grad_threshold_ptr + feature, threshold_total)
-    if grad_scale_ptr is not None:
-        tl.store(grad_scale_ptr + feature, scale_total)
-
-
-class FeatureGradients(NamedTuple):
-    """Gradients of one pass over listed entries; those of the weights are None where nobody asked for them."""
-
-    grad_hidden_pre: Tensor  # [nnz] fp32, zero on padding
-    W_enc: Tensor | None  # [S, d_in]
-    W_dec: Tensor | None  # [S, d_out]
-    b_enc: Tensor  # [S] fp32
-    threshold: Tensor  # [S] fp32
-    scale: Tensor | None  # [S] fp32
+    if grads.W_dec is not None:
+        store_pieces(grads.W_dec, feature, o_1, o_2, d_out, dec_1, dec_2)
+    if x is not None:
+        store_pieces(grads.W_enc, feature, i_1, i_2, d_in, enc_1, enc_2)
+    tl.store(grads.b_enc + feature, b_enc)
+    tl.store(grads.threshold + feature, threshold_total)
+    if grads.scale is not None:
+        tl.store(grads.scale + feature, scale_total)
 
 
 def fused_backward(
@@ -268,46 +235,33 @@ def fused_backward(
         per_feature(),
         None if feature_scale is None else per_feature(),
     )
-    outputs = {
-        "grad_W_enc_ptr": grads.W_enc,
-        "grad_W_dec_ptr": grads.W_dec,
-        "grad_b_enc_ptr": grads.b_enc,
-        "grad_threshold_ptr": grads.threshold,
-        "grad_scale_ptr": grads.scale,
-    }
-    chunks = plan.arguments(d_in if x is not None else 0, d_out if with_W_dec else 0)
+    slots = slots_for(plan, grads)
     is_long = d_out > MAX_DEPTH
     blocks_i, blocks_o = pieces_of(d_in), (LONG_ROW_BLOCK, 1) if is_long else pieces_of(d_out)
     lanes = max(sum(blocks_i) if x is not None else 1, sum(blocks_o))
     _fused_backward_kernel[(plan.n_slots + d_sae,)](
-        feature_offsets_ptr=by_feature.offsets,
-        order_ptr=by_feature.order,
-        tokens_ptr=by_feature.tokens,
+        by_feature=by_feature,
         values_ptr=values,
-        x_ptr=x,
-        W_dec_ptr=W_dec,
-        grad_out_ptr=grad_out,
+        x=None if x is None else matrix_of(x),
+        W_dec=matrix_of(W_dec),
+        grad_out=matrix_of(grad_out),
         row_scale_ptr=row_scale,
         grad_penalty_ptr=grad_penalty,
         threshold_ptr=threshold,
         scale_ptr=feature_scale,
-        grad_entries_ptr=grads.grad_hidden_pre,
+        plan=plan,
+        grads=grads,
+        slots=slots,
         half_bandwidth=spec.bandwidth / 2,
         inv_bandwidth=1 / spec.bandwidth if spec.bandwidth > 0 else 0.0,
         tanh_scale=spec.tanh_scale,
         n_features=d_sae,
-        row_length=by_feature.row_length,
         d_in=d_in,
         d_out=d_out,
-        stride_xb=0 if x is None else x.stride(0),
-        stride_xd=0 if x is None else x.stride(1),
-        stride_ws=W_dec.stride(0),
-        stride_wd=W_dec.stride(1),
-        stride_gb=grad_out.stride(0),
-        stride_gd=grad_out.stride(1),
         stride_row_scale=0 if row_scale is None else row_scale.stride(0),
         stride_penalty=grad_penalty.stride(0),
         GATED=gated,
+        WINDOW=spec.bandwidth > 0,
         PENALTY=spec.penalty,
         STE_TO_INPUT=spec.ste_to_input,
         LONG=is_long,
@@ -317,9 +271,7 @@ def fused_backward(
         BLOCK_O1=blocks_o[0],
         BLOCK_O2=blocks_o[1],
         num_warps=triton.next_power_of_2(triton.cdiv(lanes, config["D_PER_WARP"])),
-        **outputs,
-        **chunks,
     )
     if plan.n_slots:
-        join_chunks(by_feature.offsets, d_in, d_out, outputs, chunks, like=W_dec)
+        join_chunks(by_feature.offsets, plan, slots, grads, like=W_dec)
     return grads

@@ -15,25 +15,21 @@ from torch import Tensor
 
 from fastsae_kernels.gpu.config import on_device
 from fastsae_kernels.gpu.decode import decode_into
+from fastsae_kernels.gpu.feature_chunks import FeatureGradients
 from fastsae_kernels.gpu.feature_sums import FeatureOrder, feature_order, feature_sums
-from fastsae_kernels.gpu.fused_backward import FeatureGradients, fused_backward
+from fastsae_kernels.gpu.fused_backward import fused_backward
 from fastsae_kernels.gpu.tiles import MAX_DEPTH
 from fastsae_kernels.loss_terms import scaled
-from fastsae_kernels.types import AutoencodeSpec, SparseActs
+from fastsae_kernels.types import AutoencodeSpec, OutputGrads, PassInputs, SparseActs
 
 
 def feature_gradients(
     by_feature: FeatureOrder,
     values: Tensor,
-    x: Tensor,
-    W_dec: Tensor,
-    grad_out: Tensor,
-    grad_penalty: Tensor,
-    threshold: Tensor,
-    feature_scale: Tensor | None,
+    inputs: PassInputs,
     spec: AutoencodeSpec,
+    grads: OutputGrads,
     *,
-    row_scale: Tensor | None = None,
     with_weights: bool = True,
 ) -> FeatureGradients:
     """Gradients of one pass over listed entries, but those of x and b_dec; the formulas are those of `fused_backward`.
@@ -41,32 +37,29 @@ def feature_gradients(
     Args:
         by_feature: The entries by feature.
         values: `[nnz]` fp32, 0 where an entry is in the window only; before ordering.
-        x: `[N, d_in]`. Strides are free, here and below, but for vectors over features, which are contiguous.
-        W_dec: `[d_sae, d_out]`, dtype of x.
-        grad_out: `[N, d_out]`.
-        grad_penalty: `[N]` fp32.
-        threshold: `[d_sae]` fp32, >= 0.
-        feature_scale: `[d_sae]` fp32, or None for ones.
+        inputs: The tensors of the pass, those over features contiguous.
         spec: The options.
-        row_scale: `[N]` fp32, or None for ones: row n of the gradient of sae_out is `row_scale[n] * grad_out[n]`.
+        grads: What comes back into the pass.
         with_weights: Whether to sum the weight gradients; otherwise x is not read.
 
     Returns:
         Weight gradients in the dtype of x.
     """
+    x, _, _, threshold, W_dec, _, feature_scale, *_ = inputs
+    grad_out, row_scale, grad_penalty = grads
     fused = with_weights and max(x.shape[1], W_dec.shape[1]) <= MAX_DEPTH
     if with_weights and not fused:
         grad_out, row_scale = scaled(grad_out, row_scale), None
-    grads = fused_backward(
+    found = fused_backward(
         by_feature, values, x if fused else None, W_dec, grad_out, grad_penalty, threshold, feature_scale, spec,
         row_scale, with_W_dec=fused,
     )  # fmt: skip
     if fused or not with_weights:
-        return grads
+        return found
     grad_W_enc, grad_W_dec = W_dec.new_empty(W_dec.shape[0], x.shape[1]), W_dec.new_empty(W_dec.shape)
-    feature_sums(by_feature, grads.grad_hidden_pre, x, grad_W_enc)
+    feature_sums(by_feature, found.grad_hidden_pre, x, grad_W_enc)
     feature_sums(by_feature, values, grad_out, grad_W_dec)
-    return grads._replace(W_enc=grad_W_enc, W_dec=grad_W_dec)
+    return found._replace(W_enc=grad_W_enc, W_dec=grad_W_dec)
 
 
 @on_device

@@ -29,22 +29,12 @@ MULTIPROCESSORS = 4  # where there is no device to ask (Triton's interpreter, th
 
 @triton.jit(do_not_specialize=["n_tokens", "first_feature"])
 def _list_descriptors_kernel(
-    # inputs
     x_desc,  # [B, D]
     W_enc_desc,  # [S, D]
-    b_enc_ptr,  # [S]
-    threshold_ptr,  # [S] fp32
-    row_ends_ptr,  # [B] int32
-    bounds_ptr,  # [B] fp32 or None
-    # outputs
-    cursors_ptr,  # [B] int32
-    entries_ptr,  # [nnz] int64
-    # scalars and sizes
-    half_bandwidth,
+    gate_and_spans,  # GateAndSpans
     first_feature,
     n_tokens,
     d_in,
-    d_sae,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -53,6 +43,7 @@ def _list_descriptors_kernel(
     LANES: tl.constexpr,
 ):
     """Program walks over every num_programs-th tile of BLOCK_B tokens and BLOCK_S features."""
+    d_sae = gate_and_spans.d_sae
     n_tiles = tl.cdiv(n_tokens, BLOCK_B) * tl.cdiv(d_sae, BLOCK_S)
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         start_b, start_s = start_of_tile(tile, n_tokens, d_sae, BLOCK_B, BLOCK_S, GROUP_B)
@@ -61,10 +52,7 @@ def _list_descriptors_kernel(
             x = x_desc.load([start_b, start_d])
             W_enc = W_enc_desc.load([start_s, start_d])
             product = tl.dot(x, W_enc.T, product)
-        list_tile(
-            product, start_b, start_s, b_enc_ptr, threshold_ptr, row_ends_ptr, bounds_ptr, cursors_ptr, entries_ptr,
-            half_bandwidth, first_feature, n_tokens, d_sae, RUN, LANES,
-        )  # fmt: skip
+        list_tile(product, start_b, start_s, gate_and_spans, first_feature, n_tokens, RUN, LANES)
 
 
 def _unfit(name: str, matrix: Tensor) -> str:

@@ -29,36 +29,24 @@ DENSE_SHARE = 0.03
 
 @triton.jit(do_not_specialize=["n_tokens", "first_feature"])
 def _list_products_kernel(
-    # inputs
     product_ptr,  # [B, S] fp32, contiguous
-    b_enc_ptr,  # [S]
-    threshold_ptr,  # [S] fp32
-    row_ends_ptr,  # [B] int32
-    bounds_ptr,  # [B] fp32 or None
-    # outputs
-    cursors_ptr,  # [B] int32
-    entries_ptr,  # [nnz] int64
-    # scalars and sizes
-    half_bandwidth,
+    gate_and_spans,  # GateAndSpans
     first_feature,
     n_tokens,
-    d_sae,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
     RUN: tl.constexpr,
     LANES: tl.constexpr,
 ):
     """Program owns one tile of the product and appends its entries."""
+    d_sae = gate_and_spans.d_sae
     tiles_s = tl.cdiv(d_sae, BLOCK_S)
     start_b, start_s = tl.program_id(0) // tiles_s * BLOCK_B, tl.program_id(0) % tiles_s * BLOCK_S
     offs_b, offs_s = start_b + tl.arange(0, BLOCK_B), start_s + tl.arange(0, BLOCK_S)
     mask = (offs_b < n_tokens)[:, None] & (offs_s < d_sae)[None, :]
     # int64: row * d_sae can pass 2^31
     product = tl.load(product_ptr + offs_b.to(tl.int64)[:, None] * d_sae + offs_s[None, :], mask=mask, other=0.0)
-    list_tile(
-        product, start_b, start_s, b_enc_ptr, threshold_ptr, row_ends_ptr, bounds_ptr, cursors_ptr, entries_ptr,
-        half_bandwidth, first_feature, n_tokens, d_sae, RUN, LANES,
-    )  # fmt: skip
+    list_tile(product, start_b, start_s, gate_and_spans, first_feature, n_tokens, RUN, LANES)
 
 
 def _fp32_products_use_tf32() -> bool:

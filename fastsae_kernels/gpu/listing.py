@@ -30,6 +30,19 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # every value that is listed reac
 WORD = tl.constexpr(16)  # bits of a mask whose sum as fp32 is exact
 
 
+class GateAndSpans(NamedTuple):
+    """What a tile of the product is gated with, and the rows' spans that its entries go to; a kernel sees pointers."""
+
+    b_enc: Tensor  # [S]
+    threshold: Tensor  # [S] fp32
+    row_ends: Tensor  # [B] int32: where the span of each row ends
+    bounds: Tensor | None  # [B] fp32: smaller entries of a row are left out; where positive, its window too
+    cursors: Tensor  # [B] int32: where each span starts; moves on by every entry, also those that find no slot
+    entries: Tensor  # [nnz] int64: index and bits of the value
+    half_bandwidth: float
+    d_sae: int  # S
+
+
 class Listing(NamedTuple):
     """Checked arguments of `encode.list_entries`, which describes them."""
 
@@ -59,18 +72,11 @@ class Listing(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         """What every listing kernel takes beside the operands of its product."""
-        return {
-            "b_enc_ptr": self.b_enc,
-            "threshold_ptr": self.threshold,
-            "row_ends_ptr": self.row_ends,
-            "bounds_ptr": self.bounds,
-            "cursors_ptr": self.cursors,
-            "entries_ptr": self.entries,
-            "half_bandwidth": self.bandwidth / 2,
-            "first_feature": self.first_feature,
-            "n_tokens": self.x.shape[0],
-            "d_sae": self.W_enc.shape[1],
-        }
+        gate_and_spans = GateAndSpans(
+            self.b_enc, self.threshold, self.row_ends, self.bounds, self.cursors, self.entries, self.bandwidth / 2,
+            self.W_enc.shape[1],
+        )  # fmt: skip
+        return {"gate_and_spans": gate_and_spans, "first_feature": self.first_feature, "n_tokens": self.x.shape[0]}
 
 
 @triton.jit
@@ -106,16 +112,9 @@ def list_tile(
     product,  # [BLOCK_B, BLOCK_S] fp32, x @ W_enc
     start_b,  # its first token
     start_s,  # its first feature, counted from the first column of W_enc
-    b_enc_ptr,  # [S]
-    threshold_ptr,  # [S] fp32
-    row_ends_ptr,  # [B] int32
-    bounds_ptr,  # [B] fp32 or None
-    cursors_ptr,  # [B] int32
-    entries_ptr,  # [nnz] int64
-    half_bandwidth,
-    first_feature,
+    gate_and_spans,  # GateAndSpans
+    first_feature,  # index of the first column of W_enc
     n_tokens,
-    d_sae,
     RUN: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -127,17 +126,18 @@ def list_tile(
     BITS: tl.constexpr = min(WORD, WIDTH)
     WORDS: tl.constexpr = WIDTH // BITS
 
+    d_sae = gate_and_spans.d_sae
     offs_s = tl.arange(0, BLOCK_S)
     columns = tl.minimum(start_s + offs_s, d_sae - 1)
-    hidden_pre = product + tl.load(b_enc_ptr + columns).to(tl.float32)[None, :]
-    threshold = tl.load(threshold_ptr + columns)
+    hidden_pre = product + tl.load(gate_and_spans.b_enc + columns).to(tl.float32)[None, :]
+    threshold = tl.load(gate_and_spans.threshold + columns)
     # a NaN of hidden_pre is listed, one of the threshold is not
     threshold = tl.where(threshold != threshold, float("inf"), threshold)[None, :]
-    _, window = gate(hidden_pre, threshold, half_bandwidth)
+    _, window = gate(hidden_pre, threshold, gate_and_spans.half_bandwidth)
     value = tl.where(hidden_pre <= threshold, tl.where(window, 0.0, NOT_LISTED), hidden_pre)
     bound = LOWEST
-    if bounds_ptr is not None:
-        bound = tl.load(bounds_ptr + tl.minimum(start_b + tl.arange(0, BLOCK_B), n_tokens - 1))[:, None]
+    if gate_and_spans.bounds is not None:
+        bound = tl.load(gate_and_spans.bounds + tl.minimum(start_b + tl.arange(0, BLOCK_B), n_tokens - 1))[:, None]
     bit = 1 << (offs_s // (RUN * LANES) * RUN + offs_s % RUN) % BITS
     bits = tl.where(value < bound, 0.0, bit.to(tl.float32)[None, :])  # NaN stays
     # a sum of fp32, for LLVM would gather one of integers by way of the stack
@@ -156,13 +156,13 @@ def list_tile(
     words &= (1 << tl.minimum(tl.maximum(inside[:, None] - first_bit, 0), BITS)) - 1
 
     count = tl.sum(_popcount(words), 1)
-    slot = tl.atomic_add(cursors_ptr + rows, count, mask=count > 0, sem="relaxed")
-    end = tl.minimum(tl.load(row_ends_ptr + rows), slot + count)
+    slot = tl.atomic_add(gate_and_spans.cursors + rows, count, mask=count > 0, sem="relaxed")
+    end = tl.minimum(tl.load(gate_and_spans.row_ends + rows), slot + count)
     # over two dimensions, for Triton 3.6 cannot compile the maximum of a vector that comes from tensor memory (sm_100)
     for _ in range(0, tl.max(count[:, None])):
         lowest = first_bit + _popcount(~words & (words - 1))
         at = tl.min(tl.where(words != 0, lowest, WIDTH), 1)
         words = tl.where(lowest == at[:, None], words & (words - 1), words)
         index = first_feature + start_s + column + at // RUN * (RUN * LANES) + at % RUN
-        tl.store(entries_ptr + slot, pack_entry(index, _pick(value, at)), mask=slot < end)
+        tl.store(gate_and_spans.entries + slot, pack_entry(index, _pick(value, at)), mask=slot < end)
         slot += 1

@@ -29,8 +29,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae_kernels.gpu.config import launch_config
+from fastsae_kernels.gpu.feature_chunks import FeatureGradients
 from fastsae_kernels.gpu.overflow_tile import add_product, gated_tile, operands_of, tile_config, upstream_of
-from fastsae_kernels.types import AutoencodeSpec, Overflow
+from fastsae_kernels.types import AutoencodeSpec, OutputGrads, Overflow, PassInputs
 
 # how many programs work on rows, each with a scratch; enough to read the weights at a good part of a device's rate
 SCRATCH_PROGRAMS = 64
@@ -247,40 +248,34 @@ def _overflow_features_kernel(
 
 def overflow_rows(
     overflow: Overflow,
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    threshold: Tensor,
-    feature_scale: Tensor | None,
+    inputs: PassInputs,
     spec: AutoencodeSpec,
     out: Tensor,
-    W_out: Tensor,
     *,
-    b_out: Tensor | None = None,
     stats: tuple[Tensor, Tensor, Tensor] | None = None,
-    target: Tensor | None = None,
     squared_error: Tensor | None = None,
-    grads: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
+    grads: OutputGrads | None = None,
 ) -> None:
     """Overwrite the overflowing rows of `out`: with sae_out (and fill `stats`), or with grad_x where `grads` is given.
 
     Args:
         overflow: Which rows.
-        x, W_enc, b_enc, threshold, feature_scale, spec: As in `autoencode_forward`.
+        inputs: The tensors of the pass, those over features contiguous.
+        spec: The options.
         out: `[N, D']`, contiguous: sae_out (the residual, with a target) or grad_x.
-        W_out: `[S, D']`: W_dec or W_enc.T.
-        b_out: `[D']`: b_dec, or None.
         stats: `(penalty, l0, feature_counts)` of the other rows; written and added to. Forward only.
-        target: `[N, D']`, any strides, or None. Forward only.
         squared_error: `[N]` fp32, that of the other rows; written, with a target. Forward only.
-        grads: `(grad_out, W_dec, grad_penalty, row_scale)`. Backward only.
+        grads: What comes back into the pass. Backward only.
     """
+    x, W_enc, _, _, W_dec, *_ = inputs
     if x.shape[0] == 0:
         return
+    W_out = W_dec if grads is None else W_enc.t()
+    b_out, target = (inputs.b_dec, inputs.target) if grads is None else (None, None)
+    upstream = None if grads is None else upstream_of(grads, W_dec, spec)
     penalty, l0, feature_counts = stats or (None, None, None)
-    config = tile_config("overflow_rows", x, x.shape[1], *(() if grads is None else (grads[1].shape[1],)))
-    operands = operands_of(overflow, x, W_enc, b_enc, threshold, feature_scale, spec)
-    upstream = None if grads is None else upstream_of(*grads, spec)
+    config = tile_config("overflow_rows", x, x.shape[1], *(() if grads is None else (W_dec.shape[1],)))
+    operands = operands_of(overflow, *inputs[:4], inputs.feature_scale, spec)
     scratch = x.new_empty(SCRATCH_PROGRAMS, config["BLOCK_B"], W_out.shape[1], dtype=torch.float32)
     penalty_sums = None if stats is None else scratch.new_empty(SCRATCH_PROGRAMS, config["BLOCK_B"])
     outputs = RowOutputs(
@@ -310,50 +305,34 @@ def overflow_rows(
 
 
 def overflow_features(
-    overflow: Overflow,
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    threshold: Tensor,
-    W_dec: Tensor,
-    feature_scale: Tensor | None,
-    spec: AutoencodeSpec,
-    grad_out: Tensor,
-    grad_penalty: Tensor,
-    row_scale: Tensor | None,
-    grad_W_enc: Tensor,
-    grad_b_enc: Tensor,
-    grad_threshold: Tensor,
-    grad_W_dec: Tensor,
-    grad_scale: Tensor | None,
+    overflow: Overflow, inputs: PassInputs, spec: AutoencodeSpec, grads: OutputGrads, found: FeatureGradients
 ) -> None:
-    """Add the overflowing rows' share to gradients that hold the other rows' already.
+    """Add the overflowing rows' share to gradients of features that hold the other rows' already.
 
     Args:
         overflow: Which rows.
-        x, W_enc, b_enc, threshold, W_dec, feature_scale, spec: As in `autoencode_forward`.
-        grad_out, grad_penalty, row_scale: As in `autoencode_backward`.
-        grad_W_enc: `[d_sae, d_in]`, contiguous.
-        grad_b_enc, grad_threshold: `[d_sae]` fp32.
-        grad_W_dec: `[d_sae, d_out]`, contiguous.
-        grad_scale: `[d_sae]` fp32, or None.
+        inputs: The tensors of the pass, those over features contiguous.
+        spec: The options.
+        grads: What comes back into the pass.
+        found: The gradients, contiguous, those of both weights among them.
     """
+    x, W_dec = inputs.x, inputs.W_dec
     if x.shape[0] == 0:
         return
     config = tile_config("overflow_features", x, x.shape[1], W_dec.shape[1])
-    operands = operands_of(overflow, x, W_enc, b_enc, threshold, feature_scale, spec)
-    upstream = upstream_of(grad_out, W_dec, grad_penalty, row_scale, spec)
+    operands = operands_of(overflow, *inputs[:4], inputs.feature_scale, spec)
+    upstream = upstream_of(grads, W_dec, spec)
     programs = min(FEATURE_PROGRAMS, triton.cdiv(operands.d_sae, config["BLOCK_S"]))
     shape = (min(FEATURE_SCRATCHES, programs), config["BLOCK_S"], operands.d_in + upstream.d_out)
     _overflow_features_kernel[(programs,)](
         operands=operands,
         upstream=upstream,
         sum_ptr=x.new_empty(shape, dtype=torch.float32),
-        grad_W_enc_ptr=grad_W_enc,
-        grad_W_dec_ptr=grad_W_dec,
-        grad_b_enc_ptr=grad_b_enc,
-        grad_threshold_ptr=grad_threshold,
-        grad_scale_ptr=grad_scale,
+        grad_W_enc_ptr=found.W_enc,
+        grad_W_dec_ptr=found.W_dec,
+        grad_b_enc_ptr=found.b_enc,
+        grad_threshold_ptr=found.threshold,
+        grad_scale_ptr=found.scale,
         PENALTY=spec.penalty,
         STE_TO_INPUT=spec.ste_to_input,
         SCRATCHES=FEATURE_SCRATCHES,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastsae_kernels.gpu.config import LaunchConfig, launch_config
 from fastsae_kernels.gpu.tiles import gate, gate_gradients, penalty_terms, tile_product
-from fastsae_kernels.types import AutoencodeSpec, Overflow
+from fastsae_kernels.types import AutoencodeSpec, OutputGrads, Overflow
 
 
 class Operands(NamedTuple):
@@ -73,10 +73,9 @@ def operands_of(
     )  # fmt: skip
 
 
-def upstream_of(
-    grad_out: Tensor, W_dec: Tensor, grad_penalty: Tensor, row_scale: Tensor | None, spec: AutoencodeSpec
-) -> Upstream:
+def upstream_of(grads: OutputGrads, W_dec: Tensor, spec: AutoencodeSpec) -> Upstream:
     """What comes back into a pass."""
+    grad_out, row_scale, grad_penalty = grads
     return Upstream(
         grad_out, W_dec, grad_penalty, row_scale, W_dec.shape[1],
         grad_out.stride(0), grad_out.stride(1), W_dec.stride(0), W_dec.stride(1),

@@ -25,18 +25,6 @@ MAX_MERGE = 256
 
 
 @triton.jit
-def _active_bits(
-    operands, rows, offs_s,
-    BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr,
-):  # fmt: skip
-    return active_bits(
-        operands.x, rows, operands.stride_xb, operands.stride_xd,
-        operands.W_enc, offs_s, operands.stride_wd, operands.stride_ws,
-        operands.b_enc, operands.threshold, operands.d_in, operands.d_sae, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
-    )  # fmt: skip
-
-
-@triton.jit
 def _overflow_topk_kernel(
     operands,  # Operands
     # outputs
@@ -62,7 +50,7 @@ def _overflow_topk_kernel(
     n_active = tl.zeros((BLOCK_B,), dtype=tl.int32)
     for start in range(0, operands.d_sae, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        bits, hidden_pre = _active_bits(operands, rows, offs_s, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D)
+        bits, hidden_pre = active_bits(operands, rows, offs_s, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D)
         n_active += tl.sum((bits > 0).to(tl.int32), 1)
         rank = tl.sort(tl.where(bits > 0, rank_entry(offs_s[None, :], hidden_pre), 0))
         # a falling and a rising sequence: their elementwise maximum is the larger half of both
@@ -107,9 +95,8 @@ def _overflow_select_kernel(
         twos = tl.zeros((BLOCK_B, BLOCK_S), dtype=tl.int32)
         threes = tl.zeros((BLOCK_B, BLOCK_S), dtype=tl.int32)
         for start in range(0, operands.d_sae, BLOCK_S):
-            bits, _hidden_pre = _active_bits(
-                operands, rows, start + tl.arange(0, BLOCK_S), BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D
-            )  # fmt: skip
+            offs_s = start + tl.arange(0, BLOCK_S)
+            bits, _hidden_pre = active_bits(operands, rows, offs_s, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D)
             bits = bits.to(tl.uint32)
             ones += (bits >= one[:, None]).to(tl.int32)
             twos += (bits >= two[:, None]).to(tl.int32)
@@ -125,7 +112,7 @@ def _overflow_select_kernel(
     ties = tl.where(kth > 0, k - above, 0)  # that still find a place: the first ones; what is inactive finds none
     for start in range(0, operands.d_sae, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
-        bits, hidden_pre = _active_bits(operands, rows, offs_s, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D)
+        bits, hidden_pre = active_bits(operands, rows, offs_s, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D)
         n_active += tl.sum((bits > 0).to(tl.int32), 1)
         tie = (bits == kth[:, None]).to(tl.int32)
         kept = (bits > kth[:, None]) | ((tie > 0) & (tl.cumsum(tie, 1) <= ties[:, None]))

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastsae_kernels.gpu.config import LaunchConfig, launch_config
-from fastsae_kernels.gpu.tiles import active_bits, entry_value, value_bits
+from fastsae_kernels.gpu.tiles import EncoderInputs, active_bits, entry_value, value_bits
 
 BINS = 2048
 EXACT = 3  # levels that find a value to the last bit; as a level, the pass that counts equal values
@@ -29,7 +29,7 @@ PROGRAMS = 512  # of a pass over the buffer, whose fill only the device knows
 
 
 class Buffer(NamedTuple):
-    """Candidates of the whole batch in any order."""
+    """Candidates of the whole batch in any order; a kernel sees pointers in place of tensors."""
 
     entries: Tensor  # [size] int64, packed
     tokens: Tensor  # [size] int32
@@ -41,15 +41,6 @@ class Buffer(NamedTuple):
         entries = torch.empty(size, dtype=torch.int64, device=device)
         tokens = torch.empty(size, dtype=torch.int32, device=device)
         return cls(entries, tokens, torch.zeros(1, dtype=torch.int64, device=device))
-
-
-class Problem(NamedTuple):
-    """Where the activations come from."""
-
-    x: Tensor  # [N, d_in]
-    W_enc: Tensor  # [d_in, d_sae]
-    b_enc: Tensor  # [d_sae] contiguous
-    threshold: Tensor  # [d_sae] fp32, contiguous
 
 
 class Cut(NamedTuple):
@@ -95,21 +86,18 @@ def _add_histogram(hists_ptr, hist, LEVEL: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_kept", "size"])
 def _buffer_histogram_kernel(
-    # inputs
-    entries_ptr,  # [size] int64
-    tokens_ptr,  # [size] int32
-    cursor_ptr,  # [1] int64
+    buffer,  # Buffer
     # outputs
     hists_ptr,  # [3, 2048] int64: those of the levels before are read, that of this level is added to
     ties_ptr,  # [B] int64, added to by the last pass
     # sizes
     n_kept,
-    size,
+    size,  # of the buffer
     LEVEL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Program adds every num_programs(0)-th block of candidates to the histogram of the level, or to the ties of tokens."""
-    count = tl.load(cursor_ptr)
+    count = tl.load(buffer.cursor)
     start = tl.program_id(0) * BLOCK
     if (count > size) | (start >= count):
         return
@@ -118,22 +106,18 @@ def _buffer_histogram_kernel(
     for first in range(start, count.to(tl.int32), tl.num_programs(0) * BLOCK):
         offs = first + tl.arange(0, BLOCK)
         mask = offs < count
-        bits = value_bits(entry_value(tl.load(entries_ptr + offs, mask=mask, other=0)))
+        bits = value_bits(entry_value(tl.load(buffer.entries + offs, mask=mask, other=0)))
         if LEVEL < 3:
             hist += _histogram(bits, mask, prefix, LEVEL)
         else:
             tie = mask & (bits == prefix)
-            tl.atomic_add(ties_ptr + tl.load(tokens_ptr + offs, mask=tie, other=0), 1, mask=tie, sem="relaxed")
+            tl.atomic_add(ties_ptr + tl.load(buffer.tokens + offs, mask=tie, other=0), 1, mask=tie, sem="relaxed")
     _add_histogram(hists_ptr, hist, LEVEL)
 
 
 @triton.jit(do_not_specialize=["n_kept", "size", "n_tokens"])
 def _tile_histogram_kernel(
-    # inputs
-    x_ptr,  # [B, D]
-    W_enc_ptr,  # [D, S]
-    b_enc_ptr,  # [S]
-    threshold_ptr,  # [S] fp32
+    encoder,  # EncoderInputs
     cursor_ptr,  # [1] int64: leaves at once unless it is past the size
     # outputs
     hists_ptr,  # [3, 2048] int64
@@ -142,13 +126,6 @@ def _tile_histogram_kernel(
     n_kept,
     size,
     n_tokens,
-    d_in,
-    d_sae,
-    # strides
-    stride_xb,
-    stride_xd,
-    stride_wd,
-    stride_ws,
     LEVEL: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -161,14 +138,11 @@ def _tile_histogram_kernel(
     prefix, _left = _descend(hists_ptr, n_kept, LEVEL)
     hist = tl.zeros((2048,), dtype=tl.int32)
     tiles_b = tl.cdiv(n_tokens, BLOCK_B)
-    for tile in range(tl.program_id(0), tiles_b * tl.cdiv(d_sae, BLOCK_S), tl.num_programs(0)):
+    for tile in range(tl.program_id(0), tiles_b * tl.cdiv(encoder.d_sae, BLOCK_S), tl.num_programs(0)):
         offs_b = tile % tiles_b * BLOCK_B + tl.arange(0, BLOCK_B)
         offs_s = tile // tiles_b * BLOCK_S + tl.arange(0, BLOCK_S)
         rows = offs_b % n_tokens
-        bits, _hidden_pre = active_bits(
-            x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, offs_s, stride_wd, stride_ws, b_enc_ptr, threshold_ptr,
-            d_in, d_sae, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
-        )  # fmt: skip
+        bits, _hidden_pre = active_bits(encoder, rows, offs_s, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D)
         mask = (bits > 0) & (offs_b < n_tokens)[:, None]
         if LEVEL < 3:
             flat = tl.reshape(bits, (BLOCK_B * BLOCK_S,))
@@ -213,35 +187,28 @@ def _bounds_kernel(
 
 @triton.jit(do_not_specialize=["size"])
 def _compact_kernel(
-    # inputs
-    entries_ptr,  # [size] int64
-    tokens_ptr,  # [size] int32
-    cursor_ptr,  # [1] int64
+    buffer,  # Buffer
     bounds_ptr,  # [B] int32
-    # outputs
-    to_entries_ptr,  # [size] int64
-    to_tokens_ptr,  # [size] int32
-    to_cursor_ptr,  # [1] int64, 0 before
-    # size
-    size,
+    into,  # Buffer, its cursor 0 before
+    size,  # of the buffer
     BLOCK: tl.constexpr,
 ):
     """Program moves those of every num_programs(0)-th block of candidates that reach the bound of their token."""
-    count = tl.load(cursor_ptr)
+    count = tl.load(buffer.cursor)
     if count > size:
-        tl.store(to_cursor_ptr, count)  # an overflow is remembered
+        tl.store(into.cursor, count)  # an overflow is remembered
         return
     for first in range(tl.program_id(0) * BLOCK, count.to(tl.int32), tl.num_programs(0) * BLOCK):
         offs = first + tl.arange(0, BLOCK)
         mask = offs < count
-        entry = tl.load(entries_ptr + offs, mask=mask, other=0)
-        token = tl.load(tokens_ptr + offs, mask=mask, other=0)
+        entry = tl.load(buffer.entries + offs, mask=mask, other=0)
+        token = tl.load(buffer.tokens + offs, mask=mask, other=0)
         kept = mask & (value_bits(entry_value(entry)) >= tl.load(bounds_ptr + token, mask=mask, other=0))
         slots = tl.cumsum(kept.to(tl.int32), 0) - 1
         total = tl.sum(kept.to(tl.int32), 0)
-        slots += tl.atomic_add(to_cursor_ptr, total.to(tl.int64), sem="relaxed").to(tl.int32)
-        tl.store(to_entries_ptr + slots, entry, mask=kept)
-        tl.store(to_tokens_ptr + slots, token, mask=kept)
+        slots += tl.atomic_add(into.cursor, total.to(tl.int64), sem="relaxed").to(tl.int32)
+        tl.store(into.entries + slots, entry, mask=kept)
+        tl.store(into.tokens + slots, token, mask=kept)
 
 
 def _cut(buffer: Buffer, n_tokens: int, n_kept: int, histogram, levels: int, closes: bool) -> Cut:
@@ -274,9 +241,7 @@ def cut_buffer(buffer: Buffer, n_tokens: int, n_kept: int, levels: int) -> Cut:
 
     def histogram(level: int, hists: Tensor, ties: Tensor) -> None:
         _buffer_histogram_kernel[(_programs(buffer),)](
-            entries_ptr=buffer.entries,
-            tokens_ptr=buffer.tokens,
-            cursor_ptr=buffer.cursor,
+            buffer=buffer,
             hists_ptr=hists,
             ties_ptr=ties,
             n_kept=n_kept,
@@ -295,50 +260,39 @@ def list_config(x: Tensor, again: bool) -> LaunchConfig:
     return dict(launch_config(name, x, odd=x.shape[1] % config["BLOCK_D"] != 0))
 
 
-def cut_activations(problem: Problem, buffer: Buffer, n_kept: int) -> Cut:
+def cut_activations(encoder: EncoderInputs, buffer: Buffer, n_kept: int) -> Cut:
     """The `n_kept` largest activations of all, recomputed; does nothing on the device unless the buffer overflowed."""
-    x, W_enc, b_enc, threshold = problem
-    config = list_config(x, again=True)  # as the pass that lists what is found here: equal tiles have equal sums
+    n_tokens = encoder.x.shape[0]
+    config = list_config(
+        encoder.x, again=True
+    )  # as the pass that lists what is found here: equal tiles have equal sums
     config.pop("GROUP_B")
-    tiles = triton.cdiv(x.shape[0], config["BLOCK_B"]) * triton.cdiv(W_enc.shape[1], config["BLOCK_S"])
+    tiles = triton.cdiv(n_tokens, config["BLOCK_B"]) * triton.cdiv(encoder.d_sae, config["BLOCK_S"])
 
     def histogram(level: int, hists: Tensor, ties: Tensor) -> None:
         _tile_histogram_kernel[(min(tiles, 2 * PROGRAMS),)](
-            x_ptr=x,
-            W_enc_ptr=W_enc,
-            b_enc_ptr=b_enc,
-            threshold_ptr=threshold,
+            encoder=encoder,
             cursor_ptr=buffer.cursor,
             hists_ptr=hists,
             ties_ptr=ties,
             n_kept=n_kept,
             size=buffer.entries.numel(),
-            n_tokens=x.shape[0],
-            d_in=x.shape[1],
-            d_sae=W_enc.shape[1],
-            stride_xb=x.stride(0),
-            stride_xd=x.stride(1),
-            stride_wd=W_enc.stride(0),
-            stride_ws=W_enc.stride(1),
+            n_tokens=n_tokens,
             LEVEL=level,
-            EVEN_D=x.shape[1] % config["BLOCK_D"] == 0,
+            EVEN_D=encoder.d_in % config["BLOCK_D"] == 0,
             **config,
         )
 
-    return _cut(buffer, x.shape[0], n_kept, histogram, EXACT, closes=False)
+    return _cut(buffer, n_tokens, n_kept, histogram, EXACT, closes=False)
 
 
 def compact(buffer: Buffer, into: Buffer, bounds: Tensor) -> Buffer:
     """The candidates that reach the bound of their token, in the memory of `into`."""
     into = into._replace(cursor=torch.zeros_like(buffer.cursor))
     _compact_kernel[(_programs(buffer),)](
-        entries_ptr=buffer.entries,
-        tokens_ptr=buffer.tokens,
-        cursor_ptr=buffer.cursor,
+        buffer=buffer,
         bounds_ptr=bounds,
-        to_entries_ptr=into.entries,
-        to_tokens_ptr=into.tokens,
-        to_cursor_ptr=into.cursor,
+        into=into,
         size=buffer.entries.numel(),
         BLOCK=BLOCK,
     )

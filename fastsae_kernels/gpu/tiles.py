@@ -126,10 +126,10 @@ def write_row(matrix, row, columns_1, columns_2, depth, piece_1, piece_2):
 
 
 @triton.jit
-def gather_pieces(ptr, rows, stride_b, stride_d, columns_1, columns_2, depth, used):
+def gather_pieces(matrix, rows, columns_1, columns_2, depth, used):
     """Both pieces of some rows, `[BLOCK_E, BLOCK_1]` and `[BLOCK_E, BLOCK_2]` fp32."""
-    piece_1 = gather_rows(ptr, rows, stride_b, stride_d, columns_1, depth, used)
-    piece_2 = gather_rows(ptr, rows, stride_b, stride_d, columns_2, depth, used)
+    piece_1 = gather_rows(matrix.rows, rows, matrix.stride_row, matrix.stride_column, columns_1, depth, used)
+    piece_2 = gather_rows(matrix.rows, rows, matrix.stride_row, matrix.stride_column, columns_2, depth, used)
     return piece_1, piece_2
 
 
@@ -233,32 +233,44 @@ def unrank_entry(rank):
     return ((0x7FFFFFFF - (rank & 0x7FFFFFFF)) << 32) | (rank >> 32)
 
 
+class EncoderInputs(NamedTuple):
+    """What pre-activations are computed from; a kernel sees pointers in place of tensors."""
+
+    x: Tensor  # [B, D]
+    W_enc: Tensor  # [D, S]
+    b_enc: Tensor  # [S]
+    threshold: Tensor  # [S] fp32
+    d_in: int
+    d_sae: int
+    stride_xb: int
+    stride_xd: int
+    stride_wd: int
+    stride_ws: int
+
+
+def encoder_inputs(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> EncoderInputs:
+    """The tensors with their sizes and strides."""
+    return EncoderInputs(x, W_enc, b_enc, threshold, *W_enc.shape, *x.stride(), *W_enc.stride())
+
+
 @triton.jit
 def active_bits(
-    x_ptr,  # [B, D]
+    encoder,  # EncoderInputs
     rows,  # [BLOCK_B] row of x, in range
-    stride_xb,
-    stride_xd,
-    W_enc_ptr,  # [D, S]
     offs_s,  # [BLOCK_S] feature, past the last one too
-    stride_wd,
-    stride_ws,
-    b_enc_ptr,  # [S]
-    threshold_ptr,  # [S] fp32
-    d_in,
-    d_sae,
     BLOCK_B: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
     EVEN_D: tl.constexpr,
 ):
     """`(bits, hidden_pre)` of one tile: `value_bits` of the active and NaN entries, 0 elsewhere."""
-    columns = offs_s % d_sae
+    columns = offs_s % encoder.d_sae
     hidden_pre = tile_product(
-        x_ptr, rows, stride_xb, stride_xd, W_enc_ptr, columns, stride_wd, stride_ws, d_in,
+        encoder.x, rows, encoder.stride_xb, encoder.stride_xd,
+        encoder.W_enc, columns, encoder.stride_wd, encoder.stride_ws, encoder.d_in,
         BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
     )  # fmt: skip
-    hidden_pre += tl.load(b_enc_ptr + columns).to(tl.float32)[None, :]
-    active, _ = gate(hidden_pre, tl.load(threshold_ptr + columns)[None, :], 0.0)
-    active = (active | (hidden_pre != hidden_pre)) & (offs_s < d_sae)[None, :]
+    hidden_pre += tl.load(encoder.b_enc + columns).to(tl.float32)[None, :]
+    active, _ = gate(hidden_pre, tl.load(encoder.threshold + columns)[None, :], 0.0)
+    active = (active | (hidden_pre != hidden_pre)) & (offs_s < encoder.d_sae)[None, :]
     return tl.where(active, value_bits(hidden_pre), 0), hidden_pre

@@ -33,7 +33,7 @@ RACING = ((STORES, STORES), (STORES, LOADS), (STORES, UPDATES), (UPDATES, LOADS)
 BENIGN = {
     (
         "_compact_kernel",
-        "to_cursor_ptr",
+        "into.cursor",
         STORES,
         STORES,
     ): "all programs store the count that they all read, or none does",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -71,14 +71,16 @@ class Batch:
         grads.index_add_(0, features, self.weights.to(dtype)[:, None] * self.vectors.to(dtype)[tokens])
         return grads if self.extra is None else grads + self.extra.to(dtype)
 
-    def operands(self) -> tuple[Any, Tensor, Tensor]:
-        """`(by_feature, weights, vectors)`."""
+    def sums(self) -> Any:
+        """What a pass leaves for the optimiser."""
         from fastsae_kernels.gpu.feature_sums import feature_order
+        from fastsae_kernels.gpu.weight_gradients import RowSums
 
         row_offsets = torch.cat((torch.zeros(1, dtype=torch.int64), self.fires.sum(1).cumsum(0)))
         indices = self.fires.nonzero()[:, 1].int()
         acts = SparseActs(*(t.to(DEVICE) for t in (row_offsets, indices, self.weights)), tuple(self.fires.shape))
-        return feature_order(acts), acts.values, self.vectors.to(DEVICE)
+        extra = None if self.extra is None else self.extra.to(DEVICE)
+        return RowSums(feature_order(acts), acts.values, self.vectors.to(DEVICE), None, extra)
 
 
 def make_batch(
@@ -134,12 +136,12 @@ class Fused:
         self.exp_avg_sq = torch.zeros_like(self.param)
         self.last_step = torch.zeros(len(param), dtype=torch.int32, device=DEVICE) if lazy else None
 
-    def step(self, batch: Batch, scale: Tensor | float | None = None, **options: Any) -> None:
+    def step(self, batch: Batch, scale: Tensor | float | None = None, sums: Any = None, **options: Any) -> None:
         from fastsae_kernels.gpu.adam import adam_rows
 
         self.t += 1
         adam_rows(
-            *batch.operands(),
+            batch.sums() if sums is None else sums,
             self.param,
             self.exp_avg,
             self.exp_avg_sq,
@@ -148,7 +150,6 @@ class Fused:
             scale=None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=DEVICE),
             last_step=self.last_step,
             **HYPER,
-            **({} if batch.extra is None else {"extra": batch.extra.to(DEVICE)}),
             **options,
         )
 
@@ -209,6 +210,7 @@ def test_any_strides_and_rows_of_one_span() -> None:
     """Column-major tensors, and entries whose token follows from their place, padding among them."""
     from fastsae_kernels.gpu.adam import adam_rows
     from fastsae_kernels.gpu.feature_sums import feature_order
+    from fastsae_kernels.gpu.weight_gradients import RowSums
 
     param, vectors, extra = torch.randn(N_FEATURES, 7), torch.randn(4, 7), torch.randn(N_FEATURES, 7)
     indices, values = torch.tensor([1, 4, 0, 0, 1, 7, 0, 0, 0, 2, 3, 4], dtype=torch.int32), torch.randn(12)
@@ -228,10 +230,8 @@ def test_any_strides_and_rows_of_one_span() -> None:
     acts = SparseActs(
         acts.row_offsets.to(DEVICE), indices.to(DEVICE), acts.values.to(DEVICE), acts.shape, counts.to(DEVICE)
     )
-    adam_rows(
-        feature_order(acts, row_length=3), acts.values, strided(vectors), got, *moments,
-        beta1=0.9, step=1, extra=strided(extra), copy=copy, **HYPER,
-    )  # fmt: skip
+    sums = RowSums(feature_order(acts, row_length=3), acts.values, strided(vectors), None, strided(extra))
+    adam_rows(sums, got, *moments, beta1=0.9, step=1, copy=copy, **HYPER)
     torch.testing.assert_close(got.cpu().double(), truth.param.data, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(moments[1].cpu().double(), truth.state("exp_avg_sq"), rtol=1e-6, atol=1e-9)
     assert torch.equal(copy, got.half())
@@ -288,11 +288,11 @@ def test_flagged_extra_gradient_counts_where_the_flag_is_set(beta1: float) -> No
     eager, stale = Dense(param, torch.float32, beta1), torch.full((N_FEATURES, DEPTH), torch.nan, device=DEVICE)
     for flag in (0, 1, 0, 7, 0):
         batch = make_batch(4, extra=flag > 0)
-        operands = {"extra": stale if batch.extra is None else batch.extra.to(DEVICE)}
-        operands["extra_flag"] = torch.tensor([flag], dtype=torch.int32, device=DEVICE)
-        norms = grad_norms(*batch.operands(), fused.param, **operands)
+        buffer = stale if batch.extra is None else batch.extra.to(DEVICE)
+        sums = batch.sums()._replace(extra=buffer, extra_flag=torch.tensor([flag], dtype=torch.int32, device=DEVICE))
+        norms = grad_norms(sums, fused.param)
         torch.testing.assert_close(norms.cpu(), eager.gradient(batch).square().sum(1))
-        fused.step(replace(batch, extra=None), **operands)
+        fused.step(batch, sums=sums)
         for dense in (truth, eager):
             dense.step(batch)
     if fused.last_step is not None:
@@ -361,8 +361,7 @@ def test_clips_by_the_exact_global_norm(project: bool, extra: bool) -> None:
 
     param, batch = unit_rows(), make_batch(extra=extra)
     fused, truth, eager = Fused(param, 0.9), Dense(param, torch.float64, 0.9), Dense(param, torch.float32, 0.9)
-    dense_extra = None if batch.extra is None else batch.extra.to(DEVICE)
-    norms = grad_norms(*batch.operands(), fused.param, extra=dense_extra, project=project)
+    norms = grad_norms(batch.sums(), fused.param, project=project)
     squares, rounded = (dense.gradient(batch, project).square().sum(1).double() for dense in (truth, eager))
     assert_within_budget("norms", norms.cpu().double(), squares, rounded)
     assert extra or norms[NEVER] == 0
@@ -377,13 +376,13 @@ def test_clips_by_the_exact_global_norm(project: bool, extra: bool) -> None:
 def test_what_cannot_be_is_refused() -> None:
     from fastsae_kernels.gpu.adam import adam_rows, grad_norms
 
-    operands, param = make_batch().operands(), unit_rows().to(DEVICE)
+    sums, param = make_batch().sums(), unit_rows().to(DEVICE)
     rest = {"step": 1, **HYPER}
     with pytest.raises(ValueError, match="exp_avg"):
-        adam_rows(*operands, param, None, param, beta1=0.9, **rest)
+        adam_rows(sums, param, None, param, beta1=0.9, **rest)
     with pytest.raises(ValueError, match="exp_avg"):
-        adam_rows(*operands, param, param, param, beta1=0.0, **rest)
+        adam_rows(sums, param, param, param, beta1=0.0, **rest)
     with pytest.raises(ValueError, match="last_step"):
-        adam_rows(*operands, param, param, param, beta1=0.9, last_step=param[:, 0].int(), **rest)
+        adam_rows(sums, param, param, param, beta1=0.9, last_step=param[:, 0].int(), **rest)
     with pytest.raises(ValueError, match="at most 8192"):
-        grad_norms(*operands, param.new_zeros(N_FEATURES, 8193))
+        grad_norms(sums, param.new_zeros(N_FEATURES, 8193))

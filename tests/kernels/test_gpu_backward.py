@@ -13,6 +13,7 @@ from gpu_helpers import DEVICE, FEW_PROGRAMS, NARROW, needs_kernels, on_device
 from torch import Tensor
 
 from fastsae_kernels import AutoencodeSpec, SparseActs, reference
+from fastsae_kernels.types import OutputGrads, PassInputs
 
 pytestmark = needs_kernels
 SPECS = problems.SPECS
@@ -61,20 +62,20 @@ def listed_by(problem: problems.Problem, row_length: int | None = None) -> Spars
     return entries(listed & reference.topk_keep(acts, spec.k, spec.batch_topk), acts, row_length)
 
 
-def arguments(problem: problems.Problem, acts: SparseActs, row_length: int | None) -> tuple[Any, ...]:
-    """What `feature_gradients` takes by position."""
+def fused(
+    problem: problems.Problem,
+    acts: SparseActs,
+    row_length: int | None = None,
+    row_scale: Tensor | None = None,
+    with_weights: bool = True,
+) -> Any:
     from fastsae_kernels.gpu.feature_sums import feature_order
-
-    names = ("x", "W_dec", "grad_out", "grad_penalty", "threshold", "feature_scale")
-    tensors = (getattr(problem, name) for name in names)
-    moved = (None if tensor is None else on_device(tensor) for tensor in tensors)
-    return feature_order(acts, row_length), acts.values, *moved, problem.spec
-
-
-def fused(problem: problems.Problem, acts: SparseActs, row_length: int | None = None, **options: Any) -> Any:
     from fastsae_kernels.gpu.gradients import feature_gradients
 
-    return feature_gradients(*arguments(problem, acts, row_length), **options)
+    inputs = PassInputs(*(None if tensor is None else on_device(tensor) for tensor in problem.tensors()))
+    grads = OutputGrads(on_device(problem.grad_out), row_scale, on_device(problem.grad_penalty))
+    by_feature = feature_order(acts, row_length)
+    return feature_gradients(by_feature, acts.values, inputs, problem.spec, grads, with_weights=with_weights)
 
 
 def by_entries(problem: problems.Problem, acts: SparseActs) -> dict[str, Tensor | None]:
@@ -196,13 +197,14 @@ def test_features_of_any_length(row_length: int | None, d_in: int, d_out: int, b
     """Chunks exactly full, one entry over, several long features: what one program would sum, several do."""
     from fastsae_kernels.gpu import config
     from fastsae_kernels.gpu.feature_chunks import plan_chunks
+    from fastsae_kernels.gpu.feature_sums import feature_order
 
     listed = features_with(COUNTS, 26)
     problem = problems.make(26, d_in, len(COUNTS), spec=SPECS["tanh, ste to input"], with_scale=True)
     problem = replace(problem, W_dec=torch.randn(len(COUNTS), d_out), grad_out=torch.randn(26, d_out))
     values = torch.rand(listed.shape) * torch.randint(0, 4, listed.shape).sign()  # a quarter is in the window alone
     acts = entries(listed, values, row_length)
-    by_feature = arguments(problem, acts, row_length)[0]
+    by_feature = feature_order(acts, row_length)
     assert by_feature.offsets.diff().tolist() == list(COUNTS)
     plan = plan_chunks(by_feature.offsets, acts.values.numel(), 26, CHUNK)
     assert (plan.slot_features < len(COUNTS)).any()
@@ -232,10 +234,11 @@ def test_chunks_cover_every_long_feature_and_fit_their_slots() -> None:
 def test_few_slots_make_longer_chunks() -> None:
     """As many slots as places allow, fewer than chunks of the shortest length would take."""
     from fastsae_kernels.gpu.feature_chunks import chunk_plan
+    from fastsae_kernels.gpu.feature_sums import feature_order
 
     problem = replace(problems.make(37, 7, 5, spec=SPECS["l1"]), b_enc=torch.full((5,), 40.0))
     acts = listed_by(problem)
-    order = arguments(problem, acts, None)[0]
+    order = feature_order(acts)
     assert chunk_plan(order.offsets, acts.values.numel() // CHUNK, CHUNK).length > CHUNK
     assert_true(problem)
 
@@ -384,10 +387,10 @@ def test_slots_take_less_than_2_percent_of_the_dense_tensor(monkeypatch: pytest.
     nnz = n_tokens * row_length
     order = FeatureOrder(meta(d_sae + 1, dtype=torch.int64), meta(nnz, dtype=torch.int64), None, row_length)
     x, W_dec = meta(n_tokens, d_in, dtype=torch.bfloat16), meta(d_sae, d_in, dtype=torch.bfloat16)
+    inputs = PassInputs(x, W_dec.t(), W_dec[:, 0], meta(d_sae), W_dec, x[0])
     with config.override("sm_90"):
-        gradients.feature_gradients(
-            order, meta(nnz), x, W_dec, x, meta(n_tokens), meta(d_sae), None, AutoencodeSpec(k=64)
-        )
-    slots = [tensor for name, tensor in launched[0].items() if name.startswith("slots") and tensor is not None]
+        grads = OutputGrads(x, None, meta(n_tokens))
+        gradients.feature_gradients(order, meta(nnz), inputs, AutoencodeSpec(k=64), grads)
+    slots = [tensor for tensor in launched[0]["slots"] if tensor is not None]
     assert len(launched) == 2
     assert 0 < sum(tensor.nbytes for tensor in slots) < 0.02 * n_tokens * d_sae * 2

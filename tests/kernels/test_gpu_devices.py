@@ -119,8 +119,8 @@ def test_every_kernel_is_launched_on_the_device_of_its_tensors(launches: Launche
     for sums in collected.gpu or ():
         assert sums is not None
         rows = empty(D_SAE, D_IN)
-        adam_rows(*sums[:3], rows, rows, rows, lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, step=1)
-        grad_norms(*sums[:3], rows)
+        adam_rows(sums, rows, rows, rows, lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, step=1)
+        grad_norms(sums, rows)
         sums.dense()
     modules = [
         importlib.import_module(f"{gpu.__name__}.{module.name}") for module in pkgutil.iter_modules(gpu.__path__)
@@ -137,13 +137,11 @@ def test_a_step_on_another_stream_holds_what_it_reads(launches: Launches) -> Non
     rows = empty(D_SAE, D_IN)
     for sums in collected.gpu or ():
         assert sums is not None
-        options = {"extra": sums.extra, "extra_flag": sums.extra_flag}
-        read = [tensor for tensor in (*sums.by_feature[:3], *sums[1:3], *options.values()) if tensor is not None]
+        held = (*sums.by_feature[:3], sums.weights, sums.vectors, sums.extra, sums.extra_flag)
+        read = [tensor for tensor in held if tensor is not None]
         for step in (
-            lambda sums=sums, options=options: adam_rows(
-                *sums[:3], rows, rows, rows, lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, step=1, **options
-            ),
-            lambda sums=sums, options=options: grad_norms(*sums[:3], rows, **options),
+            lambda sums=sums: adam_rows(sums, rows, rows, rows, lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, step=1),
+            lambda sums=sums: grad_norms(sums, rows),
             sums.dense,
         ):
             launches.recorded.clear()

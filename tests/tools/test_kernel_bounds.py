@@ -49,7 +49,7 @@ BOUNDS = (
     Bound("sm_90", "list_descriptors_kernel", {"BLOCK_B": 64, "num_stages": 3}, epilogue=900, programs=3),
     Bound("sm_100", "list_descriptors_kernel", {"BLOCK_B": 128}, epilogue=1600, programs=1),
     Bound("sm_90", "decode_kernel", {"BLOCK_D": 512}, epilogue=600, programs=9),
-    Bound("sm_90", "fused_backward_kernel", {**ROW_OF_2304, "GATED": True, "x_ptr": None}, epilogue=550, programs=9),
+    Bound("sm_90", "fused_backward_kernel", {**ROW_OF_2304, "GATED": True, "x": None}, epilogue=550, programs=9),
     Bound("sm_90", "fused_backward_kernel", {**ROW_OF_2304, "BLOCK_I1": 2048}, epilogue=830, programs=4),
     Bound("sm_90", "adam_rows_kernel", {"BLOCK_1": 2048, "BLOCK_2": 256}, epilogue=1500, programs=4),
     Bound("sm_90", "sort_rows_kernel", {"BLOCK_K": 256, "K": 64}, epilogue=4200, programs=16),

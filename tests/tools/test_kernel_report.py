@@ -82,13 +82,14 @@ def test_no_step_of_the_optimiser_compiles_again() -> None:
         "from fastsae_kernels.gpu.adam import adam_rows\n"
         "from fastsae_kernels.gpu.feature_sums import FeatureOrder\n"
         "from fastsae_kernels.gpu.config import override\n"
+        "from fastsae_kernels.gpu.weight_gradients import RowSums\n"
         "def meta(*shape, dtype=torch.float32): return torch.empty(*shape, dtype=dtype, device='meta')\n"
         "order = FeatureOrder(meta(9, dtype=torch.int64), meta(50, dtype=torch.int64), None, 5)\n"
         "rows, last_step, found = meta(8, 24), meta(8, dtype=torch.int32), {}\n"
         "with override('sm_90'), launches._recorded('fp32', found):\n"
         "    for step in (1, 2, 16, 1000):\n"
         "        options = dict(lr=1 / step, beta1=0.0, beta2=0.999, eps=1e-8, step=step, last_step=last_step)\n"
-        "        adam_rows(order, meta(50), meta(10, 24), rows, None, rows, **options)\n"
+        "        adam_rows(RowSums(order, meta(50), meta(10, 24), None), rows, None, rows, **options)\n"
         "assert len(found) == 1, found\n"
     )
     assert done.returncode == 0, done.stderr
@@ -140,6 +141,24 @@ def test_large_tiles_that_list_entries_are_clean(arch: str) -> None:
 
 
 @needs_triton
+def test_a_kernel_that_has_only_moved_is_not_compiled_again() -> None:
+    """Its key in Triton's cache is the same wherever in its file it begins."""
+    found = []
+    for lines in (0, 1234):
+        done = python(
+            "from fastsae_kernels.gpu import feature_sums, tiles\n"
+            "from tools.kernel_report.launches import collect\n"
+            "for function in (feature_sums._feature_sums_kernel, tiles.read_row):\n"
+            f"    function.starting_line_number += {lines}\n"
+            "collect('sm_90')\n"
+            "print(feature_sums._feature_sums_kernel.cache_key)\n"
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout)
+    assert found[0] == found[1]
+
+
+@needs_triton
 def test_what_does_not_compile_is_a_finding() -> None:
     done = python(
         "from dataclasses import replace\n"
@@ -182,6 +201,18 @@ def test_a_compiler_that_crashes_is_a_red_line_that_names_the_kernel(
     assert "does not compile: the compiler died (SIGKILL)" in lines[3]
     assert sum("does not compile" in line for line in lines) == 2
     assert not multiprocessing.active_children()
+
+
+def test_kernels_are_chosen_by_parts_of_their_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "collect", lambda arch: [fake_launch(name) for name in ("decode", "adam_rows", "sort")])
+    chosen: list[str] = []
+    monkeypatch.setattr(
+        report, "compile_all", lambda work: iter(chosen.extend(launch.name for launch, _ in work) or ())
+    )
+    assert report.main(["--arch", "90", "--kernel", "adam", "sort"]) == 0
+    assert chosen == ["adam_rows_kernel", "sort_kernel"]
 
 
 def test_what_a_worker_raises_ends_the_report_with_its_message(

@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that this machine does not have, and report what each one takes.
 
-    python -m tools.kernel_report --arch 80 90 100 gfx942 [--kernel encode] [--json PATH]
+    python -m tools.kernel_report --arch 80 90 100 gfx942 [--kernel adam decode] [--json PATH]
 
 What is compiled is what the library would launch (`launches`), in every shipped configuration. Registers and stack come
 from `cuobjdump`, matrix instructions from `nvdisasm`, both part of the Triton wheel; for AMD all of it from the assembly.
@@ -213,13 +213,17 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.kernel_report", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=_arch, nargs="+", default=["sm_80", "sm_90"], metavar="N",
                         help="architectures, such as 80 (A100), 90 (H100, H200), 100 (B200) or gfx942 (MI300)")  # fmt: skip
-    parser.add_argument("--kernel", default="", metavar="TEXT", help="only kernels whose name contains this")
+    parser.add_argument("--kernel", nargs="+", default=[""], metavar="TEXT",
+                        help="only kernels whose name contains one of these")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there too")
     arguments = parser.parse_args(argv)
     rows: list[Row] = []
     try:
         work = [
-            (launch, arch) for arch in arguments.arch for launch in collect(arch) if arguments.kernel in launch.name
+            (launch, arch)
+            for arch in arguments.arch
+            for launch in collect(arch)
+            if any(text in launch.name for text in arguments.kernel)
         ]
         for row in compile_all(work):
             rows.append(row)
