@@ -33,6 +33,7 @@ CSS = (
     + "\n".join(f".m{i} {{ fill: var(--s{i}); color: var(--s{i}); }}" for i in range(len(_SHAPES)))
     + """
 body { max-width: 80rem; }
+h3 { margin-top: 1.4rem; }
 th, td { padding-right: 0.9rem; }
 svg.mark { display: inline-block; width: 0.8rem; height: 0.8rem; vertical-align: -0.1rem; margin-right: 0.3rem; }
 .legend { display: flex; flex-wrap: wrap; gap: 0.2rem 1.2rem; margin: 0.5rem 0; font-size: 0.88rem; max-width: none; }

@@ -163,9 +163,9 @@ def _check(arms: Arms) -> None:
 
 
 def _of_one_model(arms: Arms, arm: str, reference: str) -> bool:
-    """Whether the activations of two arms are the same, by how they vary in each dialogue."""
+    """Whether the activations of two arms are one model's, by how much they vary in each dialogue."""
     a, b = (arms[name][0].get("variance", "all_with_sinks") for name in (arm, reference))
-    return np.allclose(a, b, rtol=1e-5)
+    return np.allclose(a, b, rtol=0.05)  # in bfloat16 a model's numbers depend a little on the batch
 
 
 def _differences(

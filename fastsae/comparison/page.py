@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastsae.comparison import charts, paper
 from fastsae.comparison.cells import arm_name, bracket, class_name, each_seed, signed, value_cell, value_of
+from fastsae.comparison.gradient_sections import gsnr_section, leakage_section
 from fastsae.comparison.metrics import METRICS
 from fastsae.comparison.result import Arm, Difference, Result
 from fastsae.comparison.statistics import HIGHER, LOWER
@@ -64,8 +65,8 @@ def write_compare_page(path: str | Path, result: Result) -> None:
         _forests(result),
         _classes(result),
         _sparsity(result),
-        _leakage(result),
-        _gsnr(result),
+        leakage_section(result),
+        gsnr_section(result),
         _controls(result),
         paper.section(result),
         _definitions(),
@@ -96,7 +97,10 @@ def _verdicts(result: Result) -> str:
     pairs = list(dict.fromkeys((row["arm"], row["reference"]) for row in tested))
     if not pairs:
         return "<h2>What differs</h2>\n<p>No two arms could be compared.</p>"
-    head = "".join(f"<th>{arm_name(arm)}<small>against {arm_name(reference)}</small></th>" for arm, reference in pairs)
+    head = "".join(
+        f"<th>{arm_name(arm)}<small>against {arm_name(reference)}</small>{_two_l0(result, arm, reference)}</th>"
+        for arm, reference in pairs
+    )
     body = ""
     for key in dict.fromkeys((row["class"], row["metric"]) for row in tested):
         found = {(row["arm"], row["reference"]): row for row in tested if (row["class"], row["metric"]) == key}
@@ -107,9 +111,19 @@ def _verdicts(result: Result) -> str:
         note = "<p>There is one seed, so nothing here says how much another seed would change.</p>"
     return (
         f"<h2>What differs</h2>\n{_STATISTICS}{note}<p>Lower is better for every metric in this table. Below the verdict stand "
-        "the difference of the means over seeds and its interval.</p>"
+        "the difference of the means over seeds and its interval. Where the L0 of two arms is marked, they are not at matched "
+        "sparsity, and a verdict may say no more than that.</p>"
         f'<div class="wide"><table><tr><th>metric</th>{head}</tr>{body}</table></div>'
     )
+
+
+def _two_l0(result: Result, arm: str, reference: str) -> str:
+    """L0 of both arms on the held-out dialogues, marked where they do not match."""
+    values = [value_of(result, "all", "l0", name) for name in (arm, reference)]
+    l0, other = (value["value"] if value else None for value in values)
+    is_off = bool(l0 and other) and 100 * abs((l0 or 0.0) / (other or 1.0) - 1) > _LARGEST_DEVIATION
+    style = ' class="higher"' if is_off else ""
+    return f"<small{style}>L0 {number(l0)} against {number(other)}</small>"
 
 
 def _verdict_cell(row: Difference | None) -> str:
@@ -260,46 +274,6 @@ def _sparsity(result: Result) -> str:
         "<h2>L0 against MSE</h2>\n<p>Each mark is one SAE on the held-out dialogues, attention sinks left out. Of two SAEs, "
         "only one that lies lower at the same L0 reconstructs better. The dashed line is the target.</p>"
         f"{charts.legend(index)}<figure>{chart}</figure>"
-    )
-
-
-def _leakage(result: Result) -> str:
-    title = "<h2>Leakage between dialogues</h2>\n"
-    if not result["leakage"]:
-        return title + "<p>Not measured in this comparison.</p>"
-    in_block = [
-        (p["distance"], p["low"] or p["leak"], p["leak"], p["high"] or p["leak"])
-        for p in result["leakage"]
-        if p["context"] == "block" and p["leak"] > 0 and p["distance"] > 0
-    ]
-    control = [p["leak"] for p in result["leakage"] if p["context"] == "packed"]
-    chart = charts.band(in_block, "tokens since the last boundary", "leak (log scale)")
-    said = f" There it is at most {number(max(control), 2)}, the limit of the numerics." if control else ""
-    return (
-        f"{title}<p>The leak of a token is ||g − g<sub>alone</sub>||² / ||g<sub>alone</sub>||²: g is the gradient that it gives "
-        "the SAE's weights when it stands in a block behind other dialogues, g<sub>alone</sub> the one when its dialogue is "
-        f"alone. The control is a pack of dialogues whose attention is masked.{said}</p><figure>{chart}<figcaption>Median over "
-        "tokens in a block, and the quartiles.</figcaption></figure>"
-    )
-
-
-def _gsnr(result: Result) -> str:
-    title = "<h2>Gradient signal-to-noise ratio</h2>\n"
-    if not result["gsnr"]:
-        return title + "<p>Not measured in this comparison.</p>"
-    head = "<th>arm</th><th>parameters</th><th>features</th><th>sampled by</th>"
-    head += '<th class="number">GSNR</th><th class="number">pooled</th>'
-    body = "".join(
-        f"<tr><td>{arm_name(row['arm'])}</td><td><code>{escape(row['group'])}</code></td><td>{escape(row['features'])}</td>"
-        f'<td>{escape(row["unit"])}</td><td class="number">{number(row["median"])}'
-        f'<small>{bracket(row["low"], row["high"])}</small></td><td class="number">{number(row["pooled"])}</td></tr>'
-        for row in result["gsnr"]
-    )
-    return (
-        f"{title}<p>GSNR of a parameter: (E g)² / Var g over tokens or dialogues, corrected for the noise of a finite sample. "
-        "Shown are the median over the parameters and, in brackets, the quartiles, which are no interval. "
-        "Pooled: ||E g||² / tr Cov g, which rare features do not disturb.</p>"
-        f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
     )
 
 

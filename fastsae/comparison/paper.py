@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from fastsae.comparison.cells import arm_name, bracket, class_name, value_of
 from fastsae.comparison.result import Difference, Result
+from fastsae.comparison.statistics import sample_size_of_shares, wilson
 from fastsae.evaluate.metrics import number
 
 
@@ -30,6 +31,13 @@ class PaperFigure(NamedTuple):
     paper: str
     ours: tuple[str, str] | None
     is_ratio: bool = False
+
+
+def _percents(count: int) -> str:
+    """Wilson's interval of so many of the 128 features that the paper's judge saw."""
+    interval = wilson(count, 128)
+    assert interval is not None
+    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f} %"
 
 
 _MACRO = "squared error per element, mean over the tokens of a dialogue, then over dialogues (eq. 7)"
@@ -87,7 +95,8 @@ FIGURES = (
     PaperFigure(
         "features that a judge scores 4 or 5",
         "share of 128 features, Llama-3.2-3B-Instruct, 8X, judged by GPT-4o on a scale of 1 to 5; no interval is given, "
-        "Wilson's are 3.7 to 12.8, 6.0 to 16.6 and 14.9 to 29.0 %",
+        f"Wilson's are {_percents(9)}, {_percents(13)} and {_percents(27)}; "
+        f"{sample_size_of_shares(13 / 128, 27 / 128)} features of each SAE would tell BT(F) from FAST in 80 % of such samples",
         "7.0 / 10.2 / 21.1 %",
         None,
     ),

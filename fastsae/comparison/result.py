@@ -64,10 +64,10 @@ class Arm(TypedDict):
 
 
 class LeakagePoint(TypedDict):
-    """How far the gradient of a token in a context is from that of the same token in its dialogue alone."""
+    """How far the gradient that a token gives W_dec in a context is from that of the same token in its dialogue alone."""
 
     context: str  # "block", or "packed" for the masked pack, the control
-    distance: float  # tokens since the last boundary between two dialogues, the middle of a bin
+    distance: float  # tokens of its own dialogue before it in the context, the middle of a bin
     leak: float  # median over tokens of ||g_context - g_alone||^2 / ||g_alone||^2
     low: float | None  # quartiles
     high: float | None
@@ -79,7 +79,7 @@ class GsnrRow(TypedDict):
 
     arm: str
     group: str  # W_enc, W_dec, b_enc, threshold
-    features: str  # "live" or "dead"
+    features: str  # "live" or "dead", or "all" of parameters that belong to no feature
     unit: str  # "token" or "dialogue"
     median: float | None  # over parameters, as are the quartiles
     low: float | None

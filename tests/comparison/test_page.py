@@ -51,7 +51,7 @@ def made_up_result(made_up, n_seeds=2, n_dialogues=30):
     values, differences = analyse(sums, [("bt-f", "fast"), ("random-model", "fast")], dead, resamples=1500)
     block = {"context": "block", "leak": 0.25, "low": 0.1, "high": 0.5, "tokens": 9}
     control = {"context": "packed", "distance": 1.0, "leak": 3e-9, "low": None, "high": None, "tokens": 9}
-    gsnr = {"arm": "fast", "group": "W_enc", "features": "live", "unit": "token"}
+    gsnr = {"arm": "fast", "group": "W_enc", "unit": "token"}
     return {
         "model": "demo",
         "layer": 3,
@@ -65,8 +65,11 @@ def made_up_result(made_up, n_seeds=2, n_dialogues=30):
         "arms": [arm(name, n_seeds) for name in ARMS],
         "values": values,
         "differences": differences,
-        "leakage": [block | {"distance": d} for d in (1.0, 10.0)] + [control],
-        "gsnr": [gsnr | {"median": 0.012, "low": 0.001, "high": 0.1, "pooled": 0.002}],
+        "leakage": [block | {"distance": d} for d in (0.0, 10.0)] + [control],
+        "gsnr": [
+            gsnr | {"features": kind, "median": median, "low": 0.001, "high": 0.1, "pooled": 0.002}
+            for kind, median in (("live", 0.0123), ("dead", 0.0456))
+        ],
         "warnings": ["A warning."],
         "config": {"seeds": n_seeds},
         "seconds": 12.5,
@@ -131,9 +134,8 @@ def test_verdicts_are_never_called_better(tmp_path, result):
     assert '<span class="higher">higher</span>' in page
     assert "bt-f against fast" in text
     assert "not comparable" in text  # the MSE of another model's activations
-    assert set(re.findall(r"[^.]*\bbetter\b[^.]*\.", text)) == {
-        s for s in re.findall(r"[^.]*\bbetter\b[^.]*\.", text) if "Lower is better" in s or "same L0" in s
-    }
+    for sentence in re.findall(r"[^.]*\bbetter\b[^.]*\.", text):
+        assert "Lower is better" in sentence or "at the same L0" in sentence
 
 
 def test_names_are_escaped(tmp_path, made_up, result):
@@ -193,6 +195,23 @@ def test_a_comparison_in_which_every_arm_failed_still_has_a_page(tmp_path, resul
     assert text.count("failed: no memory") == len(ARMS)
     assert "No two arms could be compared." in text
     assert "No values to draw." in text
+
+
+def test_arms_that_are_not_at_one_l0_are_marked_beside_their_verdicts(tmp_path, made_up):
+    sums = {name: [made_up(30, 0.3, l0=l0)] for name, l0 in (("fast", 32.0), ("bt-f", 32.1), ("fast-paper", 180.0))}
+    pairs = [("bt-f", "fast"), ("fast-paper", "fast")]
+    values, differences = analyse(sums, pairs, {name: [(1, 10)] for name in sums}, resamples=200)
+    result = made_up_result(made_up, n_seeds=1) | {"values": values, "differences": differences}
+    page, _ = write(tmp_path, result | {"arms": [arm(name, 1) for name in sums]})
+    assert re.findall(r"<small( class=\"higher\")?>L0 (\d+)", page) == [("", "32"), (' class="higher"', "180")]
+
+
+def test_live_and_dead_features_have_their_own_ratios(tmp_path, result):
+    page, _ = write(tmp_path, result)
+    live, dead = page.split("Gradient signal-to-noise ratio</h2>")[1].split("<h2>")[0].split("<details>")
+    assert "0.0123" in live
+    assert "0.0456" not in live
+    assert "0.0456" in dead
 
 
 def test_the_leakage_control_is_given_in_words(tmp_path, result):
