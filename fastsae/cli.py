@@ -31,10 +31,11 @@ from fastsae.flags import (
     without_effect,
 )
 from fastsae.interrupt import exit_status, signals_end_the_command
-from fastsae.summary import cost, print_summary, print_table
+from fastsae.summary import cost, print_difference, print_summary, print_table
 from fastsae.terminal import tolerant_output
-from fastsae.train.config import PRESETS, TrainConfig
+from fastsae.train.config import TrainConfig
 from fastsae.train.grid import OF_ONE_SAE
+from fastsae.train.presets import PRESETS
 from fastsae.train.validate import name_problem
 from fastsae.version import __version__
 
@@ -322,22 +323,6 @@ def command_convert(arguments: argparse.Namespace) -> None:
         print(f"  {change}")
     if arguments.check:
         print_difference(formats.difference(converted, formats.read(target, arguments.target_format, k=arguments.k)))
-
-
-def print_difference(found: dict[str, float]) -> None:
-    """What `--check` has found.
-
-    Raises:
-        FastsaeError: The two SAEs are not the same function.
-    """
-    print(
-        f"  {found['sae_out']:.3g}  largest difference of a reconstruction, whose largest number is {found['size']:.3g}"
-    )
-    print(
-        f"  {found['other_features']:.0f}  of {found['tokens']:.0f} tokens have other features, where rounding decides"
-    )
-    if not (found["sae_out"] <= 1e-3 * found["size"] and 2 * found["other_features"] <= found["tokens"]):
-        raise FastsaeError("--check: the written SAE is not the one that was read; please report it with both files")
 
 
 COMMANDS = {

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastsae.errors import FastsaeError
+
 SUMMARY = (
     ("fvu", "of the variance is left unexplained (FVU), attention sinks left out", "{:.4f}"),
     ("special_fvu", "the same on special tokens", "{:.4f}"),
@@ -68,3 +70,19 @@ def print_table(metrics: dict[str, dict[str, Any]], output: Path) -> None:
         print(f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells))
         for warning in found.get("warnings") or ():
             print(f"{'':{width}}  warning: {warning}")
+
+
+def print_difference(found: dict[str, float]) -> None:
+    """What `--check` has found.
+
+    Raises:
+        FastsaeError: The two SAEs are not the same function.
+    """
+    print(
+        f"  {found['sae_out']:.3g}  largest difference of a reconstruction, whose largest number is {found['size']:.3g}"
+    )
+    print(
+        f"  {found['other_features']:.0f}  of {found['tokens']:.0f} tokens have other features, where rounding decides"
+    )
+    if not (found["sae_out"] <= 1e-3 * found["size"] and 2 * found["other_features"] <= found["tokens"]):
+        raise FastsaeError("--check: the written SAE is not the one that was read; please report it with both files")

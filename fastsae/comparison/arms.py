@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fastsae.errors import UsageError
-from fastsae.train.config import PRESETS, TrainConfig
+from fastsae.train.config import TrainConfig
 from fastsae.train.grid import OF_ONE_SAE, with_one_order
+from fastsae.train.presets import PRESETS
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fastsae.train.config import PRESETS, TrainConfig
+from fastsae.train.config import TrainConfig
+from fastsae.train.presets import PRESETS
 
 if TYPE_CHECKING:
     from fastsae.train.run import train

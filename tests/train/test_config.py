@@ -9,7 +9,8 @@ import torch
 
 from fastsae.data.buffer import ActivationBatch
 from fastsae.errors import UsageError
-from fastsae.train.config import PRESETS, TrainConfig
+from fastsae.train.config import TrainConfig
+from fastsae.train.presets import PRESETS
 from fastsae.train.trainer import Trainer, build_sae
 
 
