@@ -38,7 +38,7 @@ from fastsae.train.folder import (
     write_configs,
 )
 from fastsae.train.gradients import Measure, measure_gradients
-from fastsae.train.init_from import Source, load_source, with_options_of
+from fastsae.train.init_from import load_source, with_options_of
 from fastsae.train.l0_control import l0_metrics
 from fastsae.train.pipeline import Given, Pipeline, build_pipeline
 from fastsae.train.session import Session
@@ -133,17 +133,14 @@ def _train(
     started = time.perf_counter()
     configs = {name: located_config(config) for name, config in configs.items()}
     check_loggers(configs.values())
-    sources: dict[str, Source] = {}
     if resume:
         configs = {name: resumed_config(output / name, config) for name, config in configs.items()}
     prepare(output, resume=resume)
     saved = checkpoint.load_latest(output) if resume else None
-    first = next(iter(configs.values()))
-    if saved is None:
-        sources = {name: load_source(config) for name, config in configs.items() if config.init_from is not None}
-        configs |= {name: with_options_of(configs[name], source.sae) for name, source in sources.items()}
-        first = next(iter(configs.values()))
-    pipeline = build_pipeline(first, list(configs.values()), progress=progress, given=given)
+    begin = configs if saved is None else {}
+    sources = {name: load_source(config) for name, config in begin.items() if config.init_from is not None}
+    configs |= {name: with_options_of(configs[name], source.sae) for name, source in sources.items()}
+    pipeline = build_pipeline(next(iter(configs.values())), list(configs.values()), progress=progress, given=given)
     configs = {name: pipeline.resolved(config) for name, config in configs.items()}
     fingerprints = pipeline.fingerprints()
     if resume:
@@ -151,8 +148,8 @@ def _train(
             check_fingerprints(output / name, config, fingerprints)
     session = Session(pipeline, configs, progress)
     if saved is not None:
-        session.origins = {name: read_origin(output / name) for name in configs}
         seconds_before = session.restore(saved, output)
+        session.origins = {name: read_origin(output / name) for name in configs}
     else:
         seconds_before = 0.0
         session.initialize(sources)

@@ -35,6 +35,7 @@ ADDED = {
     "GptOss": ("self_attn", "mlp"),  # its experts return a tuple
     "GPT2": ("attn", "mlp"),
     "GPTNeoX": ("attention", "mlp"),  # attention and MLP side by side
+    "Falcon": ("self_attention", "mlp"),  # which adds the one to the other in place
     "Granite": ("self_attn", "mlp"),
 }
 MORE = {
