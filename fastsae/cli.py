@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from fastsae.flags import (
     place,
     without_effect,
 )
+from fastsae.garbage import not_searched
 from fastsae.interrupt import exit_status, signals_end_the_command
 from fastsae.terminal import tolerant_output
 from fastsae.train.config import PRESETS, TrainConfig
@@ -350,13 +352,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_log()
         try:
             with signals_end_the_command():
-                commands = {
-                    "train": command_train,
-                    "cache": command_cache,
-                    "evaluate": command_evaluate,
-                    "convert": command_convert,
-                }
-                commands[arguments.command](arguments)
+                with not_searched():
+                    import_module("torch")  # every command needs it, and --help does not
+                COMMANDS[arguments.command](arguments)
         except FastsaeError as error:
             return fail(as_flag(str(error)), 2 if isinstance(error, UsageError) else 1)
         except OSError as error:
