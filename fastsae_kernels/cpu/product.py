@@ -65,7 +65,8 @@ def chunk_size(n_tokens: int, d_sae: int, rounded_columns: int = 0) -> int:
 
 def mark_greater(values: Tensor, bound: Tensor, marks: Tensor) -> None:
     """`marks = values > bound`, for tensors of a dtype that NumPy has."""
-    if torch.get_num_threads() > NUMPY_THREADS:
+    # wider numbers come from memory at a rate that a second thread doubles
+    if torch.get_num_threads() > (NUMPY_THREADS if values.element_size() == 2 else 1):
         torch.gt(values, bound, out=marks)
     else:
         np.greater(values.numpy(), bound.numpy(), out=marks.numpy())
