@@ -116,7 +116,7 @@ def analyse(
         pairs: Arm and reference; a pair with an arm that is not in `arms` is left out. Metrics that depend on the model's scale
             are left out where the activations of two arms are not those of one model.
         dead: Name to the number of features that never fired, and of all features, of each of its SAEs.
-        resamples: Of dialogues, and of signs.
+        resamples: How often dialogues are drawn, and signs chosen.
         seed: Determines them.
 
     Returns:

@@ -120,7 +120,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def wilson(count: int, total: int, confidence: float = CONFIDENCE) -> Interval | None:
-    """Wilson's interval for a share, without a correction for continuity; None of nothing.
+    """Wilson's interval for a share, without a correction for continuity; None where `total` is 0.
 
     Source: Wilson, JASA 22, 1927.
     """
@@ -188,7 +188,7 @@ def verdict(
     same side of every seed of the other. Otherwise it is `no difference shown`, with the first of these that fails.
 
     Args:
-        interval: Of arm minus reference. None where there are too few dialogues.
+        interval: Interval of arm minus reference. None where there are too few dialogues.
         adjusted_p: Holm's p-value. None where there are too few dialogues.
         seeds: The arm's value for each seed.
         reference_seeds: The reference's.

@@ -116,8 +116,8 @@ def test_arms_of_equal_quality_are_seldom_said_to_differ(made_up):
     """Every arm draws its own noise about one FVU: at most one family in twenty may hold a false verdict."""
     n_families, false = 40, 0
     for family in range(n_families):
-        arms = {name: [made_up(40, 0.3, seed=2 * family + i, spread=0.3)] for i, name in enumerate(("fast", "bt-f"))}
-        _, rows = analyse(arms, [("fast", "bt-f")], DEAD, resamples=1000, seed=family)
+        arms = {name: [made_up(30, 0.3, seed=2 * family + i, spread=0.3)] for i, name in enumerate(("fast", "bt-f"))}
+        _, rows = analyse(arms, [("fast", "bt-f")], DEAD, resamples=500, seed=family)
         false += any(r["verdict"] in ("lower", "higher") for r in rows)
     assert false <= 6  # at 5 % each, chance alone gives seven or more of 40 once in about 300 times
 
