@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -18,6 +17,7 @@ from fastsae.compare.statistics import (
     percentile_interval,
     resampled_ratios,
     sign_flip_p_values,
+    standard_error,
     two_shares_p_value,
     verdict,
     wilson,
@@ -213,9 +213,9 @@ def _dead_share(counts: Sequence[tuple[int, int]]) -> Value:
 
 def _dead_difference(dead: Dead, shares: Mapping[str, Value], arm: str, reference: str) -> Difference:
     counts = [sum(numbers) for name in (arm, reference) for numbers in zip(*dead[name], strict=True)]
-    value, other = shares[arm], shares[reference]
-    variances = [v["value"] * (1 - v["value"]) / n for v, n in ((value, counts[1]), (other, counts[3]))]
-    row = _row(FEATURES, DEAD, (arm, reference), (value, other), newcombe(*counts), math.sqrt(sum(variances)))
+    interval = newcombe(*counts)
+    error = standard_error(interval) if interval is not None else None
+    row = _row(FEATURES, DEAD, (arm, reference), (shares[arm], shares[reference]), interval, error)
     row["p"] = two_shares_p_value(*counts)
     return row
 
@@ -226,7 +226,7 @@ def _row(
     pair: tuple[str, str],
     values: tuple[Value, Value],
     interval: Interval | None,
-    standard_error: float | None,
+    error: float | None,
 ) -> Difference:
     return {
         "class": token_class,
@@ -242,7 +242,7 @@ def _row(
         "p_holm": None,
         "verdict": None,
         "reason": "",
-        "standard_error": standard_error,
+        "standard_error": error,
         "detectable": None,
     }
 

@@ -156,6 +156,11 @@ def two_shares_p_value(count_a: int, total_a: int, count_b: int, total_b: int) -
     return math.erfc(abs(count_a / total_a - count_b / total_b) / error / math.sqrt(2))
 
 
+def standard_error(interval: Interval, confidence: float = CONFIDENCE) -> float:
+    """The standard error of a normal estimate with this interval; of two shares of 0 it is not 0, as their variance is."""
+    return (interval.high - interval.low) / (2 * _NORMAL.inv_cdf(0.5 + confidence / 2))
+
+
 def detectable_difference(standard_error: float, alpha: float = 1 - CONFIDENCE, power: float = POWER) -> float:
     """The smallest difference that a two-sided test at `alpha` finds with the given power, for a normal estimate."""
     return (_NORMAL.inv_cdf(1 - alpha / 2) + _NORMAL.inv_cdf(power)) * standard_error

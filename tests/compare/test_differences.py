@@ -122,6 +122,14 @@ def test_arms_of_equal_quality_are_seldom_said_to_differ(made_up):
     assert false <= 6  # at 5 % each, chance alone gives seven or more of 40 once in about 300 times
 
 
+def test_arms_without_dead_features_could_still_have_differed(made_up):
+    arms = {name: [made_up(10, 0.3)] for name in ("fast", "bt-f")}
+    _, rows = analyse(arms, [("bt-f", "fast")], {name: [(0, 512)] for name in arms}, resamples=200)
+    found = row(rows, "features", "dead_share", "fast")
+    assert (found["difference"], found["verdict"]) == (0, "no difference shown")
+    assert 0.005 < found["detectable"] < 0.02
+
+
 def test_one_dialogue_gives_values_and_no_interval(made_up):
     arms = {name: [made_up(1, error)] for name, error in (("fast", 0.3), ("bt-f", 0.9))}
     values, rows = analyse(arms, [("fast", "bt-f")], DEAD, resamples=100)
