@@ -118,7 +118,7 @@ def lanes(
 
     Args:
         groups: Name of the group as HTML, and of each arm its index, title, low end, value and high end.
-        label: Of the axis.
+        label: Label of the axis.
     """
     axis = _axis([x for _, arms in groups for _, _, *ends in arms for x in ends if x is not None])
     body = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -19,6 +18,7 @@ from fastsae.comparison.statistics import (
     percentile_interval,
     resampled_ratios,
     sign_flip_p_values,
+    standard_error,
     two_shares_p_value,
     verdict,
     wilson,
@@ -117,7 +117,7 @@ def analyse(
         pairs: Arm and reference; a pair with an arm that is not in `arms` is left out. Metrics that depend on the model's scale
             are left out where the activations of two arms are not those of one model.
         dead: Name to the number of features that never fired, and of all features, of each of its SAEs.
-        resamples: Of dialogues, and of signs.
+        resamples: How often dialogues are drawn, and signs chosen.
         seed: Determines them.
 
     Returns:
@@ -214,9 +214,9 @@ def _dead_share(counts: Sequence[tuple[int, int]]) -> Value:
 
 def _dead_difference(dead: Dead, shares: Mapping[str, Value], arm: str, reference: str) -> Difference:
     counts = [sum(numbers) for name in (arm, reference) for numbers in zip(*dead[name], strict=True)]
-    value, other = shares[arm], shares[reference]
-    variances = [v["value"] * (1 - v["value"]) / n for v, n in ((value, counts[1]), (other, counts[3]))]
-    row = _row(FEATURES, DEAD, (arm, reference), (value, other), newcombe(*counts), math.sqrt(sum(variances)))
+    interval = newcombe(*counts)
+    error = standard_error(interval) if interval is not None else None
+    row = _row(FEATURES, DEAD, (arm, reference), (shares[arm], shares[reference]), interval, error)
     row["p"] = two_shares_p_value(*counts)
     return row
 
@@ -227,7 +227,7 @@ def _row(
     pair: tuple[str, str],
     values: tuple[Value, Value],
     interval: Interval | None,
-    standard_error: float | None,
+    error: float | None,
 ) -> Difference:
     return {
         "class": token_class,
@@ -243,7 +243,7 @@ def _row(
         "p_holm": None,
         "verdict": None,
         "reason": "",
-        "standard_error": standard_error,
+        "standard_error": error,
         "detectable": None,
     }
 

@@ -23,7 +23,10 @@ def leakage_section(result: Result) -> str:
     control = [p["leak"] for p in result["leakage"] if p["context"] == "packed"]
     label = "1 + tokens of its own dialogue before it in the block"
     chart = charts.band(in_block, label, "leak (log scale)")
-    said = f" There it is at most {number(max(control), 2)}, the limit of the numerics." if control else ""
+    said = ""
+    if control:
+        found = f"at most {number(max(control), 2)}, the limit of the numerics" if max(control) else "0"
+        said = f" There it is {found}."
     return (
         f"{title}<p>The leak of a token is ||g − g<sub>alone</sub>||² / ||g<sub>alone</sub>||²: g is the gradient that it gives "
         "the SAE's decoder when it stands in a block and its dialogue begins behind another one, g<sub>alone</sub> the one when "

@@ -89,7 +89,7 @@ def saebench_metrics(sums: DialogueSums, n_dead: int, n_features: int) -> dict[s
     token counts the same.
 
     Args:
-        sums: Of the SAE.
+        sums: The SAE's sums.
         n_dead: Features that fired on no held-out token.
         n_features: All features.
     """

@@ -59,7 +59,7 @@ def write_compare_page(path: str | Path, result: Result) -> None:
     """
     sections = [
         _header(result),
-        "".join(f'<div class="warnings" role="note"><p>{escape(text)}</p></div>' for text in result["warnings"]),
+        _warnings(result["warnings"]),
         _verdicts(result),
         _arms(result),
         _forests(result),
@@ -89,6 +89,11 @@ def _header(result: Result) -> str:
     if result["text_dataset"]:
         facts.insert(3, f"plain text <code>{escape(result['text_dataset'])}</code>")
     return f'<h1>Whole dialogues against blocks</h1>\n<p class="lead">{" · ".join(facts)}</p>'
+
+
+def _warnings(texts: Sequence[str]) -> str:
+    sentences = "".join(f"<p>{escape(text)}</p>" for text in texts)
+    return f'<div class="warnings" role="note">{sentences}</div>' if sentences else ""
 
 
 def _verdicts(result: Result) -> str:

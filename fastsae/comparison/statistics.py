@@ -120,7 +120,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def wilson(count: int, total: int, confidence: float = CONFIDENCE) -> Interval | None:
-    """Wilson's interval for a share, without a correction for continuity; None of nothing.
+    """Wilson's interval for a share, without a correction for continuity; None where `total` is 0.
 
     Source: Wilson, JASA 22, 1927.
     """
@@ -156,6 +156,11 @@ def two_shares_p_value(count_a: int, total_a: int, count_b: int, total_b: int) -
     return math.erfc(abs(count_a / total_a - count_b / total_b) / error / math.sqrt(2))
 
 
+def standard_error(interval: Interval, confidence: float = CONFIDENCE) -> float:
+    """The standard error of a normal estimate with this interval; of two shares of 0 it is not 0, as their variance is."""
+    return (interval.high - interval.low) / (2 * _NORMAL.inv_cdf(0.5 + confidence / 2))
+
+
 def detectable_difference(standard_error: float, alpha: float = 1 - CONFIDENCE, power: float = POWER) -> float:
     """The smallest difference that a two-sided test at `alpha` finds with the given power, for a normal estimate."""
     return (_NORMAL.inv_cdf(1 - alpha / 2) + _NORMAL.inv_cdf(power)) * standard_error
@@ -188,7 +193,7 @@ def verdict(
     same side of every seed of the other. Otherwise it is `no difference shown`, with the first of these that fails.
 
     Args:
-        interval: Of arm minus reference. None where there are too few dialogues.
+        interval: Interval of arm minus reference. None where there are too few dialogues.
         adjusted_p: Holm's p-value. None where there are too few dialogues.
         seeds: The arm's value for each seed.
         reference_seeds: The reference's.

@@ -118,10 +118,18 @@ def test_arms_of_equal_quality_are_seldom_said_to_differ(made_up):
     """Every arm draws its own noise about one FVU: at most one family in twenty may hold a false verdict."""
     n_families, false = 40, 0
     for family in range(n_families):
-        arms = {name: [made_up(40, 0.3, seed=2 * family + i, spread=0.3)] for i, name in enumerate(("fast", "bt-f"))}
-        _, rows = analyse(arms, [("fast", "bt-f")], DEAD, resamples=1000, seed=family)
+        arms = {name: [made_up(30, 0.3, seed=2 * family + i, spread=0.3)] for i, name in enumerate(("fast", "bt-f"))}
+        _, rows = analyse(arms, [("fast", "bt-f")], DEAD, resamples=500, seed=family)
         false += any(r["verdict"] in ("lower", "higher") for r in rows)
     assert false <= 6  # at 5 % each, chance alone gives seven or more of 40 once in about 300 times
+
+
+def test_arms_without_dead_features_could_still_have_differed(made_up):
+    arms = {name: [made_up(10, 0.3)] for name in ("fast", "bt-f")}
+    _, rows = analyse(arms, [("bt-f", "fast")], {name: [(0, 512)] for name in arms}, resamples=200)
+    found = row(rows, "features", "dead_share", "fast")
+    assert (found["difference"], found["verdict"]) == (0, "no difference shown")
+    assert 0.005 < found["detectable"] < 0.02
 
 
 def test_one_dialogue_gives_values_and_no_interval(made_up):

@@ -70,7 +70,7 @@ def made_up_result(made_up, n_seeds=2, n_dialogues=30):
             gsnr | {"features": kind, "median": median, "low": 0.001, "high": 0.1, "pooled": 0.002}
             for kind, median in (("live", 0.0123), ("dead", 0.0456))
         ],
-        "warnings": ["A warning."],
+        "warnings": ["A warning.", "Another one."],
         "config": {"seeds": n_seeds},
         "seconds": 12.5,
         "version": "1.2.3",
@@ -105,7 +105,8 @@ def changed(result, **changes):
 def test_every_section_is_there_and_nothing_is_loaded(tmp_path, result):
     page, text = write(tmp_path, result)
     assert re.findall(r"<h2>([^<]*)</h2>", page) == list(SECTIONS)
-    assert "A warning." in text
+    assert "A warning. Another one." in text
+    assert page.count('class="warnings"') == 1
     assert "measured on 4,000 tokens in 30 held-out dialogues, 30 of them attention sinks" in text
     assert [p.name for p in tmp_path.iterdir()] == ["compare.html"]
 
@@ -218,6 +219,9 @@ def test_the_leakage_control_is_given_in_words(tmp_path, result):
     page, text = write(tmp_path, result)
     assert "at most 3.0e−09" in text
     assert '<path class="area"' in page
+    exact = changed(result)
+    exact["leakage"][-1]["leak"] = 0.0
+    assert "There it is 0." in write(tmp_path, exact)[1]
 
 
 def test_the_papers_figures_stand_beside_ours(tmp_path, result):

@@ -53,6 +53,14 @@ def test_intervals_of_a_paired_difference_hold_the_truth_nearly_as_often_as_they
     assert lowest <= share_with(limits, effect) <= 0.98
 
 
+def test_intervals_of_a_difference_of_logs_hold_the_truth_nearly_as_often_as_they_say():
+    a, b, lengths = heavy_tailed(np.random.default_rng(9), 100, effect=1.0)
+    ratios = resampled_ratios(np.hstack([a, b]), np.hstack([lengths, lengths]), resamples=1000)
+    samples = np.log2(ratios[:, :N_SETS]) - np.log2(ratios[:, N_SETS:])
+    limits = np.array([percentile_interval(samples[:, i], 100) for i in range(N_SETS)])
+    assert 0.91 <= share_with(limits, 1.0) <= 0.98
+
+
 def test_intervals_of_normal_data_hold_the_truth_in_95_percent():
     data = np.random.default_rng(0).normal(3.0, 1.0, (40, 2000))
     assert share_with(intervals(data, np.ones_like(data), resamples=2000), 3.0) == pytest.approx(0.95, abs=0.015)
