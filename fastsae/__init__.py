@@ -14,6 +14,7 @@ from fastsae.version import __version__
 if TYPE_CHECKING:
     from fastsae import optim as optim
     from fastsae import sae as sae
+    from fastsae.comparison.run import compare
     from fastsae.optim import FusedSAEAdam
     from fastsae.peers import accelerate
     from fastsae.sae import (
@@ -41,12 +42,14 @@ __all__ = [
     "UsageError",
     "__version__",
     "accelerate",
+    "compare",
 ]
 
 _MODULES = {  # the other names: fastsae.sae
     "FusedSAEAdam": "fastsae.optim",
     "SparseActs": "fastsae_kernels",
     "accelerate": "fastsae.peers",
+    "compare": "fastsae.comparison.run",
 }
 _SUBMODULES = ("optim", "sae")
 
