@@ -129,7 +129,7 @@ def test_resume_goes_on_with_the_next_batch(kind: str, monkeypatch: pytest.Monke
 
 def test_too_little_for_one_block_is_one_message() -> None:
     sequencer = BlockSequencer([[5] * 9, [6] * 9], range(2), TokenIds(), block_length=19)
-    with pytest.raises(UsageError, match=r"block_length: expected blocks that the data can fill, got 19 tokens"):
+    with pytest.raises(UsageError, match=r"block_length: expected a block that the .* can fill, got 19 tokens"):
         next(sequencer)
     with pytest.raises(FastsaeError, match="all 2 dialogues were dropped"):
         next(BlockSequencer([[5], [6]], range(2), TokenIds(), block_length=19))
