@@ -127,7 +127,7 @@ def test_sinks_are_left_out_of_training_and_evaluation_by_one_rule(
         ({"text": "/no/such.txt"}, "text '/no/such.txt': there is no such file"),
         (
             {"sequencing": "block", "block_length": 500, "max_dialogues": 9},
-            "block_length: expected blocks that the data",
+            "block_length: expected a block that the .* can fill",
         ),
     ],
 )
