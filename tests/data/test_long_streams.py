@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastsae.data import sequencing
 from fastsae.data.buffer import MixingBuffer
 from fastsae.data.sequencing import FastSequencer
 from fastsae.data.shared_forward import SharedForward
@@ -36,8 +37,11 @@ def memory() -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("n_tokens", [8_000_000, pytest.param(100_000_000, marks=pytest.mark.slow)])
-def test_a_long_stream_for_two_layers_takes_the_memory_of_a_short_one(n_tokens: int) -> None:
+@pytest.mark.parametrize("n_tokens", [3_000_000, pytest.param(100_000_000, marks=pytest.mark.slow)])
+def test_a_long_stream_for_two_layers_takes_the_memory_of_a_short_one(
+    n_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequencing, "WINDOW", 128)
     table = torch.randn(N_IDS, D_IN, generator=torch.Generator().manual_seed(0))
     sequencer = FastSequencer(Texts(), range(N_TEXTS), make_tokenizer("qwen"), batch_tokens=16_384)
     forward = SharedForward(lambda batch: [table[batch.input_ids], -table[batch.input_ids]], sequencer, 2)
@@ -47,7 +51,7 @@ def test_a_long_stream_for_two_layers_takes_the_memory_of_a_short_one(n_tokens: 
     while served < n_tokens:
         sums = torch.stack([next(buffer).acts.sum(dim=0) for buffer in buffers])
         served += 16_384
-        early = early or (memory() if served > 4_000_000 else 0.0)
+        early = early or (memory() if served > 1_000_000 else 0.0)
     assert torch.isfinite(sums).all()
     assert streams[0].counts.sinks > 0
-    assert memory() - early < 24  # MiB; a layer's rows served since then have 150 and more
+    assert memory() - early < 24  # MiB; the rows of a layer that were served since then have 80 and more
