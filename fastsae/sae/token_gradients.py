@@ -115,7 +115,7 @@ def token_gradients(sae: SparseAutoencoder, x: Tensor, term: SparsityTerm) -> To
         along = grad_scaled * values
         grad_acts = grad_acts + grad_scaled * norms
     threshold = sae.gate_threshold().to(wide)[features]
-    window = (values == 0) | (values - threshold < spec.bandwidth / 2)
+    window = values - threshold < spec.bandwidth / 2  # inactive entries, of value 0, are listed for the window alone
     hidden_pre, grad_threshold = gate_backward(values > 0, window, threshold.clone(), grad_acts, weight, spec)
     if grad_threshold is not None and hasattr(sae, "log_threshold"):
         grad_threshold = grad_threshold * threshold
