@@ -8,7 +8,7 @@
 
 Letters: `B` tokens, `I` d_in, `O` d_out, `S` d_sae, `C` slots. A row is held in two pieces, powers of two, so that few lanes
 idle: 2304 is 2048 and 256. Of a row longer than `MAX_DEPTH`, which no program can hold, the product alone is formed here,
-piece by piece; `backward` then has `feature_sums` add up the weights' gradients.
+piece by piece; `gradients` then has `feature_sums` add up the weights' gradients.
 
 Traffic, counted and not measured: an entry moves a row of grad_out and one of x, a feature with entries its decoder row once.
 For 16 bits, d = 2304, 8,192 tokens of 64 entries and 65,536 features that is 5.1 GB. Each gradient is written once.
@@ -210,9 +210,13 @@ def fused_backward(
     with_W_dec: bool,
     gated: bool = True,
 ) -> FeatureGradients:
-    """The gradients of the module, from entries by feature; arguments as in `backward.feature_gradients`.
+    """The gradients of the module, from entries by feature.
 
     Args:
+        by_feature: The entries by feature.
+        values: `[nnz]` fp32, 0 where an entry is in the window only; before ordering.
+        W_dec, threshold, feature_scale, spec: As in `types.PassInputs`, vectors over features contiguous.
+        grad_out, grad_penalty, row_scale: As in `types.OutputGrads`.
         x: `[N, d_in]` where the gradient of W_enc is asked for, else None.
         with_W_dec: Whether the gradient of W_dec is asked for.
         gated: Whether the entries went through the gate; otherwise each passes its gradient on, whatever its value.
