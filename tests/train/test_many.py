@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,8 @@ def test_the_command_trains_a_grid(tiny_model: Path, chats: Path, tmp_path: Path
     ).split()
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
+    cost = r"grid: 4 SAEs, 512 tokens in \d+ s, of which the evaluation took \d+ s \(.* s for all .* together, .* s for each\)"
+    assert re.search(cost, lines[1])
     names = [f"layer-{layer}-target-l0-{l0}" for layer in (0, 1) for l0 in (4.0, 8.5)]
     assert [line.split()[0] for line in lines if line.startswith("layer")] == names
     assert {path.name for path in (tmp_path / "grid").iterdir()} == {*names, "saes.json", "metrics.json"}
