@@ -7,6 +7,7 @@ import torch
 from gradient_problem import KINDS, dense_gradients, dense_of, make, tokens
 
 from fastsae.sae.token_gradients import token_gradients
+from fastsae_kernels import use_backend
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,3 +50,17 @@ def test_no_tokens(kind: str) -> None:
     sae, term = make(kind)
     gradients = token_gradients(sae, tokens(0), term)
     assert gradients.acts.numel() == gradients.error.numel() == 0
+
+
+@pytest.mark.parametrize("kind", ["step", "batchtopk"])
+def test_the_kernels_of_a_gpu_give_the_same_entries_in_the_same_order(kind: str) -> None:
+    sae, term = make(kind)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sae, x = sae.to(device, torch.float32), tokens().to(device, torch.float32)
+    with use_backend("triton"):
+        found = token_gradients(sae, x, term)
+    for values, expected in zip(found, token_gradients(sae.cpu(), x.cpu(), term), strict=True):
+        if expected is None:
+            assert values is None
+        else:
+            torch.testing.assert_close(values.cpu(), expected, rtol=1e-4, atol=1e-5)
