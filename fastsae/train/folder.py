@@ -23,6 +23,7 @@ from fastsae.train.curves import CURVES_FILE
 from fastsae.version import __version__
 
 CONFIG_FILE, METRICS_FILE, REPORT_FILE = "config.json", "metrics.json", "report.html"
+_SINCE_EVER = ("model", "dataset", "architecture", "batch_size", "tokens")  # options that every run has written
 SAES_FILE = "saes.json"  # names of the SAEs of a run that trains several
 # options that a resumed run may be given anew: places, and what changes no result
 MAY_MOVE = ("model", "dataset", "text", "activations", "device", "prefetch")
@@ -155,7 +156,7 @@ def kept_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> TrainConfig:
-    """The config that a run saved.
+    """The config that a run saved; an option that came later, after a run of an older version, has its default.
 
     Raises:
         UsageError: `folder` holds none.
@@ -164,9 +165,9 @@ def read_config(folder: Path) -> TrainConfig:
     path = folder / CONFIG_FILE
     try:
         saved = Fields(read_json(path))
-        if missing := [name for name in field_names() if name not in saved]:
+        if missing := [name for name in _SINCE_EVER if name not in saved]:
             raise ValueError(f"it has no {', '.join(missing[:3])}; is it that of a language model?")
-        return TrainConfig(**{name: saved.values[name] for name in field_names()})
+        return TrainConfig(**{name: saved.values[name] for name in field_names() if name in saved})
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(
             f"{folder}: expected the folder of a run of `fastsae train`, {CONFIG_FILE} is missing"
