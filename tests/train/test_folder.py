@@ -18,7 +18,7 @@ def test_config_of_a_language_model_is_named(content, tmp_path):
 
 
 def test_a_run_of_an_older_version_has_the_defaults_of_newer_options(tmp_path: Path) -> None:
-    write_configs(tmp_path, {"": TrainConfig(seed=7, lr=1e-4)}, {})
+    write_configs(tmp_path, {"": TrainConfig(seed=7, lr=1e-4)}, {}, {})
     saved = json.loads((tmp_path / "config.json").read_text())
     for newer in ("hook", "init_from", "prefetch", "frozen", "random_model"):
         del saved[newer]
