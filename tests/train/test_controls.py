@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,8 +25,8 @@ def test_a_frozen_matrix_stays_as_it_was_drawn(
     started: list[dict[str, torch.Tensor]] = []
     initialize = Session.initialize
 
-    def noted(session: Session) -> None:
-        initialize(session)
+    def noted(session: Session, *sources: Any) -> None:
+        initialize(session, *sources)
         (trainer,) = session.trainers.values()
         started.append({name: tensor.clone() for name, tensor in trainer.sae.state_dict().items()})
 
