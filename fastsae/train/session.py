@@ -135,12 +135,13 @@ class Session:
             self._stream_states[layer] = self.streams[layer].state_dict()
         self._batches = {layer: next(buffer) for layer, buffer in self.buffers.items()}
 
-    def initialize(self, sources: Mapping[str, Source]) -> None:
+    def initialize(self, sources: Mapping[str, Source] | None = None) -> None:
         """Fills the buffers, and gives each SAE its start from what they hold, or from the source of its name.
 
         Raises:
             UsageError: A source is of another width.
         """
+        sources = sources or {}
         d_in = self.pipeline.residual.d_in
         for name, source in sources.items():
             self.origins[name] = source.files
