@@ -9,6 +9,7 @@ from decimal import Decimal
 
 from benchmarks.allocator import DEFAULT
 from benchmarks.result import PEERS, RUNS, Result, Row, faster_by, fastest, lost
+from benchmarks.runs import PARTS
 from benchmarks.shapes import HEADLINE
 
 NONE = "-"
@@ -30,7 +31,8 @@ HARD = {
     "half-active-64-tokens": "64 tokens, half active",
     "few-tokens": "qwen2.5-7b x8",
 }
-TRAIN, ALONE = "fastsae train", "one of them alone"  # whole runs: of a group's SAEs, and of one of several
+TRAIN = "fastsae train"  # a whole run; what follows is another job than its baseline's
+ALONE, CACHE = "one of them alone", "fastsae cache"
 ACCELERATED, WITH_OPTIMIZER = "accelerated", "accelerated, FusedSAEAdam"
 
 
@@ -174,9 +176,9 @@ def run_columns(baseline: str) -> Columns:
     """Returns each column's title and cell, of whole runs."""
     parts = {
         f"{part}, %": lambda row, _, part=part: (
-            digits(100 * row.parts_s[part] / sum(row.parts_s.values()), 2) if row.parts_s else NONE
+            digits(100 * row.parts_s.get(part, 0.0) / sum(row.parts_s.values()), 2) if row.parts_s else NONE
         )
-        for part in ("model", "SAE", "buffer", "host")
+        for part in PARTS
     }
     return {
         "SAEs": lambda row, _: f"{row.subject}, {shape_name(row)}",
@@ -184,7 +186,9 @@ def run_columns(baseline: str) -> Columns:
         "tokens": lambda row, _: plain(row.run_tokens) if row.run_tokens else NONE,
         "median ± IQR, s": lambda row, _: median_and_iqr(row, unit_s=1.0),
         "tokens/s": lambda row, _: digits((row.run_tokens or 0) / row.median_s) if row.median_s else NONE,
-        f"vs {baseline}": lambda row, group: times_as_fast(faster_by(row, provider_of(group, row.baseline))),
+        f"vs {baseline}": lambda row, group: (
+            NONE if row.provider in (ALONE, CACHE) else times_as_fast(faster_by(row, provider_of(group, row.baseline)))
+        ),
         "goal": lambda row, _: times_as_fast(row.goal) if row.provider == TRAIN else NONE,
         **parts,
         "padding, %": lambda row, _: digits(None if row.padding_share is None else 100 * row.padding_share, 2),
@@ -201,9 +205,8 @@ def further_saes(result: Result) -> Iterator[list[str]]:
         together = provider_of(result.groups[alone.group], TRAIN)
         if together is not None and together.is_sound:
             further_s = (together.ms - alone.ms) / 1e3 / (together.n_saes - 1)
-            seconds = [alone.ms / 1e3, together.ms / 1e3, further_s, alone.parts_s["SAE"]]
-            name = f"{together.subject}, {shape_name(together)}"
-            yield [name, plain(alone.run_tokens or 0), *map(digits, seconds)]
+            seconds = map(digits, [alone.ms / 1e3, together.ms / 1e3, further_s, alone.parts_s["SAE"]])
+            yield [f"{alone.subject}, {shape_name(alone)}", plain(alone.run_tokens or 0), *seconds]
 
 
 def provider_of(group: list[Row], name: str) -> Row | None:

@@ -22,13 +22,13 @@ from benchmarks.peers import PEERS, why_not
 from benchmarks.result import RUNS
 from benchmarks.runs import BATCH_TOKENS, PARTS, TARGET_L0, Run, Took, take
 from benchmarks.runs_data import DEMO, SMOLLM2, Model, chats, new_folder
-from benchmarks.shapes import Shape
-from benchmarks.tables import ALONE, TRAIN
+from benchmarks.shapes import DEVICE, Shape
+from benchmarks.tables import ALONE, CACHE, TRAIN
 
 ROUNDS = 2
 SAELENS = PEERS[0].title
 NUMBERS = {1: "one", 8: "eight"}
-WAYS = {"--sequencing packed": "packed", "fastsae cache": "cache", "--activations": "cached"}
+WAYS = {"--sequencing packed": "packed", CACHE: "cache", "--activations": "cached"}
 
 
 @cache
@@ -75,6 +75,8 @@ def case(
 
     def provider(runner: str, **changes: Any) -> Provider:
         def skip() -> str | None:
+            if DEVICE == "cuda":
+                return "a GPU works while the host goes on, so that a host's timers do not tell the parts"
             return model.why_not() or (why_not(runner) if runner == "sae-lens" else None)
 
         return Provider(partial(whole_run, runner, model, {**options, **changes}), skip=skip)

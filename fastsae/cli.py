@@ -28,6 +28,7 @@ from fastsae.flags import (
     place,
     without_effect,
 )
+from fastsae.imports import import_for_good
 from fastsae.interrupt import exit_status, signals_end_the_command
 from fastsae.terminal import tolerant_output
 from fastsae.train.config import PRESETS, TrainConfig
@@ -350,13 +351,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         show_log()
         try:
             with signals_end_the_command():
-                commands = {
-                    "train": command_train,
-                    "cache": command_cache,
-                    "evaluate": command_evaluate,
-                    "convert": command_convert,
-                }
-                commands[arguments.command](arguments)
+                import_for_good(model=arguments.command != "convert")
+                COMMANDS[arguments.command](arguments)
         except FastsaeError as error:
             return fail(as_flag(str(error)), 2 if isinstance(error, UsageError) else 1)
         except OSError as error:
