@@ -141,6 +141,9 @@ class Clock:
 def fastsae(run: Run, clock: Clock, command: str = "train", *flags: str) -> float | None:
     """`fastsae train` with its defaults, but for what both sides share; or `fastsae cache`, which has no SAE."""
     from fastsae.cli import main
+    from fastsae.imports import import_for_good
+
+    import_for_good(model=True)  # as the command does, before the timers' own imports
     from fastsae.data.cache import CachedActivations
     from fastsae.data.sequencing import Sequencer
     from fastsae.train import caching, session

@@ -9,7 +9,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from fastsae.flags import (
     path,
     without_effect,
 )
-from fastsae.garbage import not_searched
+from fastsae.imports import import_for_good
 from fastsae.interrupt import exit_status, signals_end_the_command
 from fastsae.summary import cost, print_difference, print_summary, print_table
 from fastsae.terminal import tolerant_output
@@ -346,8 +345,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bound_product_caches()
         try:
             with signals_end_the_command():
-                with not_searched():
-                    import_module("torch")  # every command needs it, and --help does not
+                import_for_good(model=arguments.command != "convert")
                 COMMANDS[arguments.command](arguments)
         except FastsaeError as error:
             return fail(as_flag(str(error)), 2 if isinstance(error, UsageError) else 1)
