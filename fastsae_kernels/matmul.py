@@ -103,7 +103,8 @@ def by_blas(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     MKL shares others badly among its threads: two of a Zen 4 limited to AVX2 multiply 512 x 768 by 768 x 4096 at 169 GFLOP/s,
     and at 184 in square blocks; one thread at 89 and 94.
     """
-    size = max(out.shape[0], MIN_BLOCK) if out.device.type == "cpu" else max(1, out.shape[1])
+    by_mkl = out.device.type == "cpu" and out.element_size() > 2  # products of 16 bits are oneDNN's
+    size = max(out.shape[0], MIN_BLOCK) if by_mkl else max(1, out.shape[1])
     for columns, block in zip(b.split(size, 1), out.split(size, 1), strict=True):
         if add:
             block.addmm_(a, columns)

@@ -50,13 +50,18 @@ def matrices(ae: Any) -> tuple[Tensor, Tensor, Tensor]:
     return ae.encoder.weight.t(), ae.encoder.bias, ae.decoder.weight.t()
 
 
+def open_gate(b_enc: Tensor) -> Tensor:
+    """Thresholds of 0: every positive activation counts."""
+    return b_enc.new_zeros(b_enc.shape, dtype=torch.promote_types(b_enc.dtype, torch.float32))
+
+
 class FusedDictionary(Dictionary, Accelerated):
     """The pair of `encode` and `decode`, where no gradient is asked for."""
 
     known: type
 
-    def _spec_and_gate(self, use_threshold: bool) -> tuple[AutoencodeSpec, Tensor] | None:
-        """What `encode` selects by; None where the ops cannot."""
+    def _spec_and_gate(self, use_threshold: bool) -> tuple[AutoencodeSpec, Tensor]:
+        """What `encode` selects by."""
         raise NotImplementedError
 
     def _list(self, x: Tensor, use_threshold: bool) -> tuple[SparseActs | None, str | None]:
@@ -64,10 +69,9 @@ class FusedDictionary(Dictionary, Accelerated):
         reason = why_not_module(self, self.known)
         if reason is None and entries.wants_gradient([x, *self.parameters()]):
             reason = "a gradient is asked for (call it under torch.no_grad())"
-        selection = None if reason else self._spec_and_gate(use_threshold)
-        if selection is None:
-            return None, reason or "a threshold is below 0"
-        (spec, gate), (W_enc, b_enc, _) = selection, matrices(self)
+        if reason is not None:
+            return None, reason
+        (spec, gate), (W_enc, b_enc, _) = self._spec_and_gate(use_threshold), matrices(self)
         if x.dim() == 0 or x.shape[-1] != W_enc.shape[0] or x.dtype != W_enc.dtype or x.device != W_enc.device:
             return None, "the input is of another shape, dtype or device"
         if spec.batch_topk and x.dim() != 2:
@@ -102,16 +106,13 @@ class FusedDictionary(Dictionary, Accelerated):
         out = kernels.decode(acts, matrices(self)[2], self.b_dec)
         return out.reshape(*x.shape[:-1], self.activation_dim)
 
-    def _zeros(self) -> Tensor:
-        _, b_enc, _ = matrices(self)
-        return torch.zeros_like(b_enc, dtype=torch.promote_types(b_enc.dtype, torch.float32), requires_grad=False)
-
 
 class _TopKDictionary(FusedDictionary):
-    def _spec_and_gate(self, use_threshold: bool) -> tuple[AutoencodeSpec, Tensor] | None:
+    def _spec_and_gate(self, use_threshold: bool) -> tuple[AutoencodeSpec, Tensor]:
+        gate = open_gate(matrices(self)[1])
         if use_threshold:  # below 0 before it was ever set: then every positive activation counts
-            return AutoencodeSpec(), self._zeros() + self.threshold.detach().clamp(min=0)
-        return AutoencodeSpec(k=int(self.k), batch_topk=self.known is BatchTopKSAE), self._zeros()
+            return AutoencodeSpec(), gate + self.threshold.detach().clamp(min=0)
+        return AutoencodeSpec(k=int(self.k), batch_topk=self.known is BatchTopKSAE), gate
 
 
 class FusedAutoEncoderTopK(_TopKDictionary, AutoEncoderTopK):
@@ -141,10 +142,9 @@ class FusedJumpReluAutoEncoder(FusedDictionary, JumpReluAutoEncoder):
 
     known = JumpReluAutoEncoder
 
-    def _spec_and_gate(self, use_threshold: bool) -> tuple[AutoencodeSpec, Tensor] | None:
-        return AutoencodeSpec(), self._zeros() + self.threshold.detach().clamp(
-            min=0
-        )  # theirs has a ReLU behind the gate
+    def _spec_and_gate(self, use_threshold: bool) -> tuple[AutoencodeSpec, Tensor]:
+        # theirs has a ReLU behind the gate
+        return AutoencodeSpec(), open_gate(self.b_enc) + self.threshold.detach().clamp(min=0)
 
     def encode(self, x: Tensor, output_pre_jump: bool = False) -> Any:
         if output_pre_jump or torch.compiler.is_compiling():
@@ -213,10 +213,8 @@ class _TopKTrainers(FusedTrainer):
         x = x.to(W_enc.dtype)
         inputs, bias = kernels.subtract_pre_bias(x, ae.b_dec, W_enc, b_enc)
         spec = AutoencodeSpec(k=int(ae.k), batch_topk=batch_topk)
-        gate = b_enc.new_zeros(b_enc.shape, dtype=torch.promote_types(b_enc.dtype, torch.float32))
-        return kernels.autoencode(
-            inputs, W_enc, bias, gate, W_dec, ae.b_dec, spec=spec, target=x, hint=self._fastsae.activity
-        )
+        arguments = (inputs, W_enc, bias, open_gate(b_enc), W_dec, ae.b_dec)
+        return kernels.autoencode(*arguments, spec=spec, target=x, hint=self._fastsae.activity)
 
     def _aux_k_loss(self, x: Tensor, residual: Tensor) -> Tensor:
         """The dead features' reconstruction of `residual`, over the variance of that; their encoder is trained by it."""
@@ -232,7 +230,7 @@ class _TopKTrainers(FusedTrainer):
             inputs,
             W_enc,
             bias,
-            bias.new_zeros(bias.shape, dtype=torch.promote_types(bias.dtype, torch.float32)),
+            open_gate(bias),
             W_dec.index_select(0, dead),
             torch.zeros_like(self.ae.b_dec),
             spec=AutoencodeSpec(k=self.top_k_aux if len(dead) > self.top_k_aux else None),
@@ -361,8 +359,7 @@ class FusedJumpReluTrainer(JumpReluTrainer, FusedTrainer):
 def _listed(ae: Any, x: Tensor, k: int) -> SparseActs:
     """The entries of a pass that kept none."""
     W_enc, b_enc, _ = matrices(ae)
-    gate = b_enc.new_zeros(b_enc.shape, dtype=torch.promote_types(b_enc.dtype, torch.float32))
-    return kernels.encode(x.to(W_enc.dtype) - ae.b_dec, W_enc, b_enc, gate, k=k)
+    return kernels.encode(x.to(W_enc.dtype) - ae.b_dec, W_enc, b_enc, open_gate(b_enc), k=k)
 
 
 FAST: dict[type, type] = {
