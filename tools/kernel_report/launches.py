@@ -192,6 +192,7 @@ def _backward(dtype: torch.dtype) -> None:
             (features, None, AutoencodeSpec(penalty="l1"), True),
             (features, rows, AutoencodeSpec(bandwidth=0.05, penalty="tanh", ste_to_input=True), True),
             (None, rows, AutoencodeSpec(k=64), False),
+            (None, rows, AutoencodeSpec(bandwidth=0.05), False),
         ):
             inputs, grads = PassInputs(*operands, W_dec, b_dec, scale), OutputGrads(grad_out, row_scale, rows)
             feature_gradients(by_feature, _empty(nnz), inputs, spec, grads, with_weights=with_weights)
