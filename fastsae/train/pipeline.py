@@ -31,7 +31,6 @@ from fastsae.data.splicing import SplicedModel
 from fastsae.data.texts import load_texts
 from fastsae.data.tokens import TokenRows, doubles_bos, render
 from fastsae.errors import FastsaeError, UsageError, is_out_of_memory
-from fastsae.garbage import not_searched
 from fastsae.sae import SparseAutoencoder
 from fastsae.train import fingerprint
 from fastsae.train.config import ModelDtype, Sequencing, TrainConfig
@@ -195,7 +194,6 @@ class Given:
         return replace(config, **changes)  # type: ignore[arg-type]
 
 
-@not_searched()
 def build_pipeline(
     config: TrainConfig,
     trained: Sequence[TrainConfig] = (),
