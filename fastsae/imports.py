@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 from contextlib import suppress
@@ -13,8 +14,8 @@ _OF_A_MODEL = ("transformers.modeling_utils", "transformers.models.auto.modeling
 def import_for_good(*, model: bool) -> None:
     """Imports torch, and transformers where a model is needed, undisturbed by searches for garbage, now and later.
 
-    Nothing of it ever is garbage, yet Python would look at its many objects again and again, and once more at its end. In
-    a process that has torch already nothing is done: it may live for more than one command.
+    Nothing of it ever is garbage, yet Python would look at its many objects again and again. In a process that has torch already
+    nothing is done: it may live for more than one command.
     """
     if "torch" in sys.modules:
         return
@@ -26,4 +27,5 @@ def import_for_good(*, model: bool) -> None:
                 import_module(name)
     finally:
         gc.freeze()
+        atexit.register(gc.unfreeze)  # libraries that count their objects at the end would call these leaks
         gc.enable()
