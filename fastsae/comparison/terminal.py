@@ -32,12 +32,9 @@ def print_plan(plan: Plan, costs: Costs) -> None:
         print(f"  {_time(seconds):>9}  {len(saes):>2} SAEs on the stream {name}:")
         for arm in own:
             print(f"{'':15}{arm:16}{ARMS[arm].meaning}")
-    print(
-        f"\nin all about {_time(total)}, loading and the gradients at the end apart, and {costs.n_bytes / 1e9:.1f} GB or more beside the"
-    )
-    print(
-        "language model; the times are those of a first batch and of a first step, and later steps are often faster\n"
-    )
+    size = f"{costs.n_bytes / 1e9:.1f} GB or more beside the language model"
+    print(f"\nin all about {_time(total)}, loading and the gradients at the end apart, and {size};")
+    print("the times are those of a first batch and of a first step, and later steps are often faster\n")
 
 
 def _time(seconds: float) -> str:

@@ -11,9 +11,8 @@ from fastsae.errors import FastsaeError
 from fastsae.sae import FusedJumpReLUSAE, SparseAutoencoder
 
 SAMPLE = 16_384  # tokens that the estimates look at
-FIRINGS = (
-    128  # of a feature: b_enc needs no more tokens than these, which tell the share of those it fires on to a tenth
-)
+# of a feature: so many tell the share of the tokens that it fires on to a tenth, and b_enc needs no more tokens than that
+FIRINGS = 128
 
 
 def activation_scale(acts: Tensor) -> float:
