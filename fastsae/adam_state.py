@@ -48,6 +48,18 @@ def check_options(group: Mapping[str, Any]) -> None:
             raise UsageError(f"{name}: expected False, the only value that FusedSAEAdam has, got {group[name]}")
 
 
+def check_gradient(p: Tensor, state: Mapping[str, Tensor] | None) -> None:
+    """Raises UsageError where a parameter's gradient is sparse, or it was moved since the last step, which left `state`."""
+    if p.grad is not None and p.grad.layout != torch.strided:
+        raise UsageError(f"grad: expected dense gradients, got layout {p.grad.layout}")
+    moment = state["exp_avg_sq"] if state else p
+    if (moment.dtype, moment.device) != (p.dtype, p.device):
+        raise UsageError(
+            f"sae: expected {moment.dtype} on {moment.device} as in the last step, got {p.dtype} on {p.device}; "
+            "after moving it call optimizer.load_state_dict(optimizer.state_dict())"
+        )
+
+
 def check_state_dict(state_dict: Any, parameters: Sequence[Tensor]) -> None:
     """Checks a state dict against all parameters of the optimiser that is to load it.
 
@@ -70,6 +82,26 @@ def check_state_dict(state_dict: Any, parameters: Sequence[Tensor]) -> None:
             raise UsageError(f"state_dict: expected two moments of shape {tuple(p.shape)} at {index}, got {shapes}")
         if "step" not in state:
             raise UsageError(f"state_dict: expected a step at {index}, got {', '.join(state)}")
+
+
+def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The same with contiguous tensors, and `fused` left open.
+
+    With it a `torch.optim.Adam` would mix up moments and weights of unlike memory layouts.
+    """
+    groups = [{**group, "fused": None} for group in state_dict["param_groups"]]
+    states = {
+        index: {name: value.contiguous() for name, value in state.items()}
+        for index, state in state_dict["state"].items()
+    }
+    return {**state_dict, "state": states, "param_groups": groups}
+
+
+def restore_unit_norm_(W_dec: Tensor) -> None:
+    """Gives every row unit norm; one that has it stays as it is, bit for bit."""
+    norm = W_dec.norm(dim=1, keepdim=True)
+    has_unit_norm = (norm - 1).abs() <= 16 * torch.finfo(norm.dtype).eps
+    W_dec.div_(torch.where(has_unit_norm, 1.0, norm.clamp_min(1e-8)))
 
 
 class OwedDecay:

@@ -9,9 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from fastsae.adam_state import OwedDecay, check_arguments, check_options, check_sae, check_state_dict
+from fastsae import adam_on_gpu
+from fastsae.adam_state import (
+    OwedDecay,
+    check_arguments,
+    check_gradient,
+    check_options,
+    check_sae,
+    check_state_dict,
+    portable,
+    restore_unit_norm_,
+)
 from fastsae.errors import UsageError
-from fastsae.pending import Collecting, PendingGradient, PendingGradients
+from fastsae.pending import Collecting, PendingGradients
 from fastsae.sae.compute_copies import ComputeCopies, WrittenState, written_state
 
 if TYPE_CHECKING:
@@ -173,19 +183,7 @@ class FusedSAEAdam(torch.optim.Adam):
         for group in self.param_groups:
             check_options(group)
             for p in group["params"]:
-                if isinstance(p.grad, PendingGradient) and p not in self._pending:
-                    name = p.grad.parameter_name
-                    raise UsageError(
-                        f"{name}.grad: expected a gradient, got one that another optimiser's backward left pending"
-                    )
-                if p.grad is not None and p.grad.layout != torch.strided:
-                    raise UsageError(f"grad: expected dense gradients, got layout {p.grad.layout}")
-                moment = self.state[p]["exp_avg_sq"] if self.state.get(p) else p
-                if (moment.dtype, moment.device) != (p.dtype, p.device):
-                    raise UsageError(
-                        f"sae: expected {moment.dtype} on {moment.device} as in the last step, got {p.dtype} on {p.device}; "
-                        "after moving it call optimizer.load_state_dict(optimizer.state_dict())"
-                    )
+                check_gradient(p, self.state.get(p))
         self._pending.check()
 
     @property
@@ -200,21 +198,17 @@ class FusedSAEAdam(torch.optim.Adam):
     def _row_sums(self) -> dict[nn.Parameter, RowSums]:
         """The collected gradients that the GPU's kernel can sum in its pass over the weights."""
         found = {p: sums for p in self.matrices if (sums := self._pending.row_sums(p)) is not None}
-        return found if found and self._kernel_can_update(list(found)) else {}
-
-    def _kernel_can_update(self, weights: list[nn.Parameter]) -> bool:
-        from fastsae_kernels.gpu.tiles import MAX_DEPTH  # Triton is optional: it is here where its kernels ran
-
-        group = self.param_groups[0]
-        plain = not group["maximize"] and group["weight_decay"] == 0 and not isinstance(group["lr"], Tensor)
-        return plain and all(p.dtype == torch.float32 for p in weights) and self.sae.d_in <= MAX_DEPTH
+        can_update = found and adam_on_gpu.can_update(list(found), self.param_groups[0], self.sae.d_in)
+        return found if can_update else {}
 
     def _clip(self, weights: list[nn.Parameter], sums: dict[nn.Parameter, RowSums]) -> Tensor:
         """The factor that clips; a CPU keeps the weights' gradients, whose norm is known only when all are summed."""
-        squares = [p.grad.double().square().sum() for p in self._others() if p.grad is not None]
+        others = [p for group in self.param_groups for p in group["params"] if not self._is_matrix(p)]
+        squares = [p.grad.double().square().sum() for p in others if p.grad is not None]
         for p in weights:
             if p in sums:
-                squares.append(self._row_norms(p, sums[p]).sum(dtype=torch.float64))
+                norms = adam_on_gpu.row_norms(sums[p], self._by_feature(p, p.detach()), project=self._on_sphere(p))
+                squares.append(norms.sum(dtype=torch.float64))
                 continue
             kept = self._kept.setdefault(p, torch.empty_like(self._by_feature(p, p))) if p in self._pending else None
             for rows, grad in self._gradients(p):
@@ -223,13 +217,8 @@ class FusedSAEAdam(torch.optim.Adam):
                 squares.append(torch.linalg.vector_norm(grad).double().square())
         norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
         assert self.max_grad_norm is not None
-        return (
-            (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.promote_types(self.sae.dtype, torch.float32))
-        )
-
-    def _others(self) -> list[nn.Parameter]:
-        """All parameters but the weight matrices."""
-        return [p for group in self.param_groups for p in group["params"] if not self._is_matrix(p)]
+        dtype = torch.promote_types(self.sae.dtype, torch.float32)
+        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(dtype)
 
     def _is_matrix(self, p: Tensor) -> bool:
         return any(p is W for W in self.matrices)
@@ -238,7 +227,7 @@ class FusedSAEAdam(torch.optim.Adam):
         """`(rows, gradient [C, d_in])` of a weight matrix by feature, projected."""
         for rows, grad in self._pending.chunks(p, self._chunk):
             w = self._by_feature(p, p)[rows]
-            if self.normalize_decoder and p is self.matrices[1]:
+            if self._on_sphere(p):
                 grad = torch.addcmul(grad, (grad * w).sum(1, keepdim=True), w.to(grad.dtype), value=-1)
             yield rows, grad
 
@@ -256,25 +245,16 @@ class FusedSAEAdam(torch.optim.Adam):
         for p in others:
             torch.autograd.graph.increment_version(p)  # which PyTorch's own fused Adam does not
 
-    def _row_norms(self, p: nn.Parameter, sums: RowSums) -> Tensor:
-        from fastsae_kernels.gpu.adam import grad_norms
-
-        on_sphere = self.normalize_decoder and p is self.matrices[1]
-        return grad_norms(sums, self._by_feature(p, p.detach()), project=on_sphere)
+    def _on_sphere(self, p: nn.Parameter) -> bool:
+        """Whether the rows of a weight matrix have unit norm."""
+        return self.normalize_decoder and p is self.matrices[1]
 
     def _update_by_kernel(self, sums: dict[nn.Parameter, RowSums], scale: Tensor | None) -> None:
-        from fastsae_kernels.gpu.adam import adam_rows
-
-        group = self.param_groups[0]
-        beta1, beta2 = group["betas"]
         for p, s in sums.items():
-            exp_avg, exp_avg_sq = (self._by_feature(p, moment) for moment in self._moments(p))
-            on_sphere = self.normalize_decoder and p is self.matrices[1]
-            adam_rows(
-                s, self._by_feature(p, p.detach()), exp_avg if beta1 else None, exp_avg_sq,
-                lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], step=self._step_of(p) + 1,
-                project=on_sphere, unit_norm=on_sphere, scale=scale,
-                last_step=self._owed.last_step.get(p), copy=self._copy(p),
+            w, exp_avg, exp_avg_sq = (self._by_feature(p, tensor) for tensor in (p.detach(), *self._moments(p)))
+            adam_on_gpu.update_rows(
+                s, w, exp_avg, exp_avg_sq, self.param_groups[0], on_sphere=self._on_sphere(p), scale=scale,
+                step=self._step_of(p) + 1, last_step=self._owed.last_step.get(p), copy=self._copy(p),
             )  # fmt: skip
 
     def _update(self, p: nn.Parameter, scale: Tensor | None, touched: Tensor | None) -> None:
@@ -306,7 +286,7 @@ class FusedSAEAdam(torch.optim.Adam):
         self._adam(self.param_groups[0], [w], [grad], [wide], [exp_avg_sq], [self.state[p]["step"].clone()])
         if wide is not exp_avg:
             exp_avg.copy_(wide)
-        if self.normalize_decoder and p is self.matrices[1]:
+        if self._on_sphere(p):
             w /= w.norm(dim=1, keepdim=True).clamp_min(1e-8)
 
     def _adam(
@@ -351,8 +331,8 @@ class FusedSAEAdam(torch.optim.Adam):
         for p in weights:
             self._steps[p] = self._step_of(p) + 1
             self.state[p]["step"] += 1
-            if p in changed and self.normalize_decoder and p is self.matrices[1]:
-                self._normalize_decoder()
+            if p in changed and self._on_sphere(p):
+                restore_unit_norm_(p)
             torch.autograd.graph.increment_version(p)  # neither the kernel nor PyTorch's own fused Adam does
             self._left[p] = written_state(p)
             if self._copies is not None and p not in changed:
@@ -368,13 +348,6 @@ class FusedSAEAdam(torch.optim.Adam):
             if not self.state.get(p):
                 self._steps.pop(p, None)
                 self._owed.last_step.pop(p, None)
-
-    def _normalize_decoder(self) -> None:
-        """Gives every row unit norm; one that has it stays as it is, bit for bit."""
-        W_dec = self.matrices[1]
-        norm = W_dec.norm(dim=1, keepdim=True)
-        has_unit_norm = (norm - 1).abs() <= 16 * torch.finfo(norm.dtype).eps
-        W_dec.div_(torch.where(has_unit_norm, 1.0, norm.clamp_min(1e-8)))
 
     def _copy(self, p: nn.Parameter) -> Tensor | None:
         """`[d_sae, d_in]`, the copy of a weight, to be written."""
@@ -400,18 +373,9 @@ class FusedSAEAdam(torch.optim.Adam):
         return {"exp_avg": first, "exp_avg_sq": torch.empty_like(p).copy_(exp_avg_sq)}
 
     def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.Adam`'s, all tensors contiguous, as the weights of a new SAE are.
-
-        It leaves `fused` open: with it a `torch.optim.Adam` would mix up moments and weights of unlike memory layouts.
-        """
+        """As `torch.optim.Adam`'s, all tensors contiguous, as the weights of a new SAE are."""
         self._catch_up()
-        whole = super().state_dict()
-        whole["param_groups"] = [{**group, "fused": None} for group in whole["param_groups"]]
-        whole["state"] = {
-            index: {name: value.contiguous() for name, value in state.items()}
-            for index, state in whole["state"].items()
-        }
-        return whole
+        return portable(super().state_dict())
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -167,7 +167,12 @@ class PendingGradients:
         self._collected.clear()
 
     def check(self) -> None:
-        """Raises UsageError where a tensor of a pass was written since its `backward`."""
+        """Raises UsageError where a tensor of a pass was written since its `backward`, or another optimiser's gradient waits."""
+        for p in self._matrices:
+            if isinstance(p.grad, PendingGradient) and p.grad is not self._marks.get(p):
+                raise UsageError(
+                    f"{p.grad.parameter_name}.grad: expected a gradient, got one that another optimiser's backward left pending"
+                )
         if not self._collected.is_unchanged():
             raise UsageError(
                 "x, loss: expected the tensors of a pass as optimizer.backward(loss) left them, from which step() sums the "
