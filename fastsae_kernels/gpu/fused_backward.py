@@ -122,9 +122,9 @@ def _fused_backward_kernel(
     b_enc_sum = tl.zeros((BLOCK_E,), dtype=tl.float32)
     threshold_sum = tl.zeros((BLOCK_E,), dtype=tl.float32)
     scale_sum = tl.zeros((BLOCK_E,), dtype=tl.float32)
-    # entry, value and token are read one block ahead, for gathers wait for them; as int32 each takes a register less
+    # entry, value and token are read one block ahead, for gathers wait for them; as int32 a token takes a register less
     offs_e = tl.arange(0, BLOCK_E)
-    entry = tl.load(by_feature.order + start + offs_e, mask=offs_e < count, other=0).to(tl.int32)
+    entry = tl.load(by_feature.order + start + offs_e, mask=offs_e < count, other=0)
     value = tl.load(values_ptr + entry, mask=offs_e < count, other=0.0).to(tl.float32)
     next_token = token_of(entry, by_feature.tokens, by_feature.row_length, offs_e < count).to(tl.int32)
     for first in range(0, count, BLOCK_E):
@@ -146,7 +146,7 @@ def _fused_backward_kernel(
         if row_scale_ptr is not None:
             row_scale = tl.load(row_scale_ptr + token * stride_row_scale, mask=mask_e, other=0.0)
         next_mask = first + BLOCK_E + offs_e < count
-        next_entry = tl.load(by_feature.order + start + first + BLOCK_E + offs_e, mask=next_mask, other=0).to(tl.int32)
+        next_entry = tl.load(by_feature.order + start + first + BLOCK_E + offs_e, mask=next_mask, other=0)
         next_value = tl.load(values_ptr + next_entry, mask=next_mask, other=0.0).to(tl.float32)
         next_token = token_of(next_entry, by_feature.tokens, by_feature.row_length, next_mask).to(tl.int32)
         if LONG:
