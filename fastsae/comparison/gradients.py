@@ -23,7 +23,8 @@ def measure(places: Mapping[str, Path], *, progress: bool) -> dict[str, Any]:
     """The parts `gsnr` and `leakage` of a comparison's result.
 
     Both are measured on the held-out dialogues: the ratios of each arm in rows as it was trained on, alone, packed or in
-    blocks, and the leak with the SAE of the reference, whose tokens see nothing but their own dialogue.
+    blocks, and the leak with the SAE of the reference, whose tokens see nothing but their own dialogue. An arm that was trained
+    on plain text has no ratios, because they mean something on an SAE's own data alone.
 
     Args:
         places: The folder of one SAE of each arm.
@@ -36,7 +37,10 @@ def measure(places: Mapping[str, Path], *, progress: bool) -> dict[str, Any]:
     leakage: list[LeakagePoint] = []
     pipelines: dict[bool, Pipeline] = {}
     for arm, place in places.items():
-        config, sae = read_config(place), SparseAutoencoder.load(place)
+        config = read_config(place)
+        if config.text is not None:
+            continue
+        sae = SparseAutoencoder.load(place)
         sae.store_by_feature_()
         if config.random_model not in pipelines:
             pipelines[config.random_model] = build_pipeline(config, evaluated=sae, progress=progress)
