@@ -156,7 +156,7 @@ def fastsae(run: Run, clock: Clock, command: str = "train", *flags: str) -> floa
     clock.watch(session.Session, BUFFER, "_serve")
     clock.watch(Sequencer, HOST, "__next__")
     clock.watch(Trainer, SAE, "initialize", "advance")
-    clock.watch(whole, EVALUATION, "evaluate_sae")
+    clock.watch(whole, EVALUATION, "evaluate_saes")
     options: dict[str, Any] = {
         "model": run.model, "model-dtype": "float32", "dataset": f"{run.chats}/train.jsonl", "tokens": run.tokens,
         "forward-tokens": FORWARD_TOKENS, "eval-dialogues": 1, "data-seed": 0,

@@ -44,8 +44,8 @@ def test_a_long_stream_for_two_layers_takes_the_memory_of_a_short_one(
     monkeypatch.setattr(sequencing, "WINDOW", 128)
     table = torch.randn(N_IDS, D_IN, generator=torch.Generator().manual_seed(0))
     sequencer = FastSequencer(Texts(), range(N_TEXTS), make_tokenizer("qwen"), batch_tokens=16_384)
-    forward = SharedForward(lambda batch: [table[batch.input_ids], -table[batch.input_ids]], sequencer, 2)
-    streams = [ActivationStream(layer.residual, layer, max_norm_multiple=1.5) for layer in forward.layers]
+    forward = SharedForward(lambda batch: {3: table[batch.input_ids], 5: -table[batch.input_ids]}, sequencer, [3, 5])
+    streams = [ActivationStream(layer.residual, layer, max_norm_multiple=1.5) for layer in forward.layers.values()]
     buffers = [MixingBuffer(stream, capacity=131_072, batch_size=16_384, seed=0) for stream in streams]
     served, early, sums = 0, 0.0, Tensor()
     while served < n_tokens:
