@@ -126,8 +126,12 @@ def _held_out(sums: DialogueSums) -> HeldOut:
 
 
 def _warnings(arms: Sequence[Arm], l0: dict[str, Any]) -> list[str]:
-    """A sentence for each arm that failed, or whose L0 is not the target, on its own data or on the held-out dialogues."""
+    """A sentence for a single seed, and for each arm that failed, or whose L0 is not the target on either kind of data."""
     found = []
+    if max(len(arm["runs"]) for arm in arms) < 2:
+        found.append(
+            "One seed was trained: whether another one would change these figures is not known; give --seeds 0,1."
+        )
     for arm in arms:
         name, target = arm["name"], arm["target_l0"]
         if arm["error"] is not None:

@@ -29,7 +29,8 @@ def print_plan(plan: Plan, costs: Costs) -> None:
         own = [arm for arm in plan.arms if any(sae.rpartition("-seed-")[0] == arm for sae in saes)]
         seconds = costs.seconds(saes)
         total += seconds
-        print(f"  {_time(seconds):>9}  {len(saes):>2} SAEs on the stream {name}:")
+        n = f"{len(saes)} SAE{'s' if len(saes) > 1 else ''}"
+        print(f"  {_time(seconds):>9}  {n:>7} on the stream {name}:")
         for arm in own:
             print(f"{'':15}{arm:16}{ARMS[arm].meaning}")
     size = f"{costs.n_bytes / 1e9:.1f} GB or more beside the language model"

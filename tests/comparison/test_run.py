@@ -82,6 +82,7 @@ def test_an_interrupted_comparison_goes_on(
     with pytest.raises(Interrupted, match=r"fastsae compare --output .* --resume"):
         compare(tmp_path / "killed", ["fast", "bt-f"], (0,), progress=False, **options)
     monkeypatch.setattr(Trainer, "train_step", step)
+    assert whole["warnings"][0].startswith("One seed was trained")
     assert not (tmp_path / "killed" / RESULT_FILE).exists()
     with pytest.raises(UsageError, match=r"tokens: the comparison .* was started with 512, got 1024"):
         compare(tmp_path / "killed", resume=True, progress=False, tokens=1024)
