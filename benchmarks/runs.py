@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 LR, TARGET_L0, BATCH_TOKENS, CONTEXT, FORWARD_TOKENS = 1e-3, 32, 4096, 256, 8192
 MODEL, SAE, BUFFER, HOST, EVALUATION = "model", "SAE", "buffer", "host", "evaluation"
-PARTS = (MODEL, SAE, BUFFER, HOST)  # of a run's time
+PARTS = (MODEL, SAE, BUFFER, HOST)  # what the time of a run is divided into
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fastsae.train.folder import METRICS_FILE, read_config
 from fastsae.version import __version__
 
 RUNS = "runs"
-L0_TOLERANCE = 0.02  # of the target
+L0_TOLERANCE = 0.02  # how far L0 may be from its target, as a share of it
 _LAST = 0.1  # share of the training, at its end, over which an arm's own L0 is averaged
 
 

@@ -21,7 +21,7 @@ RESAMPLES = 10_000
 FEWEST_DIALOGUES = 6  # with five, not one of the 32 ways to choose signs is rarer than 5 %
 LOWER, HIGHER, NOT_SHOWN = "lower", "higher", "no difference shown"
 
-_CHUNK_ELEMENTS = 2**20  # of resampled counts held at once: 8 MB in fp64
+_CHUNK_ELEMENTS = 2**20  # so many resampled counts are held at once, which take 8 MB in fp64
 _NORMAL = NormalDist()
 
 

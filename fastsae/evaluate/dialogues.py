@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastsae.disk import write_atomically
 from fastsae.errors import FastsaeError
-from fastsae.evaluate.losses import LOSSES
 from fastsae.evaluate.token_kinds import KINDS
 
 DIALOGUES_FILE = "dialogues.npz"
@@ -59,7 +58,6 @@ FIELDS = {
 """Sums over the tokens of one class in one dialogue; x^ is the reconstruction of the activation x, p the clean model."""
 
 _FIELD = {name: i for i, name in enumerate(FIELDS)}
-_VARIANCE = _FIELD["variance"]
 
 
 @dataclass(frozen=True)
@@ -130,11 +128,11 @@ class DialogueSums:
             ) from None
 
 
-class DialogueRecorder:
-    """Gathers the sums of an SAE; each dialogue comes whole, in one call.
+class ActivationRecorder:
+    """Gathers what the activations of each dialogue are, whatever an SAE makes of them; each dialogue comes whole, in one call.
 
-    The kinds of a dialogue's tokens each keep one vector of the activations' width until the end, in fp32, because only then
-    the mean is known about which the variance is taken.
+    Each kind of token in a dialogue keeps one vector of the activations' width until the end, in fp32, because only then the
+    mean is known about which the variance is taken. So all SAEs of a layer share one such recorder.
 
     Args:
         d_in: Width of the activations.
@@ -143,52 +141,81 @@ class DialogueRecorder:
     def __init__(self, d_in: int) -> None:
         self.d_in = d_in
         self._dialogues: list[Tensor] = []
-        self._sums: list[Tensor] = []  # of each kind; in the place of the variance the sum of ||x||^2
+        self._counts: list[Tensor] = []
+        self._squares: list[Tensor] = []
         self._vectors: list[Tensor] = []
 
-    def add(
-        self,
-        dialogues: Tensor,
-        x: Tensor,
-        squared_error: Tensor,
-        l0: Tensor,
-        losses: Tensor,
-        *,
-        rows: Tensor,
-        kinds: Tensor,
-    ) -> None:
+    def add(self, dialogues: Tensor, x: Tensor, *, rows: Tensor, kinds: Tensor) -> None:
         """Adds the real tokens of whole dialogues, all of them on the CPU.
 
         Args:
             dialogues: `[B]`, indices in the dataset.
             x: `[N, d_in]` activations.
+            rows: `[N]`, dialogue of each token, counted from 0 inside this call.
+            kinds: `[N]`, see `TokenKinds`.
+        """
+        x = x.double()
+        cells = rows * len(KINDS) + kinds
+        for gathered, values in ((self._counts, torch.ones(len(x))), (self._squares, x.square().sum(1))):
+            gathered.append(_sums_of_cells(values[:, None], cells, len(dialogues))[..., 0])
+        self._vectors.append(_sums_of_cells(x, cells, len(dialogues)).float())
+        self._dialogues.append(dialogues.clone())
+
+    @property
+    def dialogues(self) -> Tensor:
+        """`[n]`, the dialogues' indices in the dataset, in the order in which they came."""
+        return torch.cat(self._dialogues)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """Numbers of tokens and variances of the kinds of each dialogue, `[n, len(KINDS)]` each."""
+        counts, squares = torch.cat(self._counts), torch.cat(self._squares)
+        spoken = [KINDS.index(kind) for kind in _SPOKEN]
+        total = sum(vectors[:, spoken].sum((0, 1), dtype=torch.float64) for vectors in self._vectors)
+        mean = total / counts[:, spoken].sum().clamp_min(1)
+        projections = torch.cat([vectors.double() @ mean for vectors in self._vectors])
+        return counts, (squares - 2 * projections + counts * mean.square().sum()).clamp_min(0)
+
+
+class DialogueRecorder:
+    """Gathers what an SAE does on each dialogue, in the calls in which `activations` gets the same tokens.
+
+    Args:
+        activations: The recorder of the activations that the SAE reads.
+    """
+
+    def __init__(self, activations: ActivationRecorder) -> None:
+        self._activations = activations
+        self._sums: list[Tensor] = []
+
+    def add(
+        self, n_dialogues: int, squared_error: Tensor, l0: Tensor, losses: Tensor, *, rows: Tensor, kinds: Tensor
+    ) -> None:
+        """Adds the real tokens of whole dialogues, all of them on the CPU.
+
+        Args:
+            n_dialogues: Number of the dialogues.
             squared_error: `[N]`, ||x^ - x||^2.
             l0: `[N]`, active features.
             losses: `[len(LOSSES), N]`, see `fastsae.evaluate.losses.token_losses`.
             rows: `[N]`, dialogue of each token, counted from 0 inside this call.
             kinds: `[N]`, see `TokenKinds`.
         """
-        x = x.double()
-        assert tuple(FIELDS)[-len(LOSSES) :] == LOSSES
-        columns = [torch.ones(len(x)), squared_error, x.square().sum(1), l0, *losses]
-        cells = rows * len(KINDS) + kinds
-        n_cells = len(dialogues) * len(KINDS)
-        sums = torch.zeros(n_cells, len(FIELDS), dtype=torch.float64)
-        sums.index_add_(0, cells, torch.stack([column.double() for column in columns], dim=1))
-        vectors = torch.zeros(n_cells, self.d_in, dtype=torch.float64).index_add_(0, cells, x)
-        self._dialogues.append(dialogues.clone())
-        self._sums.append(sums.view(len(dialogues), len(KINDS), len(FIELDS)))
-        self._vectors.append(vectors.float().view(len(dialogues), len(KINDS), self.d_in))
+        columns = torch.stack([column.double() for column in (squared_error, l0, *losses)], dim=1)
+        self._sums.append(_sums_of_cells(columns, rows * len(KINDS) + kinds, n_dialogues))
 
     def finish(self) -> DialogueSums:
         """The sums over classes, with the dialogues in ascending order."""
-        dialogues, sums = torch.cat(self._dialogues), torch.cat(self._sums)
-        spoken = [KINDS.index(kind) for kind in _SPOKEN]
-        total = sum(vectors[:, spoken].sum((0, 1), dtype=torch.float64) for vectors in self._vectors)
-        mean = total / sums[:, spoken, 0].sum().clamp_min(1)
-        projections = torch.cat([vectors.double() @ mean for vectors in self._vectors])
-        squares = sums[:, :, _VARIANCE] - 2 * projections + sums[:, :, 0] * mean.square().sum()
-        sums[:, :, _VARIANCE] = squares.clamp_min(0)
+        counts, variance = self._activations.finish()
+        squared_error, l0, *losses = torch.cat(self._sums).unbind(-1)
+        sums = torch.stack([counts, squared_error, variance, l0, *losses], dim=-1)  # as `FIELDS` lists them
         kinds_of = torch.tensor([[float(kind in _KINDS_OF[name]) for kind in KINDS] for name in CLASSES])
+        dialogues = self._activations.dialogues
         order = dialogues.argsort()
-        return DialogueSums(self.d_in, (kinds_of.double() @ sums)[order].numpy(), dialogues[order].numpy())
+        values = (kinds_of.double() @ sums)[order].numpy()
+        return DialogueSums(self._activations.d_in, values, dialogues[order].numpy())
+
+
+def _sums_of_cells(values: Tensor, cells: Tensor, n_dialogues: int) -> Tensor:
+    """Sums `[n_dialogues, len(KINDS), C]` in fp64 of the rows of `values` `[N, C]` by dialogue and kind."""
+    sums = torch.zeros(n_dialogues * len(KINDS), values.shape[1], dtype=torch.float64)
+    return sums.index_add_(0, cells, values.double()).view(n_dialogues, len(KINDS), -1)

@@ -32,7 +32,7 @@ from fastsae.sae import SparseAutoencoder
 from fastsae.sae.token_gradients import SparsityTerm, TokenGradients, token_gradients
 
 SAMPLED_FEATURES = 256  # whose weights have gradients of whole dialogues
-_BLOCK_ELEMENTS = 2**21  # of the sums of some features, added together
+_BLOCK_ELEMENTS = 2**21  # the sums of so many features are added together as have this many numbers
 _ROUNDING = 1e-12  # of the mean square: what rounding leaves of a variance that is 0
 
 Summary = dict[str, float | int | None]

@@ -19,7 +19,7 @@ from fastsae.data.special_tokens import SpecialTokens
 from fastsae.data.splicing import SplicedModel, check_logits, clean_pass
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate.contexts import TopDialogues, top_contexts
-from fastsae.evaluate.dialogues import DialogueRecorder, DialogueSums
+from fastsae.evaluate.dialogues import ActivationRecorder, DialogueRecorder, DialogueSums
 from fastsae.evaluate.losses import LossSums, cross_entropies, token_losses
 from fastsae.evaluate.metrics import Metrics, ReconstructionSums, ratio
 from fastsae.evaluate.token_kinds import TokenKinds
@@ -68,7 +68,7 @@ class _Place:
     """
 
     def __init__(self, residual: ResidualStream, is_sink: SinkRule) -> None:
-        self.model, self.is_sink = SplicedModel(residual), is_sink
+        self.model, self.is_sink, self.recorder = SplicedModel(residual), is_sink, ActivationRecorder(residual.d_in)
         self.hidden = self.x = self.sinks = self.kinds = self.ce_zero = torch.empty(0)
 
     def read(self, hidden: Tensor, rows: _Rows) -> None:
@@ -79,6 +79,7 @@ class _Place:
             self.model.residual(rows.input_ids, rows.mask)  # raises, and names the layer and the share
         self.sinks = self.is_sink(self.x, rows.positions.to(self.x.device)).cpu()
         self.kinds = rows.kinds_of(rows.input_ids, rows.mask, self.sinks)
+        self.recorder.add(rows.dialogues, self.x.cpu(), rows=rows.rows, kinds=self.kinds)
         self.ce_zero = cross_entropies(self.spliced(None, rows), rows.input_ids, rows.mask)
 
     def spliced(self, replacement: Tensor | None, rows: _Rows) -> Tensor:
@@ -109,7 +110,7 @@ class _Measured:
     def __init__(self, sae: SparseAutoencoder, place: _Place, n_special: int) -> None:
         self.sae, self.place, self.losses, self.seconds = sae, place, LossSums(), 0.0
         self.sums = ReconstructionSums(sae.d_in, sae.d_sae, n_special, sae.device)
-        self.top, self.recorder = TopDialogues(sae.d_sae, device=sae.device), DialogueRecorder(sae.d_in)
+        self.top, self.recorder = TopDialogues(sae.d_sae, device=sae.device), DialogueRecorder(place.recorder)
 
     def add(self, logits: Tensor, rows: _Rows) -> None:
         """Adds the rows that its place has read, whose own logits are `logits`."""
@@ -124,8 +125,8 @@ class _Measured:
         special, sinks, dialogues, positions = (part.to(device) for part in parts)
         error = self.sums.add(x, sae_out, acts, special=special, sinks=sinks, positions=positions, rows=dialogues)
         self.top.add(acts, sinks, dialogues, rows.tokens, rows.dialogues.tolist())
-        of_tokens = x.cpu(), error.cpu(), acts.l0().cpu(), losses.cpu()
-        self.recorder.add(rows.dialogues, *of_tokens, rows=rows.rows, kinds=place.kinds)
+        of_tokens = error.cpu(), acts.l0().cpu(), losses.cpu()
+        self.recorder.add(len(rows.dialogues), *of_tokens, rows=rows.rows, kinds=place.kinds)
         self.seconds += time.perf_counter() - started
 
     def result(self, tokenizer: Any, names: list[str], progress: bool) -> Evaluation:

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from fastsae.errors import FastsaeError
-from fastsae.evaluate.dialogues import _KINDS_OF, CLASSES, DIALOGUES_FILE, FIELDS, DialogueRecorder, DialogueSums
+from fastsae.evaluate.dialogues import (
+    _KINDS_OF,
+    CLASSES,
+    DIALOGUES_FILE,
+    FIELDS,
+    ActivationRecorder,
+    DialogueRecorder,
+    DialogueSums,
+)
 from fastsae.evaluate.losses import LOSSES
 from fastsae.evaluate.token_kinds import KINDS
 
@@ -33,13 +41,14 @@ def data(seed: int = 0, offset: float = 3.0) -> dict[str, torch.Tensor]:
 
 
 def recorded(found: dict[str, torch.Tensor], n_calls: int) -> DialogueSums:
-    recorder = DialogueRecorder(D_IN)
+    activations = ActivationRecorder(D_IN)
+    recorder = DialogueRecorder(activations)
     for part in torch.arange(N_DIALOGUES).chunk(n_calls):
         own = (found["rows"][:, None] == part).any(1)
-        tensors = {name: found[name][own] for name in ("x", "squared_error", "l0", "kinds")}
-        recorder.add(
-            found["dialogues"][part], **tensors, losses=found["losses"][:, own], rows=found["rows"][own] - part[0]
-        )
+        places = {"rows": found["rows"][own] - part[0], "kinds": found["kinds"][own]}
+        activations.add(found["dialogues"][part], found["x"][own], **places)
+        sums = {name: found[name][own] for name in ("squared_error", "l0")}
+        recorder.add(len(part), **sums, losses=found["losses"][:, own], **places)
     return recorder.finish()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,9 @@ def stopped_run(config: TrainConfig, output: Path, at: int) -> Path:
         with pytest.raises(Stop):
             train(config, output, progress=False)
     return output
+
+
+def outcome(folder: Path) -> tuple[bytes, dict[str, Any]]:
+    """Weights and metrics of a run, without the times."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return (folder / "sae_weights.safetensors").read_bytes(), without_times(metrics)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from stopped_runs import Stop, make_config, without_times
+from stopped_runs import Stop, make_config, outcome, without_times
 
 from fastsae import FastsaeError, UsageError
 from fastsae.cli import main
@@ -39,12 +39,6 @@ def configs(tiny_model: Path, chats: Path) -> dict[str, TrainConfig]:
             "batchtopk-0.5": replace(config, layer=0, architecture="batchtopk", k=4),
         }
     )
-
-
-def outcome(folder: Path) -> tuple[bytes, dict[str, Any]]:
-    """Weights and metrics of a run, without the times."""
-    metrics = json.loads((folder / "metrics.json").read_text())
-    return (folder / "sae_weights.safetensors").read_bytes(), without_times(metrics)
 
 
 def test_each_is_what_it_would_be_alone(configs: dict[str, TrainConfig], tmp_path: Path) -> None:

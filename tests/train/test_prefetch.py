@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from stopped_runs import Stop, make_config, without_times
+from stopped_runs import Stop, make_config, outcome
 
 from fastsae import FastsaeError
 from fastsae.data import stream
@@ -53,11 +53,6 @@ def several(config: TrainConfig) -> dict[str, TrainConfig]:
             "topk": replace(config, layer=1, architecture="topk", k=4),
         }
     )
-
-
-def outcome(folder: Path) -> tuple[bytes, dict[str, Any]]:
-    metrics = json.loads((folder / "metrics.json").read_text())
-    return (folder / "sae_weights.safetensors").read_bytes(), without_times(metrics)
 
 
 class Forwards:
