@@ -60,9 +60,8 @@ def print_result(result: Result) -> None:
                     format(limit, "+" + form.lstrip("+")) if limit is not None else "?"
                     for limit in (row["low"], row["high"])
                 )
-                print(
-                    f"  {row['arm']:{width}}  {title:12}{low:>9} to {high:>9}  {row['verdict'] or ''} {row['reason']}".rstrip()
-                )
+                said = ": ".join(filter(None, (row["verdict"], row["reason"])))
+                print(f"  {row['arm']:{width}}  {title:12}{low:>9} to {high:>9}  {said}")
     tested = [row for row in result["differences"] if row["verdict"] is not None]
     shown = sum(row["verdict"] in (LOWER, HIGHER) for row in tested)
     print(f"\n{shown} of {len(tested)} differences that were tested are shown; the page has all of them")
