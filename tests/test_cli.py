@@ -205,7 +205,7 @@ def test_no_memory_left_is_said_in_words(
     def fails(arguments: object) -> None:
         raise error
 
-    monkeypatch.setitem(cli.COMMANDS, "train", fails)
+    monkeypatch.setattr(cli.COMMANDS["train"], "run", fails)
     status, _, err = run(capsys, "train")
     assert status == 1
     assert "there is not enough memory; lower --max-length" in err

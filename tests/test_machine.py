@@ -68,7 +68,7 @@ def test_only_what_goes_from_the_host_to_a_gpu_is_pinned() -> None:
 PRODUCTS = """
 import torch
 from fastsae import cli
-cli.command_convert = lambda arguments: None
+cli.COMMANDS["convert"].run = lambda arguments: None
 cli.main(["convert", "a", "b"])
 x, weight = torch.ones(512, 256, dtype=torch.bfloat16), torch.ones(512, 256, dtype=torch.bfloat16)
 torch.nn.functional.linear(x, weight)

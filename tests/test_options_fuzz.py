@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fastsae import FusedJumpReLUSAE, cli
 from fastsae.errors import UsageError
-from fastsae.flags import OPTIONS, as_flag, flag
+from fastsae.flags import OPTIONS, as_flag, flag, given_options
 from fastsae.train.config import TrainConfig
 from fastsae.train.validate import option_kinds
 
@@ -108,7 +108,7 @@ def test_any_text_for_any_option_is_taken_or_refused(n: int) -> None:
     def check(given: dict[str, str]) -> None:
         with redirect_stderr(io.StringIO()) as stderr:
             try:
-                TrainConfig(**cli._given(parser.parse_args(["train", *given.values()])))
+                TrainConfig(**given_options(parser.parse_args(["train", *given.values()])))
             except SystemExit as stop:
                 check_outcome(given, int(stop.code or 0), stderr.getvalue())
             except UsageError as error:

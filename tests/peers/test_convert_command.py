@@ -17,8 +17,10 @@ import torch
 from peer_files import D_IN, circuit_tracer, dictionary_learning, gemma_scope, saelens, sparsify
 
 from fastsae import FusedJumpReLUSAE, SparseAutoencoder, cli
-from fastsae.flags import FORMATS
+from fastsae.commands.convert import FORMATS
+from fastsae.errors import FastsaeError
 from fastsae.peers import formats
+from fastsae.summary import print_difference
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,13 +96,13 @@ def test_loader_names_of_saelens_are_taken(capsys: pytest.CaptureFixture[str], t
 
 
 def test_a_check_that_fails_is_a_failure() -> None:
-    with pytest.raises(cli.FastsaeError, match="--check: the written SAE is not the one"):
-        cli.print_difference({"sae_out": 0.1, "size": 10.0, "tokens": 64, "other_features": 3})
-    with pytest.raises(cli.FastsaeError, match="--check"):
-        cli.print_difference({"sae_out": float("nan"), "size": 10.0, "tokens": 64, "other_features": 0})
-    with pytest.raises(cli.FastsaeError, match="--check"):
-        cli.print_difference({"sae_out": 0.0, "size": 10.0, "tokens": 64, "other_features": 40})
-    cli.print_difference({"sae_out": 1e-6, "size": 10.0, "tokens": 64, "other_features": 3})
+    with pytest.raises(FastsaeError, match="--check: the written SAE is not the one"):
+        print_difference({"sae_out": 0.1, "size": 10.0, "tokens": 64, "other_features": 3})
+    with pytest.raises(FastsaeError, match="--check"):
+        print_difference({"sae_out": float("nan"), "size": 10.0, "tokens": 64, "other_features": 0})
+    with pytest.raises(FastsaeError, match="--check"):
+        print_difference({"sae_out": 0.0, "size": 10.0, "tokens": 64, "other_features": 40})
+    print_difference({"sae_out": 1e-6, "size": 10.0, "tokens": 64, "other_features": 3})
 
 
 def test_evaluate_takes_another_librarys_file(
@@ -190,7 +192,7 @@ def run_with(endpoint: str, tmp_path: Path, *arguments: object) -> subprocess.Co
     """In a process of its own, because huggingface_hub reads its environment when it is imported."""
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*"}
     environment = {**os.environ, **settings, "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-m", "fastsae.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "fastsae", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 

@@ -1,0 +1,102 @@
+"""`fastsae evaluate`: a saved SAE on held-out dialogues."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from dataclasses import replace
+from typing import Any
+
+from fastsae.errors import UsageError
+from fastsae.flags import Commands, add_config_flags, given_options, path, place
+from fastsae.summary import print_summary
+from fastsae.train.config import TrainConfig
+
+_EVALUATE = """\
+Measures reconstruction, sparsity and delta loss on held-out dialogues. A folder of `fastsae train` knows its model and data.
+
+  fastsae evaluate my-sae --json metrics.json --report page.html
+  fastsae evaluate my-sae --gsnr                               is a parameter's gradient signal or noise?
+  fastsae evaluate my-sae --leakage --block-length 512         what would blocks of this length do to each token?
+"""
+
+
+def add_parser(commands: Commands) -> None:
+    """Adds the command to the command line."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="measure a saved SAE on held-out dialogues",
+        description=_EVALUATE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "path",
+        type=place,
+        metavar="SAE",
+        help="folder with cfg.json and sae_weights.safetensors, another library's, or a hub id: owner/name/folder@revision",
+    )
+    parser.add_argument("--json", type=path, metavar="FILE", help="file to which the metrics are written as well")
+    parser.add_argument("--report", type=path, metavar="FILE", help="file for a page (HTML) that shows them")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
+    gradients = parser.add_argument_group("gradients of the loss, measured on demand")
+    options: dict[str, Any] = {"dest": "measures", "action": "append_const"}
+    gradients.add_argument(
+        "--gsnr",
+        **options,
+        const="gsnr",
+        help="signal-to-noise ratios: the squared mean of each parameter's gradient over its variance, over tokens and over "
+        "dialogues, free of the bias of few draws",
+    )
+    gradients.add_argument(
+        "--leakage",
+        **options,
+        const="leakage",
+        help="how far a token's activation and gradients move where it stands in a block of --block-length tokens, by its "
+        "distance from the start of its dialogue; packed rows, where dialogues do not see each other, are the control",
+    )
+    of_data = "model dataset split layer hook model_dtype max_length max_dialogues dedup_words eval_dialogues max_norm_multiple"
+    add_config_flags(parser, [*of_data.split(), "block_length", "forward_tokens", "device", "seed"])
+
+
+def run(arguments: Namespace) -> None:
+    """Runs the command."""
+    from fastsae.data.hooks import place_of
+    from fastsae.disk import write_json
+    from fastsae.evaluate import write_report
+    from fastsae.evaluate.gradient_sections import summary_lines
+    from fastsae.peers import formats
+    from fastsae.train.folder import CONFIG_FILE, check_writable, described, read_config
+    from fastsae.train.run import evaluate_saved, load_sae
+
+    given = given_options(arguments)
+    for option, file in (("--json", arguments.json), ("--report", arguments.report)):
+        if file is not None and file.is_dir():
+            raise UsageError(f"{option}: expected the name of a file, got the folder {file}")
+        if file is not None:
+            check_writable(option, file.absolute().parent)
+    folder = formats.find(arguments.path, formats.wanted_files())
+    found = formats.recognise(folder)
+    is_ours = found is None or found.name == "saelens"  # other libraries have a config.json, too
+    if is_ours and (folder / CONFIG_FILE).is_file():
+        config, sae = replace(read_config(folder), **given), load_sae(folder)
+    else:
+        missing = [f"--{name}" for name in ("model", "dataset") if name not in given]
+        if missing:
+            raise UsageError(f"{folder} has no {CONFIG_FILE} that names its data; give {', '.join(missing)}")
+        sae = load_sae(folder)
+        place = place_of(sae.metadata)
+        if place is None and "layer" not in given:
+            known = sae.metadata.get("hook_name") or "none"
+            raise UsageError(
+                f"{folder} names no layer that fastsae reads (its hook is {known}); give --layer, and --hook"
+            )
+        config = TrainConfig(**{**(place._asdict() if place else {}), **given})
+    result = evaluate_saved(sae, config, arguments.measures or (), progress=not arguments.quiet)
+    if arguments.json:
+        write_json(arguments.json, result.metrics)
+    if arguments.report:
+        write_report(arguments.report, config=described(config), metrics=result.metrics, history=[], evaluation=result)
+    print_summary(result.metrics)
+    for figure, meaning in summary_lines(result.metrics):
+        print(f"  {figure:>10}  {meaning}")
