@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
-from dataclasses import replace
 from typing import Any
 
+from fastsae.commands.saved import saved_sae
 from fastsae.errors import UsageError
 from fastsae.flags import Commands, add_config_flags, given_options, path, place
 from fastsae.summary import print_summary
-from fastsae.train.config import TrainConfig
 
 _EVALUATE = """\
 Measures reconstruction, sparsity and delta loss on held-out dialogues. A folder of `fastsae train` knows its model and data.
@@ -61,13 +60,11 @@ def add_parser(commands: Commands) -> None:
 
 def run(arguments: Namespace) -> None:
     """Runs the command."""
-    from fastsae.data.hooks import place_of
     from fastsae.disk import write_json
     from fastsae.evaluate import write_report
     from fastsae.evaluate.gradient_sections import summary_lines
-    from fastsae.peers import formats
-    from fastsae.train.folder import CONFIG_FILE, check_writable, described, read_config
-    from fastsae.train.run import evaluate_saved, load_sae
+    from fastsae.train.folder import check_writable, described
+    from fastsae.train.run import evaluate_saved
 
     given = given_options(arguments)
     for option, file in (("--json", arguments.json), ("--report", arguments.report)):
@@ -75,23 +72,7 @@ def run(arguments: Namespace) -> None:
             raise UsageError(f"{option}: expected the name of a file, got the folder {file}")
         if file is not None:
             check_writable(option, file.absolute().parent)
-    folder = formats.find(arguments.path, formats.wanted_files())
-    found = formats.recognise(folder)
-    is_ours = found is None or found.name == "saelens"  # other libraries have a config.json, too
-    if is_ours and (folder / CONFIG_FILE).is_file():
-        config, sae = replace(read_config(folder), **given), load_sae(folder)
-    else:
-        missing = [f"--{name}" for name in ("model", "dataset") if name not in given]
-        if missing:
-            raise UsageError(f"{folder} has no {CONFIG_FILE} that names its data; give {', '.join(missing)}")
-        sae = load_sae(folder)
-        place = place_of(sae.metadata)
-        if place is None and "layer" not in given:
-            known = sae.metadata.get("hook_name") or "none"
-            raise UsageError(
-                f"{folder} names no layer that fastsae reads (its hook is {known}); give --layer, and --hook"
-            )
-        config = TrainConfig(**{**(place._asdict() if place else {}), **given})
+    sae, config = saved_sae(arguments.path, given)
     result = evaluate_saved(sae, config, arguments.measures or (), progress=not arguments.quiet)
     if arguments.json:
         write_json(arguments.json, result.metrics)
