@@ -25,11 +25,6 @@ _SHAPES = (
 )
 CSS = (
     REPORT_CSS
-    + """
-:root { --s2: #3f7d20; --s3: #8a4fa3; --s4: #b3263b; --s5: #0e7c86; --s6: #7a6a00; --s7: #5b6570; }
-@media (prefers-color-scheme: dark) { :root { --s2: #8cc56a; --s3: #c79be0; --s4: #ef7d8c; --s5: #5cc4cd; --s6: #cdbb4a;
-  --s7: #a9b2bc; } }
-"""
     + "\n".join(f".m{i} {{ fill: var(--s{i}); color: var(--s{i}); }}" for i in range(len(_SHAPES)))
     + """
 body { max-width: 80rem; }

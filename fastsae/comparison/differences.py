@@ -8,7 +8,9 @@ import numpy as np
 
 from fastsae.comparison.metrics import METRICS, Metric
 from fastsae.comparison.result import Difference, Value, Values
-from fastsae.comparison.statistics import (
+from fastsae.errors import FastsaeError
+from fastsae.evaluate.dialogues import CLASSES, DialogueSums, FloatArray
+from fastsae.evaluate.statistics import (
     CONFIDENCE,
     RESAMPLES,
     Interval,
@@ -23,8 +25,6 @@ from fastsae.comparison.statistics import (
     verdict,
     wilson,
 )
-from fastsae.errors import FastsaeError
-from fastsae.evaluate.dialogues import CLASSES, DialogueSums, FloatArray
 
 Arms = Mapping[str, Sequence[DialogueSums]]
 Dead = Mapping[str, Sequence[tuple[int, int]]]

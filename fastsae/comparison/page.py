@@ -12,10 +12,10 @@ from fastsae.comparison.cells import arm_name, bracket, class_name, each_seed, s
 from fastsae.comparison.gradient_sections import gsnr_section, leakage_section
 from fastsae.comparison.metrics import METRICS
 from fastsae.comparison.result import Arm, Difference, Result
-from fastsae.comparison.statistics import HIGHER, LOWER
 from fastsae.evaluate.dialogues import CLASSES
 from fastsae.evaluate.metrics import number
 from fastsae.evaluate.report import write_page
+from fastsae.evaluate.statistics import HIGHER, LOWER
 
 # class and metric of the columns of the table of arms, the name, and the factor to what is shown
 _COLUMNS = (

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from fastsae.comparison.cells import arm_name, bracket, class_name, value_of
 from fastsae.comparison.result import Difference, Result
-from fastsae.comparison.statistics import sample_size_of_shares, wilson
 from fastsae.evaluate.metrics import number
+from fastsae.evaluate.statistics import sample_size_of_shares, wilson
 
 
 class PaperFigure(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastsae.comparison.arms import ARMS, REFERENCE, Plan
 from fastsae.comparison.costs import Costs
 from fastsae.comparison.result import Result
-from fastsae.comparison.statistics import HIGHER, LOWER
+from fastsae.evaluate.statistics import HIGHER, LOWER
 
 COLUMNS = (
     ("all", "l0", "L0", ".1f"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from base64 import b64encode
 from collections.abc import Sequence
+from hashlib import sha256
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -114,20 +116,26 @@ def write_report(
     write_page(path, "fastsae report", CSS, sections)
 
 
-def write_page(path: str | Path, title: str, css: str, sections: Sequence[str]) -> None:
-    """Writes a page that loads nothing from elsewhere, atomically.
+def write_page(path: str | Path, title: str, css: str, sections: Sequence[str], script: str = "") -> None:
+    """Writes a page that loads nothing from elsewhere, atomically; a browser runs no other script in it than the given one.
 
     Args:
         path: The file.
         title: Plain text.
         css: The style sheet.
         sections: HTML; empty ones are left out.
+        script: JavaScript that runs behind the last section, without `</script>`. A page without it has no script.
     """
+    script = f"\n{script}\n" if script else ""
+    allowed = f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" if script else "'none'"
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}"
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>\n{css}\n</style>\n</head>\n<body>\n{plots.frame_clip()}\n"
         + "\n".join(section for section in sections if section)
+        + (f"\n<script>{script}</script>" if script else "")
         + "\n</body>\n</html>\n"
     )
     write_atomically(

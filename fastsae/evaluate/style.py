@@ -1,10 +1,23 @@
-"""The report's style sheet: light and dark by the reader's setting, no fonts or files from elsewhere."""
+"""The style sheet that all pages share: light and dark by the reader's setting, no fonts or files from elsewhere."""
 
-CSS = """
-:root { color-scheme: light dark; --bg: #fff; --fg: #1c2128; --soft: #5b6570; --rule: #dfe3e8; --card: #f6f7f9;
-  --s0: #2563a8; --s1: #c2571a; --heat: 222, 120, 20; }
-@media (prefers-color-scheme: dark) { :root { --bg: #14171b; --fg: #e4e7eb; --soft: #9aa4af; --rule: #31373f;
-  --card: #1c2126; --s0: #6fabeb; --s1: #eb9560; --heat: 235, 135, 45; } }
+_LIGHT = """
+color-scheme: light; --bg: #fff; --fg: #1c2128; --soft: #5b6570; --rule: #dfe3e8; --card: #f6f7f9; --heat: 222, 120, 20;
+--s0: #2563a8; --s1: #c2571a; --s2: #3f7d20; --s3: #8a4fa3; --s4: #b3263b; --s5: #0e7c86; --s6: #7a6a00; --s7: #5b6570;
+"""
+_DARK = """
+color-scheme: dark; --bg: #14171b; --fg: #e4e7eb; --soft: #9aa4af; --rule: #31373f; --card: #1c2126; --heat: 235, 135, 45;
+--s0: #6fabeb; --s1: #eb9560; --s2: #8cc56a; --s3: #c79be0; --s4: #ef7d8c; --s5: #5cc4cd; --s6: #cdbb4a; --s7: #a9b2bc;
+"""
+# a page with a switch sets `data-theme` of its root to light or dark, which then counts for more than the reader's setting
+_THEMES = f"""
+:root {{ {_LIGHT} }}
+@media (prefers-color-scheme: dark) {{ :root:not([data-theme="light"]) {{ {_DARK} }} }}
+:root[data-theme="dark"] {{ {_DARK} }}
+"""
+
+CSS = (
+    _THEMES
+    + """
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 64rem; background: var(--bg); color: var(--fg);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
@@ -54,4 +67,5 @@ pre { font-size: 0.82rem; overflow-x: auto; background: var(--card); border-radi
 .text span { border-radius: 3px; padding: 0.1em 0; background: rgba(var(--heat), var(--a)); }
 .text span.top { outline: 1px solid rgba(var(--heat), 0.9); }
 details { margin-top: 0.6rem; } summary { cursor: pointer; color: var(--soft); }
-""".strip()
+"""
+).strip()

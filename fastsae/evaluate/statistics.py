@@ -1,4 +1,4 @@
-"""Intervals, tests and power, in NumPy: what a comparison may claim.
+"""Intervals, tests and power, in NumPy: what a comparison, or a score, may claim.
 
 Dialogues are the unit of sampling, as the tokens of one dialogue are alike. What a statistic here says therefore covers which
 dialogues were held out, and not what another seed of training would have changed.

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from fastsae.comparison.statistics import (
+from fastsae.evaluate.statistics import (
     FEWEST_DIALOGUES,
     Interval,
     detectable_difference,
@@ -120,9 +120,9 @@ def test_draws_are_those_of_the_seed_and_the_same_for_every_column():
 
 def test_chunks_change_nothing_but_the_memory(monkeypatch):
     a, _, lengths = heavy_tailed(np.random.default_rng(7), n=30, n_sets=1)
-    monkeypatch.setattr("fastsae.comparison.statistics._CHUNK_ELEMENTS", 10**9)
+    monkeypatch.setattr("fastsae.evaluate.statistics._CHUNK_ELEMENTS", 10**9)
     at_once = resampled_ratios(a, lengths, resamples=100)
-    monkeypatch.setattr("fastsae.comparison.statistics._CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr("fastsae.evaluate.statistics._CHUNK_ELEMENTS", 64)
     in_pairs = resampled_ratios(a, lengths, resamples=100)
     np.testing.assert_allclose(in_pairs, at_once, rtol=1e-12)
 
