@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from fastsae.commands import cache, compare, convert, evaluate, train
+from fastsae.commands import cache, compare, convert, evaluate, interpret, pages, train
 from fastsae.environment import bound_product_caches
 from fastsae.errors import FastsaeError, UsageError, is_out_of_memory
 from fastsae.flags import as_flag, check_values
@@ -33,6 +33,8 @@ Sparse autoencoders (SAEs) for language models.
   fastsae train --model ./my-model --dataset chats.jsonl --text pile.jsonl --sequencing block     plain text, in blocks
   fastsae compare                     FAST against block training at matched sparsity, with controls and intervals
   fastsae evaluate my-sae             measure a saved SAE on held-out dialogues, of this or another library
+  fastsae interpret my-sae            what features mean, by a judge, beside what chance gives
+  fastsae pages my-sae                where features fire, on a page
   fastsae convert params.npz my-sae   turn another library's SAE into this one's files, or back with --to
 
 Activation units: while training, activations are scaled to a mean norm of sqrt(d_in); options "in activation units" mean
@@ -50,6 +52,8 @@ COMMANDS = {
     "compare": compare,
     "cache": cache,
     "evaluate": evaluate,
+    "interpret": interpret,
+    "pages": pages,
     "convert": convert,
 }
 

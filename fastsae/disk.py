@@ -21,6 +21,12 @@ def local_path(name: str | os.PathLike[str]) -> Path:
     return Path(os.path.expanduser(name))
 
 
+def name_of(place: str) -> str:
+    """The name of a model or dataset without the folders of this machine in which it lies."""
+    path = local_path(place)
+    return path.resolve().name if path.exists() else place
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` on a temporary file beside `path`, then moves it into place; nothing half-written stays behind.
 

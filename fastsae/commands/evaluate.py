@@ -6,7 +6,7 @@ import argparse
 from argparse import Namespace
 from typing import Any
 
-from fastsae.commands.saved import saved_sae
+from fastsae.commands.saved import DATA_OPTIONS, saved_sae
 from fastsae.errors import UsageError
 from fastsae.flags import Commands, add_config_flags, given_options, path, place
 from fastsae.summary import print_summary
@@ -54,8 +54,7 @@ def add_parser(commands: Commands) -> None:
         help="how far a token's activation and gradients move where it stands in a block of --block-length tokens, by its "
         "distance from the start of its dialogue; packed rows, where dialogues do not see each other, are the control",
     )
-    of_data = "model dataset split layer hook model_dtype max_length max_dialogues dedup_words eval_dialogues max_norm_multiple"
-    add_config_flags(parser, [*of_data.split(), "block_length", "forward_tokens", "device", "seed"])
+    add_config_flags(parser, [*DATA_OPTIONS, "block_length"])
 
 
 def run(arguments: Namespace) -> None:

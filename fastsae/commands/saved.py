@@ -8,6 +8,12 @@ from typing import TYPE_CHECKING, Any
 from fastsae.errors import UsageError
 from fastsae.train.config import TrainConfig
 
+DATA_OPTIONS = (
+    "model dataset split layer hook model_dtype max_length max_dialogues dedup_words eval_dialogues max_norm_multiple "
+    "forward_tokens device seed"
+).split()
+"""Options that say which data belong to an SAE, and how the model reads them."""
+
 if TYPE_CHECKING:
     from fastsae.sae import SparseAutoencoder
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 from argparse import Namespace
 from dataclasses import replace
@@ -54,12 +55,19 @@ def add_parser(commands: Commands) -> None:
         help='several SAEs on one stream of activations: a JSON or YAML file {"common": {...}, "saes": {NAME: {...}}} with '
         "options named as in config.json; a grid needs no file: --layers 4,8 --target-l0 16,32,64 --seeds 0,1",
     )
+    parser.add_argument(
+        "--pages",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="at the end write features.html: where features fire, and what they do to the logits; not for several SAEs",
+    )
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
     add_config_flags(parser, several=[name for name in OF_ONE_SAE if name != "init_from"])
 
 
 def run(arguments: Namespace) -> None:
     """Runs the command."""
+    from fastsae.interpret.run import PAGE_FILE
     from fastsae.train.folder import REPORT_FILE
     from fastsae.train.run import train, train_many
     from fastsae.train.trainer import SAE_CLASSES
@@ -73,11 +81,12 @@ def run(arguments: Namespace) -> None:
     if "" not in configs:
         print_table(train_many(configs, output, **options), output)
         return
-    metrics = train(configs[""], output, **options)
+    metrics = train(configs[""], output, pages=arguments.pages, **options)
     print(f"\n{output}: {cost([metrics])}")
     print_summary(metrics)
     name = SAE_CLASSES[configs[""].architecture].__name__
-    print(f"\nreport   {output / REPORT_FILE}\nload it  fastsae.{name}.load({str(output)!r})")
+    pages = f"\npage     {output / PAGE_FILE}" if arguments.pages else ""
+    print(f"\nreport   {output / REPORT_FILE}{pages}\nload it  fastsae.{name}.load({str(output)!r})")
 
 
 def _resumed(arguments: Namespace, given: dict[str, Any]) -> tuple[dict[str, TrainConfig], Path] | None:

@@ -12,6 +12,7 @@ from fastsae.comparison.arms import ARMS, CONTROLS, REFERENCE, Plan, sae_name
 from fastsae.comparison.differences import analyse
 from fastsae.comparison.metrics import saebench_metrics
 from fastsae.comparison.result import Arm, HeldOut, Result, Run
+from fastsae.disk import name_of
 from fastsae.errors import FastsaeError
 from fastsae.evaluate.dialogues import DialogueSums
 from fastsae.fields import read_json
@@ -51,6 +52,7 @@ def collect(plan: Plan, output: Path, failures: Mapping[str, str], measured: dic
     sums = {arm: [DialogueSums.load(place) for place in seeds.values()] for arm, seeds in places.items() if seeds}
     metrics = {place: read_json(place / METRICS_FILE) for seeds in places.values() for place in seeds.values()}
     config = read_config(next(iter(places[REFERENCE].values())))
+    names: Any = {name: name_of(getattr(config, name)) for name in ("model", "dataset")}
     d_in = sums[REFERENCE][0].d_in
     n_features = config.n_features(d_in)
     dead = {
@@ -68,10 +70,9 @@ def collect(plan: Plan, output: Path, failures: Mapping[str, str], measured: dic
         error = next((failures[name] for seed in plan.seeds if (name := sae_name(arm, seed)) in failures), None)
         arms.append(_arm(arm, plan, runs, error))
     return {
-        "model": config.model,
+        **names,
         "layer": config.layer or 0,
-        "dataset": config.dataset,
-        "text_dataset": plan.text if any(ARMS[arm].needs_text for arm in plan.arms) else None,
+        "text_dataset": name_of(plan.text) if plan.text and any(ARMS[arm].needs_text for arm in plan.arms) else None,
         "d_in": d_in,
         "d_sae": n_features,
         "architecture": config.architecture,
@@ -81,7 +82,7 @@ def collect(plan: Plan, output: Path, failures: Mapping[str, str], measured: dic
         "values": values,
         "differences": differences,
         "warnings": _warnings(arms, values["all"]["l0"]),
-        "config": asdict(replace(config, seed=plan.seeds[0])),
+        "config": asdict(replace(config, seed=plan.seeds[0], **names)),
         "version": __version__,
         "gsnr": measured["gsnr"],
         "leakage": measured["leakage"],

@@ -227,7 +227,10 @@ def check_fingerprints(output: Path, config: TrainConfig, found: dict[str, str])
 
 def how_to_go_on(output: Path, config: TrainConfig) -> str:
     """What an interrupted run leaves in its folder, and the command that takes it up."""
-    again = f"fastsae train --output {shlex.quote(str(output))} --resume"
+    place = shlex.quote(str(output))
+    if (output / METRICS_FILE).exists():
+        return f"interrupted; the run is complete. The page of its features is written by: fastsae pages {place}"
+    again = f"fastsae train --output {place} --resume"
     newest = checkpoint.latest(output)
     if newest is not None:
         step = checkpoint.step_of(newest)

@@ -6,7 +6,6 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 from fastsae.data.activations import position_limit
-from fastsae.data.sinks import MAX_NORM_MULTIPLE
 from fastsae.errors import FastsaeError
 from fastsae.evaluate.gsnr import gsnr
 from fastsae.evaluate.leakage import leakage
@@ -65,7 +64,7 @@ def measure_gradients(
     config, residual = pipeline.config, pipeline.residual
     term = sparsity_term(sae, config) if term is None else term
     options: dict[str, Any] = {
-        "max_norm_multiple": config.max_norm_multiple or MAX_NORM_MULTIPLE,
+        "max_norm_multiple": pipeline.max_norm_multiple,
         "progress": progress,
     }
     found: dict[str, Any] = {}

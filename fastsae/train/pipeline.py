@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,10 +28,12 @@ from fastsae.data.model_dtype import dtype_name
 from fastsae.data.packing import check_packing
 from fastsae.data.random_model import with_random_weights
 from fastsae.data.sequencing import BlockSequencer, FastSequencer, PackedSequencer, Sequencer
+from fastsae.data.sinks import MAX_NORM_MULTIPLE
 from fastsae.data.special_tokens import SpecialTokens, find_special_tokens
 from fastsae.data.splicing import SplicedModel
 from fastsae.data.texts import load_texts
 from fastsae.data.tokens import TokenRows, doubles_bos, render
+from fastsae.disk import name_of
 from fastsae.errors import FastsaeError, UsageError, is_out_of_memory
 from fastsae.sae import SparseAutoencoder
 from fastsae.train import fingerprint
@@ -92,6 +96,26 @@ class Pipeline:
             "model": fingerprint.of_model(self.residual.model, self.tokenizer),
         }
         return found if self.texts is None else {**found, "text": fingerprint.of_dialogues(self.texts)}
+
+    def facts(self) -> dict[str, Any]:
+        """What tells the held-out dialogues, as this model reads them, apart from others, and says what they are."""
+        config, found = self.config, self.fingerprints()
+        held_out = json.dumps([found["dataset"], self.held_out, self.max_length])
+        return {
+            "model": name_of(config.model),
+            "random_model": config.random_model,
+            "model_fingerprint": found["model"],
+            "layer": config.layer,
+            "hook": config.hook,
+            "dataset": name_of(config.dataset),
+            "split": config.split,
+            "held_out": hashlib.sha256(held_out.encode()).hexdigest(),
+        }
+
+    @property
+    def max_norm_multiple(self) -> float:
+        """How many times longer than the median token an attention sink is."""
+        return self.config.max_norm_multiple or MAX_NORM_MULTIPLE
 
     @property
     def trained_on(self) -> Sequence[Dialogue] | Sequence[str]:

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from fastsae.data.activations import ResidualStream, decoder_layers
 from fastsae.data.chat import Dialogue
 from fastsae.data.dropped import Dropped
 from fastsae.data.hooks import place_of
-from fastsae.data.sinks import MAX_NORM_MULTIPLE
 from fastsae.disk import local_path, write_json
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate import Evaluation, evaluate_many, write_report
 from fastsae.fields import read_json
+from fastsae.interpret.examine import Subject
+from fastsae.interpret.run import write_pages
 from fastsae.interrupt import Interrupted
 from fastsae.sae import SparseAutoencoder, files
 from fastsae.train import checkpoint
@@ -56,6 +58,7 @@ def train(
     texts: Iterable[Any] | None = None,
     resume: bool = False,
     progress: bool = True,
+    pages: bool = False,
 ) -> dict[str, Any]:
     """Trains, evaluates and saves an SAE; returns the metrics.
 
@@ -73,13 +76,14 @@ def train(
         texts: Plain texts or lists of token ids to train on, in the place of `config.text`.
         resume: Go on from the newest checkpoint in `output`; from the first step where there is none yet.
         progress: Show progress bars.
+        pages: At the end also collect examples of features, and write `features.html`.
 
     Raises:
         UsageError: An option, or `output`, does not fit.
         FastsaeError: The run failed for a reason the message names.
     """
     given = Given(model, tokenizer, dialogues, texts)
-    return _until_interrupted({"": config}, local_path(output), given, resume, progress)[""]
+    return _until_interrupted({"": config}, local_path(output), given, resume, progress, pages)[""]
 
 
 def train_many(
@@ -118,17 +122,18 @@ def train_many(
 
 
 def _until_interrupted(
-    configs: dict[str, TrainConfig], output: Path, given: Given, resume: bool, progress: bool
+    configs: dict[str, TrainConfig], output: Path, given: Given, resume: bool, progress: bool, pages: bool = False
 ) -> dict[str, dict[str, Any]]:
+    named = {name: given.named(config) for name, config in configs.items()}
     try:
-        return _train({name: given.named(config) for name, config in configs.items()}, output, given, resume, progress)
+        return _train(named, output, given, resume, progress, pages)
     except KeyboardInterrupt as interruption:
         message = how_to_go_on(output, next(iter(configs.values())))
         raise Interrupted(message, getattr(interruption, "number", signal.SIGINT)) from None
 
 
 def _train(
-    configs: dict[str, TrainConfig], output: Path, given: Given, resume: bool, progress: bool
+    configs: dict[str, TrainConfig], output: Path, given: Given, resume: bool, progress: bool, pages: bool
 ) -> dict[str, dict[str, Any]]:
     started = time.perf_counter()
     configs = {name: located_config(config) for name, config in configs.items()}
@@ -177,6 +182,11 @@ def _train(
             f"{len(session.failures)} of {len(configs)} SAEs failed, the others are complete. "
             + " ".join(f"{name}: {text}." for name, text in session.failures.items())
         )
+    if pages:
+        for name, trainer in session.trainers.items():
+            data, folder = partial(session.view, name), output / name
+            subject = Subject(folder.resolve().name, trainer.sae, data, folder, configs[name].seed)
+            write_pages([subject], folder, progress=progress)
     return metrics
 
 
@@ -345,7 +355,7 @@ def evaluate_saes(
         held_out,
         special_tokens=pipeline.special_tokens,
         n_dialogues=len(pipeline.held_out),
-        max_norm_multiple=pipeline.config.max_norm_multiple or MAX_NORM_MULTIPLE,
+        max_norm_multiple=pipeline.max_norm_multiple,
         **options,
     )
     of_the_data = pipeline.all_drops(held_out.drops, *trained_on).metrics() | {"unknown_roles": pipeline.unknown_roles}

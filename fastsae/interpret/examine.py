@@ -1,0 +1,134 @@
+"""What is read of an SAE before anybody judges it: its examples, a choice of features, and what these write to the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from fastsae.data.activations import ResidualStream
+from fastsae.data.sequencing import TokenBatch
+from fastsae.data.special_tokens import SpecialTokens
+from fastsae.interpret.collect import collect_examples
+from fastsae.interpret.logits import FeatureLogits, Neighbour, feature_logits, nearest_features
+from fastsae.interpret.scores import draw_features
+from fastsae.interpret.store import ExampleStore
+from fastsae.sae import SparseAutoencoder
+
+EXAMPLES = "examples"
+
+
+class DataOfSAE(Protocol):
+    """Model and held-out dialogues of an SAE, as `fastsae.train.pipeline.Pipeline` has them."""
+
+    @property
+    def residual(self) -> ResidualStream: ...
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def special_tokens(self) -> SpecialTokens: ...
+    @property
+    def held_out(self) -> list[int]: ...
+    @property
+    def max_norm_multiple(self) -> float: ...
+    def held_out_batches(self) -> Iterable[TokenBatch]: ...
+    def facts(self) -> dict[str, Any]:
+        """What tells these data apart from others, and says what they are."""
+        ...
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An SAE that is to be interpreted.
+
+    Attributes:
+        name: What it is called beside others.
+        sae: The SAE.
+        data: Loads model and dialogues.
+        folder: Where its examples and its page are written.
+        training_seed: Of its weights, None where it is not known.
+    """
+
+    name: str
+    sae: SparseAutoencoder
+    data: Callable[[], DataOfSAE]
+    folder: Path
+    training_seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was read of a subject.
+
+    Attributes:
+        subject: The SAE.
+        store: Its examples.
+        tokenizer: The model's.
+        scored: The features that are scored.
+        shown: The features of its page, the scored ones among them, ascending.
+        logits: What each of `shown` writes to the logits; None where the model has no such logits.
+        nearest: The features most like each of `shown`.
+    """
+
+    subject: Subject
+    store: ExampleStore
+    tokenizer: Any
+    scored: list[int]
+    shown: list[int]
+    logits: list[FeatureLogits] | None
+    nearest: list[tuple[Neighbour, ...]]
+
+
+def examine(
+    subject: Subject, *, seed: int, scored: Sequence[int] | int, n_shown: int, progress: bool = True
+) -> Examined:
+    """Collects the examples of an SAE, unless they lie in its folder, and chooses features.
+
+    Args:
+        subject: The SAE.
+        seed: Determines the samples of examples, and the features that are drawn.
+        scored: Features that are scored, or how many are drawn at random of those with five contexts.
+        n_shown: Number of features on the page: those that are scored, others with the largest mean on special tokens, and others
+            at random.
+        progress: Show progress bars.
+
+    Raises:
+        UsageError: The SAE does not fit the model, or a feature does not exist or fires nowhere.
+        FastsaeError: A file is damaged, or an activation is NaN or infinite.
+    """
+    sae, folder = subject.sae, subject.folder
+    data = subject.data()
+    sae.to(data.residual.device)
+    store = collect_examples(
+        sae,
+        data.residual,
+        data.tokenizer,
+        data.held_out_batches(),
+        folder / EXAMPLES,
+        special_tokens=data.special_tokens,
+        seed=seed,
+        facts=data.facts(),
+        n_dialogues=len(data.held_out),
+        max_norm_multiple=data.max_norm_multiple,
+        resume=True,
+        progress=progress,
+    )
+    features = draw_features(store, scored, seed) if isinstance(scored, int) else sorted(set(scored))
+    for feature in features:
+        store.examples(feature)  # raises for one that does not exist, or fires nowhere
+    shown = sorted({*features, *_others(store, n_shown - len(features), set(features), seed)})
+    W_dec = sae.W_dec.detach()
+    logits = feature_logits(data.residual.model, W_dec[shown])
+    return Examined(subject, store, data.tokenizer, features, shown, logits, nearest_features(W_dec, shown))
+
+
+def _others(store: ExampleStore, n: int, taken: set[int], seed: int) -> list[int]:
+    """Up to `n` features that fire: half of them by their mean on special tokens, the others at random."""
+    by_special = [f for f in store.mean_special.argsort(descending=True).tolist() if store.counts[f] and f not in taken]
+    first = [f for f in by_special[: max(n, 0) // 2] if store.mean_special[f] > 0]
+    rest = sorted(set(by_special) - set(first))
+    drawn = np.random.default_rng(seed).permutation(rest)[: max(n - len(first), 0)]
+    return [*first, *drawn.tolist()]

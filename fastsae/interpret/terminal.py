@@ -1,0 +1,61 @@
+"""What `fastsae interpret` prints: a table of scores, each beside what chance gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_ROWS = (  # score, key of its value or none, words, factor, digits
+    ("rubric", None, "rated 4 or 5, %", 100.0, 1),
+    ("detection", "balanced_accuracy", "detection, balanced accuracy", 1.0, 3),
+    ("detection", "auroc", "detection, AUROC", 1.0, 3),
+    ("intruder", None, "intruder found", 1.0, 3),
+    ("example_embedding", None, "example embedding", 1.0, 3),
+)
+_WIDTH = 22
+
+
+def print_scores(result: Mapping[str, Any]) -> None:
+    """Prints the scores of each SAE with their 95 % intervals over features, and the differences that were tested."""
+    saes = result["saes"]
+    print(f"\njudge {result['judge']['name']}, seed {result['seed']}, {result['seconds']:.0f} s\n")
+    print(_line("", [name[-_WIDTH + 2 :] for name in saes]))
+    print(_line("L0", [f"{sae['l0']:.1f}" for sae in saes.values()]))
+    print(_line("features that fire", [f"{sae['d_sae'] - sae['dead']:,} of {sae['d_sae']:,}" for sae in saes.values()]))
+    for score, key, words, factor, digits in _ROWS:
+        found = [sae["scores"].get(score) for sae in saes.values()]
+        if not any(found):
+            continue
+        cells = [_cell(summary if key is None else summary[key], factor, digits) for summary in found]
+        chances = [_chance(summary["chance"], factor, digits) for summary in found]
+        print(_line(words, cells))
+        print(_line("  by chance", chances))
+    failed = [sum(summary["failed"] for summary in sae["scores"].values()) for sae in saes.values()]
+    if any(failed):
+        print(_line("answers not understood", [f"{n:,}" for n in failed]))
+        print("  (they count as wrong)")
+    for row in result["differences"]:
+        low, high = (f"{100 * end:+.1f}" for end in row["interval"])
+        print(
+            f"\n{row['sae']} - {row['reference']}, rated 4 or 5: {100 * row['difference']:+.1f} points [{low}, {high}], "
+            f"p = {row['p_value_holm']:.3g}"
+        )
+
+
+def _line(words: str, cells: list[str]) -> str:
+    return f"{words:30}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells)
+
+
+def _cell(summary: Mapping[str, Any], factor: float, digits: int) -> str:
+    if summary["value"] is None:
+        return "n/a"
+    text = f"{factor * summary['value']:.{digits}f}"
+    if summary["interval"] is None:
+        return text
+    low, high = (f"{factor * end:.{digits}f}" for end in summary["interval"])
+    return f"{text} [{low}, {high}]"
+
+
+def _chance(chance: float | Mapping[str, Any], factor: float, digits: int) -> str:
+    """A number that theory gives, or what was measured on silent windows."""
+    return f"{factor * chance:.{digits}f}" if isinstance(chance, float) else _cell(chance, factor, digits)
