@@ -220,11 +220,7 @@ def evaluate_many(
         Features in the SAE's dtype, errors and all sums in fp64, log-probabilities in fp32.
     """
     for sae, residual in saes.values():
-        if sae.d_in != residual.d_in:
-            raise UsageError(
-                f"the SAE reads activations of width {sae.d_in}, but layer {residual.layer} of the model gives "
-                f"{residual.d_in}; evaluate it with the model it was trained on"
-            )
+        check_width(sae, residual)
     names, kinds_of = special_tokens.names, TokenKinds(tokenizer, special_tokens)
     residuals = list(dict.fromkeys(residual for _, residual in saes.values()))
     n_rows = 0
@@ -242,6 +238,15 @@ def evaluate_many(
     if not n_rows:
         raise UsageError("no dialogues to evaluate: expected at least one batch, got none")
     return {name: one.result(tokenizer, names, progress) for name, one in measured.items()}
+
+
+def check_width(sae: SparseAutoencoder, residual: ResidualStream) -> None:
+    """Raise UsageError where the SAE's width is not that of the residual stream."""
+    if sae.d_in != residual.d_in:
+        raise UsageError(
+            f"the SAE reads activations of width {sae.d_in}, but layer {residual.layer} of the model gives "
+            f"{residual.d_in}; take the model it was trained on"
+        )
 
 
 def _add_group(
@@ -276,12 +281,21 @@ def _row_groups(batch: TokenBatch, residual: ResidualStream) -> Iterator[TokenBa
         yield batch[rows, :longest]
 
 
-def _reconstruct(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, SparseActs]:
-    """The reconstruction `[N, d_in]` and the features `[N, d_sae]`, packed."""
+def features_of(sae: SparseAutoencoder, x: Tensor) -> SparseActs:
+    """Return the features `[N, d_sae]` of finite activations, packed.
+
+    Raises:
+        FastsaeError: The SAE's weights are damaged.
+    """
     try:
-        acts = sae.encode_sparse(x).packed()
+        return sae.encode_sparse(x).packed()
     except ValueError as error:  # finite x of the right width: the weights are NaN or Inf, or overflow
         raise FastsaeError(f"the SAE cannot encode finite activations: {error}. Its weights are damaged") from error
+
+
+def _reconstruct(sae: SparseAutoencoder, x: Tensor) -> tuple[Tensor, SparseActs]:
+    """The reconstruction `[N, d_in]` and the features `[N, d_sae]`, packed."""
+    acts = features_of(sae, x)
     sae_out = sae.decode(acts)
     bad = ~torch.isfinite(sae_out).all(-1)
     if bad.any():
