@@ -161,6 +161,6 @@ def frame_clip() -> str:
     """The clip path that all charts of a page share; place it once."""
     height = HEIGHT - BOTTOM - TOP
     return (
-        '<svg width="0" height="0" class="hidden"><clipPath id="frame">'
+        '<svg width="0" height="0" class="hidden" aria-hidden="true"><clipPath id="frame">'
         f'<rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{height}"/></clipPath></svg>'
     )

@@ -57,6 +57,7 @@ th, td { padding: 0.32rem 1.4rem 0.32rem 0; border-bottom: 1px solid var(--rule)
 td.number, th.number { text-align: right; white-space: nowrap; }
 code, pre, .text { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 code { font-size: 0.86em; white-space: pre; }
+.lead code, .note code { white-space: pre-wrap; overflow-wrap: anywhere; }
 pre { font-size: 0.82rem; overflow-x: auto; background: var(--card); border-radius: 8px; padding: 1rem; }
 .feature { border-top: 1px solid var(--rule); padding: 1rem 0 0.6rem; margin-top: 1rem; }
 .feature p { margin: 0.1rem 0 0.5rem; max-width: none; }

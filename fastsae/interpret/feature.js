@@ -45,7 +45,7 @@ function roleOf(kind) {
 
 function showFeature(feature) {
   const main = document.getElementById("main");
-  const figures = element("section", { class: "figures", "aria-label": "Figures" }, numbers(feature), activationChart(feature));
+  const figures = element("section", { class: "figures", "aria-label": "Figures" }, numbers(feature), ...roleParts(feature), activationChart(feature));
   const examples = element("section", { class: "examples", "aria-label": "Examples" }, ...exampleParts(feature));
   const others = element("section", { class: "others", "aria-label": "Logits and neighbours" });
   if (feature.logits) others.append(...logitParts(feature.logits));
@@ -92,9 +92,9 @@ function scoreCard([name, value, chance, low, high, least, most]) {
   if (low !== null && high !== null) mark("range", low, high);
   if (chance !== null) mark("chance", chance);
   if (value !== null) mark("dot", value);
-  const words = [`${number(least)} to ${number(most)}`];
-  if (chance !== null) words.unshift(`chance ${number(chance)}`);
-  if (low !== null && high !== null) words.unshift(`95 %: ${number(low)} to ${number(high)}`);
+  const words = low !== null && high !== null ? [`95 %: ${number(low)} to ${number(high)}`] : [];
+  if (chance !== null) words.push(`chance ${number(chance)}`);
+  if (least !== 0 || most !== 1) words.push(`from ${number(least)} to ${number(most)}`);
   card.append(track, element("div", { class: "meaning", text: words.join(" · ") }));
   return card;
 }
@@ -102,13 +102,31 @@ function scoreCard([name, value, chance, low, high, least, most]) {
 function numbers(feature) {
   const rows = [
     ["density", `${percent(feature.density)} of tokens`],
-    ["tokens it fires on", feature.count.toLocaleString("en")],
-    ["largest activation", number(feature.max)],
-    ["mean on special tokens", number(feature.special)],
+    ["fires on", `${feature.count.toLocaleString("en")} tokens`],
+    ["maximum", number(feature.max)],
+    ["special-token mean", number(feature.special)],
   ];
   const list = element("dl", {});
   for (const [name, value] of rows) list.append(element("dt", { text: name }), element("dd", { text: value }));
   return list;
+}
+
+// Whose the tokens are that were drawn at random from those on which the feature fires.
+function roleParts(feature) {
+  const drawn = feature.intervals.flatMap(([, , , inside]) => inside).map((place) => feature.windows[place]);
+  const counts = Object.fromEntries(ROLES.map((role) => [role, 0]));
+  for (const window of drawn) counts[roleOf(state.data.kinds[window[4][window[2]]])] += 1;
+  if (!drawn.length) return [];
+  const bar = element("div", { class: "role-bar", "aria-hidden": "true" });
+  const words = element("p", { class: "note" }, `It fires (${drawn.length} random tokens) on `);
+  ROLES.filter((role) => counts[role]).sort((a, b) => counts[b] - counts[a]).forEach((role, i) => {
+    const part = element("i", { class: role });
+    part.style.flexGrow = counts[role];
+    bar.append(part);
+    const share = `${ROLE_NAMES[role]} ${Math.round((100 * counts[role]) / drawn.length)} %`;
+    words.append(i ? ", " : "", element("span", { class: `role ${role}`, text: share }));
+  });
+  return [bar, words];
 }
 
 function activationChart(feature) {
@@ -140,7 +158,7 @@ function chart(edges, counts, caption, classOf) {
   });
   svg.append(draw("path", { class: "axis", d: `M0 ${height}H${width}` }));
   svg.append(draw("text", { x: 0, y: 10 }, `${most.toLocaleString("en")} tokens`));
-  for (const [share, anchor] of [[0, ""], [1 / 3, "mid"], [2 / 3, "mid"], [1, "end"]]) {
+  for (const [share, anchor] of counts.length < 3 ? [[0, ""], [1, "end"]] : [[0, ""], [1 / 3, "mid"], [2 / 3, "mid"], [1, "end"]]) {
     const at = Math.round(share * counts.length);
     svg.append(draw("text", { class: anchor, x: at * step, y: height + 13 }, number(edges[at])));
   }
@@ -182,8 +200,13 @@ function nearestParts(feature) {
 
 function exampleParts(feature) {
   const parts = [legend(feature), element("h2", { text: "Top activations" }), ...windows(feature, feature.top, TOP_FIRST)];
+  if (feature.intervals.length) {
+    const text = "Tokens drawn at random from those on which it fires, in intervals of equal width from 0 to the maximum. " +
+      "The share of an interval is read off the histogram.";
+    parts.push(element("h2", { text: "By strength" }), element("p", { class: "note", text }));
+  }
   for (const [low, high, share, inside] of feature.intervals) {
-    const head = element("h2", {}, `${number(low)} to ${number(high)}`, element("small", { text: ` about ${percent(share)} of the tokens it fires on` }));
+    const head = element("h3", {}, `${number(low)} to ${number(high)}`, element("small", { text: ` about ${percent(share)} of the tokens it fires on` }));
     const none = share ? "None of the randomly drawn tokens lies here." : "It never fires like this.";
     parts.push(head, ...(inside.length ? windows(feature, inside, INTERVAL_FIRST) : [element("p", { class: "note", text: none })]));
   }
@@ -208,7 +231,14 @@ function windows(feature, places, first) {
 
 function context(feature, window) {
   const text = element("div", { class: "text", dir: "auto" });
-  for (let i = 0; i < window[3].length; i++) text.append(tokenSpan(feature, window, i));
+  for (let i = 0; i < window[3].length; i++) {
+    const span = tokenSpan(feature, window, i);
+    if (/^ .{1,30}$/.test(span.textContent)) { // goes to the next line whole, so that its shading does not leave the space behind
+      span.classList.add("whole");
+      text.append(document.createElement("wbr"));
+    }
+    text.append(span);
+  }
   const value = element("div", { class: "peak" }, number(window[5][window[2]]));
   return element("div", { class: "context" }, value, text);
 }

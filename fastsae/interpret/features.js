@@ -3,7 +3,7 @@
 // Texts of dialogues, tokens and explanations enter the page through textContent alone.
 
 const ROWS_AT_ONCE = 200;
-const SNIPPET = 14; // tokens before and behind the peak in the list
+const SNIPPET = 28; // tokens of a window in the list at most
 const state = { data: null, shown: [], order: "id up", query: "", rows: ROWS_AT_ONCE, last: null };
 
 async function unpack() {
@@ -50,11 +50,10 @@ function setUpBar() {
 }
 
 function orders() {
-  const names = new Set(state.data.features.flatMap((feature) => feature.scores.map(([name]) => name)));
-  const keys = [["density", "density"], ["special", "special-token mean"], ...[...names].map((n) => [`score ${n}`, n])];
+  const keys = [["density", "density"], ["special", "special-token mean"], ...scoreNames().map((name) => [`score ${name}`, name])];
   return [
-    ["id up", "number"],
-    ...keys.flatMap(([key, text]) => [[`${key} down`, `${text}, highest first`], [`${key} up`, `${text}, lowest first`]]),
+    ["id up", "by number"],
+    ...keys.flatMap(([key, text]) => [[`${key} down`, `by ${text}, highest first`], [`${key} up`, `by ${text}, lowest first`]]),
   ];
 }
 
@@ -125,13 +124,14 @@ function showList(note = "") {
   facts.forEach(([name, value], i) => lead.append(i ? " · " : "", `${name} `, element("code", { text: value })));
   const list = element("ul", { class: "rows" });
   for (const feature of state.shown.slice(0, state.rows)) list.append(row(feature));
+  const heads = element("div", { class: "facts", "aria-hidden": "true" }, ...columns().map(([text]) => element("span", { text })));
   const n = state.shown.length;
   const count = state.query.trim() ? `${n} of ${state.data.features.length} features match` : `${n} features`;
   main.replaceChildren(
     element("h1", { text: title }),
     lead,
     ...[note, ...warnings].filter(Boolean).map((text) => element("p", { class: "warnings", role: "note", text })),
-    element("p", { class: "note", role: "status", text: count }),
+    element("div", { class: "above" }, element("p", { class: "note", role: "status", text: count }), heads),
     list,
   );
   if (n > state.rows) {
@@ -155,9 +155,7 @@ function row(feature) {
   const link = element("a", { href: `#feature-${feature.id}` });
   link.append(element("span", { class: "id", text: feature.id }), explanationOf(feature));
   const facts = element("div", { class: "facts" });
-  const score = feature.scores[0];
-  if (score) facts.append(fact(score[0], number(score[1])));
-  facts.append(fact("density", percent(feature.density)), fact("special-token mean", number(feature.special)));
+  for (const [name, value] of columns()) facts.append(element("span", {}, element("small", { text: name }), " ", element("b", { text: value(feature) })));
   const item = element("li", {}, link, facts);
   if (feature.top.length) item.append(snippet(feature, feature.windows[feature.top[0]]));
   return item;
@@ -168,16 +166,23 @@ function explanationOf(feature) {
   return element("span", text ? { class: "say", dir: "auto", text } : { class: "say none", text: "no explanation" });
 }
 
-function fact(name, value) {
-  return element("span", {}, element("small", { text: name }), " ", element("b", { text: value }));
+// Name and text of the figures in the list: the first of the scores, density, and the mean on special tokens.
+function columns() {
+  const [score] = scoreNames();
+  const figures = [["density", (feature) => percent(feature.density)], ["special-token mean", (feature) => number(feature.special)]];
+  return score === undefined ? figures : [[score, (feature) => number(scoreOf(feature, score))], ...figures];
+}
+
+function scoreNames() {
+  return [...new Set(state.data.features.flatMap((feature) => feature.scores.map(([name]) => name)))];
 }
 
 // The tokens around the peak of a window on one line, shaded.
 function snippet(feature, window) {
   const peak = window[2];
   const line = element("div", { class: "text snippet", dir: "auto" });
-  const first = Math.max(0, peak - SNIPPET);
-  for (let i = first; i < Math.min(window[3].length, peak + SNIPPET); i++) line.append(tokenSpan(feature, window, i));
+  const first = Math.max(0, peak - (innerWidth < 700 ? 3 : 10));
+  for (let i = first; i < Math.min(window[3].length, first + SNIPPET); i++) line.append(tokenSpan(feature, window, i));
   return line;
 }
 
