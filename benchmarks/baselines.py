@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -32,26 +32,16 @@ def dense_loss(x: Tensor, p: Parameters) -> Tensor:
 
 def in_bf16(function: Function) -> Function:
     """The function under bf16 autocast."""
-
-    def autocast(*args: Any) -> Any:
-        with torch.autocast(DEVICE, torch.bfloat16):
-            return function(*args)
-
-    return autocast  # type: ignore[return-value]
+    return torch.autocast(DEVICE, torch.bfloat16)(function)
 
 
 def in_tf32(function: Function) -> Function:
     """The function with fp32 products in tf32."""
-
-    def tf32(*args: Any) -> Any:
-        with _tf32_products():
-            return function(*args)
-
-    return tf32  # type: ignore[return-value]
+    return _tf32_products()(function)
 
 
 @contextmanager
-def _tf32_products() -> Any:
+def _tf32_products() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

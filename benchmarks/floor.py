@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import in_tf32
-from benchmarks.shapes import Shape
+from benchmarks.shapes import DEVICE, Shape
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COPY_BYTES = 2**28 if DEVICE == "cpu" else 2**31
 PRODUCT = (4096, 1024, 4096) if DEVICE == "cpu" else (8192, 8192, 8192)
 CALLS = 7

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
+from functools import partial
 
 from benchmarks.allocator import DEFAULT
 from benchmarks.result import PEERS, RUNS, Result, Row, faster_by, fastest, lost
@@ -14,10 +15,8 @@ from benchmarks.shapes import HEADLINE
 
 NONE = "-"
 LONGEST_REASON = 160
-HEADLINES = (
-    HEADLINE,
-    "gemma-2-2b 16k",
-)  # the shapes that may stand in the README, the first that a machine has measured
+# the shapes that may stand in the README, of which the first that a machine has measured does
+HEADLINES = (HEADLINE, "gemma-2-2b 16k")
 STEP, PASSES = "whole step", "forward+backward"
 DENSE = {
     "dense eager fp32": "dense PyTorch, eager",
@@ -34,6 +33,8 @@ HARD = {
 TRAIN = "fastsae train"  # a whole run; what follows is another job than its baseline's
 ALONE, CACHE = "one of them alone", "fastsae cache"
 ACCELERATED, WITH_OPTIMIZER = "accelerated", "accelerated, FusedSAEAdam"
+README_COLUMNS = ("peer", "as it is, ms", "accelerated, ms", "times as fast", "peak as it is, MiB", "peak, MiB")
+Cells = dict[str, str]  # a line of a table: each cell by its column's title
 
 
 def digits(value: float | None, count: int = 3, unit: str = "") -> str:
@@ -64,11 +65,12 @@ def milliseconds(row: Row | None, unit: str = "") -> str:
     return why_no_time(row) if row.median_s is None else digits(row.ms, unit=unit) + " (unsteady)" * row.is_unsteady
 
 
-def table(titles: list[str], rows: Iterable[list[str]], n_words: int = 1) -> str:
+def table(lines: list[Cells], n_words: int = 1) -> str:
     """Returns a Markdown table, whose first `n_words` columns are aligned to the left and the others to the right."""
+    titles = list(lines[0])
     rule = ["---" if i < n_words else "--:" for i in range(len(titles))]
-    lines = [titles, rule, *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    rows = [titles, rule, *([line[title] for title in titles] for line in lines)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
 
 
 def sizes(rows: list[Row]) -> str:
@@ -116,12 +118,14 @@ def machine_line(result: Result) -> str:
 def shapes_table(result: Result) -> str:
     """Returns what the names of shapes stand for; a series has its own axis."""
     rows = {shape_name(row): row for row in result.rows if row.x is None}
-    titles = ["shape", "tokens", "d_in", "d_sae", "L0", "one dense fp32 tensor, tokens x d_sae, MiB"]
-    lines = [
-        [name, *map(plain, (r.n_tokens, r.d_in, r.d_sae, r.l0)), digits(r.n_tokens * r.d_sae * 4 / 2**20)]
-        for name, r in rows.items()
-    ]
-    return table(titles, lines)
+    return table([
+        {
+            "shape": name,
+            **{"tokens": plain(row.n_tokens), "d_in": plain(row.d_in), "d_sae": plain(row.d_sae), "L0": plain(row.l0)},
+            "one dense fp32 tensor, tokens x d_sae, MiB": digits(row.n_tokens * row.d_sae * 4 / 2**20),
+        }
+        for name, row in rows.items()
+    ])  # fmt: skip
 
 
 def section(result: Result, operation: str) -> str:
@@ -129,88 +133,82 @@ def section(result: Result, operation: str) -> str:
     rows, axis = result.rows_of(operation), operation.partition("scaling with ")[2]
     parts = [f"### {operation[0].upper()}{operation[1:]}\n", *([f"{sizes(rows)}.\n"] if axis else [])]
     if operation == PEERS:
-        parts.append(peers_table(result))
+        parts.append(table(peer_lines(result), 2))
     else:
+        cells = run_cells if operation == RUNS else partial(provider_cells, axis or "shape")
         for baseline in dict.fromkeys(row.baseline for row in rows):
-            same = [row for row in rows if row.baseline == baseline]
-            cells = run_columns(baseline) if operation == RUNS else columns(axis, baseline)
-            parts.append(providers_table(result, same, cells))
+            parts.append(providers_table(result, [row for row in rows if row.baseline == baseline], cells))
     if operation == RUNS and (lines := list(further_saes(result))):
         parts.append("What a further SAE on the same stream costs, and what it computes for itself alone:\n")
-        parts.append(table(FURTHER, lines, 1))
+        parts.append(table(lines))
     if has_plot(result, operation):
         parts.append(f"![{operation}: medians by provider](plots/{result.plot_of(operation)})\n")
     return "\n".join(parts)
 
 
-Columns = dict[str, Callable[[Row, list[Row]], str]]
-
-
-def providers_table(result: Result, rows: list[Row], cells: Columns) -> str:
+def providers_table(result: Result, rows: list[Row], cells: Callable[[Row, list[Row]], Cells]) -> str:
     """Returns a line for each row; a column that no row fills is left out."""
-    lines = [[cell(row, result.groups[row.group]) for cell in cells.values()] for row in rows]
-    filled = [i for i in range(len(cells)) if {line[i] for line in lines} != {NONE}]
-    return table([list(cells)[i] for i in filled], [[line[i] for i in filled] for line in lines], 3)
+    lines = [cells(row, result.groups[row.group]) for row in rows]
+    filled = [title for title in lines[0] if any(line[title] != NONE for line in lines)]
+    return table([{title: line[title] for title in filled} for line in lines], 3)
 
 
-def columns(axis: str, baseline: str) -> Columns:
-    """Returns each column's title and cell."""
+def provider_cells(first: str, row: Row, group: list[Row]) -> Cells:
+    """Returns the cells of a provider, each by its title; that of the first column is given."""
     return {
-        axis or "shape": lambda row, _: shape_name(row) if row.x is None else plain(row.x),
-        "dtype": lambda row, _: row.dtype or NONE,
-        "provider": lambda row, _: row.provider,
-        "median ± IQR, ms": lambda row, _: median_and_iqr(row),
-        "with the other allocator setting": lambda row, _: other_median(row),
-        f"vs {baseline}": lambda row, group: times_as_fast(faster_by(row, provider_of(group, row.baseline))),
-        "vs dense compiled, same dtype": lambda row, group: times_as_fast(
-            faster_by(row, provider_of(group, f"dense compiled {row.dtype}"))
-        ),
-        "peak, MiB": lambda row, _: digits(row.peak_mib),
-        "of the floor": lambda row, _: share_of(row.floor_s, row),
-        "of the floor with gathers": lambda row, _: share_of(row.gather_floor_s, row),
-        "error / limit": lambda row, _: NONE if not row.error_limit else digits((row.error or 0) / row.error_limit, 2),
+        first: shape_name(row) if row.x is None else plain(row.x),
+        "dtype": row.dtype or NONE,
+        "provider": row.provider,
+        "median ± IQR, ms": median_and_iqr(row),
+        "with the other allocator setting": other_median(row),
+        f"vs {row.baseline}": ratio_to(row.baseline, row, group),
+        "vs dense compiled, same dtype": ratio_to(f"dense compiled {row.dtype}", row, group),
+        "peak, MiB": digits(row.peak_mib),
+        "of the floor": share_of(row.floor_s, row),
+        "of the floor with gathers": share_of(row.gather_floor_s, row),
+        "error / limit": digits((row.error or 0) / row.error_limit, 2) if row.error_limit else NONE,
     }
 
 
-def run_columns(baseline: str) -> Columns:
-    """Returns each column's title and cell, of whole runs."""
-    parts = {
-        f"{part}, %": lambda row, _, part=part: (
-            digits(100 * row.parts_s.get(part, 0.0) / sum(row.parts_s.values()), 2) if row.parts_s else NONE
-        )
-        for part in PARTS
-    }
+def run_cells(row: Row, group: list[Row]) -> Cells:
+    """Returns the cells of whole runs, each by its title."""
+    parts, total_s = row.parts_s, sum(row.parts_s.values())
     return {
-        "SAEs": lambda row, _: f"{row.subject}, {shape_name(row)}",
-        "provider": lambda row, _: row.provider,
-        "tokens": lambda row, _: plain(row.run_tokens) if row.run_tokens else NONE,
-        "median ± IQR, s": lambda row, _: median_and_iqr(row, unit_s=1.0),
-        "tokens/s": lambda row, _: digits((row.run_tokens or 0) / row.median_s) if row.median_s else NONE,
-        f"vs {baseline}": lambda row, group: (
-            NONE if row.provider in (ALONE, CACHE) else times_as_fast(faster_by(row, provider_of(group, row.baseline)))
-        ),
-        "goal": lambda row, _: times_as_fast(row.goal) if row.provider == TRAIN else NONE,
-        **parts,
-        "padding, %": lambda row, _: digits(None if row.padding_share is None else 100 * row.padding_share, 2),
-        "peak, MiB": lambda row, _: digits(row.peak_mib),
+        "SAEs": f"{row.subject}, {shape_name(row)}",
+        "provider": row.provider,
+        "tokens": plain(row.run_tokens) if row.run_tokens else NONE,
+        "median ± IQR, s": median_and_iqr(row, unit_s=1.0),
+        "tokens/s": digits((row.run_tokens or 0) / row.median_s) if row.median_s else NONE,
+        f"vs {row.baseline}": NONE if row.provider in (ALONE, CACHE) else ratio_to(row.baseline, row, group),
+        "goal": times_as_fast(row.goal) if row.provider == TRAIN else NONE,
+        **{f"{part}, %": digits(100 * parts.get(part, 0.0) / total_s, 2) if parts else NONE for part in PARTS},
+        "padding, %": digits(None if row.padding_share is None else 100 * row.padding_share, 2),
+        "peak, MiB": digits(row.peak_mib),
     }
 
 
-FURTHER = ["SAEs", "tokens", "one alone, s", "all, s", "a further one, s", "start and steps of the one alone, s"]
-
-
-def further_saes(result: Result) -> Iterator[list[str]]:
+def further_saes(result: Result) -> Iterator[Cells]:
     """Yields a line for each group of whole runs with several SAEs."""
     for alone in (row for row in result.rows_of(RUNS) if row.provider == ALONE and row.is_sound):
         together = provider_of(result.groups[alone.group], TRAIN)
         if together is not None and together.is_sound:
-            further_s = (together.ms - alone.ms) / 1e3 / (together.n_saes - 1)
-            seconds = map(digits, [alone.ms / 1e3, together.ms / 1e3, further_s, alone.parts_s["SAE"]])
-            yield [f"{alone.subject}, {shape_name(alone)}", plain(alone.run_tokens or 0), *seconds]
+            yield {
+                "SAEs": f"{alone.subject}, {shape_name(alone)}",
+                "tokens": plain(alone.run_tokens or 0),
+                "one alone, s": digits(alone.ms / 1e3),
+                "all, s": digits(together.ms / 1e3),
+                "a further one, s": digits((together.ms - alone.ms) / 1e3 / (together.n_saes - 1)),
+                "start and steps of the one alone, s": digits(alone.parts_s["SAE"]),
+            }
 
 
 def provider_of(group: list[Row], name: str) -> Row | None:
     return next((row for row in group if row.provider == name), None)
+
+
+def ratio_to(name: str, row: Row, group: list[Row]) -> str:
+    """Returns how many times as fast as the group's provider of that name the row is."""
+    return times_as_fast(faster_by(row, provider_of(group, name)))
 
 
 def median_and_iqr(row: Row, unit_s: float = 1e-3) -> str:
@@ -230,32 +228,30 @@ def share_of(floor_s: float | None, row: Row) -> str:
     return NONE if floor_s is None or row.median_s is None else digits(100 * floor_s / row.median_s, unit=" %")
 
 
-PEER_COLUMNS: dict[str, Callable[[Row, Row | None, Row | None], str]] = {
-    "peer": lambda before, after, adam: before.subject,
-    "shape": lambda before, after, adam: before.shape,
-    "as it is, ms": lambda before, after, adam: milliseconds(before),
-    "accelerated, ms": lambda before, after, adam: milliseconds(after),
-    "times as fast": lambda before, after, adam: times_as_fast(faster_by(after, before)),
-    "with glibc's default allocator": lambda before, after, adam: times_as_fast(faster_by_default(after, before)),
-    "with FusedSAEAdam, ms": lambda before, after, adam: milliseconds(adam),
-    "times as fast with it": lambda before, after, adam: times_as_fast(faster_by(adam, before)),
-    "goal": lambda before, after, adam: times_as_fast(before.goal),
-    "peak as it is, MiB": lambda before, after, adam: digits(before.peak_mib),
-    "peak, MiB": lambda before, after, adam: digits(after and after.peak_mib),
-    "peak with FusedSAEAdam, MiB": lambda before, after, adam: digits(adam and adam.peak_mib),
-}
-README_COLUMNS = ("peer", "as it is, ms", "accelerated, ms", "times as fast", "peak as it is, MiB", "peak, MiB")
-
-
-def peers_table(result: Result, shape: str | None = None, titles: Iterable[str] = tuple(PEER_COLUMNS)) -> str:
+def peer_lines(result: Result, shape: str | None = None) -> list[Cells]:
     """Returns a line for each peer's step, as it is and accelerated; of one shape, where that is given."""
     lines = []
-    for baseline in result.rows_of(PEERS, shape):
-        if baseline.provider == baseline.baseline:
-            group = result.groups[baseline.group]
+    for before in result.rows_of(PEERS, shape):
+        if before.provider == before.baseline:
+            group = result.groups[before.group]
             after, adam = (provider_of(group, name) for name in (ACCELERATED, WITH_OPTIMIZER))
-            lines.append([PEER_COLUMNS[title](baseline, after, adam) for title in titles])
-    return table(list(titles), lines, 2 if "shape" in titles else 1)
+            lines.append(
+                {
+                    "peer": before.subject,
+                    "shape": before.shape,
+                    "as it is, ms": milliseconds(before),
+                    "accelerated, ms": milliseconds(after),
+                    "times as fast": times_as_fast(faster_by(after, before)),
+                    "with glibc's default allocator": times_as_fast(faster_by_default(after, before)),
+                    "with FusedSAEAdam, ms": milliseconds(adam),
+                    "times as fast with it": times_as_fast(faster_by(adam, before)),
+                    "goal": times_as_fast(before.goal),
+                    "peak as it is, MiB": digits(before.peak_mib),
+                    "peak, MiB": digits(after and after.peak_mib),
+                    "peak with FusedSAEAdam, MiB": digits(adam and adam.peak_mib),
+                }
+            )
+    return lines
 
 
 def faster_by_default(row: Row | None, other: Row) -> float | None:
@@ -272,21 +268,20 @@ def has_plot(result: Result, operation: str) -> bool:
 
 def where_dense_wins(result: Result) -> str:
     """Returns every group and dtype in which dense PyTorch or another library is faster than the fastest of ours."""
-    titles = ["group", "dtype", "faster", "fastest of ours", "L0 / d_sae", "its ms", "our ms", "fastsae vs it"]
     lines = [
-        [
-            theirs.group,
-            theirs.dtype,
-            theirs.provider,
-            ours.provider if ours.status == "ok" else f"{ours.provider} ({ours.status})",
-            digits(theirs.l0 / theirs.d_sae, 2),
-            digits(theirs.ms),
-            NONE if ours.median_s is None else digits(ours.ms),
-            times_as_fast(theirs.ms / ours.ms if ours.median_s else None),
-        ]
+        {
+            "group": theirs.group,
+            "dtype": theirs.dtype,
+            "faster": theirs.provider,
+            "fastest of ours": ours.provider if ours.status == "ok" else f"{ours.provider} ({ours.status})",
+            "L0 / d_sae": digits(theirs.l0 / theirs.d_sae, 2),
+            "its ms": digits(theirs.ms),
+            "our ms": NONE if ours.median_s is None else digits(ours.ms),
+            "fastsae vs it": times_as_fast(theirs.ms / ours.ms if ours.median_s else None),
+        }
         for theirs, ours in lost(result)
     ]
-    return f"### Where dense wins\n\n{table(titles, lines, 4) if lines else 'Nowhere.'}"
+    return f"### Where dense wins\n\n{table(lines, 4) if lines else 'Nowhere.'}"
 
 
 # ---- README.md
@@ -314,22 +309,24 @@ def headline_table(results: list[Result], folder: str) -> str:
     peers = [row for row in result.rows_of(PEERS, shape) if row.subject.endswith(" JumpReLU")]
     rows |= {row.provider: row for row in [*steps, *peers] if row.kind == "peer"}
     lines = [
-        [
-            name,
-            milliseconds(row, " ms"),
-            NONE if row is ours else times_as_fast(faster_by(ours, row)),
-            digits(row.peak_mib),
-            NONE if row.allocator is None else digits((by_default_s(row) or 0) * 1e3, unit=" ms"),
-        ]
+        {
+            "": name,
+            "a training step": milliseconds(row, " ms"),
+            "fastsae vs it": NONE if row is ours else times_as_fast(faster_by(ours, row)),
+            "peak MiB": digits(row.peak_mib),
+            "with glibc's default allocator": (
+                NONE if row.allocator is None else digits((by_default_s(row) or 0) * 1e3, unit=" ms")
+            ),
+        }
         for name, row in rows.items()
     ]
-    titles = ["", "a training step", "fastsae vs it", "peak MiB", "with glibc's default allocator"]
     plot = f"![{STEP}: medians by provider]({folder}/plots/{result.plot_of(STEP)})"
     cut = f", a cut of {shape}" if steps[0].is_cut else ""
     source = f"{result.commits}, {result.date} ([result]({folder}/results/{result.path.name}))"
     caption = f"A step of {sizes(steps[:1])}{cut} on {result.machine.name}; torch {result.machine.torch}; {source}."
-    accelerated = f"{peers_table(result, shape, README_COLUMNS)}\n" if result.rows_of(PEERS, shape) else ""
-    return f"{table(titles, lines)}\n{accelerated}{plot}\n\n{caption}\n"
+    compared = [{title: line[title] for title in README_COLUMNS} for line in peer_lines(result, shape)]
+    accelerated = f"{table(compared)}\n" if compared else ""
+    return f"{table(lines)}\n{accelerated}{plot}\n\n{caption}\n"
 
 
 def ours_in(rows: list[Row]) -> Row | None:

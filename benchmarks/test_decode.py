@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ DECODE_SHAPES = {"cpu": (HEADLINE, "demo"), "cuda": ("gemma-2-2b 65k", "llama-3.
 CHECKED_TOKENS = 64
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """As many entries in each row, features ascending."""
 
     acts: SparseActs

@@ -8,9 +8,8 @@ Each provider's entries are compared with fp64 before it is timed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +18,13 @@ from torch.nn import functional
 import fastsae_kernels as kernels
 from benchmarks.floor import DTYPES, encode_work
 from benchmarks.harness import Call, Case, Provider, cases_and_providers
-from benchmarks.shapes import DEVICE, GPU_SHAPES, HEADLINE, SHAPES, Shape, threshold_for
+from benchmarks.shapes import CPU_SHAPES, DEVICE, GPU_SHAPES, HEADLINE, Shape, threshold_for
 from fastsae_kernels import SparseActs
 
 ENCODE_SHAPES = {
     "cpu": {
-        HEADLINE: SHAPES.get(HEADLINE),
-        "demo": SHAPES.get("demo"),
+        HEADLINE: CPU_SHAPES[HEADLINE],
+        "demo": CPU_SHAPES["demo"],
         "64 tokens": Shape(64, 512, 4096, 32),
         "one token": Shape(1, 768, 16384, 64),
     },
@@ -38,8 +37,7 @@ ENCODE_SHAPES = {
 CHECKED_TOKENS = 64  # compared with fp64, whose product of all tokens would not fit
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Arguments of encode; the threshold gives the shape's L0, or is 0 for top-k."""
 
     x: Tensor
@@ -83,24 +81,19 @@ def dense_batch_topk(p: Problem) -> Tensor:
     return torch.zeros_like(flat).scatter(0, indices, values)
 
 
-def fused(p: Problem) -> SparseActs:
-    return kernels.encode(p.x, p.W_enc, p.b_enc, p.threshold)
-
-
-def fused_topk(p: Problem) -> SparseActs:
-    return kernels.encode(p.x, p.W_enc, p.b_enc, p.threshold, k=p.k)
-
-
-def fused_batch_topk(p: Problem) -> SparseActs:
-    return kernels.encode(p.x, p.W_enc, p.b_enc, p.threshold, k=p.k, batch_topk=True)
+def fused(p: Problem, **options: Any) -> SparseActs:
+    return kernels.encode(p.x, p.W_enc, p.b_enc, p.threshold, **options)
 
 
 # operation -> its providers, the first of which the ratios refer to
 Encoders = dict[str, Callable[[Problem], Any]]
 OPERATIONS: dict[str, Encoders] = {
     "encode": {"product alone": product, "dense eager": dense_threshold, "fused": fused},
-    "top-k": {"dense eager, torch.topk": dense_topk, "fused": fused_topk},
-    "batch top-k": {"dense eager, flat torch.topk": dense_batch_topk, "fused": fused_batch_topk},
+    "top-k": {"dense eager, torch.topk": dense_topk, "fused": lambda p: fused(p, k=p.k)},
+    "batch top-k": {
+        "dense eager, flat torch.topk": dense_batch_topk,
+        "fused": lambda p: fused(p, k=p.k, batch_topk=True),
+    },
 }
 
 
@@ -140,7 +133,6 @@ def make(encode: Callable[[Problem], Any], shape: Shape, dtype: torch.dtype, top
 
 def case(operation: str, shape_name: str, dtype: str) -> Case:
     shape, encoders, top_k = ENCODE_SHAPES[shape_name], OPERATIONS[operation], operation != "encode"
-    assert shape is not None
     providers = {}
     for name, encode in encoders.items():
         arguments = (encode, shape, DTYPES[dtype], top_k)

@@ -10,12 +10,12 @@ from benchmarks.floor import encode_work, step_work
 from benchmarks.harness import Call, Case, Provider, cases_and_providers
 from benchmarks.peers import PEERS, Peer, accelerated, own, why_not
 from benchmarks.result import PEERS as OPERATION
-from benchmarks.shapes import DEVICE, HEADLINE, SHAPES, Shape, tokens
+from benchmarks.shapes import CPU_SHAPES, DEVICE, GPU_SHAPES, HEADLINE, Shape, tokens
 from benchmarks.steps import Make, check
 
 PEER_SHAPES = {
-    "cpu": {HEADLINE: SHAPES.get(HEADLINE), "512 tokens": Shape(512, 256, 2048, 78)},
-    "cuda": {name: SHAPES.get(name) for name in ("gpt2-small x32", "gemma-2-2b 16k")},
+    "cpu": {HEADLINE: CPU_SHAPES[HEADLINE], "512 tokens": Shape(512, 256, 2048, 78)},
+    "cuda": {name: GPU_SHAPES[name] for name in ("gpt2-small x32", "gemma-2-2b 16k")},
 }[DEVICE]
 SMALL_GOAL = 2.0  # how many times as fast as the peer at a small shape
 
@@ -26,7 +26,6 @@ def call(make: Make, shape: Shape) -> Call:
 
 def case(peer: Peer, shape_name: str) -> Case:
     shape, makes = PEER_SHAPES[shape_name], {peer.title: own(peer), "accelerated": accelerated(peer)}
-    assert shape is not None
     if peer.has_optimizer:
         makes["accelerated, FusedSAEAdam"] = accelerated(peer, optimizer=True)
     providers, own_make = {}, own(peer)

@@ -9,6 +9,7 @@ does the same for `encode` and `decode`. Eager code takes the shorter way in `au
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -34,9 +35,9 @@ from fastsae_kernels.types import (
 from fastsae_kernels.weight_gradients import PassCollector
 
 BITS = {4: torch.int32, 8: torch.int64}  # kept values travel as integers, which have no gradient
-N_INPUTS = len(PassInputs._fields)
+# an op takes no objects: its arguments are the fields of `PassInputs`, then those of `AutoencodeSpec`, each in their order
+N_INPUTS, N_OPTIONS = len(PassInputs._fields), len(fields(AutoencodeSpec))
 N_KEPT_INPUTS = 7  # those that a backward reads: not `target`, nor `rank_scale`
-N_OPTIONS = 6
 
 
 def autoencode(

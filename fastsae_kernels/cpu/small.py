@@ -65,6 +65,7 @@ def encode_small(
         if marks is not None and count <= MAX_RESCORED * rough.numel():
             rows, columns = _places(nonzero_flat(marks).numpy(), shape)
             return _entries(rows, columns, _scores(rows, columns, x, W_enc, b_enc), threshold, bandwidth, cut, shape)
+    # the other way: a product that needs no second score, so that what it marks are the entries
     product = _product(x, W_enc, b_enc)
     if product.dtype != torch.bfloat16 or bandwidth > 0 or product.numel() < MIN_ELEMENTS:
         product = product.to(threshold.dtype)

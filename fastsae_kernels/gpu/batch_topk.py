@@ -12,7 +12,8 @@ is exact. The first range cannot overflow the buffer; for features in no particu
 the bound is found over recomputed activations (`radix.cut_activations`), and one more pass lists what reaches it: at most
 `k * N` entries and one token's ties. In every other step these kernels leave at once. No host synchronisation.
 
-A tile claims its slots by one atomic on the buffer's cursor; inside, they follow from running sums along its rows. One
+Listing is a kernel of this module, and not one of those behind `encode.list_entries`, which fill a span of each row. Here a
+tile claims its slots by one atomic on the buffer's cursor; inside, they follow from running sums along its rows. One
 atomic per entry on a single address would serialise. The order in the buffer is arbitrary and the result a function of
 the set alone: deterministic. Letters: `B` tokens, `D` d_in, `S` d_sae.
 
@@ -28,8 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels.gpu.config import on_device
-from fastsae_kernels.gpu.radix import EXACT, Buffer, Cut, compact, cut_activations, cut_buffer, list_config
+from fastsae_kernels.gpu.config import on_device, tile_config
+from fastsae_kernels.gpu.radix import EXACT, Buffer, Cut, compact, cut_activations, cut_buffer
 from fastsae_kernels.gpu.tiles import EncoderInputs, active_bits, encoder_inputs, pack_entry, start_of_tile
 from fastsae_kernels.gpu.topk import feature_ranges
 from fastsae_kernels.types import SparseActs
@@ -108,7 +109,7 @@ def _append(
 ) -> None:
     """Append the entries of features `start .. end` that reach the bounds; if `overflow` is given, only where it did."""
     x, W_enc, b_enc, threshold = encoder[:4]
-    config = list_config(x, again=overflow is not None)
+    config = tile_config("batch_list" if overflow is None else "batch_again", x, encoder.d_in)
     tiles = triton.cdiv(x.shape[0], config["BLOCK_B"]) * triton.cdiv(end - start, config["BLOCK_S"])
     # where nothing overflowed, which is nearly always, few programs leave at once
     _batch_list_kernel[(tiles if overflow is None else min(tiles, AGAIN_PROGRAMS),)](
@@ -119,7 +120,6 @@ def _append(
         size=buffer.entries.numel(),
         first_feature=start,
         n_tokens=x.shape[0],
-        EVEN_D=encoder.d_in % config["BLOCK_D"] == 0,
         **config,
     )
 

@@ -123,6 +123,13 @@ def launch_config(kernel: str, like: torch.Tensor, odd: bool = False) -> LaunchC
     return found[0]
 
 
+def tile_config(kernel: str, like: torch.Tensor, *depths: int) -> LaunchConfig:
+    """The parameters that serve a kernel of products so deep; `EVEN_D` says that none needs masks along its depth."""
+    config = launch_config(kernel, like)
+    config = launch_config(kernel, like, odd=any(depth % config["BLOCK_D"] for depth in depths))
+    return config | {"EVEN_D": all(depth % config["BLOCK_D"] == 0 for depth in depths)}
+
+
 @contextmanager
 def override(table: str | Table) -> Iterator[None]:
     """Use the table of another architecture (by name), or the one given."""

@@ -28,9 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels.gpu.config import launch_config
+from fastsae_kernels.gpu.config import launch_config, tile_config
 from fastsae_kernels.gpu.feature_chunks import FeatureGradients
-from fastsae_kernels.gpu.overflow_tile import add_product, gated_tile, operands_of, tile_config, upstream_of
+from fastsae_kernels.gpu.overflow_tile import add_product, gated_tile, operands_of, upstream_of
 from fastsae_kernels.types import AutoencodeSpec, OutputGrads, Overflow, PassInputs
 
 # how many programs work on rows, each with a scratch; enough to read the weights at a good part of a device's rate

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels.gpu.config import LaunchConfig, launch_config
 from fastsae_kernels.gpu.tiles import gate, gate_gradients, penalty_terms, tile_product
 from fastsae_kernels.types import AutoencodeSpec, OutputGrads, Overflow
 
@@ -82,13 +81,6 @@ def upstream_of(grads: OutputGrads, W_dec: Tensor, spec: AutoencodeSpec) -> Upst
         grad_penalty.stride(0), 0 if row_scale is None else row_scale.stride(0),
         1 / spec.bandwidth if spec.bandwidth > 0 else 0.0,
     )  # fmt: skip
-
-
-def tile_config(kernel: str, like: Tensor, *depths: int) -> LaunchConfig:
-    """The launch parameters of a kernel; `EVEN_D` says that no product needs masks along its depth."""
-    config = launch_config(kernel, like)
-    config = launch_config(kernel, like, odd=any(depth % config["BLOCK_D"] for depth in depths))
-    return config | {"EVEN_D": all(depth % config["BLOCK_D"] == 0 for depth in depths)}
 
 
 @triton.jit

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels.gpu.overflow_tile import operands_of, tile_config
+from fastsae_kernels.gpu.config import tile_config
+from fastsae_kernels.gpu.overflow_tile import operands_of
 from fastsae_kernels.gpu.tiles import active_bits, pack_entry, rank_entry, unrank_entry
 from fastsae_kernels.gpu.topk import flag_rows
 from fastsae_kernels.types import Overflow

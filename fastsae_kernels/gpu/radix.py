@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsae_kernels.gpu.config import LaunchConfig, launch_config
+from fastsae_kernels.gpu.config import tile_config
 from fastsae_kernels.gpu.tiles import EncoderInputs, active_bits, entry_value, value_bits
 
 BINS = 2048
@@ -253,20 +253,12 @@ def cut_buffer(buffer: Buffer, n_tokens: int, n_kept: int, levels: int) -> Cut:
     return _cut(buffer, n_tokens, n_kept, histogram, levels, closes=True)
 
 
-def list_config(x: Tensor, again: bool) -> LaunchConfig:
-    """Launch parameters of the kernels that compute activations; `again`: those that do so after an overflow."""
-    name = "batch_again" if again else "batch_list"
-    config = launch_config(name, x)
-    return dict(launch_config(name, x, odd=x.shape[1] % config["BLOCK_D"] != 0))
-
-
 def cut_activations(encoder: EncoderInputs, buffer: Buffer, n_kept: int) -> Cut:
     """The `n_kept` largest activations of all, recomputed; does nothing on the device unless the buffer overflowed."""
     n_tokens = encoder.x.shape[0]
-    config = list_config(
-        encoder.x, again=True
-    )  # as the pass that lists what is found here: equal tiles have equal sums
-    config.pop("GROUP_B")
+    # as the pass that lists what is found here: equal tiles have equal sums
+    config = tile_config("batch_again", encoder.x, encoder.d_in)
+    del config["GROUP_B"]
     tiles = triton.cdiv(n_tokens, config["BLOCK_B"]) * triton.cdiv(encoder.d_sae, config["BLOCK_S"])
 
     def histogram(level: int, hists: Tensor, ties: Tensor) -> None:
@@ -279,7 +271,6 @@ def cut_activations(encoder: EncoderInputs, buffer: Buffer, n_kept: int) -> Cut:
             size=buffer.entries.numel(),
             n_tokens=n_tokens,
             LEVEL=level,
-            EVEN_D=encoder.d_in % config["BLOCK_D"] == 0,
             **config,
         )
 

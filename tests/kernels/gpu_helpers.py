@@ -7,11 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import problems
 import pytest
 import torch
 from torch import Tensor
+
+from fastsae_kernels import AutoencodeSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHECKED = "ttsem" in sys.modules  # a CPU runs the compiled kernels, checks each access, and says that it is a GPU
@@ -19,8 +22,6 @@ ON_GPU = DEVICE == "cuda" and not CHECKED
 NEEDS_GPU = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device: its streams, graphs and synchronisation")
 NEEDS_ROUNDING = pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter cuts fp32 off to bf16, a GPU rounds")
 NARROW = [torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_ROUNDING)]
-
-
 HAS_DESCRIPTORS = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
 
 
@@ -82,13 +83,16 @@ class TwoDevices:
             self.current = before
 
 
-def few_programs_here() -> AbstractContextManager[None]:
-    """Those tiles on a CPU; a GPU runs the shipped ones."""
+def launch_table(tiles: dict[str, Any]) -> dict[str, Any]:
+    """A launch table that has the same tiles for operands of 16 and of 32 bits."""
+    return {kernel: {"16": config, "32": config} for kernel, config in tiles.items()}
+
+
+def few_programs_here(**others: dict[str, int]) -> AbstractContextManager[None]:
+    """Those tiles on a CPU, but for kernels that have others; a GPU runs the shipped ones."""
     from fastsae_kernels.gpu import config
 
-    if ON_GPU:
-        return nullcontext()
-    return config.override({name: {"16": tiles, "32": tiles} for name, tiles in FEW_PROGRAMS.items()})
+    return nullcontext() if ON_GPU else config.override(launch_table(FEW_PROGRAMS | others))
 
 
 def on_device(tensor: Tensor) -> Tensor:
@@ -107,6 +111,36 @@ def first(problem: problems.Problem, n_tokens: int) -> problems.Problem:
         grad_out=problem.grad_out[:n_tokens],
         grad_penalty=problem.grad_penalty[:n_tokens],
     )
+
+
+def transcoder(spec: AutoencodeSpec, d_out: int, n_tokens: int = 9) -> problems.Problem:
+    """A problem whose reconstruction has another width than its input."""
+    g = torch.Generator().manual_seed(3)
+    return replace(
+        problems.make(n_tokens, 20, 43, spec=spec, density=0.2, with_scale=spec.penalty != "l0"),
+        W_dec=torch.randn(43, d_out, generator=g),
+        b_dec=torch.randn(d_out, generator=g),
+        grad_out=torch.randn(n_tokens, d_out, generator=g),
+    )
+
+
+def near_and_far(monkeypatch: pytest.MonkeyPatch) -> tuple[problems.Problem, problems.Problem]:
+    """A problem, and the same with rows 2^30 elements apart: an int32 row * stride would wrap and read elsewhere."""
+    try:
+        memory = torch.empty(2**31 + 8, dtype=torch.float16)  # reserved, never touched but for three rows
+    except RuntimeError:
+        pytest.skip("cannot reserve 4 GiB of address space")
+    copy = torch.UntypedStorage.copy_
+    # the interpreter copies each argument back onto itself, which would touch every page
+    monkeypatch.setattr(
+        torch.UntypedStorage, "copy_", lambda a, b, *args: a if a.data_ptr() == b.data_ptr() else copy(a, b, *args)
+    )
+    near = problems.make(3, 2, 3, spec=AutoencodeSpec(bandwidth=0.5), density=0.5).to(torch.float16)
+    names = ("x", "W_dec", "grad_out")
+    far = {name: memory[2 * i :].as_strided((3, 2), (2**30, 1)) for i, name in enumerate(names)}
+    for name, tensor in far.items():
+        tensor.copy_(getattr(near, name))
+    return near, replace(near, **far)
 
 
 def run(

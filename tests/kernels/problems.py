@@ -196,6 +196,12 @@ def assert_within_budget(name: str, got: Tensor, truth: Tensor, eager: Tensor, f
     )
 
 
+def assert_bit_equal(one: Result, other: Result) -> None:
+    """Every output and every gradient."""
+    for name, value in {**one.outputs, **one.grads}.items():
+        assert torch.equal(value, {**other.outputs, **other.grads}[name]), name
+
+
 def assert_matches(got: Result, problem: Problem) -> None:
     """Counts exactly, outputs and every gradient by name within the error budget."""
     truth, eager = run_reference(problem.to(torch.float64)), run_reference(problem)

@@ -37,11 +37,14 @@ def run(problem: problems.Problem, backend: Backend | None = None) -> problems.R
 
 @pytest.fixture(params=["rescored", "plain", "small", "small, few", "small, rough"])
 def scoring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The ways to find candidates.
+
+    They are bf16 with the margin and a second score, the plain product, and one product in all, by oneDNN with a margin or
+    plain.
+    """
     if "small" in request.param:
         force_product(monkeypatch, rough="rough" in request.param, few="few" in request.param)
-    """The ways to find candidates: bf16 with the margin and a second score, the plain product, one product in all
-    (by oneDNN with a margin, or plain)."""
-    if "small" not in request.param:
+    else:
         rescored = request.param == "rescored"
         monkeypatch.setattr(cpu_encode, "MAX_ELEMENTS", 0)
         monkeypatch.setattr(cpu_product, "has_fast_bf16", lambda: rescored)
@@ -154,7 +157,8 @@ def test_other_dtypes(dtype: torch.dtype, backend: Backend) -> None:
     problems.assert_matches(run(problem, backend), problem)
 
 
-def test_non_contiguous_and_expanded_inputs() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "dense"])
+def test_non_contiguous_and_expanded_inputs(backend: Backend) -> None:
     base = problems.make(40, 24, 300)
     problem = replace(
         base,
@@ -163,23 +167,13 @@ def test_non_contiguous_and_expanded_inputs() -> None:
         W_dec=base.W_dec.t().contiguous().t(),
         grad_out=base.grad_out.t().contiguous().t(),
     )
-    for backend in ("cpu", "dense"):
-        problems.assert_matches(run(problem, backend), problem)  # type: ignore[arg-type]
+    problems.assert_matches(run(problem, backend), problem)
 
 
-def test_uninitialised_memory_never_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    def poison(make):  # type: ignore[no-untyped-def]
-        def poisoned(*args, **kwargs):  # type: ignore[no-untyped-def]
-            made = make(*args, **kwargs)
-            return made.fill_(float("nan")) if made.is_floating_point() else made
-
-        return poisoned
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+@pytest.mark.parametrize("backend", ["cpu", "dense"])
+def test_uninitialised_memory_never_shows(backend: Backend, poisoned_memory: None) -> None:
     problem = problems.make(d_sae=300)
-    for backend in ("cpu", "dense"):
-        problems.assert_matches(run(problem, backend), problem)  # type: ignore[arg-type]
+    problems.assert_matches(run(problem, backend), problem)
 
 
 def test_path_follows_activity_and_the_numbers_do_not_change() -> None:
@@ -225,12 +219,10 @@ def test_non_finite_bias_is_reported_not_lost(bad: float, scoring: str) -> None:
         run(replace(problem, spec=AutoencodeSpec(k=3)))
 
 
-def test_two_runs_are_bit_equal() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "dense"])
+def test_two_runs_are_bit_equal(backend: Backend) -> None:
     problem = problems.make(300, 32, 512)
-    for backend in ("cpu", "dense"):
-        first, second = run(problem, backend), run(problem, backend)  # type: ignore[arg-type]
-        for name, grad in first.grads.items():
-            assert torch.equal(grad, second.grads[name]), name
+    problems.assert_bit_equal(run(problem, backend), run(problem, backend))
 
 
 @pytest.mark.skipif(not has_fast_bf16(), reason="this CPU has no bf16 units, so the product would be emulated")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gpu_helpers import DEVICE, NARROW, ON_GPU, needs_kernels
+from gpu_helpers import DEVICE, NARROW, ON_GPU, launch_table, needs_kernels
 from problems import assert_within_budget
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(InterpreterBuilder, "create_fdiv", lambda self, a, b: self.binary_op(a, b, divide))
     monkeypatch.setattr(InterpreterBuilder, "create_sqrt", lambda self, a: self.unary_op(a, root))
     tiles = {"BLOCK_E": 2, "D_PER_WARP": 512}
-    with config.override({name: {"16": tiles, "32": tiles} for name in ("adam_rows", "feature_sums")}):
+    with config.override(launch_table({"adam_rows": tiles, "feature_sums": tiles})):
         yield
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import problems
 import pytest
 import torch
-from gpu_helpers import DEVICE, FEW_PROGRAMS, NARROW, ON_GPU, first, needs_kernels, run
+from gpu_helpers import DEVICE, NARROW, ON_GPU, few_programs_here, first, near_and_far, needs_kernels, run, transcoder
 
 from fastsae_kernels import AutoencodeSpec
 
@@ -22,14 +22,12 @@ SPECS = problems.SPECS
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiles that suit the interpreter, several of them even on small problems; a GPU runs the shipped ones."""
-    from fastsae_kernels.gpu import config, overflow
+    """Tiles that suit the interpreter, several of them even on small problems; a GPU runs what is shipped."""
+    from fastsae_kernels.gpu import overflow
 
-    if ON_GPU:
-        yield
-        return
-    monkeypatch.setattr(overflow, "SCRATCH_PROGRAMS", 3)
-    with config.override({name: {"16": tiles, "32": tiles} for name, tiles in FEW_PROGRAMS.items()}):
+    if not ON_GPU:
+        monkeypatch.setattr(overflow, "SCRATCH_PROGRAMS", 3)
+    with few_programs_here():
         yield
 
 
@@ -93,14 +91,7 @@ def test_more_overflowing_rows_than_splits() -> None:
 
 def test_d_out_other_than_d_in() -> None:
     """A transcoder: the target's width is not the input's."""
-    base = problems.make(9, 20, 43, spec=SPECS["ste to input"])
-    g = torch.Generator().manual_seed(3)
-    problem = replace(
-        base,
-        W_dec=torch.randn(43, 33, generator=g),
-        b_dec=torch.randn(33, generator=g),
-        grad_out=torch.randn(9, 33, generator=g),
-    )
+    problem = transcoder(SPECS["ste to input"], 33)
     for capacity in (43, 2):
         problems.assert_matches(run(problem, capacity), problem)
 
@@ -158,33 +149,14 @@ def test_nan_reaches_the_output_of_its_row_alone(capacity: int, k: int | None) -
 
 def test_two_runs_are_bit_equal() -> None:
     problem = problems.make(9, 20, 43, spec=SPECS["l0"], density=0.3)
-    first_run, second_run = run(problem, 12), run(problem, 12)
-    for name, grad in first_run.grads.items():
-        assert torch.equal(grad, second_run.grads[name]), name
+    problems.assert_bit_equal(run(problem, 12), run(problem, 12))
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="reserves host memory; the offsets are the same code on a GPU")
 @pytest.mark.parametrize("capacity", [3, 1], ids=["fits", "overflows"])
 def test_offsets_past_two_to_the_31(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows 2^30 elements apart: an int32 row * stride would wrap and read elsewhere."""
-    try:
-        memory = torch.empty(2**31 + 8, dtype=torch.float16)  # reserved, never touched but for three rows
-    except RuntimeError:
-        pytest.skip("cannot reserve 4 GiB of address space")
-    copy = torch.UntypedStorage.copy_
-    # the interpreter copies each argument back onto itself, which would touch every page
-    monkeypatch.setattr(
-        torch.UntypedStorage, "copy_", lambda a, b, *args: a if a.data_ptr() == b.data_ptr() else copy(a, b, *args)
-    )
-    near = problems.make(3, 2, 3, spec=AutoencodeSpec(bandwidth=0.5), density=0.5).to(torch.float16)
-    names = ("x", "W_dec", "grad_out")
-    far = {name: memory[2 * i :].as_strided((3, 2), (2**30, 1)) for i, name in enumerate(names)}
-    for name, tensor in far.items():
-        tensor.copy_(getattr(near, name))
-    expected = run(near, capacity)
-    got = run(replace(near, **far), capacity)
-    for name, value in {**expected.outputs, **expected.grads}.items():
-        assert torch.equal(value, {**got.outputs, **got.grads}[name]), name
+    near, far = near_and_far(monkeypatch)
+    problems.assert_bit_equal(run(near, capacity), run(far, capacity))
 
 
 def test_fp64_is_refused() -> None:

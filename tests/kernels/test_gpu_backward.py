@@ -9,7 +9,7 @@ from typing import Any
 import problems
 import pytest
 import torch
-from gpu_helpers import DEVICE, FEW_PROGRAMS, NARROW, needs_kernels, on_device
+from gpu_helpers import DEVICE, FEW_PROGRAMS, NARROW, launch_table, near_and_far, needs_kernels, on_device
 from torch import Tensor
 
 from fastsae_kernels import AutoencodeSpec, SparseActs, reference
@@ -17,7 +17,7 @@ from fastsae_kernels.types import OutputGrads, PassInputs
 
 pytestmark = needs_kernels
 SPECS = problems.SPECS
-FEW_TABLE: dict[str, Any] = {name: {"16": tiles, "32": tiles} for name, tiles in FEW_PROGRAMS.items()}
+FEW_TABLE = launch_table(FEW_PROGRAMS)
 CHUNK: int = FEW_PROGRAMS["fused_backward"]["CHUNK"]
 # entries of each feature, before chunks are cut: none, one chunk, its edges, several chunks, every token
 COUNTS = (0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1, 3 * CHUNK - 1, 26, 0, 26)
@@ -321,23 +321,9 @@ def test_two_runs_are_bit_equal() -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="reserves host memory; the offsets are the same code on a GPU")
 def test_offsets_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows 2^30 elements apart: an int32 row * stride would wrap and read elsewhere."""
-    try:
-        memory = torch.empty(2**31 + 8, dtype=torch.float16)  # reserved, never touched but for three rows
-    except RuntimeError:
-        pytest.skip("cannot reserve 4 GiB of address space")
-    copy = torch.UntypedStorage.copy_
-    # the interpreter copies each argument back onto itself, which would touch every page
-    monkeypatch.setattr(
-        torch.UntypedStorage, "copy_", lambda a, b, *args: a if a.data_ptr() == b.data_ptr() else copy(a, b, *args)
-    )
-    near = problems.make(3, 2, 3, spec=AutoencodeSpec(bandwidth=0.5), density=0.5).to(torch.float16)
+    near, far = near_and_far(monkeypatch)
     acts = listed_by(near)
-    names = ("x", "W_dec", "grad_out")
-    far = {name: memory[2 * i :].as_strided((3, 2), (2**30, 1)) for i, name in enumerate(names)}
-    for name, tensor in far.items():
-        tensor.copy_(getattr(near, name))
-    for got, expected in zip(fused(replace(near, **far), acts), fused(near, acts), strict=True):
+    for got, expected in zip(fused(far, acts), fused(near, acts), strict=True):
         assert got is expected is None or torch.equal(got, expected)
 
 

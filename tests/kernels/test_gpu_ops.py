@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import problems
 import pytest
 import torch
-from gpu_helpers import DEVICE, FEW_PROGRAMS, NEEDS_GPU, ON_GPU, needs_kernels, run
+from gpu_helpers import DEVICE, NEEDS_GPU, few_programs_here, needs_kernels, run
 
 import fastsae_kernels as kernels
 from fastsae_kernels import AutoencodeSpec, SparseActs, reference
@@ -19,12 +19,7 @@ pytestmark = needs_kernels
 
 @pytest.fixture(autouse=True)
 def few_programs() -> Iterator[None]:
-    from fastsae_kernels.gpu import config
-
-    if ON_GPU:
-        yield
-        return
-    with config.override({name: {"16": tiles, "32": tiles} for name, tiles in FEW_PROGRAMS.items()}):
+    with few_programs_here():
         yield
 
 

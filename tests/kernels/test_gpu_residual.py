@@ -12,7 +12,7 @@ from importlib import import_module
 import problems
 import pytest
 import torch
-from gpu_helpers import FEW_PROGRAMS, NARROW, ON_GPU, first, needs_kernels, run
+from gpu_helpers import NARROW, ON_GPU, few_programs_here, first, needs_kernels, run, transcoder
 from torch import Tensor
 
 from fastsae_kernels import AutoencodeSpec
@@ -27,16 +27,13 @@ EVERY_WAY = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiles that suit the interpreter, several of them even on small problems; a GPU runs the shipped ones."""
-    from fastsae_kernels.gpu import config, overflow
+    """Tiles that suit the interpreter, several of them even on small problems; a GPU runs what is shipped."""
+    from fastsae_kernels.gpu import overflow
 
-    if ON_GPU:
-        yield
-        return
-    monkeypatch.setattr(overflow, "SCRATCH_PROGRAMS", 3)
-    monkeypatch.setattr(import_module("fastsae_kernels.gpu.decode"), "MAX_ROW_SPLITS", 2)
-    tiles = FEW_PROGRAMS | {"decode": {"BLOCK_E": 4, "BLOCK_D": 16}}
-    with config.override({name: {"16": tile, "32": tile} for name, tile in tiles.items()}):
+    if not ON_GPU:
+        monkeypatch.setattr(overflow, "SCRATCH_PROGRAMS", 3)
+        monkeypatch.setattr(import_module("fastsae_kernels.gpu.decode"), "MAX_ROW_SPLITS", 2)
+    with few_programs_here(decode={"BLOCK_E": 4, "BLOCK_D": 16}):
         yield
 
 
@@ -85,17 +82,6 @@ def assert_matches(
     assert got.grads.keys() == truth.grads.keys()
     for name, grad in truth.grads.items():
         problems.assert_within_budget(f"grad of {name}", got.grads[name], grad, eager.grads[name])
-
-
-def transcoder(spec: AutoencodeSpec, d_out: int, n_tokens: int = 9) -> problems.Problem:
-    """A problem whose reconstruction has another width than its input."""
-    g = torch.Generator().manual_seed(3)
-    return replace(
-        problems.make(n_tokens, 20, 43, spec=spec, density=0.2, with_scale=spec.penalty != "l0"),
-        W_dec=torch.randn(43, d_out, generator=g),
-        b_dec=torch.randn(d_out, generator=g),
-        grad_out=torch.randn(n_tokens, d_out, generator=g),
-    )
 
 
 @pytest.mark.parametrize("capacity", [64, 2], ids=["fits", "overflows"])
@@ -206,8 +192,4 @@ def test_without_a_target_nothing_changes() -> None:
 def test_two_runs_are_bit_equal(capacity: int) -> None:
     problem = transcoder(SPECS["l0"], 33)
     target, row_scale = operands(problem)
-    first_run, second_run = (run(problem, capacity, target, row_scale) for _ in range(2))
-    for name, output in first_run.outputs.items():
-        assert torch.equal(output, second_run.outputs[name]), name
-    for name, grad in first_run.grads.items():
-        assert torch.equal(grad, second_run.grads[name]), name
+    problems.assert_bit_equal(*(run(problem, capacity, target, row_scale) for _ in range(2)))

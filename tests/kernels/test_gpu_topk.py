@@ -12,7 +12,7 @@ from dataclasses import replace
 import problems
 import pytest
 import torch
-from gpu_helpers import DEVICE, FEW_PROGRAMS, NARROW, ON_GPU, needs_kernels, run
+from gpu_helpers import DEVICE, NARROW, few_programs_here, first, needs_kernels, run
 from torch import Tensor
 
 from fastsae_kernels import AutoencodeSpec, reference
@@ -23,7 +23,7 @@ pytestmark = needs_kernels
 @pytest.fixture(autouse=True)
 def small_ranges(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Rows that hold few entries, hence many ranges of features on small problems."""
-    from fastsae_kernels.gpu import batch_topk, config, radix, row_topk
+    from fastsae_kernels.gpu import batch_topk, radix, row_topk
 
     monkeypatch.setattr(row_topk, "MIN_CAPACITY", 16)
     monkeypatch.setattr(row_topk, "SMALL_BATCH", 0)
@@ -31,10 +31,7 @@ def small_ranges(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(batch_topk, "AGAIN_PROGRAMS", 2)
     monkeypatch.setattr(radix, "BLOCK", 64)
     monkeypatch.setattr(radix, "PROGRAMS", 3)
-    if ON_GPU:
-        yield
-        return
-    with config.override({name: {"16": tiles, "32": tiles} for name, tiles in FEW_PROGRAMS.items()}):
+    with few_programs_here():
         yield
 
 
@@ -102,12 +99,6 @@ def half_active(spec: AutoencodeSpec, n_tokens: int = 9, d_sae: int = 150) -> pr
     """A random problem with thresholds of 0, as a TopK SAE has."""
     problem = problems.make(n_tokens, 20, d_sae, spec=spec, with_scale=spec.penalty != "l0")
     return replace(problem, threshold=torch.zeros(d_sae))
-
-
-def first(problem: problems.Problem, n_tokens: int) -> problems.Problem:
-    """The first tokens of a problem."""
-    rows = {name: getattr(problem, name)[:n_tokens] for name in ("x", "grad_out", "grad_penalty")}
-    return replace(problem, **rows)
 
 
 def rising(problem: problems.Problem) -> problems.Problem:
@@ -257,9 +248,7 @@ def test_nan_reaches_the_output_of_its_row_alone(spec: AutoencodeSpec, overflowi
 @pytest.mark.parametrize("overflowing", [False, True])
 def test_two_runs_are_bit_equal(spec: AutoencodeSpec, overflowing: bool) -> None:
     problem = rising(half_active(spec)) if overflowing else half_active(spec)
-    one, two = run(problem, 32), run(problem, 32)
-    for name, value in {**one.outputs, **one.grads}.items():
-        assert torch.equal(value, {**two.outputs, **two.grads}[name]), name
+    problems.assert_bit_equal(run(problem, 32), run(problem, 32))
 
 
 @BOTH

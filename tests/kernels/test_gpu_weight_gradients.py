@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from gpu_helpers import DEVICE, FEW_PROGRAMS, ON_GPU, needs_kernels
+from gpu_helpers import DEVICE, few_programs_here, needs_kernels
 from torch import Tensor
 
 from fastsae_kernels import SparseActs
@@ -18,12 +18,7 @@ N_TOKENS, N_FEATURES, D_IN, SPAN = 6, 7, 10, 4
 
 @pytest.fixture(autouse=True)
 def few_programs() -> Iterator[None]:
-    from fastsae_kernels.gpu import config
-
-    if ON_GPU:
-        yield
-        return
-    with config.override({name: {"16": tiles, "32": tiles} for name, tiles in FEW_PROGRAMS.items()}):
+    with few_programs_here():
         yield
 
 
