@@ -52,7 +52,7 @@ def collect(plan: Plan, output: Path, failures: Mapping[str, str], measured: dic
     sums = {arm: [DialogueSums.load(place) for place in seeds.values()] for arm, seeds in places.items() if seeds}
     metrics = {place: read_json(place / METRICS_FILE) for seeds in places.values() for place in seeds.values()}
     config = read_config(next(iter(places[REFERENCE].values())))
-    names: Any = {name: name_of(getattr(config, name)) for name in ("model", "dataset")}
+    config = replace(config, model=name_of(config.model), dataset=name_of(config.dataset))
     d_in = sums[REFERENCE][0].d_in
     n_features = config.n_features(d_in)
     dead = {
@@ -70,8 +70,9 @@ def collect(plan: Plan, output: Path, failures: Mapping[str, str], measured: dic
         error = next((failures[name] for seed in plan.seeds if (name := sae_name(arm, seed)) in failures), None)
         arms.append(_arm(arm, plan, runs, error))
     return {
-        **names,
+        "model": config.model,
         "layer": config.layer or 0,
+        "dataset": config.dataset,
         "text_dataset": name_of(plan.text) if plan.text and any(ARMS[arm].needs_text for arm in plan.arms) else None,
         "d_in": d_in,
         "d_sae": n_features,
@@ -82,7 +83,7 @@ def collect(plan: Plan, output: Path, failures: Mapping[str, str], measured: dic
         "values": values,
         "differences": differences,
         "warnings": _warnings(arms, values["all"]["l0"]),
-        "config": asdict(replace(config, seed=plan.seeds[0], **names)),
+        "config": asdict(replace(config, seed=plan.seeds[0])),
         "version": __version__,
         "gsnr": measured["gsnr"],
         "leakage": measured["leakage"],
