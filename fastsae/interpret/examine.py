@@ -12,6 +12,7 @@ import numpy as np
 from fastsae.data.activations import ResidualStream
 from fastsae.data.sequencing import TokenBatch
 from fastsae.data.special_tokens import SpecialTokens
+from fastsae.errors import UsageError
 from fastsae.interpret.collect import collect_examples
 from fastsae.interpret.logits import FeatureLogits, Neighbour, feature_logits, nearest_features
 from fastsae.interpret.scores import draw_features
@@ -116,6 +117,11 @@ def examine(
         resume=True,
         progress=progress,
     )
+    if not store.counts.any():
+        raise UsageError(
+            f"{subject.name}: none of its {store.d_sae:,} features fires on the {store.n_tokens:,} tokens that were read, so there "
+            "is nothing to show; check that the SAE belongs to this model and layer"
+        )
     features = draw_features(store, scored, seed) if isinstance(scored, int) else sorted(set(scored))
     for feature in features:
         store.examples(feature)  # raises for one that does not exist, or fires nowhere

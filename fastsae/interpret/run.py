@@ -51,11 +51,19 @@ def interpret(
         UsageError: The SAEs do not read the same dialogues, or an option does not fit.
         FastsaeError: The judge cannot work, or a file is damaged; the examples stay.
     """
+    if unknown := [name for name in scores if name not in SCORES]:
+        raise UsageError(f"scores: expected some of {', '.join(SCORES)}, got {unknown[0]!r}")
     started = time.perf_counter()
     n_shown = N_SHOWN if isinstance(features, int) else 0
     options: dict[str, Any] = {"seed": seed, "scored": features, "n_shown": n_shown, "progress": progress}
     examined = [examine(subject, **options) for subject in subjects]
     _check_same_dialogues(examined)
+    for one in examined:
+        if not one.scored:
+            raise UsageError(
+                f"{one.subject.name}: no feature fires in five of the {one.store.n_dialogues:,} dialogues, which a score takes at "
+                "least; read more of them with --eval-dialogues"
+            )
     judge = judge_of(examined[0].tokenizer)
     saes = {}
     for one in examined:
