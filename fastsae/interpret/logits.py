@@ -167,10 +167,13 @@ def nearest_features(W_dec: Tensor, features: Sequence[int], k: int = 5) -> list
         features: Indices of rows.
         k: How many, fewer in a small SAE.
     """
-    ids = torch.as_tensor(features, dtype=torch.long, device=W_dec.device)
+    all_ids = torch.as_tensor(features, dtype=torch.long, device=W_dec.device)
+    return [found for ids in all_ids.split(_FEATURES_AT_ONCE) for found in _nearest(W_dec, ids, k)]
+
+
+def _nearest(W_dec: Tensor, ids: Tensor, k: int) -> list[tuple[Neighbour, ...]]:
     wanted = _unit(W_dec[ids])
-    best = torch.full((len(ids), 0), 0.0, device=W_dec.device)
-    best_ids = ids.new_zeros(len(ids), 0)
+    best, best_ids = wanted.new_zeros(len(ids), 0), ids.new_zeros(len(ids), 0)
     for start in range(0, len(W_dec), _ROWS_AT_ONCE):
         rows = W_dec[start : start + _ROWS_AT_ONCE]
         others = torch.arange(start, start + len(rows), device=W_dec.device)

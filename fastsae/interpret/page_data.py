@@ -119,6 +119,10 @@ class TokenTable:
             self.texts.append(self._token_text(token))
         return self._places[token]
 
+    def text(self, token: int) -> str:
+        """A token's text."""
+        return self.texts[self.place(token)]
+
 
 def pack_features(features: Sequence[PageFeature], token_text: Callable[[int], str]) -> dict[str, Any]:
     """The features as objects of JSON.
