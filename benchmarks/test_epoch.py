@@ -27,7 +27,7 @@ CASE = Case("epoch", "embedded model", CPU_SHAPES["demo"], {PROVIDER: Provider(l
 
 
 @cases_and_providers([CASE])
-def test_epoch(benchmark, request, timed_rows, case: Case, provider: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_epoch(benchmark, timed_rows, case: Case, provider: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """One run in a process of its own; red where the SAE that comes out is a bad one."""
     started = time.perf_counter()
     command = [sys.executable, "-c", PROGRAM, tmp_path / "peak", "train", "--output", tmp_path / "run"]

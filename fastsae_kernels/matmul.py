@@ -78,7 +78,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """
     if _is_transposed(out):  # then in the order of its memory
         a, b, out = b.t(), a.t(), out.t()
-    if _is_onednn_faster(a, b, out):
+    if _is_onednn_faster(a, out):
         for start in range(0, a.shape[1], LONGEST_SUM):
             block = slice(start, start + LONGEST_SUM)
             part = by_onednn(a[:, block].contiguous(), b[block].t().contiguous())
@@ -116,7 +116,7 @@ def _is_transposed(matrix: Tensor) -> bool:
     return matrix.stride(0) == 1 < matrix.stride(1)
 
 
-def _is_onednn_faster(a: Tensor, b: Tensor, out: Tensor) -> bool:
+def _is_onednn_faster(a: Tensor, out: Tensor) -> bool:
     if a.device.type != "cpu" or a.dtype != torch.float32 or out.dtype != torch.float32:
         return False
     enough = min(out.shape) >= MIN_ROWS and a.shape[1] > 0

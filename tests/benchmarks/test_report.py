@@ -229,16 +229,6 @@ def test_only_drawing_needs_matplotlib(written: Any, monkeypatch: pytest.MonkeyP
     assert written.files() == before
 
 
-@pytest.mark.parametrize("text", ["# name\n", f"{BEGIN}\n", f"{BEGIN}{END}{END}", f"{END}{BEGIN}", None])
-def test_readme_without_markers(bench: Any, text: str | None) -> None:
-    bench.add()
-    bench.readme.unlink() if text is None else bench.readme.write_text(text, encoding="utf-8")
-    for arguments in ([], ["--check"]):
-        status, printed = bench.report(*arguments)
-        assert status == 1
-        assert printed.startswith(f"benchmarks.report: error: {bench.readme}: one {BEGIN} and")
-
-
 def test_figures_in_sentences_are_filled_in(written: Any) -> None:
     sentence = "Ours takes <!-- n:step --><!-- /n -->, **<!-- n:accelerate/least -->2x<!-- /n -->** as fast.\n"
     written.readme.write_text(f"{sentence}{BEGIN}\n{END}\n", encoding="utf-8")
@@ -248,19 +238,30 @@ def test_figures_in_sentences_are_filled_in(written: Any) -> None:
     assert written.readme.read_text(encoding="utf-8").startswith(right)
 
 
+PAIR = f"{BEGIN}{END}"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<!-- n:stride -->1<!-- /n -->", "there is no figure 'stride', but there are accelerate/least, "),
-        ("<!-- n:step/dense-compiled-bf16 -->1<!-- /n -->", "the results do not tell the figure 'step/dense-comp"),
-        ("<!-- n:step -->1", "a figure stands between '<!-- n:NAME -->' and '<!-- /n -->'"),
-        ("1<!-- /n -->", "a figure stands between '<!-- n:NAME -->' and '<!-- /n -->'"),
+        *((text, f"one {BEGIN} and") for text in (None, "# name", BEGIN, f"{PAIR}{END}", f"{END}{BEGIN}")),
+        (f"<!-- n:stride -->1<!-- /n -->{PAIR}", "there is no figure 'stride', but there are accelerate/least, "),
+        (
+            f"<!-- n:step/dense-compiled-bf16 -->1<!-- /n -->{PAIR}",
+            "the results do not tell the figure 'step/dense-comp",
+        ),
+        (f"<!-- n:step -->1{PAIR}", "a figure stands between '<!-- n:NAME -->' and '<!-- /n -->'"),
+        (f"1<!-- /n -->{PAIR}", "a figure stands between '<!-- n:NAME -->' and '<!-- /n -->'"),
     ],
 )
-def test_figures_that_there_are_not(bench: Any, text: str, message: str) -> None:
+def test_a_readme_that_cannot_be_filled_in_is_named(bench: Any, text: str | None, message: str) -> None:
+    """It is not there, its markers have no pair, or one names a figure that there is not."""
     bench.add()
-    bench.readme.write_text(f"{text}\n{BEGIN}{END}\n", encoding="utf-8")
-    assert bench.report()[1].startswith(f"benchmarks.report: error: {bench.readme}: {message}")
+    bench.readme.unlink() if text is None else bench.readme.write_text(text, encoding="utf-8")
+    for arguments in ([], ["--check"]):
+        status, printed = bench.report(*arguments)
+        assert status == 1
+        assert printed.startswith(f"benchmarks.report: error: {bench.readme}: {message}")
 
 
 def test_plots_are_the_same_twice_and_valid(bench: Any) -> None:

@@ -124,17 +124,23 @@ def transcoder(spec: AutoencodeSpec, d_out: int, n_tokens: int = 9) -> problems.
     )
 
 
-def near_and_far(monkeypatch: pytest.MonkeyPatch) -> tuple[problems.Problem, problems.Problem]:
-    """A problem, and the same with rows 2^30 elements apart: an int32 row * stride would wrap and read elsewhere."""
+def reserved(n_elements: int, monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """Memory in fp16 that takes address space alone, until it is touched."""
     try:
-        memory = torch.empty(2**31 + 8, dtype=torch.float16)  # reserved, never touched but for three rows
+        memory = torch.empty(n_elements, dtype=torch.float16)
     except RuntimeError:
-        pytest.skip("cannot reserve 4 GiB of address space")
+        pytest.skip(f"cannot reserve {n_elements / 2**29:.0f} GiB of address space")
     copy = torch.UntypedStorage.copy_
     # the interpreter copies each argument back onto itself, which would touch every page
     monkeypatch.setattr(
         torch.UntypedStorage, "copy_", lambda a, b, *args: a if a.data_ptr() == b.data_ptr() else copy(a, b, *args)
     )
+    return memory
+
+
+def near_and_far(monkeypatch: pytest.MonkeyPatch) -> tuple[problems.Problem, problems.Problem]:
+    """A problem, and the same with rows 2^30 elements apart: an int32 row * stride would wrap and read elsewhere."""
+    memory = reserved(2**31 + 8, monkeypatch)
     near = problems.make(3, 2, 3, spec=AutoencodeSpec(bandwidth=0.5), density=0.5).to(torch.float16)
     names = ("x", "W_dec", "grad_out")
     far = {name: memory[2 * i :].as_strided((3, 2), (2**30, 1)) for i, name in enumerate(names)}

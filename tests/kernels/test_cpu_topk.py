@@ -193,15 +193,21 @@ def test_subnormal_activations_are_kept(way: str) -> None:
     assert 0 < acts.values.max() < torch.finfo(torch.float32).tiny
 
 
-def test_guess_is_proved_or_searched_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Early features fire most: guesses from them are far too high, and every token must be found out and redone."""
-    problem = CASES["activity falls with the index"]
+@pytest.fixture
+def searches(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each search began with guesses; in small blocks, so that there are several."""
     for name, value in {"MIN_TOKENS": 16, "BLOCK_ELEMENTS": 1, "DENSE_ELEMENTS": 0}.items():
         monkeypatch.setattr(cpu_topk, name, value)
     monkeypatch.setattr(cpu_product, "SCRATCH_ELEMENTS", 2**11)
-    searches = []
+    seen: list[bool] = []
     run = cpu_topk._Block.run
-    monkeypatch.setattr(cpu_topk._Block, "run", lambda self: searches.append(self.guesses) or run(self))
+    monkeypatch.setattr(cpu_topk._Block, "run", lambda self: seen.append(self.guesses) or run(self))
+    return seen
+
+
+def test_guess_is_proved_or_searched_again(searches: list[bool]) -> None:
+    """Early features fire most: guesses from them are far too high, and every token must be found out and redone."""
+    problem = CASES["activity falls with the index"]
     arguments = (problem.x, problem.W_enc, problem.b_enc, problem.threshold)
     assert_exact(cpu_topk.encode_topk(*arguments, 200), problem, 200, False, torch.float32)
     assert False in searches
@@ -212,17 +218,11 @@ def test_guess_is_proved_or_searched_again(monkeypatch: pytest.MonkeyPatch) -> N
     assert False not in searches  # the usual case needs one search
 
 
-def test_margins_that_grow_late_disprove_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_margins_that_grow_late_disprove_no_bound(searches: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """The last features are long and never active: all lower ends sink below bounds that were reached before."""
-    for name, value in {"MIN_TOKENS": 16, "BLOCK_ELEMENTS": 1, "DENSE_ELEMENTS": 0}.items():
-        monkeypatch.setattr(cpu_topk, name, value)
-    monkeypatch.setattr(cpu_product, "SCRATCH_ELEMENTS", 2**11)
     monkeypatch.setattr(cpu_product, "has_fast_bf16", lambda: True)
     late = torch.arange(700) >= 640
     problem = Case(BASE.x, BASE.W_enc * (1 + 9 * late), BASE.b_enc - 1e3 * late, BASE.threshold)
-    searches = []
-    run = cpu_topk._Block.run
-    monkeypatch.setattr(cpu_topk._Block, "run", lambda self: searches.append(self.guesses) or run(self))
     arguments = (problem.x, problem.W_enc, problem.b_enc, problem.threshold)
     assert_exact(cpu_topk.encode_topk(*arguments, 20), problem, 20, False, torch.float32)
     assert False not in searches

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import problems
 import pytest
 import torch
-from gpu_helpers import DEVICE, HAS_DESCRIPTORS, NARROW, ON_GPU, needs_kernels, on_device
+from gpu_helpers import DEVICE, HAS_DESCRIPTORS, NARROW, ON_GPU, needs_kernels, on_device, reserved
 from torch import Tensor
 
 from fastsae_kernels import AutoencodeSpec, reference
@@ -243,15 +243,7 @@ def test_strides_are_free() -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_offsets_past_two_to_the_31(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of x and of W_enc 2^30 elements apart: an int32 row * stride would wrap and read elsewhere."""
-    try:
-        memory = torch.empty(2**32 + 64, dtype=torch.float16)  # reserved, never touched but for a few rows
-    except RuntimeError:
-        pytest.skip("cannot reserve 8 GiB of address space")
-    copy = torch.UntypedStorage.copy_
-    # the interpreter copies each argument back onto itself, which would touch every page
-    monkeypatch.setattr(
-        torch.UntypedStorage, "copy_", lambda a, b, *args: a if a.data_ptr() == b.data_ptr() else copy(a, b, *args)
-    )
+    memory = reserved(2**32 + 64, monkeypatch)
     near = problems.make(3, 8, 5, spec=AutoencodeSpec(bandwidth=0.5), density=0.5).to(torch.float16)
     x = memory.as_strided((3, 8), (2**30, 1)).copy_(near.x)
     W_enc = memory[16:].as_strided((5, 8), (2**30, 1)).copy_(near.W_enc.t()).t()
@@ -260,33 +252,20 @@ def test_offsets_past_two_to_the_31(kernel: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_way_that_cannot_serve_is_one_clear_error() -> None:
-    p = problems.make(9, 20, 43)
+    p, wide = problems.make(9, 20, 43), problems.make(9, 24, 43).to(torch.float16)
     half = p.to(torch.float16)
-    cases: list[tuple[str, problems.Problem, dict[str, Any], str]] = [
-        ("list_descriptors", p, {}, "fp32 operands have no matrix instruction"),
-        ("list_descriptors", half, {}, "rows of x are 20 elements apart"),
-        ("list_descriptors", replace(half, x=half.x.t().contiguous().t()), {}, "x is not stored with d_in innermost"),
-        ("list_descriptors", replace(half, x=half.x[:1].expand(9, 20)), {}, "0 elements apart"),
-        (
-            "list_descriptors",
-            replace(problems.make(9, 24, 43).to(torch.float16), W_enc=torch.zeros(24, 43).half()),
-            {},
-            "W_enc",
-        ),
-        (
-            "list_descriptors",
-            problems.make(9, 24, 43).to(torch.float16),
-            {"misaligned": True},
-            "start at a multiple of 16",
-        ),
-    ]
-    for kernel, problem, options, message in cases:
-        if options.pop("misaligned", False):
-            problem = replace(problem, x=torch.zeros(9 * 24 + 1).half()[1:].view(9, 24))
-        if DEVICE == "cuda" and kernel == "list_descriptors" and not HAS_DESCRIPTORS:
-            message = "tensor memory accelerator"
-        with pytest.raises(ValueError, match=f"{kernel} cannot serve this call: .*{message}"):
-            run(kernel, problem, **options)
+    cases = (
+        (p, "fp32 operands have no matrix instruction"),
+        (half, "rows of x are 20 elements apart"),
+        (replace(half, x=half.x.t().contiguous().t()), "x is not stored with d_in innermost"),
+        (replace(half, x=half.x[:1].expand(9, 20)), "0 elements apart"),
+        (replace(wide, W_enc=torch.zeros(24, 43).half()), "W_enc"),
+        (replace(wide, x=torch.zeros(9 * 24 + 1).half()[1:].view(9, 24)), "start at a multiple of 16"),
+    )
+    for problem, message in cases:
+        reason = message if HAS_DESCRIPTORS else "tensor memory accelerator"
+        with pytest.raises(ValueError, match=f"list_descriptors cannot serve this call: .*{reason}"):
+            run("list_descriptors", problem)
 
 
 def test_wrong_arguments() -> None:
