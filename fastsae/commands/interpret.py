@@ -56,6 +56,12 @@ def add_parser(commands: Commands) -> None:
         metavar="NAME,...",
         help=f"what is scored [{','.join(SCORES)}]",
     )
+    parser.add_argument(
+        "--judge-device",
+        default="cpu",
+        metavar="NAME",
+        help="where the model of hf: computes: cpu, cuda or cuda:N [cpu]",
+    )
     endpoint = parser.add_argument_group("judge behind an endpoint")
     endpoint.add_argument(
         "--key-variable",
@@ -137,14 +143,25 @@ def _names(places: list[str]) -> list[str]:
 
 def run(arguments: Namespace) -> None:
     """Runs the command."""
-    from fastsae.interpret.judges import make_judge
+    from fastsae.interpret.judges import EndpointOptions, make_judge
     from fastsae.interpret.run import N_SCORED, PAGE_FILE, RESULT_FILE, interpret
-    from fastsae.interpret.terminal import print_scores
+    from fastsae.interpret.terminal import print_calls, print_scores
 
     subjects, output = subjects_of(arguments)
+    progress = not arguments.quiet
+    endpoint = EndpointOptions(
+        key_variable=arguments.key_variable,
+        budget=arguments.budget,
+        cache=output / "answers",
+        dry_run=arguments.dry_run,
+    )
+    judge_of = partial(make_judge, arguments.judge, endpoint=endpoint, device=arguments.judge_device, progress=progress)
     features = arguments.feature or arguments.features or N_SCORED
-    options = {"scores": arguments.scores, "features": features, "progress": not arguments.quiet}
-    result = interpret(subjects, output, make_judge, **options)
+    options = {"scores": arguments.scores, "features": features, "progress": progress, "writes": not arguments.dry_run}
+    result = interpret(subjects, output, judge_of, **options)
+    if arguments.dry_run:
+        print_calls(result)
+        return
     print_scores(result)
     print(f"\nresult   {output / RESULT_FILE}")
     for subject in subjects:

@@ -119,8 +119,8 @@ def examine(
     )
     if not store.counts.any():
         raise UsageError(
-            f"{subject.name}: none of its {store.d_sae:,} features fires on the {store.n_tokens:,} tokens that were read, so there "
-            "is nothing to show; check that the SAE belongs to this model and layer"
+            f"{subject.name}: none of its {store.d_sae:,} features fires on the {store.n_tokens:,} tokens that were read, so "
+            "there is nothing to show; check that the SAE belongs to this model and layer"
         )
     features = draw_features(store, scored, seed) if isinstance(scored, int) else sorted(set(scored))
     for feature in features:

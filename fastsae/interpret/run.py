@@ -35,6 +35,7 @@ def interpret(
     features: Sequence[int] | int = N_SCORED,
     seed: int = 0,
     progress: bool = True,
+    writes: bool = True,
 ) -> Result:
     """Scores features of SAEs and writes what was found: `interpret.json` in `output`, and a page in each SAE's folder.
 
@@ -46,6 +47,7 @@ def interpret(
         features: The features that are scored, or how many are drawn.
         seed: Determines examples, features and windows.
         progress: Show progress bars.
+        writes: Write the result and the pages; examples are written in any case.
 
     Raises:
         UsageError: The SAEs do not read the same dialogues, or an option does not fit.
@@ -61,7 +63,7 @@ def interpret(
     for one in examined:
         if not one.scored:
             raise UsageError(
-                f"{one.subject.name}: no feature fires in five of the {one.store.n_dialogues:,} dialogues, which a score takes at "
+                f"{one.subject.name}: no feature fires in five of the {one.store.n_dialogues:,} dialogues, as a score needs at "
                 "least; read more of them with --eval-dialogues"
             )
     judge = judge_of(examined[0].tokenizer)
@@ -77,9 +79,10 @@ def interpret(
         "seconds": time.perf_counter() - started,
         "versions": {"fastsae": __version__},
     }
-    for one in examined:
-        write_page(one, result)
-    write_json(output / RESULT_FILE, result)
+    if writes:
+        for one in examined:
+            write_page(one, result)
+        write_json(output / RESULT_FILE, result)
     return result
 
 
