@@ -97,7 +97,10 @@ def add_sae_arguments(parser: argparse.ArgumentParser, n_features: str) -> None:
         "--feature", type=_whole_numbers, metavar="N,...", help="these features, in the place of such that are drawn"
     )
     parser.add_argument(
-        "--neuronpedia", type=path, metavar="FOLDER", help="new folder for the features in SAEDashboard's format"
+        "--neuronpedia",
+        type=path,
+        metavar="FOLDER",
+        help="folder for the features of the page in SAEDashboard's format, too",
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
 
@@ -147,6 +150,8 @@ def run(arguments: Namespace) -> None:
     from fastsae.interpret.run import N_SCORED, PAGE_FILE, RESULT_FILE, interpret
     from fastsae.interpret.terminal import print_calls, print_scores
 
+    if arguments.dry_run and not arguments.judge.startswith("openai:"):
+        raise UsageError(f"--dry-run: expected a judge behind an endpoint, which has a price, got {arguments.judge}")
     subjects, output = subjects_of(arguments)
     progress = not arguments.quiet
     endpoint = EndpointOptions(
@@ -157,7 +162,8 @@ def run(arguments: Namespace) -> None:
     )
     judge_of = partial(make_judge, arguments.judge, endpoint=endpoint, device=arguments.judge_device, progress=progress)
     features = arguments.feature or arguments.features or N_SCORED
-    options = {"scores": arguments.scores, "features": features, "progress": progress, "writes": not arguments.dry_run}
+    options = {"scores": arguments.scores, "features": features, "progress": progress}
+    options |= {"writes": not arguments.dry_run, "neuronpedia": arguments.neuronpedia}
     result = interpret(subjects, output, judge_of, **options)
     if arguments.dry_run:
         print_calls(result)

@@ -39,5 +39,6 @@ def run(arguments: Namespace) -> None:
 
     subjects, output = subjects_of(arguments)
     features = arguments.feature or arguments.features or N_SHOWN
-    for page in write_pages(subjects, output, features=features, progress=not arguments.quiet):
+    options = {"features": features, "neuronpedia": arguments.neuronpedia, "progress": not arguments.quiet}
+    for page in write_pages(subjects, output, **options):
         print(f"page     {page}")

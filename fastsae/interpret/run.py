@@ -15,6 +15,7 @@ from fastsae.fields import read_json
 from fastsae.interpret.examine import Examined, Subject, examine
 from fastsae.interpret.features_page import PageHeader, write_features_page
 from fastsae.interpret.judges.protocol import Judge
+from fastsae.interpret.neuronpedia import export_neuronpedia
 from fastsae.interpret.page_data import Explanation, PageFeature, Score
 from fastsae.interpret.scores import SCORES, score_features
 from fastsae.version import __version__
@@ -36,6 +37,7 @@ def interpret(
     seed: int = 0,
     progress: bool = True,
     writes: bool = True,
+    neuronpedia: Path | None = None,
 ) -> Result:
     """Scores features of SAEs and writes what was found: `interpret.json` in `output`, and a page in each SAE's folder.
 
@@ -48,6 +50,7 @@ def interpret(
         seed: Determines examples, features and windows.
         progress: Show progress bars.
         writes: Write the result and the pages; examples are written in any case.
+        neuronpedia: A folder for the features of the pages in SAEDashboard's format, each SAE in a folder of its own.
 
     Raises:
         UsageError: The SAEs do not read the same dialogues, or an option does not fit.
@@ -81,7 +84,7 @@ def interpret(
     }
     if writes:
         for one in examined:
-            write_page(one, result)
+            write_page(one, result, neuronpedia)
         write_json(output / RESULT_FILE, result)
     return result
 
@@ -93,6 +96,7 @@ def write_pages(
     features: Sequence[int] | int = N_SHOWN,
     seed: int = 0,
     progress: bool = True,
+    neuronpedia: Path | None = None,
 ) -> list[Path]:
     """Writes the page of each SAE, with what `interpret` left in `output`, and returns their paths.
 
@@ -102,6 +106,7 @@ def write_pages(
         features: The features that are shown, or how many are chosen: those with scores, and others as `examine` says.
         seed: Determines examples and features.
         progress: Show progress bars.
+        neuronpedia: As for `interpret`.
 
     Raises:
         UsageError: As `examine`.
@@ -117,11 +122,11 @@ def write_pages(
         one = examine(
             subject, seed=seed, scored=chosen[:n_shown] if n_shown else chosen, n_shown=n_shown, progress=progress
         )
-        pages.append(write_page(one, result if known else None))
+        pages.append(write_page(one, result if known else None, neuronpedia))
     return pages
 
 
-def write_page(one: Examined, result: Result | None) -> Path:
+def write_page(one: Examined, result: Result | None, neuronpedia: Path | None) -> Path:
     """Writes the page of an SAE's features, with their scores where `result` has some; returns its path."""
     rows = {} if result is None else {row["feature"]: row for row in result["saes"][one.subject.name]["features"]}
     method = "" if result is None else result["judge"]["name"]
@@ -135,8 +140,19 @@ def write_page(one: Examined, result: Result | None) -> Path:
         )
         for i, feature in enumerate(one.shown)
     ]
+
+    def token_text(token: int) -> str:
+        return str(one.tokenizer.decode([token]))
+
+    if neuronpedia is not None:
+        store, name = one.store, one.subject.name
+        facts: dict[str, Any] = {key: store.facts[key] for key in ("model", "layer", "dataset")}
+        vectors = one.subject.sae.W_dec.detach()[one.shown].tolist()
+        export_neuronpedia(
+            neuronpedia / name, features, token_text, name=name, n_dialogues=store.n_dialogues, vectors=vectors, **facts
+        )
     path = one.subject.folder / PAGE_FILE
-    write_features_page(path, _header(one, result), features, lambda token: one.tokenizer.decode([token]))
+    write_features_page(path, _header(one, result), features, token_text)
     return path
 
 

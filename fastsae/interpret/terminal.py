@@ -45,9 +45,6 @@ def print_scores(result: Mapping[str, Any]) -> None:
 def print_calls(result: Mapping[str, Any]) -> None:
     """Prints what the judge would be asked; counts of the tokens of a prompt are estimated by its letters."""
     judge = result["judge"]
-    if "calls" not in judge:
-        print(f"the judge {judge['name']} runs on this machine and has no price")
-        return
     print(
         f"{judge['name']}: {judge['calls']:,} calls, about {judge['tokens']:,} tokens with answers of full length; "
         f"{judge['cached']:,} answers are known already. Nothing was asked."
