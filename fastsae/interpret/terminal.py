@@ -57,7 +57,7 @@ def _line(words: str, cells: list[str]) -> str:
 
 def _cell(summary: Mapping[str, Any], factor: float, digits: int) -> str:
     if summary["value"] is None:
-        return "n/a"
+        return "too few windows"
     text = f"{factor * summary['value']:.{digits}f}"
     if summary["interval"] is None:
         return text

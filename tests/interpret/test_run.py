@@ -67,7 +67,7 @@ def folder(trained: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastsae.interpret.judges.make_judge", lambda *_, **__: Peak)
+    monkeypatch.setattr("fastsae.interpret.judges.make_judge", lambda name, tokenizer, **_: Peak(tokenizer))
 
 
 def called(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -98,7 +98,7 @@ def test_scores_are_a_function_of_the_seed_and_examples_are_read_once(
     before = (folder / examine.EXAMPLES / "examples.json").stat().st_mtime_ns
     status, out, _ = called(capsys, "interpret", folder, "--features", 6, "--scores", SCORES, "--quiet")
     assert status == 0
-    assert re.search(r"detection, balanced accuracy +\d", out)
+    assert re.search(r"intruder found +\d", out)
     assert "by chance" in out
     result = json.loads((folder / run.RESULT_FILE).read_text())
     assert result["judge"] == {"name": "peak", "knows": "tokens"}
