@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fastsae.disk import write_json
-from fastsae.errors import UsageError
+from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate.statistics import holm, newcombe, two_shares_p_value
 from fastsae.fields import read_json
 from fastsae.interpret.examine import Examined, Subject, examine
@@ -112,18 +112,31 @@ def write_pages(
         UsageError: As `examine`.
         FastsaeError: As `examine`.
     """
-    path = output / RESULT_FILE
-    result = read_json(path) if path.exists() else {"saes": {}}
+    result = _earlier_result(output / RESULT_FILE)
     pages = []
     for subject in subjects:
-        known = result["saes"].get(subject.name)
-        scored = [row["feature"] for row in known["features"]] if known else []
-        chosen, n_shown = (scored, features) if isinstance(features, int) else (features, 0)
-        one = examine(
-            subject, seed=seed, scored=chosen[:n_shown] if n_shown else chosen, n_shown=n_shown, progress=progress
-        )
-        pages.append(write_page(one, result if known else None, neuronpedia))
+        known = result if subject.name in result["saes"] else None
+        chosen = [row["feature"] for row in result["saes"][subject.name]["features"]] if known else []
+        n_shown = features if isinstance(features, int) else 0
+        scored = chosen[:n_shown] if isinstance(features, int) else features
+        one = examine(subject, seed=seed, scored=scored, n_shown=n_shown, progress=progress)
+        pages.append(write_page(one, known, neuronpedia))
     return pages
+
+
+def _earlier_result(path: Path) -> Result:
+    """What `interpret` has left, or a result without SAEs."""
+    if not path.exists():
+        return {"saes": {}}
+    try:
+        result = read_json(path)
+        if not all(isinstance(row["feature"], int) for sae in result["saes"].values() for row in sae["features"]):
+            raise ValueError("a feature is no number")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FastsaeError(
+            f"{path}: expected what `fastsae interpret` writes, got a damaged file ({error}); delete it, or interpret again"
+        ) from None
+    return dict(result)
 
 
 def write_page(one: Examined, result: Result | None, neuronpedia: Path | None) -> Path:

@@ -139,6 +139,9 @@ def test_pages_show_what_was_scored(folder: Path, capsys: pytest.CaptureFixture[
     status, out, _ = called(capsys, "pages", folder, "--features", 5, "--quiet")
     assert (status, out) == (0, f"page     {folder / run.PAGE_FILE}\n")
     assert (folder / run.PAGE_FILE).exists()
+    (folder / run.RESULT_FILE).write_text('{"saes": {"sae": 1}}')
+    status, _, err = called(capsys, "pages", folder, "--quiet")
+    assert (status, "got a damaged file" in err) == (1, True)
 
 
 def test_bad_input_is_one_message(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
