@@ -172,7 +172,7 @@ def test_no_entries(tmp_path):
         store.examples(1)
 
 
-def test_a_feature_of_many_more_tokens_than_entries_at_once(monkeypatch, talks, store, tmp_path):
+def test_windows_that_are_looked_up_in_parts(monkeypatch, talks, store, tmp_path):
     monkeypatch.setattr("fastsae.interpret.gathered._LOOKUPS", 5)
     other = stored(gather(Gathered(D_SAE, SEED), talks), tmp_path)
     assert [other.examples(feature) for feature in range(2, 9)] == [store.examples(feature) for feature in range(2, 9)]
