@@ -21,7 +21,7 @@ function number(x) {
   if (x === null || x === undefined) return "n/a";
   const size = Math.abs(x);
   const text = size && size < 1e-3 ? x.toExponential(1) : size >= 1000 ? Math.round(x).toLocaleString("en") : String(+x.toPrecision(3));
-  return text.replace("-", "−");
+  return text.replaceAll("-", "−");
 }
 
 function percent(share) {

@@ -86,7 +86,7 @@ def feature_logits(model: Any, directions: Tensor, k: int = 10) -> list[FeatureL
     if directions.shape[-1] != len(norm.gain):
         raise ValueError(f"directions: expected width {len(norm.gain)}, the model's, got {directions.shape[-1]}")
     found = []
-    for chunk in norm(directions).split(_FEATURES_AT_ONCE):
+    for chunk in norm(directions).to(W_U.device).split(_FEATURES_AT_ONCE):
         logits = torch.cat([chunk @ rows.to(chunk).t() for rows in W_U.split(_ROWS_AT_ONCE)], 1)
         logits -= logits.mean(1, keepdim=True)
         found += [_summary(row, min(k, len(row))) for row in logits.cpu()]
