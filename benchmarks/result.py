@@ -71,9 +71,7 @@ class Row:
     gather_floor_s: float | None = None
     n_saes: int = 1  # how many SAEs a whole run trains
     run_tokens: int | None = None  # that a whole run trains each of its SAEs on
-    parts_s: dict[str, float] = field(
-        default_factory=dict
-    )  # how many seconds each part of a whole run takes, the median
+    parts_s: dict[str, float] = field(default_factory=dict)  # the median seconds of each part of a whole run
     padding_share: float | None = None  # which share of the tokens that a whole run computed is padding
     commit: str | None = None  # where it is not the file's: a partial run keeps the rows that it does not replace
 

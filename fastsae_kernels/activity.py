@@ -21,7 +21,7 @@ MAX_DENSITY = {"cpu": 0.125, "cuda": 0.006}
 
 SAMPLE = (32, 128)  # tokens and features, whose product takes no time beside the rest
 RUN = (
-    8  # features side by side in a sample: where weights are stored by input, each costs a line of the cache otherwise
+    8  # features side by side in a sample: each costs a line of the cache otherwise, where weights are stored by input
 )
 DENSE = Capacity(0, 0)  # stands for the dense backend
 

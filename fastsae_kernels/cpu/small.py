@@ -102,9 +102,8 @@ def _product(x: Tensor, W_enc: Tensor, b_enc: Tensor | None) -> Tensor:
     if b_enc is not None and b_enc.dtype != x.dtype:
         return _product(x, W_enc, None).to(b_enc.dtype).add_(b_enc)
     if _suits_onednn(x, W_enc):
-        if (
-            x.dtype == torch.bfloat16 and has_fast_bf16()
-        ):  # `linear` calls it too, but first copies the bias to all rows
+        # `linear` calls it too, but first copies the bias to all rows
+        if x.dtype == torch.bfloat16 and has_fast_bf16():
             return by_onednn(x, W_enc.t(), b_enc)
         if x.dtype == torch.float32 and x.shape[0] == 1 and has_slow_mkl():  # here it has the smaller error as well
             return by_onednn(x, W_enc.t(), b_enc)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -41,18 +43,14 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A call returns the seconds that it takes; the setting of an allocator that is made up, as a list of one."""
     now = [DEFAULT]
 
-    class Use:
-        def __init__(self, setting: str) -> None:
-            self.setting = setting
-
-        def __enter__(self) -> None:
-            now[0] = self.setting
-
-        def __exit__(self, *error: object) -> None:
-            now[0] = DEFAULT
+    @contextmanager
+    def use(setting: str) -> Iterator[None]:
+        now[0] = setting
+        yield
+        now[0] = DEFAULT
 
     monkeypatch.setattr(allocator, "setting_of", lambda number: TUNED if number % 2 else DEFAULT)
-    monkeypatch.setattr(allocator, "use", Use)
+    monkeypatch.setattr(allocator, "use", use)
     monkeypatch.setattr(allocator, "page_faults", lambda: 0)
     monkeypatch.setattr(harness, "_seconds", lambda call, count: [call() for _ in range(count)])
     return now

@@ -154,6 +154,11 @@ class Fused:
         )
 
 
+def three_ways(param: Tensor, beta1: float, lazy: bool = False) -> tuple[Fused, Dense, Dense]:
+    """The same parameter for the kernel, and dense for fp64 and for fp32."""
+    return Fused(param, beta1, lazy), Dense(param, torch.float64, beta1), Dense(param, torch.float32, beta1)
+
+
 def assert_equals_dense(fused: Fused, truth: Dense, eager: Dense) -> None:
     """Parameter and moments, each within twice the error of dense fp32."""
     assert_within_budget("param", fused.param.cpu().double(), truth.param.data, eager.param.data.double())
@@ -177,7 +182,7 @@ def assert_equals_dense(fused: Fused, truth: Dense, eager: Dense) -> None:
 )
 def test_matches_dense_adam(options: dict[str, Any], extra: bool, beta1: float) -> None:
     param = unit_rows()
-    fused, truth, eager = Fused(param, beta1), Dense(param, torch.float64, beta1), Dense(param, torch.float32, beta1)
+    fused, truth, eager = three_ways(param, beta1)
     for n_tokens in (11, 1, 0, 6):
         batch = make_batch(n_tokens, extra=extra)
         for trained in (fused, truth, eager):
@@ -188,7 +193,7 @@ def test_matches_dense_adam(options: dict[str, Any], extra: bool, beta1: float) 
 @pytest.mark.parametrize("depth", [1, 3, 64, 200])
 def test_rows_of_any_length(depth: int) -> None:
     param = torch.randn(N_FEATURES, depth)
-    fused, truth, eager = Fused(param, 0.9), Dense(param, torch.float64, 0.9), Dense(param, torch.float32, 0.9)
+    fused, truth, eager = three_ways(param, 0.9)
     for _ in range(2):
         batch = make_batch(5, depth)
         for trained in (fused, truth, eager):
@@ -240,8 +245,7 @@ def test_any_strides_and_rows_of_one_span() -> None:
 def test_rows_that_rest_are_free_and_exact() -> None:
     """With beta1 = 0 untouched rows keep every bit, and all ends as in a dense Adam that visits them."""
     param = unit_rows()
-    fused, truth = Fused(param, 0.0, lazy=True), Dense(param, torch.float64, 0.0)
-    eager = Dense(param, torch.float32, 0.0)
+    fused, truth, eager = three_ways(param, 0.0, lazy=True)
     last_touched = torch.zeros(N_FEATURES, dtype=torch.int32)
     for t in range(1, 13):
         awake = torch.rand(N_FEATURES) < (0.3 if t % 4 else 0.0)
@@ -268,8 +272,7 @@ def test_rows_that_rest_are_free_and_exact() -> None:
 
 def test_extra_gradient_touches_every_row() -> None:
     param = unit_rows()
-    fused, truth = Fused(param, 0.0, lazy=True), Dense(param, torch.float64, 0.0)
-    eager = Dense(param, torch.float32, 0.0)
+    fused, truth, eager = three_ways(param, 0.0, lazy=True)
     for extra in (True, False, True):
         batch = make_batch(4, extra=extra)
         for trained in (fused, truth, eager):
@@ -284,8 +287,8 @@ def test_flagged_extra_gradient_counts_where_the_flag_is_set(beta1: float) -> No
     from fastsae_kernels.gpu.adam import grad_norms
 
     param = unit_rows()
-    fused, truth = Fused(param, beta1, lazy=beta1 == 0), Dense(param, torch.float64, beta1)
-    eager, stale = Dense(param, torch.float32, beta1), torch.full((N_FEATURES, DEPTH), torch.nan, device=DEVICE)
+    fused, truth, eager = three_ways(param, beta1, lazy=beta1 == 0)
+    stale = torch.full((N_FEATURES, DEPTH), torch.nan, device=DEVICE)
     for flag in (0, 1, 0, 7, 0):
         batch = make_batch(4, extra=flag > 0)
         buffer = stale if batch.extra is None else batch.extra.to(DEVICE)
@@ -360,7 +363,7 @@ def test_clips_by_the_exact_global_norm(project: bool, extra: bool) -> None:
     from fastsae_kernels.gpu.adam import grad_norms
 
     param, batch = unit_rows(), make_batch(extra=extra)
-    fused, truth, eager = Fused(param, 0.9), Dense(param, torch.float64, 0.9), Dense(param, torch.float32, 0.9)
+    fused, truth, eager = three_ways(param, 0.9)
     norms = grad_norms(batch.sums(), fused.param, project=project)
     squares, rounded = (dense.gradient(batch, project).square().sum(1).double() for dense in (truth, eager))
     assert_within_budget("norms", norms.cpu().double(), squares, rounded)

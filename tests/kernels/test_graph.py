@@ -118,9 +118,8 @@ def test_encode_and_decode_in_a_whole_graph(k: int | None) -> None:
         inputs = problems.leaves(p)[:6]
         out = function(*inputs)
         out.backward(p.grad_out)
-        results.append(
-            [out, *[leaf.grad for i, leaf in enumerate(inputs) if i != 3]]
-        )  # no window, no threshold's gradient
+        # no window, no threshold's gradient
+        results.append([out, *[leaf.grad for i, leaf in enumerate(inputs) if i != 3]])
     for eager, whole in zip(*results, strict=True):
         torch.testing.assert_close(eager, whole)
 
