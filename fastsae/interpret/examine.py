@@ -14,7 +14,7 @@ from fastsae.data.sequencing import TokenBatch
 from fastsae.data.special_tokens import SpecialTokens
 from fastsae.errors import UsageError
 from fastsae.interpret.collect import collect_examples
-from fastsae.interpret.logits import FeatureLogits, Neighbour, feature_logits, nearest_features
+from fastsae.interpret.page_data import PageFeature, describe
 from fastsae.interpret.scores import draw_features
 from fastsae.interpret.store import ExampleStore
 from fastsae.sae import SparseAutoencoder
@@ -68,19 +68,15 @@ class Examined:
         subject: The SAE.
         store: Its examples.
         tokenizer: The model's.
-        scored: The features that are scored.
+        scored: The features that are scored, ascending.
         shown: The features of its page, the scored ones among them, ascending.
-        logits: What each of `shown` writes to the logits; None where the model has no such logits.
-        nearest: The features most like each of `shown`.
     """
 
     subject: Subject
     store: ExampleStore
     tokenizer: Any
     scored: list[int]
-    shown: list[int]
-    logits: list[FeatureLogits] | None
-    nearest: list[tuple[Neighbour, ...]]
+    shown: list[PageFeature]
 
 
 def examine(
@@ -101,6 +97,9 @@ def examine(
         FastsaeError: A file is damaged, or an activation is NaN or infinite.
     """
     sae, folder = subject.sae, subject.folder
+    for feature in () if isinstance(scored, int) else scored:  # before minutes are spent
+        if not 0 <= feature < sae.d_sae:
+            raise UsageError(f"feature {feature}: expected 0 to {sae.d_sae - 1} (the SAE has {sae.d_sae:,} features)")
     data = subject.data()
     sae.to(data.residual.device)
     store = collect_examples(
@@ -123,12 +122,10 @@ def examine(
             "there is nothing to show; check that the SAE belongs to this model and layer"
         )
     features = draw_features(store, scored, seed) if isinstance(scored, int) else sorted(set(scored))
-    for feature in features:
-        store.examples(feature)  # raises for one that does not exist, or fires nowhere
     shown = sorted({*features, *_others(store, n_shown - len(features), set(features), seed)})
-    W_dec = sae.W_dec.detach()
-    logits = feature_logits(data.residual.model, W_dec[shown])
-    return Examined(subject, store, data.tokenizer, features, shown, logits, nearest_features(W_dec, shown))
+    examples = [store.examples(feature) for feature in shown]
+    described = describe(examples, sae.W_dec.detach(), data.residual.model)
+    return Examined(subject, store, data.tokenizer, features, described)
 
 
 def _others(store: ExampleStore, n: int, taken: set[int], seed: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -67,38 +67,20 @@ class PageFeature:
     scores: Sequence[Score] = ()
 
 
-def describe(
-    examples: Sequence[FeatureExamples],
-    W_dec: Tensor,
-    model: Any,
-    explanations: Mapping[int, Explanation] | None = None,
-    scores: Mapping[int, Sequence[Score]] | None = None,
-) -> list[PageFeature]:
-    """Features with all that is known of them: logits and neighbours are computed here.
+def describe(examples: Sequence[FeatureExamples], W_dec: Tensor, model: Any) -> list[PageFeature]:
+    """Features with what is known of them before anybody judges them: logits and neighbours are computed here.
 
     Args:
         examples: Where each feature fires.
         W_dec: `[d_sae, d_in]`, the SAE's.
         model: A causal language model of transformers, whose residual stream the SAE writes to.
-        explanations: By the feature's number; some or all may be missing.
-        scores: By the feature's number; some or all may be missing.
 
     Raises:
         ValueError: The SAE has another width than the model.
     """
     ids = [one.feature for one in examples]
-    logits = feature_logits(model, W_dec[ids])
-    nearest = nearest_features(W_dec, ids)
-    return [
-        PageFeature(
-            one,
-            None if logits is None else logits[i],
-            nearest[i],
-            (explanations or {}).get(one.feature),
-            (scores or {}).get(one.feature, ()),
-        )
-        for i, one in enumerate(examples)
-    ]
+    logits = feature_logits(model, W_dec[ids]) or [None] * len(ids)
+    return [PageFeature(*parts) for parts in zip(examples, logits, nearest_features(W_dec, ids), strict=True)]
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,7 +17,7 @@ from fastsae.interpret.examine import Examined, Subject, examine
 from fastsae.interpret.features_page import PageHeader, write_features_page
 from fastsae.interpret.judges.protocol import Judge
 from fastsae.interpret.neuronpedia import export_neuronpedia
-from fastsae.interpret.page_data import Explanation, PageFeature, Score
+from fastsae.interpret.page_data import Explanation, Score
 from fastsae.interpret.scores import SCORES, score_features
 from fastsae.version import __version__
 
@@ -144,14 +145,12 @@ def write_page(one: Examined, result: Result | None, neuronpedia: Path | None) -
     rows = {} if result is None else {row["feature"]: row for row in result["saes"][one.subject.name]["features"]}
     method = "" if result is None else result["judge"]["name"]
     features = [
-        PageFeature(
-            examples=one.store.examples(feature),
-            logits=None if one.logits is None else one.logits[i],
-            nearest=one.nearest[i],
-            explanation=_explanation(rows.get(feature, {}), method),
-            scores=_scores(rows.get(feature, {})),
+        replace(
+            feature,
+            explanation=_explanation(rows.get(feature.examples.feature, {}), method),
+            scores=_scores(rows.get(feature.examples.feature, {})),
         )
-        for i, feature in enumerate(one.shown)
+        for feature in one.shown
     ]
 
     def token_text(token: int) -> str:
@@ -160,7 +159,7 @@ def write_page(one: Examined, result: Result | None, neuronpedia: Path | None) -
     if neuronpedia is not None:
         store, name = one.store, one.subject.name
         facts: dict[str, Any] = {key: store.facts[key] for key in ("model", "layer", "dataset")}
-        vectors = one.subject.sae.W_dec.detach()[one.shown].tolist()
+        vectors = one.subject.sae.W_dec.detach()[[feature.examples.feature for feature in one.shown]].tolist()
         export_neuronpedia(
             neuronpedia / name, features, token_text, name=name, n_dialogues=store.n_dialogues, vectors=vectors, **facts
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastsae.interpret import logits as module
 from fastsae.interpret.logits import feature_logits, find_final_norm, nearest_features
-from fastsae.interpret.page_data import Explanation, Score, describe
+from fastsae.interpret.page_data import describe
 
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 211}
 LLAMA = {**SIZES, "hidden_size": 16, "intermediate_size": 24, "num_key_value_heads": 1, "head_dim": 8}
@@ -163,12 +163,9 @@ def test_a_small_dictionary_has_fewer_neighbours() -> None:
     assert [[n.feature for n in row] for row in nearest_features(torch.eye(3), [1])] == [[0, 2]]
 
 
-def test_features_are_described_by_what_is_known_of_them() -> None:
+def test_features_are_described_by_logits_and_neighbours() -> None:
     model, W_dec = llama(), torch.randn(50, 16)
-    explanation = Explanation("words", "somebody")
-    found = describe([examples(3), examples(8)], W_dec, model, {8: explanation}, {3: [Score("detection", 0.7)]})
-    assert [feature.explanation for feature in found] == [None, explanation]
-    assert [len(feature.scores) for feature in found] == [1, 0]
+    found = describe([examples(3), examples(8)], W_dec, model)
     assert [feature.nearest for feature in found] == nearest_features(W_dec, [3, 8])
     assert [feature.logits for feature in found] == feature_logits(model, W_dec[[3, 8]])
     bare = describe([examples(3)], W_dec, model.model)
