@@ -79,7 +79,8 @@ def describe(examples: Sequence[FeatureExamples], W_dec: Tensor, model: Any) -> 
         ValueError: The SAE has another width than the model.
     """
     ids = [one.feature for one in examples]
-    logits = feature_logits(model, W_dec[ids]) or [None] * len(ids)
+    found = feature_logits(model, W_dec[ids])
+    logits: Sequence[FeatureLogits | None] = [None] * len(ids) if found is None else found
     return [PageFeature(*parts) for parts in zip(examples, logits, nearest_features(W_dec, ids), strict=True)]
 
 
