@@ -109,34 +109,43 @@ def _whole_numbers(text: str) -> list[int]:
     return [whole_number(part) for part in text.split(",")]
 
 
-def subjects_of(arguments: Namespace) -> tuple[list[Subject], Path]:
-    """The SAEs of the command line, and the folder of the results."""
+def output_of(arguments: Namespace) -> Path:
+    """The folder of the results."""
+    if arguments.features is not None and arguments.features < 1:
+        raise UsageError(f"--features: expected at least 1, got {arguments.features}")
+    if arguments.output is not None:
+        return Path(arguments.output)
+    if len(arguments.paths) > 1:
+        raise UsageError("--output: expected a folder for the results of several SAEs, got none")
+    folder = local_path(arguments.paths[0])
+    if not folder.is_dir():
+        raise UsageError(f"--output: expected a folder for the results, because {folder} is no folder of this machine")
+    return folder
+
+
+def subjects_of(arguments: Namespace, output: Path) -> list[Subject]:
+    """The SAEs of the command line; several of them have folders of their own in `output`."""
     from fastsae.interpret.examine import Subject
+    from fastsae.train.folder import check_writable
     from fastsae.train.pipeline import build_pipeline
 
     given, names = given_options(arguments), _names(arguments.paths)
-    output = arguments.output
-    if output is None:
-        if len(names) > 1:
-            raise UsageError("--output: expected a folder for the results of several SAEs, got none")
-        output = local_path(arguments.paths[0])
-        if not output.is_dir():
-            raise UsageError(
-                f"--output: expected a folder for the results, because {output} is no folder of this machine"
-            )
+    check_writable("--output", output.absolute())
     subjects = []
-    for name, place_ in zip(names, arguments.paths, strict=True):
-        sae, config = saved_sae(place_, given)
+    for name, saved in zip(names, arguments.paths, strict=True):
+        sae, config = saved_sae(saved, given)
         data = partial(build_pipeline, config, evaluated=sae, progress=not arguments.quiet)
         subjects.append(Subject(name, sae, data, output / name if len(names) > 1 else output, config.seed))
-    return subjects, output
+    return subjects
 
 
 def _names(places: list[str]) -> list[str]:
     """A short name for each place: its last part, or as many of them as tell all apart."""
-    parts = [Path(local_path(place)).parts for place in places]
+    paths = [local_path(place) for place in places]
+    parts = [(path.resolve() if path.exists() else path).parts for path in paths]
     if len(set(parts)) < len(parts):
         raise UsageError("SAE: expected different SAEs, got one of them twice")
+    names = list[str]()
     for n in range(1, max(map(len, parts)) + 1):
         names = ["-".join(part[-n:]).strip("/-") for part in parts]
         if len(set(names)) == len(names):
@@ -146,24 +155,24 @@ def _names(places: list[str]) -> list[str]:
 
 def run(arguments: Namespace) -> None:
     """Runs the command."""
-    from fastsae.interpret.judges import EndpointOptions, make_judge
+    from fastsae.interpret.judges import EndpointOptions, judge_maker
     from fastsae.interpret.run import N_SCORED, PAGE_FILE, RESULT_FILE, interpret
     from fastsae.interpret.terminal import print_calls, print_scores
 
     if arguments.dry_run and not arguments.judge.startswith("openai:"):
         raise UsageError(f"--dry-run: expected a judge behind an endpoint, which has a price, got {arguments.judge}")
-    subjects, output = subjects_of(arguments)
-    progress = not arguments.quiet
+    output, progress = output_of(arguments), not arguments.quiet
     endpoint = EndpointOptions(
         key_variable=arguments.key_variable,
         budget=arguments.budget,
         cache=output / "answers",
         dry_run=arguments.dry_run,
     )
-    judge_of = partial(make_judge, arguments.judge, endpoint=endpoint, device=arguments.judge_device, progress=progress)
+    judge_of = judge_maker(arguments.judge, endpoint=endpoint, device=arguments.judge_device, progress=progress)
     features = arguments.feature or arguments.features or N_SCORED
     options = {"scores": arguments.scores, "features": features, "progress": progress}
     options |= {"writes": not arguments.dry_run, "neuronpedia": arguments.neuronpedia}
+    subjects = subjects_of(arguments, output)
     result = interpret(subjects, output, judge_of, **options)
     if arguments.dry_run:
         print_calls(result)

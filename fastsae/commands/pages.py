@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 
-from fastsae.commands.interpret import add_sae_arguments, subjects_of
+from fastsae.commands.interpret import add_sae_arguments, output_of, subjects_of
 from fastsae.commands.saved import DATA_OPTIONS
 from fastsae.flags import Commands, add_config_flags
 
@@ -37,8 +37,8 @@ def run(arguments: Namespace) -> None:
     """Runs the command."""
     from fastsae.interpret.run import N_SHOWN, write_pages
 
-    subjects, output = subjects_of(arguments)
+    output = output_of(arguments)
     features = arguments.feature or arguments.features or N_SHOWN
     options = {"features": features, "neuronpedia": arguments.neuronpedia, "progress": not arguments.quiet}
-    for page in write_pages(subjects, output, **options):
+    for page in write_pages(subjects_of(arguments, output), output, **options):
         print(f"page     {page}")

@@ -40,7 +40,7 @@ class Embedder:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._vectors, self._splitter = _static_embeddings()
+        self._vectors, self._splitter = static_embeddings()
         self._texts = WindowTexts(tokenizer)
 
     def embed(self, windows: Sequence[Window]) -> FloatArray:
@@ -75,7 +75,8 @@ def _owners(pieces: list[str], offsets: list[tuple[int, int]]) -> np.ndarray:
 
 
 @cache
-def _static_embeddings() -> tuple[FloatArray, Any]:
+def static_embeddings() -> tuple[FloatArray, Any]:
+    """The vectors, `[words, 256]`, and what splits a text into words; see `Embedder` for what it raises."""
     spec = find_spec("wordllama")  # finds the folder without running the package
     if spec is None or not spec.submodule_search_locations:
         raise FastsaeError(

@@ -8,7 +8,7 @@ from endpoint_server import Reply, says, serving
 from planted import TOPICS, WORDS, PlantedStore, on_words
 
 from fastsae.errors import UsageError
-from fastsae.interpret.judges import EndpointOptions, make_judge
+from fastsae.interpret.judges import EndpointOptions, judge_maker
 from fastsae.interpret.scores import score_features
 
 WHICH = ("rubric", "detection", "intruder")
@@ -20,7 +20,7 @@ def store():
 
 
 def make(server, **options):
-    return make_judge(f"openai:small@{server.url}", WORDS, endpoint=EndpointOptions(**options))
+    return judge_maker(f"openai:small@{server.url}", endpoint=EndpointOptions(**options))(WORDS)
 
 
 def topic_of(text):
@@ -114,10 +114,10 @@ def test_prompts_tell_nothing_of_what_is_asked(store):
 )
 def test_an_unknown_judge_is_named(name):
     with pytest.raises(UsageError, match="expected embedding, hf:MODEL or openai:MODEL@URL, got"):
-        make_judge(name, WORDS)
+        judge_maker(name)
 
 
 def test_a_model_may_have_an_at_sign_in_its_name(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "k")
-    facts = make_judge("openai:@cf/meta/llama@2@https://x.example/v1/", WORDS).facts()
+    facts = judge_maker("openai:@cf/meta/llama@2@https://x.example/v1/")(WORDS).facts()
     assert (facts["model"], facts["url"]) == ("@cf/meta/llama@2", "https://x.example/v1/chat/completions")

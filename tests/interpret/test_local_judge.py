@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 
 from fastsae.data.demo import model_path
 from fastsae.errors import FastsaeError, UsageError
-from fastsae.interpret.judges import make_judge
+from fastsae.interpret.judges import judge_maker
 from fastsae.interpret.judges.causal_model import CausalModel
 from fastsae.interpret.judges.local import LocalJudge
 from fastsae.interpret.scores import score_features
@@ -85,7 +85,7 @@ def test_special_tokens_in_a_prompt_do_not_end_its_turn(model):
 
 def test_a_model_that_knows_nothing_answers_everything_near_chance(tmp_path):
     store = PlantedStore([on_words(words) for words in TOPICS.values()])
-    judge = make_judge(f"hf:{tiny(llama, tmp_path)}", WORDS)
+    judge = judge_maker(f"hf:{tiny(llama, tmp_path)}")(WORDS)
     found = score_features(store, judge, WORDS, range(8), 0, ("rubric", "detection", "intruder"))
     scores = found["scores"]
     assert [summary["failed"] for summary in scores.values()] == [0, 0, 0]
@@ -104,7 +104,7 @@ def test_a_tokenizer_that_cannot_tell_the_answers_apart_is_named(model):
 
 def test_a_model_that_is_not_there_is_named():
     with pytest.raises(UsageError, match="found no folder"):
-        make_judge("hf:./nowhere", WORDS)
+        judge_maker("hf:./nowhere")(WORDS)
 
 
 def test_a_judge_without_a_template_reads_plain_text(model):

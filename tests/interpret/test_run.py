@@ -67,7 +67,7 @@ def folder(trained: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastsae.interpret.judges.make_judge", lambda name, tokenizer, **_: Peak(tokenizer))
+    monkeypatch.setattr("fastsae.interpret.judges.judge_maker", lambda *_, **__: Peak)
 
 
 def called(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -156,6 +156,8 @@ def test_bad_input_is_one_message(folder: Path, tmp_path: Path, capsys: pytest.C
         (["pages", folder, folder, "--output", tmp_path / "x"], "one of them twice"),
         (["interpret", folder, "--scores", "taste"], "scores: expected some of"),
         (["interpret", folder, "--judge", "oracle"], "judge: expected"),
+        (["interpret", folder, "--features", 0], "--features: expected at least 1"),
+        (["interpret", folder, "--dry-run"], "--dry-run: expected a judge behind an endpoint"),
         (["pages", tmp_path / "nothing"], "nothing"),
     ]
     cases += [(["pages", folder, "--feature", feature], "fires on none of the") for feature in dead[:1]]
