@@ -13,14 +13,14 @@ from fastsae.interpret.judges.protocol import Evidence
 
 
 def test_a_plain_window_has_the_mean_of_its_pieces():
-    vectors, splitter = embedder._static_embeddings()
+    vectors, splitter = embedder.static_embeddings()
     ids = splitter.encode(" the telescope and a bank", add_special_tokens=False).ids
     expected = unit(vectors[ids].mean(0))
     np.testing.assert_allclose(Embedder(WORDS).embed([window("the telescope and a bank", [0] * 5)])[0], expected)
 
 
 def test_pieces_weigh_as_the_token_that_they_are_part_of():
-    vectors, splitter = embedder._static_embeddings()
+    vectors, splitter = embedder.static_embeddings()
     parsed = splitter.encode(" the goalkeeper and", add_special_tokens=False)
     assert len(parsed.ids) > 3  # the long word has several pieces
     weights = [BACKGROUND + (0 < end - 1 < 15 and end > 4) for _, end in parsed.offsets]
@@ -54,14 +54,14 @@ def test_the_judge_finds_the_window_of_another_kind():
 
 
 def test_without_its_wheel_the_judge_says_what_to_install(monkeypatch):
-    embedder._static_embeddings.cache_clear()
+    embedder.static_embeddings.cache_clear()
     monkeypatch.setattr(embedder, "find_spec", lambda name: None)
     with pytest.raises(FastsaeError, match=r"pip install fastsae-kernels\[interpret\]"):
         EmbeddingJudge(WORDS)
 
 
 def test_a_wheel_with_other_files_is_named(monkeypatch):
-    embedder._static_embeddings.cache_clear()
+    embedder.static_embeddings.cache_clear()
     monkeypatch.setattr(embedder, "_WEIGHTS", "weights/none.safetensors")
     with pytest.raises(FastsaeError, match=r"does not hold weights/none.safetensors"):
         EmbeddingJudge(WORDS)
