@@ -85,7 +85,7 @@ def run(arguments: Namespace) -> None:
     print(f"\n{output}: {cost([metrics])}")
     print_summary(metrics)
     name = SAE_CLASSES[configs[""].architecture].__name__
-    pages = f"\npage     {output / PAGE_FILE}" if arguments.pages else ""
+    pages = f"\npage     {output / PAGE_FILE}" if (output / PAGE_FILE).exists() else ""
     print(f"\nreport   {output / REPORT_FILE}{pages}\nload it  fastsae.{name}.load({str(output)!r})")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -183,11 +184,23 @@ def _train(
             + " ".join(f"{name}: {text}." for name, text in session.failures.items())
         )
     if pages:
-        for name, trainer in session.trainers.items():
-            data, folder = partial(session.view, name), output / name
-            subject = Subject(folder.resolve().name, trainer.sae, data, folder, configs[name].seed)
-            write_pages([subject], folder, progress=progress)
+        _write_pages(output, session, progress)
     return metrics
+
+
+def _write_pages(output: Path, session: Session, progress: bool) -> None:
+    """Writes the page of each SAE's features. The run is complete, so what goes wrong here is told and does not end it."""
+    for name, trainer in session.trainers.items():
+        folder = output / name
+        data, seed = partial(session.view, name), session.configs[name].seed
+        subject = Subject(folder.resolve().name, trainer.sae, data, folder, seed)
+        try:
+            write_pages([subject], folder, progress=progress)
+        except (FastsaeError, OSError) as error:
+            again = f"fastsae pages {shlex.quote(str(folder))}"
+            logger.warning(
+                "the page of features was not written: %s. The run is complete; %s tries again", error, again
+            )
 
 
 def _save(output: Path, session: Session, seconds: float) -> None:

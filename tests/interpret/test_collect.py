@@ -45,6 +45,14 @@ LENGTHS = (1, 2, 9, 30, 31, 32, 33, 60)
 FACTS = {"model": "tiny", "layer": 1, "sizes": (1, 2)}
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_heard():
+    """A process that a shell started in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_tokens_tell_the_median():
     """So that the first batch does, and the others are read one after the other."""

@@ -6,6 +6,7 @@ import json
 import runpy
 import signal
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def run(script: str, arguments: str, monkeypatch: pytest.MonkeyPatch) -> dict[st
 
 
 def test_every_script_is_tried_here() -> None:
-    named = {*SCRIPTS, "convert", "saelens_command_line", "common"}
+    named = {*SCRIPTS, "convert", "saelens_command_line", "smollm2_data", "common"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == named
 
 
@@ -62,6 +63,35 @@ def test_converting(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     assert printed.count("largest difference 0\n") == 2
     assert "FusedJumpReLUSAE" in printed
+
+
+def test_the_data_of_the_comparison(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def record(*said: tuple[str, str]) -> dict[str, Any]:
+        return {"conversations": [{"from": who, "value": text} for who, text in said]}
+
+    good = record(("human", "Hi"), ("gpt", "Hello"), ("human", "and then?"))  # without the last question
+    others = [
+        record(("gpt", "Hello")),
+        record(("human", "Hi"), ("human", "Hi")),
+        record(("human", "ほげ"), ("gpt", "ふが")),
+    ]
+    others.append(record(("human", "Hi"), ("gpt", "long " * 2000)))
+    text = json.dumps([good, *others, good])
+    with zipfile.ZipFile(tmp_path / "chats.whl", "w") as archive:
+        archive.writestr("package/chats.json", text[: text.rindex("and then?")])  # cut off, as the package's file is
+    corpora = tmp_path / "packages" / "corpora"
+    corpora.mkdir(parents=True)
+    for name in ("abc", "inaugural", "state_union", "webtext"):
+        with zipfile.ZipFile(corpora / f"{name}.zip", "w") as archive:
+            archive.writestr(f"{name}/README", "not this")
+            archive.writestr(f"{name}/a.txt", "A line of text.\n" * 300)
+    run("smollm2_data", f"{tmp_path / 'chats.whl'} {tmp_path} {tmp_path / 'out'}", monkeypatch)
+    chats = (tmp_path / "out" / "chats.jsonl").read_text().splitlines()
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    assert [json.loads(row) for row in chats] == [{"messages": messages}]
+    texts = [json.loads(row)["text"] for row in (tmp_path / "out" / "text.jsonl").read_text().splitlines()]
+    assert len(texts) == 8
+    assert "".join(texts) == "A line of text.\n" * 1200
 
 
 def test_the_command_line_of_saelens(
