@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -28,8 +29,10 @@ from fastsae.sae import SparseAutoencoder
 from fastsae_kernels import SparseActs
 
 SAVE_SECONDS = 60.0  # between two states that are saved
-_SAVE_SHARE = 0.05  # of the time that saving may take, where a state is large
+_SAVE_SHARE = 0.05  # saving a large state takes no more than this share of the time
 _VALUES = 64  # numbers that are read of each weight
+
+logger = logging.getLogger(__name__)
 
 _WHY = {
     "seed": "the seed",
@@ -52,7 +55,6 @@ def collect_examples(
     facts: Mapping[str, Any],
     n_dialogues: int | None = None,
     max_norm_multiple: float = MAX_NORM_MULTIPLE,
-    resume: bool = False,
     progress: bool = True,
 ) -> ExampleStore:
     """Writes an example store; memory and disk are bounded as `fastsae.interpret.gathered` says.
@@ -61,32 +63,32 @@ def collect_examples(
         sae: The SAE, of any architecture.
         residual: Model and layer that it belongs to.
         tokenizer: The model's.
-        batches: Dialogues, one per row, each of them whole and once. To resume, the same ones from the first on.
-        folder: Where the store is written; an older store there is replaced.
+        batches: Dialogues, one per row, each of them whole and once, from the first on also where a pass was stopped before.
+        folder: Where the store is written. A finished store of the same SAE, seed and data is returned as it is, and a stopped
+            pass goes on from the state that it saved, to the same result. What belongs to others is replaced, as the log says.
         special_tokens: From `fastsae.data.special_tokens.find_special_tokens`; may be empty.
         seed: Determines the samples and the pool of silent windows.
         facts: What readers are to know of model, SAE and data, as JSON can hold it.
         n_dialogues: Number of dialogues in `batches`, for the progress bar. None where it is not known.
         max_norm_multiple: How many times longer than the median token an attention sink is.
-        resume: Go on from the state that a stopped pass saved, to the same result. Without one the pass begins; a finished
-            store is returned as it is.
         progress: Show a progress bar.
 
     Raises:
-        UsageError: The SAE's width is not that of the residual stream, there are no dialogues, or the state to resume from
-            belongs to another SAE, seed or data.
-        FastsaeError: An activation is NaN or infinite, or the state to resume from is damaged.
+        UsageError: The SAE's width is not that of the residual stream, or there are no dialogues.
+        FastsaeError: An activation is NaN or infinite, or what lies in the folder is damaged.
         Interrupted: Ctrl-C or SIGTERM, once the state is saved.
         OSError: The disk is full, or the folder cannot be written; the state saved before stays.
     """
     check_width(sae, residual)
     own = {"seed": seed, "d_sae": sae.d_sae, "sae": fingerprint(sae), "max_norm_multiple": max_norm_multiple}
     header = {**own, "facts": json.loads(json.dumps(facts))}
-    earlier = open_examples(folder) if resume else None
+    earlier = open_examples(folder)
+    if earlier is not None and (differ := _differences(earlier[0].values, header)):
+        logger.info("examples in %s are collected anew: they have another value of %s", folder, ", ".join(differ))
+        earlier = None
     gathered, rule = Gathered(sae.d_sae, seed, sae.device), None
     if earlier is not None:
         found, tensors = earlier
-        _check_same(folder, found.values, header)
         if found.get("is_complete"):
             return ExampleStore.load(folder)
         gathered.restore({name: tensors.get_tensor(name) for name in tensors.keys()})  # noqa: SIM118 - no mapping
@@ -116,17 +118,15 @@ def fingerprint(sae: SparseAutoencoder) -> str:
     return found.hexdigest()
 
 
-def _check_same(folder: Path, found: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raises UsageError where a state was made with something else than this pass has."""
+def _differences(found: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """In what a store or state was made with something else than this pass has."""
     there, here = (dict(header.get("facts") or {}) for header in (found, own))
     differ = [why for name, why in _WHY.items() if found.get(name) != own[name]]
-    differ += [f"{name} ({shown(there.get(name))}, now {shown(here.get(name))})"
-               for name in {**there, **here} if there.get(name) != here.get(name)]  # fmt: skip
-    if differ:
-        raise UsageError(
-            f"cannot resume: the examples in {folder} were collected with another value of {', '.join(differ)}. Collect into "
-            "another folder, or leave --resume out to replace them"
-        )
+    return differ + [
+        f"{name} ({shown(there.get(name))}, now {shown(here.get(name))})"
+        for name in {**there, **here}
+        if there.get(name) != here.get(name)
+    ]
 
 
 class _States:
@@ -196,7 +196,7 @@ def _read_all(
                 postponed.check()
         except Interrupted as interruption:
             states.save()
-            message = f"interrupted; what was read stays in {states.folder}, and --resume goes on from there"
+            message = f"interrupted; what was read stays in {states.folder}, and the same command goes on from there"
             raise Interrupted(message, interruption.number) from None
 
 

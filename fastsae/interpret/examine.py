@@ -50,7 +50,7 @@ class Subject:
         sae: The SAE.
         data: Loads model and dialogues.
         folder: Where its examples and its page are written.
-        training_seed: Of its weights, None where it is not known.
+        training_seed: The seed from which its weights were drawn, None where it is not known.
     """
 
     name: str
@@ -113,7 +113,6 @@ def examine(
         facts=data.facts(),
         n_dialogues=len(data.held_out),
         max_norm_multiple=data.max_norm_multiple,
-        resume=True,
         progress=progress,
     )
     if not store.counts.any():

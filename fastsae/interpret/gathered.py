@@ -24,7 +24,7 @@ from fastsae_kernels import SparseActs
 
 N_TOP, N_SAMPLED = 20, 40  # windows of each feature
 N_POOL = 4096  # windows of the pool
-N_DRAWS = 8  # of them in a dialogue at most
+N_DRAWS = 8  # a dialogue lends the pool at most so many
 SPECIAL = KINDS.index("special")  # those before it are no special tokens, those behind it are attention sinks
 
 _LOWEST, _HIGHEST, _PARTS = -16, 16, 4  # octaves of the histogram, from 2**-16 to 2**16, and bins of each
@@ -69,7 +69,12 @@ class Rows(NamedTuple):
         return Tokens(row, self.dialogues[row], steps - self.starts[row])
 
 
-_KEPT = {"dialogues": torch.int64, "lengths": torch.int64, "tokens": torch.int32, "kinds": torch.uint8}  # of all rows
+_KEPT = {
+    "dialogues": torch.int64,
+    "lengths": torch.int64,
+    "tokens": torch.int32,
+    "kinds": torch.uint8,
+}
 
 
 class _Entries(NamedTuple):
@@ -201,7 +206,7 @@ class Gathered:
         self._special_sum.index_add_(0, features[on_special], values[on_special].double())
         by_value = ((2**31 - 1 - bits.long()) << 32) | where.dialogues[
             tokens
-        ]  # of equals the lower dialogue goes first
+        ]  # where values are equal, the dialogue with the lower number goes first
         self._top.add(by_value, entries, rows, where)
         token_hash = hashed(self._seed, where.dialogues, where.positions)
         at_random = hashed(token_hash[tokens] + self._feature_hash[features])

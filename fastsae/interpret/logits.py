@@ -12,7 +12,7 @@ from torch import Tensor
 from fastsae.data.activations import ResidualStream, decoder_layers
 
 _FEATURES_AT_ONCE = 64  # with 262,144 words their logits take 64 MB
-_ROWS_AT_ONCE = 8192  # of the unembedding or the decoder in fp32: 75 MB at a width of 2,304
+_ROWS_AT_ONCE = 8192  # so many rows of the unembedding or the decoder take 75 MB in fp32 at a width of 2,304
 _BINS = 40
 _PROBE_SIZE = 16.0  # beside which the epsilon of a norm, about 1e-5, does not show in fp32
 

@@ -14,7 +14,7 @@ from fastsae.interpret.windows import Window
 
 _TOP = -1  # stands for lower end and share of the group of the largest activations
 _DIGITS = 3  # behind the point, as SAEDashboard rounds
-# of neurons and of features that fire together, which SAEDashboard leaves empty too where it is not asked for them
+# tables of neurons and of features that fire together, which SAEDashboard leaves empty too where it is not asked for them
 _TABLES = (
     "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1", "correlated_neurons_indices",
     "correlated_neurons_l1", "correlated_neurons_pearson", "correlated_features_indices", "correlated_features_l1",

@@ -141,7 +141,7 @@ class ExampleStore:
         if not header.get("is_complete"):
             raise UsageError(
                 f"{folder}: the pass that collects these examples has not finished, it was stopped after {store.n_dialogues:,} "
-                "dialogues; run it again with --resume"
+                "dialogues; the same command goes on from there"
             )
         return store
 

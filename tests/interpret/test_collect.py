@@ -205,11 +205,11 @@ def test_one_dialogue_at_a_time(residual, batches, sae, uninterrupted, tmp_path)
 
 
 def test_a_dialogue_that_comes_twice_counts_once(residual, batches, sae, uninterrupted, tmp_path):
-    run(sae, residual, [*batches, batches[2]], tmp_path)
-    assert bits(tmp_path) == uninterrupted
+    run(sae, residual, [*batches, batches[2]], tmp_path / "a")
+    assert bits(tmp_path / "a") == uninterrupted
     row = torch.tensor([0, 1, 1, 2, 0])
     twice = [batches[0][row], *batches[1:]]
-    assert run(sae, residual, twice, tmp_path).n_dialogues == 51
+    assert run(sae, residual, twice, tmp_path / "b").n_dialogues == 51
 
 
 class StoppedError(Exception):
@@ -242,12 +242,12 @@ def test_a_resumed_pass_has_the_same_bits(residual, batches, sae, uninterrupted,
     with pytest.raises((StoppedError, Interrupted)) as caught:
         run(sae, residual, stopping(batches, after, how), tmp_path)
     if how is interrupt:
-        assert f"what was read stays in {tmp_path}, and --resume goes on" in str(caught.value)
+        assert f"what was read stays in {tmp_path}, and the same command goes on" in str(caught.value)
     with pytest.raises(UsageError, match="has not finished, it was stopped after"):
         ExampleStore.load(tmp_path)
     read: list[int] = []
     counted = (read.append(len(batch.input_ids)) or batch for batch in batches)
-    store = run(sae, residual, counted, tmp_path, resume=True)
+    store = run(sae, residual, counted, tmp_path)
     assert (store.n_dialogues, len(read)) == (54, 9)
     assert bits(tmp_path) == uninterrupted
 
@@ -257,15 +257,15 @@ def test_an_interrupted_pass_keeps_what_it_read_since_the_last_save(residual, ba
         run(sae, residual, stopping(batches, 5, interrupt), tmp_path)
     with pytest.raises(UsageError, match=r"after (30|36) dialogues"):
         ExampleStore.load(tmp_path)
-    run(sae, residual, batches, tmp_path, resume=True)
+    run(sae, residual, batches, tmp_path)
     assert bits(tmp_path) == uninterrupted
 
 
 def test_a_second_interruption_and_one_before_anything_was_read(residual, batches, sae, uninterrupted, tmp_path):
     for after in (0, 0, 3):
         with pytest.raises(KeyboardInterrupt):
-            run(sae, residual, stopping(batches, after, interrupt), tmp_path, resume=True)
-    run(sae, residual, batches, tmp_path, resume=True)
+            run(sae, residual, stopping(batches, after, interrupt), tmp_path)
+    run(sae, residual, batches, tmp_path)
     assert bits(tmp_path) == uninterrupted
 
 
@@ -287,7 +287,7 @@ def test_a_save_that_is_killed_leaves_the_state_before(
         run(sae, residual, batches, tmp_path)
     with pytest.raises(UsageError, match="after 18 dialogues"):
         ExampleStore.load(tmp_path)
-    run(sae, residual, batches, tmp_path, resume=True)
+    run(sae, residual, batches, tmp_path)
     assert bits(tmp_path) == uninterrupted
 
 
@@ -295,38 +295,38 @@ def test_resuming_with_other_batches_reads_the_dialogues_that_are_left(residual,
     with pytest.raises(StoppedError):
         run(sae, residual, stopping(batches, 4, die), tmp_path)
     mixed = [batch[[row]] for row in range(6) for batch in batches]
-    assert run(sae, residual, mixed, tmp_path, resume=True).n_dialogues == 54
+    assert run(sae, residual, mixed, tmp_path).n_dialogues == 54
 
 
 def test_resuming_a_finished_store_reads_nothing(residual, batches, sae, uninterrupted, tmp_path):
     run(sae, residual, batches, tmp_path)
-    assert run(sae, residual, stopping(batches, 0, die), tmp_path, resume=True).n_dialogues == 54
-    assert run(sae, residual, batches[:2], tmp_path).n_dialogues == 12  # without `resume` it is replaced
+    assert run(sae, residual, stopping(batches, 0, die), tmp_path).n_dialogues == 54
 
 
-def test_resuming_with_something_else(residual, batches, sae, tmp_path, saves_always):
-    with pytest.raises(StoppedError):
-        run(sae, residual, stopping(batches, 3, die), tmp_path)
+def test_examples_of_something_else_are_replaced(residual, batches, sae, uninterrupted, tmp_path, saves_always, caplog):
     other = make_sae("jumprelu", residual, batches[1])
-    for changed, what in (
-        ({"seed": 6}, "the seed"),
-        ({"max_norm_multiple": 5.0}, "max_norm_multiple"),
-        ({"facts": {**FACTS, "layer": 2}}, r"layer \(1, now 2\)"),
-        ({"facts": {}}, r"model \('tiny', now none\), layer \(1, now none\)"),
+    caplog.set_level("INFO", "fastsae")
+    for own, changed, what in (
+        (sae, {"seed": 6}, "the seed"),
+        (sae, {"max_norm_multiple": 5.0}, "max_norm_multiple"),
+        (sae, {"facts": {**FACTS, "layer": 2}}, "layer (1, now 2)"),
+        (sae, {"facts": {}}, "model ('tiny', now none), layer (1, now none)"),
+        (other, {}, "the SAE's weights"),
+        (FusedJumpReLUSAE(D_IN, 8), {}, "the number of features, the SAE's weights"),
     ):
-        with pytest.raises(UsageError, match=f"cannot resume: the examples in .* another value of {what}.*--resume"):
-            run(sae, residual, batches, tmp_path, resume=True, **changed)
-    with pytest.raises(UsageError, match="the SAE's weights"):
-        run(other, residual, batches, tmp_path, resume=True)
-    with pytest.raises(UsageError, match="the number of features, the SAE's weights"):
-        run(FusedJumpReLUSAE(D_IN, 8), residual, batches, tmp_path, resume=True)
+        with pytest.raises(StoppedError):
+            run(sae, residual, stopping(batches, 3, die), tmp_path)
+        caplog.clear()
+        assert run(own, residual, batches[:2], tmp_path, **changed).n_dialogues == 12
+        assert f"collected anew: they have another value of {what}" in caplog.text
+    run(sae, residual, batches, tmp_path)  # nor does a finished store of something else stay
+    assert bits(tmp_path) == uninterrupted
 
 
 def test_a_damaged_state(residual, batches, sae, tmp_path):
     (tmp_path / HEADER).write_text("{}")
     with pytest.raises(FastsaeError, match=r"found damaged ones .*Delete the folder"):
-        run(sae, residual, batches, tmp_path, resume=True)
-    assert run(sae, residual, batches, tmp_path).n_dialogues == 54
+        run(sae, residual, batches, tmp_path)
 
 
 def test_bad_input(residual, batches, sae, tmp_path):

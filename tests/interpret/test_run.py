@@ -17,7 +17,7 @@ from fastsae.errors import UsageError
 from fastsae.interpret import examine, run
 from fastsae.interpret.store import ExampleStore
 
-SCORES = "detection,intruder"  # of a judge that a test makes
+SCORES = "detection,intruder"  # the judge below can answer these
 
 
 class Peak:
@@ -110,6 +110,10 @@ def test_scores_are_a_function_of_the_seed_and_examples_are_read_once(
     assert called(capsys, "interpret", folder, "--features", 6, "--scores", SCORES, "--quiet")[0] == 0
     assert without_times(folder / run.RESULT_FILE) == without_times(folder / "first.json")
     assert (folder / examine.EXAMPLES / "examples.json").stat().st_mtime_ns == before
+    assert (
+        called(capsys, "pages", folder, "--eval-dialogues", 15, "--quiet")[0] == 0
+    )  # other data than training left there
+    assert ExampleStore.load(folder / examine.EXAMPLES).n_dialogues == 15
 
 
 @pytest.mark.usefixtures("judge")

@@ -216,7 +216,9 @@ def test_a_damaged_store(store, talks, tmp_path, damage):
 
 
 def test_an_unfinished_store(talks, tmp_path):
-    with pytest.raises(UsageError, match=r"has not finished, it was stopped after 5 dialogues.*--resume"):
+    with pytest.raises(
+        UsageError, match=r"has not finished, it was stopped after 5 dialogues.*the same command goes on"
+    ):
         stored(gather(Gathered(D_SAE, SEED), talks[:5]), tmp_path, is_complete=False)
 
 

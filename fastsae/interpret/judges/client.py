@@ -18,7 +18,7 @@ from fastsae.errors import FastsaeError, UsageError, shown
 from fastsae.interpret.judges.answer_cache import Answer, AnswerCache
 from fastsae.interpret.judges.http import RefusedError, UnansweredError, post
 
-_CHARACTERS_PER_TOKEN = 3  # of English text there are about four; the budget shall rather be spent too early
+_CHARACTERS_PER_TOKEN = 3  # English text has about four; a budget is better spent too early than overrun
 _LONGEST_WAIT = 300.0  # seconds; a quota that fills up later ends the run
 _NAMED_BY = {
     "response_format": ("response_format", "json_schema", "structured", "schema"),
@@ -271,7 +271,7 @@ def _read(reply: dict[str, Any], estimate: int) -> Answer:
         content = choices[0]["message"]["content"]
     except (IndexError, KeyError, TypeError):
         content = None
-    if isinstance(content, list):  # of parts, some of which are text
+    if isinstance(content, list):  # a list of parts, some of which are text
         content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
     return Answer(content if isinstance(content, str) else None, tokens)
 
