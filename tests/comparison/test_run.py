@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from fastsae.cli import main
+from fastsae.comparison import gradients
 from fastsae.comparison.arms import REFERENCE
 from fastsae.comparison.costs import estimate
 from fastsae.comparison.run import PAGE_FILE, PLAN_FILE, RESULT_FILE, compare, new_plan
 from fastsae.errors import FastsaeError, UsageError
+from fastsae.evaluate.gsnr import gsnr
 from fastsae.interrupt import Interrupted
 from fastsae.train.session import Session
 from fastsae.train.trainer import Trainer
@@ -88,8 +90,25 @@ def test_an_interrupted_comparison_goes_on(
         compare(tmp_path / "killed", resume=True, progress=False, tokens=1024)
     with pytest.raises(UsageError, match="arms: the comparison"):
         compare(tmp_path / "killed", ["fast", "packed"], resume=True, progress=False)
+    measured: list[str] = []
+
+    def killed(sae: Any, *arguments: Any, **options: Any) -> Any:
+        measured.append("an arm")
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return gsnr(sae, *arguments, **options)
+
+    monkeypatch.setattr(gradients, "gsnr", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compare(tmp_path / "killed", resume=True, progress=False)
     resumed = compare(tmp_path / "killed", resume=True, progress=False)
+    assert len(measured) == 3  # the first arm's gradients were kept
     assert without_times(resumed) == without_times(whole)
+    kept = next((tmp_path / "killed").rglob(gradients.GRADIENTS_FILE))
+    kept.write_text("{}")
+    (tmp_path / "killed" / RESULT_FILE).unlink()
+    with pytest.raises(FastsaeError, match=r"gradients\.json: expected the gradients .* delete it"):
+        compare(tmp_path / "killed", resume=True, progress=False)
 
 
 def test_an_sae_that_fails_is_told_and_the_others_are_compared(
