@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 _ROLES = ("user", "assistant")
 _START = -1  # stands before the first token of a dialogue, where a template's first header has no special token
 _CONTENTS = [f"zqx{i}" for i in range(6)]  # no template writes these
+_SYSTEM = "zqx6"
 
 
 class RoleHeader(NamedTuple):
@@ -39,11 +40,14 @@ class SpecialTokens:
             the same word inside a message is an ordinary word. The user's stands first.
         leads: The special tokens behind which somebody speaks: 0 for the user alone, 1 for the assistant alone, None for
             whoever was named before. One that also ends a turn says nothing, unless one role's turns alone begin with it.
+        system: The headers that mark a system prompt, where a word or a special token of its own does. They are no names of
+            roles: the paper's lists leave them out.
     """
 
     ids: dict[str, int] = field(default_factory=dict)
     roles: dict[str, tuple[RoleHeader, ...]] = field(default_factory=dict)
     leads: dict[int, int | None] = field(default_factory=dict)
+    system: tuple[RoleHeader, ...] = ()
 
     @property
     def names(self) -> list[str]:
@@ -59,17 +63,28 @@ class SpecialTokens:
         found = torch.full_like(input_ids, len(self.names))
         for index, token in enumerate(self.ids.values()):
             found[input_ids == token] = index
-        padded = torch.nn.functional.pad(input_ids, (1, 0), value=_START)
         for index, headers in enumerate(self.roles.values(), start=len(self.ids)):
-            for before, name in headers:
-                length = len(before) + len(name)
-                if length > padded.shape[1]:
-                    continue
-                pattern = torch.tensor([*before, *name], dtype=input_ids.dtype, device=input_ids.device)
-                rows, starts = (padded.unfold(1, length, 1) == pattern).all(-1).nonzero(as_tuple=True)
-                for offset in range(len(before) - 1, length - 1):
-                    found[rows, starts + offset] = index
+            found[_is_name(input_ids, headers)] = index
         return found
+
+    def names_system(self, input_ids: Tensor) -> Tensor:
+        """Returns for every token whether it is the name behind which a system prompt stands; `input_ids` as in `classes`."""
+        return _is_name(input_ids, self.system)
+
+
+def _is_name(input_ids: Tensor, headers: Sequence[RoleHeader]) -> Tensor:
+    """Whether each token belongs to the name of one of the headers."""
+    padded = torch.nn.functional.pad(input_ids, (1, 0), value=_START)
+    found = torch.zeros_like(padded, dtype=torch.bool)
+    for before, name in headers:
+        length = len(before) + len(name)
+        if length > padded.shape[1]:
+            continue
+        pattern = torch.tensor([*before, *name], dtype=input_ids.dtype, device=input_ids.device)
+        rows, starts = (padded.unfold(1, length, 1) == pattern).all(-1).nonzero(as_tuple=True)
+        for offset in range(len(before), length):
+            found[rows, starts + offset] = True
+    return found[:, 1:]
 
 
 def find_special_tokens(tokenizer: Any) -> SpecialTokens:
@@ -94,23 +109,25 @@ def find_special_tokens(tokenizer: Any) -> SpecialTokens:
     if ids and ids[0] == tokenizer.bos_token_id and ids[0] not in ids[1:]:
         special.discard(ids[0])
         leads.pop(ids[0], None)
-    return SpecialTokens({_decode(tokenizer, [i]): i for i in dict.fromkeys(ids) if i in special}, roles, leads)
+    names = {_decode(tokenizer, [i]): i for i in dict.fromkeys(ids) if i in special}
+    return SpecialTokens(names, roles, leads, _system(tokenizer, roles, leads))
 
 
 def _render_probe(tokenizer: Any) -> list[int]:
     """Token ids of a plain dialogue of three exchanges, or of fewer where the template refuses that; none if it refuses all."""
     for n_messages in (6, 4, 2):
-        probe: Dialogue = [
-            {"role": _ROLES[i % 2], "content": content} for i, content in enumerate(_CONTENTS[:n_messages])
-        ]
         try:
-            return render(tokenizer, probe)
+            return render(tokenizer, _probe(n_messages))
         except UsageError:
             raise
         except FastsaeError as error:
             refusal = error
     logger.warning("no special tokens are told apart from others: %s", refusal)
     return []
+
+
+def _probe(n_messages: int) -> Dialogue:
+    return [{"role": _ROLES[i % 2], "content": content} for i, content in enumerate(_CONTENTS[:n_messages])]
 
 
 def _special_ids(tokenizer: Any, ids: Sequence[int]) -> set[int]:
@@ -143,7 +160,8 @@ def _roles(tokenizer: Any, segments: list[tuple[int, list[int]]]) -> dict[str, t
     roles: dict[str, tuple[RoleHeader, ...]] = {}
     # a message of the user and one of the assistant; templates may treat the first and the last message differently
     for message in (2, 1):
-        header = _header(texts, _CONTENTS[message - 1], _CONTENTS[message])
+        start = 1 + next((i for i, text in enumerate(texts) if _CONTENTS[message - 1] in text), len(texts))
+        header = _header(texts, start, _CONTENTS[message])
         name = re.search(r"(\w+)\W*$", header)
         if name is None or name[1] in roles:
             return {}
@@ -152,6 +170,31 @@ def _roles(tokenizer: Any, segments: list[tuple[int, list[int]]]) -> dict[str, t
         found = [_role_header(tokenizer, lead, tokens, header, name.start(1)) for lead, tokens in starts]
         roles[name[1]] = tuple(dict.fromkeys(found))
     return roles
+
+
+def _system(
+    tokenizer: Any, roles: dict[str, tuple[RoleHeader, ...]], leads: dict[int, int | None]
+) -> tuple[RoleHeader, ...]:
+    """The header of a system prompt; none where templates refuse one, or write it into a message of the user."""
+    try:
+        ids = render(tokenizer, [{"role": "system", "content": _SYSTEM}, *_probe(2)])
+    except FastsaeError:
+        return ()
+    segments = list(_segments(ids, _special_ids(tokenizer, ids)))
+    texts = [_decode(tokenizer, tokens) for _, tokens in segments]
+    spoken = next((i for i, text in enumerate(texts) if _SYSTEM in text), None)
+    if spoken is None or not (roles or leads):  # where nothing tells who speaks, nothing tells where the prompt ends
+        return ()
+    own = segments[spoken][0]
+    if own not in (*leads, _START, tokenizer.bos_token_id):
+        return (RoleHeader((), (own,)),)
+    header = _header(texts[: spoken + 1], 0, _SYSTEM)
+    name = re.search(r"(\w+)\W*$", header)
+    if name is None or name[1] in roles or not roles:
+        return ()
+    header = header[: name.end(1)]
+    lead, tokens = next(one for one, text in zip(segments, texts, strict=True) if text.lstrip().startswith(header))
+    return (_role_header(tokenizer, lead, tokens, header, name.start(1)),)
 
 
 def _leads(tokenizer: Any, segments: list[tuple[int, list[int]]]) -> dict[int, int | None]:
@@ -169,9 +212,8 @@ def _leads(tokenizer: Any, segments: list[tuple[int, list[int]]]) -> dict[int, i
     return {**either, **dict.fromkeys(user - assistant, 0), **dict.fromkeys(assistant - user, 1)}
 
 
-def _header(texts: Sequence[str], before: str, message: str) -> str:
-    """The first line with a word that the template writes behind a special token between two messages, else ""."""
-    start = 1 + next((i for i, text in enumerate(texts) if before in text), len(texts))
+def _header(texts: Sequence[str], start: int, message: str) -> str:
+    """The first line with a word that the template writes between the start of the text `start` and a message, else ""."""
     end = next((i for i in range(start, len(texts)) if message in texts[i]), start - 1)
     for text in texts[start : end + 1]:
         header = text.partition(message)[0].strip()

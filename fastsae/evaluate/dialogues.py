@@ -23,7 +23,7 @@ CLASSES = {
     "special": "tokens that the chat template writes around turns, role names among them, but no sinks",
     "user": "tokens of the user's messages, but no sinks",
     "assistant": "tokens of the assistant's messages, but no sinks",
-    "template": "whatever the chat template writes, special or not, but no sinks",
+    "template": "whatever the chat template writes, special or not, and system prompts, but no sinks",
     "sinks": "attention sinks: position 0, and tokens many times as long as the median token",
     "position_0": "the first token of each dialogue",
     "all_with_sinks": "every token, as the FAST paper counts",
@@ -31,13 +31,13 @@ CLASSES = {
 }
 """Classes of tokens. A token may be in several; a loss belongs to the classes of the token that is predicted."""
 
-_SPOKEN = ("user", "assistant", "template", "special")
+_SPOKEN = ("user", "assistant", "system", "template", "special")
 _KINDS_OF = {
     "all": _SPOKEN,
     "special": ("special",),
     "user": ("user",),
     "assistant": ("assistant",),
-    "template": ("template", "special"),
+    "template": ("system", "template", "special"),
     "sinks": KINDS[len(_SPOKEN) :],
     "position_0": ("position_0", "special_position_0"),
     "all_with_sinks": KINDS,

@@ -13,6 +13,7 @@ from fastsae.data.special_tokens import SpecialTokens
 KINDS = (
     "user",
     "assistant",
+    "system",
     "template",
     "special",
     "position_0",
@@ -20,17 +21,17 @@ KINDS = (
     "late_sink",
     "special_late_sink",
 )
-"""A token is of one kind: what the user or the assistant says, or what the template writes, in special tokens and role names or
-in others; the first of its dialogue; or another attention sink. The last two may be special tokens or not."""
-_USER, _ASSISTANT, _TEMPLATE, _SPECIAL, _FIRST, _LATE_SINK = 0, 1, 2, 3, 4, 6
+"""A token is of one kind: what the user or the assistant says, a system prompt, or what the template writes, in special tokens
+and role names or in others; the first of its dialogue; or another attention sink. The last two may be special tokens or not."""
+_USER, _ASSISTANT, _SYSTEM, _TEMPLATE, _SPECIAL, _FIRST, _LATE_SINK = 0, 1, 2, 3, 4, 5, 7
 
 
 class TokenKinds:
     """Sorts the tokens of whole dialogues into `KINDS`.
 
     Who speaks is told by the role's name before the text, or by a special token with which this role's turns alone begin.
-    Where a template writes neither, what both say counts as written by the template; so do system prompts, and spaces and
-    punctuation marks between a name and the first word.
+    Where a template writes neither, what is said counts as written by the template; so do spaces and punctuation marks between
+    a name and the first word.
 
     Args:
         tokenizer: The model's.
@@ -52,6 +53,7 @@ class TokenKinds:
         real = attention_mask.bool()
         classes = self._special.classes(input_ids)
         special = (classes < len(self._special.names))[real]
+        classes = classes.masked_fill(self._special.names_system(input_ids), len(self._special.names) + 1)
         rows = zip(input_ids.tolist(), classes.tolist(), real.sum(1).tolist(), strict=True)
         said = [who for ids, kinds, length in rows for who in self._speakers(ids[:length], kinds)]
         first = (torch.arange(input_ids.shape[1]) == 0).expand(input_ids.shape)[real]
@@ -65,7 +67,9 @@ class TokenKinds:
         speaker, begin, found = _TEMPLATE, None, list[int]()  # `begin`: where the speaker's first word stands
         for i, (token, kind) in enumerate(zip(ids, kinds, strict=False)):
             role = kind - n_ids if n_ids <= kind < n_names else leads.get(token)  # 0 for the user, 1 for the assistant
-            if role is not None:
+            if kind > n_names:
+                speaker, begin = _SYSTEM, None
+            elif role is not None:
                 speaker, begin = (_ASSISTANT if role else _USER), None
             elif token in leads and begin is not None:  # what stands between name and text belongs to the header
                 found[begin:] = [_TEMPLATE] * (i - begin)

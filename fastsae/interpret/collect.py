@@ -21,7 +21,7 @@ from fastsae.data.sinks import MAX_NORM_MULTIPLE, SinkRule
 from fastsae.data.special_tokens import SpecialTokens
 from fastsae.errors import FastsaeError, UsageError, shown
 from fastsae.evaluate.reconstruction import check_width, features_of
-from fastsae.evaluate.token_kinds import TokenKinds
+from fastsae.evaluate.token_kinds import KINDS, TokenKinds
 from fastsae.interpret.gathered import Gathered, Rows
 from fastsae.interpret.store import ExampleStore, open_examples, write_examples
 from fastsae.interrupt import Interrupted, Postponed
@@ -81,6 +81,7 @@ def collect_examples(
     """
     check_width(sae, residual)
     own = {"seed": seed, "d_sae": sae.d_sae, "sae": fingerprint(sae), "max_norm_multiple": max_norm_multiple}
+    own["kinds"] = list(KINDS)  # which the examples hold as indices
     header = {**own, "facts": json.loads(json.dumps(facts))}
     earlier = open_examples(folder)
     if earlier is not None and (differ := _differences(earlier[0].values, header)):

@@ -1,8 +1,8 @@
 // One feature: its figures and charts, and the examples with their tokens.
 
-const ROLES = ["user", "assistant", "template", "special", "sink"]; // what a band tells apart; a kind has more words
+const ROLES = ["user", "assistant", "system", "template", "special", "sink"]; // what a band tells apart; a kind has more words
 const ROLE_NAMES = {
-  user: "user", assistant: "assistant", template: "template or system prompt", special: "special token", sink: "attention sink",
+  user: "user", assistant: "assistant", system: "system prompt", template: "template", special: "special token", sink: "attention sink",
 };
 const TOP_FIRST = 8, INTERVAL_FIRST = 3; // windows that are shown at once
 const SVG = "http://www.w3.org/2000/svg";

@@ -58,6 +58,47 @@ def test_speakers_of_each_family(family):
             assert not has_word[i], (family, tokenizer.decode(ids[0, : i + 1]), got, wanted)
 
 
+# families whose template marks a system prompt in a way of its own, and how
+SYSTEM_MARKS = {
+    "chatml": "system", "qwen": "system", "thinking": "system", "llama 3": "system", "gemma": "system", "phi": "<|system|>",
+    "plain marks": "system", "plain marks with bos": "system", "harmony": "system", "openchat": "System",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_system_prompts_of_each_family(family):
+    start, message, special, _, _ = FAMILIES[family]
+    special = [*special, "<|system|>"] if family == "phi" else special
+    tokenizer = make_tokenizer(start, message, special, WORDS + " system System")
+    found = find_special_tokens(tokenizer)
+    assert [tokenizer.decode(name).strip() for _, name in found.system] == SYSTEM_MARKS.get(family, "").split()
+    dialogue = [{"role": "system", "content": "The system is a user\nsystem"}, *DIALOGUE]
+    for messages in (dialogue, DIALOGUE):
+        ids = torch.tensor([render(tokenizer, messages)])
+        sinks = torch.zeros(ids.shape[1], dtype=torch.bool)
+        kinds = [KINDS[kind] for kind in TokenKinds(tokenizer, found)(ids, torch.ones_like(ids), sinks).tolist()]
+        if family not in SYSTEM_MARKS or (family == "qwen" and messages is DIALOGUE):  # it writes a prompt of its own
+            assert family == "qwen" or "system" not in kinds
+            continue
+        for token, got, wanted in zip(ids[0].tolist(), kinds, spoken(tokenizer, messages), strict=True):
+            if re.search(r"\w", tokenizer.decode([token])) and wanted is not None:
+                assert (got == wanted) or (family == "phi" and got == "template"), (
+                    tokenizer.decode([token]),
+                    got,
+                    wanted,
+                )
+
+
+def test_a_prompt_that_the_template_writes_by_itself_is_a_system_prompt():
+    start, message, special, _, _ = FAMILIES["qwen"]
+    tokenizer = make_tokenizer(start, message, special, WORDS)
+    ids = torch.tensor([render(tokenizer, DIALOGUE)])
+    sinks = torch.zeros(ids.shape[1], dtype=torch.bool)
+    kinds = TokenKinds(tokenizer, find_special_tokens(tokenizer))(ids, torch.ones_like(ids), sinks)
+    said = tokenizer.decode(ids[0][kinds == KINDS.index("system")])
+    assert said.strip() == "You are a helpful assistant user."
+
+
 def test_sinks_and_special_tokens():
     start, message, special, _, _ = FAMILIES["chatml"]
     tokenizer = make_tokenizer(start, message, special, WORDS)

@@ -65,7 +65,7 @@ def token_text(token: int) -> str:
 def dialogue(index: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Tokens and kinds of one made-up dialogue; some tokens are hostile."""
     draw = random.Random(index)
-    tokens, kinds = [START, SYSTEM, BREAK], ["special_position_0", "template", "template"]
+    tokens, kinds = [START, SYSTEM, BREAK], ["special_position_0", "template", "system"]
     for turn in range(4):
         role, kind = ((USER, "user"), (ASSISTANT, "assistant"))[turn % 2]
         n = draw.randint(6, 40)

@@ -8,11 +8,12 @@ import torch
 from store_problem import Talk, expected, gather, make_talks, sparse, window
 
 from fastsae import FastsaeError, UsageError
+from fastsae.evaluate.token_kinds import KINDS
 from fastsae.interpret.gathered import N_POOL, SPECIAL, Gathered, Rows
 from fastsae.interpret.store import HEADER, TENSORS, ExampleStore, write_examples
 from fastsae.interpret.windows import WINDOW
 
-D_SAE, SEED = 45, 3
+D_SAE, SEED, SINK = 45, 3, KINDS.index("special_position_0")
 LENGTHS = random.Random(0).choices([1, 2, 5, 20, 31, 32, 33, 50, 90], k=70)
 
 
@@ -164,7 +165,7 @@ def test_its_size_does_not_grow_with_the_tokens(talks):
 
 
 def test_no_entries(tmp_path):
-    talks = [Talk(n, [5, 6, 7], [4, 0, 0], torch.zeros(3, 2)) for n in range(3)]
+    talks = [Talk(n, [5, 6, 7], [SINK, 0, 0], torch.zeros(3, 2)) for n in range(3)]
     store = stored(gather(Gathered(2, 0), talks), tmp_path)
     assert store.alive(1) == []
     assert len(store.silent(1, 9)) == 3
@@ -180,7 +181,7 @@ def test_windows_that_are_looked_up_in_parts(monkeypatch, talks, store, tmp_path
 
 def test_bf16_and_fp64_features(tmp_path):
     acts = torch.tensor([[9.0], [0.3], [2.0]])
-    rows = Rows(torch.tensor([0]), torch.tensor([3]), torch.tensor([5, 6, 7]), torch.tensor([4, 0, 0]))
+    rows = Rows(torch.tensor([0]), torch.tensor([3]), torch.tensor([5, 6, 7]), torch.tensor([SINK, 0, 0]))
     for dtype in (torch.bfloat16, torch.float64):
         gathered = Gathered(1, 0)
         gathered.add(rows, sparse(acts.to(dtype)))
