@@ -26,9 +26,11 @@ if TYPE_CHECKING:
         TopActivations,
         TrainOutput,
     )
+    from fastsae.steering import Edit, steer
     from fastsae_kernels import SparseActs
 
 __all__ = [
+    "Edit",
     "FastsaeError",
     "FusedBatchTopKSAE",
     "FusedJumpReLUSAE",
@@ -43,13 +45,16 @@ __all__ = [
     "__version__",
     "accelerate",
     "compare",
+    "steer",
 ]
 
 _MODULES = {  # the other names: fastsae.sae
+    "Edit": "fastsae.steering",
     "FusedSAEAdam": "fastsae.optim",
     "SparseActs": "fastsae_kernels",
     "accelerate": "fastsae.peers",
     "compare": "fastsae.comparison.run",
+    "steer": "fastsae.steering",
 }
 _SUBMODULES = ("optim", "sae")
 

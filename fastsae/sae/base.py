@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fastsae_kernels as kernels
 from fastsae.sae.compute_copies import ComputeCopies
 from fastsae.sae.inference import (
+    FeatureWeights,
     TopActivations,
     check_feature_ids,
     check_integer,
@@ -284,6 +285,12 @@ class SparseAutoencoder(StoredModule, ABC):
             return self._encode_dense(x, ids)
         acts = columns(self.encode_sparse(x), ids)
         return acts.reshape(*x.shape[:-1], ids.numel()).to(self.dtype)
+
+    def feature_weights(self, feature_ids: Sequence[int] | Tensor) -> FeatureWeights:
+        """The weights of some features, in any order; raises as `encode_features` does."""
+        ids = check_feature_ids(feature_ids, self.d_sae, self.device)
+        scale, threshold = self._rescaling(ids), self.gate_threshold().index_select(0, ids)
+        return FeatureWeights(*self._encoder(scale, ids), threshold, self._decoder(scale, ids))
 
     def decode(self, acts: Tensor | SparseActs) -> Tensor:
         """The reconstruction from dense `[..., d_sae]` or sparse activations, `[..., d_in]`, of `SparseActs` `[N, d_in]`.

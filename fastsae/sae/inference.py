@@ -20,6 +20,15 @@ class TopActivations(NamedTuple):
     indices: Tensor  # [..., k] int64 feature of each value; 0 where the value is 0
 
 
+class FeatureWeights(NamedTuple):
+    """The weights of some features as `encode` and `decode` use them: rescaled, where decoder norms count."""
+
+    W_enc: Tensor  # [d_in, n_ids]
+    b_enc: Tensor  # [n_ids]
+    threshold: Tensor  # [n_ids]
+    W_dec: Tensor  # [n_ids, d_in], what one unit of each activation adds to the reconstruction
+
+
 def check_integer(name: str, value: Any, d_sae: int | None = None) -> int:
     """The argument `name` where it is an integer from 1, to `d_sae` where that is given.
 
