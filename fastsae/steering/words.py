@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+from fastsae.evaluate.metrics import number
 from fastsae.steering.result import Result, Run, Stable
 
 Key = Literal["mean_kl", "p95_kl", "perplexity", "repeated_3grams", "other_script", "n_tokens"]
@@ -13,11 +15,15 @@ NOT_STEERED = (UNSTEERED, PROMPTED)
 """The arms that add nothing to the residual stream."""
 
 
+UNDEFINED = "n/a"
+
+
 class Measure(NamedTuple):
-    """One measure of a text: its name, its unit, the factor to what is shown, its decimals, and what it says in one sentence."""
+    """One measure of a text: names, unit, the factor to what is shown, its decimals, and what it says in one sentence."""
 
     key: Key
     name: str
+    short: str
     unit: str
     factor: float
     decimals: int
@@ -28,6 +34,7 @@ MEASURES = (
     Measure(
         "mean_kl",
         "mean KL",
+        "mean KL",
         "nats per token",
         1.0,
         3,
@@ -37,12 +44,14 @@ MEASURES = (
     Measure(
         "p95_kl",
         "p95 KL",
+        "p95 KL",
         "nats",
         1.0,
         3,
-        "One token in twenty is farther from the unsteered model than this; at 1 nat the text is usually still whole.",
+        "One token in twenty is farther from the unsteered model than this; alpha auto looks for the alpha at which it is 1.",
     ),
     Measure(
+        "perplexity",
         "perplexity",
         "perplexity",
         "",
@@ -54,20 +63,24 @@ MEASURES = (
     Measure(
         "repeated_3grams",
         "repeated 3-grams",
+        "repeats",
         "%",
         100.0,
         1,
-        "The share of runs of three tokens that occur more than once in a text; above 20 % a reader notices.",
+        "The share of runs of three tokens that occur more than once in a text; a text that goes round in circles reaches 100 %.",
     ),
     Measure(
         "other_script",
+        "other script",
         "other script",
         "%",
         100.0,
         1,
         "The share of letters in a script that the prompt does not use, as where a text turns from English to Chinese.",
     ),
-    Measure("n_tokens", "length", "tokens", 1.0, 1, "How many tokens were written, on average over the texts."),
+    Measure(
+        "n_tokens", "length", "length", "tokens", 1.0, 1, "How many tokens were written, on average over the texts."
+    ),
 )
 DOSES = {
     "fixed": "the same strength at every token",
@@ -84,8 +97,22 @@ POSITIONS = {
     "special": "the special tokens",
     "assistant": "the tokens of the assistant",
 }
+MODES = {
+    "add": "{} times the feature's decoder row is added to the residual stream",
+    "clamp": "the feature's activation is set to {}",
+    "min_clamp": "the feature's activation is raised to {} where it is lower",
+    "scale": "the feature's activation is multiplied by alpha",
+    "ablate": "the feature's activation is set to 0",
+    "orthogonal": "the part of the residual stream along the feature's direction is multiplied by alpha",
+}
+"""What each mode does at each step, with alpha in its unit in the braces."""
+ARMS = {
+    "random direction": "the same push along a random direction of the same norm, for what any push of that size does",
+    PROMPTED: "the unsteered model, which was asked in words instead",
+}
+"""What the arms are that stand beside the feature."""
+_LARGEST = 1e6  # from here on numbers are powers of ten
 _UNITS = {"max": "times the feature's maximum", "norm": "times the norm of the residual stream"}
-_AMOUNTS = {"clamp": "value", "min_clamp": "least value", "scale": "factor", "orthogonal": "factor"}
 
 
 class TextRow(NamedTuple):
@@ -101,11 +128,14 @@ def plain(value: float) -> str:
 
 
 def alpha_words(result: Result) -> str:
-    """What alpha is in this run, such as `alpha, times the feature's maximum`."""
-    what = _AMOUNTS.get(result["mode"])
-    name = f"alpha, the {what} of {result['mode'].replace('_', '-')}" if what else "alpha"
-    unit = _UNITS.get(result["unit"])
-    return f"{name}, {unit}" if unit else name
+    """Alpha and its unit, such as `alpha times the feature's maximum`."""
+    return " ".join(filter(None, ("alpha", _UNITS.get(result["unit"]))))
+
+
+def mode_sentence(result: Result) -> str:
+    """What the push is, in one sentence."""
+    said = MODES.get(result["mode"], result["mode"]).format(alpha_words(result))
+    return f"{said[:1].upper()}{said[1:]}."
 
 
 def dose_words(dose: str) -> str:
@@ -116,6 +146,22 @@ def dose_words(dose: str) -> str:
 def group_name(run: Run | Stable) -> str:
     """Arm and dose, such as `feature 13794, fixed`."""
     return run["arm"] if run["arm"] in NOT_STEERED else f"{run['arm']}, {dose_words(run['dose'])}"
+
+
+def run_name(run: Run) -> str:
+    """Arm, dose and alpha, such as `feature 13794, fixed, alpha 15`."""
+    return run["arm"] if run["arm"] in NOT_STEERED else f"{group_name(run)}, alpha {plain(run['alpha'])}"
+
+
+def shown(value: float | None, measure: Measure, unit: bool = True) -> str:
+    """A measure for reading, a percentage with its sign where `unit` is wanted; "n/a" where it is undefined."""
+    if value is None or not math.isfinite(value):
+        return UNDEFINED
+    scaled = measure.factor * float(value)
+    if measure.key == "n_tokens" and scaled.is_integer():
+        return f"{scaled:,.0f}"
+    text = number(scaled) if abs(scaled) < _LARGEST else f"{scaled:.1e}"
+    return f"{text} %" if unit and measure.unit == "%" else text
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:

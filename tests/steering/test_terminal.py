@@ -8,7 +8,7 @@ import pytest
 
 from fastsae.steering.columns import beside, pad, printable, width, wrap
 from fastsae.steering.terminal import print_result, print_texts, streamed
-from tests.steer.steer_examples import HOSTILE, PROMPTS, result
+from tests.steering.steer_examples import HOSTILE, PROMPTS, result
 
 
 def is_harmless(text: str) -> bool:
