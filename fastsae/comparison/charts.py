@@ -1,37 +1,22 @@
-"""The charts of `compare.html`: intervals on a common axis as HTML, scatter and leakage as inline SVG, and their style.
-
-Marks of an arm have a colour and a shape, so that neither is needed to tell it.
-"""
+"""The charts of `compare.html`: intervals on a common axis as HTML, scatter and leakage as inline SVG, and their style."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
 
-from fastsae.evaluate import plots
+from fastsae.evaluate import marks, plots
 from fastsae.evaluate.style import CSS as REPORT_CSS
 
-_SHAPES = (
-    "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z",  # disc
-    "M-3.6 -3.6h7.2v7.2h-7.2z",  # square
-    "M0 -4.6L4.5 3.4H-4.5z",  # triangle
-    "M0 -5L5 0L0 5L-5 0z",  # diamond
-    "M0 4.6L4.5 -3.4H-4.5z",  # triangle that stands on its tip
-    "M-1.5 -4.6h3v3.1h3.1v3h-3.1v3.1h-3v-3.1h-3.1v-3h3.1z",  # plus
-    "M-4.6 -2.2h9.2v4.4h-9.2z",  # bar
-    "M-2.2 -4.6h4.4v9.2h-4.4z",  # upright bar
-)
 CSS = (
     REPORT_CSS
-    + "\n".join(f".m{i} {{ fill: var(--s{i}); color: var(--s{i}); }}" for i in range(len(_SHAPES)))
+    + marks.CSS
     + """
 body { max-width: 80rem; }
 h3 { margin-top: 1.4rem; }
 th, td { padding-right: 0.9rem; }
-svg.mark { display: inline-block; width: 0.8rem; height: 0.8rem; vertical-align: -0.1rem; margin-right: 0.3rem; }
-.legend { display: flex; flex-wrap: wrap; gap: 0.2rem 1.2rem; margin: 0.5rem 0; font-size: 0.88rem; max-width: none; }
 .track-chart { margin: 0.6rem 0 1.6rem; max-width: 74rem; }
 .track-row { display: grid; grid-template-columns: 12rem minmax(0, 1fr) 24rem; gap: 0 1rem; align-items: center;
   padding: 0.12rem 0; font-size: 0.88rem; }
@@ -72,24 +57,6 @@ class Row(NamedTuple):
     starts_group: bool
 
 
-def mark(arm: int, title: str = "", style: str = "") -> str:
-    """The mark of the arm with this index, as an inline element."""
-    tip = f"<title>{escape(title)}</title>" if title else ""
-    where = f' style="{style}"' if style else ""
-    shape = _SHAPES[arm % len(_SHAPES)]
-    return f'<svg class="mark {_colour(arm)}" viewBox="-6 -6 12 12" aria-hidden="true"{where}>{tip}<path d="{shape}"/></svg>'
-
-
-def _colour(arm: int) -> str:
-    """The class of the arm's colour; from the ninth arm on shapes come again, in other colours."""
-    return f"m{(arm + arm // len(_SHAPES)) % len(_SHAPES)}"
-
-
-def legend(arms: Mapping[str, int]) -> str:
-    """Names and marks of the arms, from their indices."""
-    return '<p class="legend">' + "".join(f"<span>{mark(i)}{escape(arm)}</span>" for arm, i in arms.items()) + "</p>"
-
-
 def intervals(rows: Sequence[Row], axis_label: str) -> str:
     """Intervals below each other on one linear axis that holds 0."""
     ends = [x for row in rows for x in (row.low, row.middle, row.high) if x is not None]
@@ -99,8 +66,8 @@ def intervals(rows: Sequence[Row], axis_label: str) -> str:
     for row in rows:
         first = " first" if row.starts_group else ""
         body.append(
-            f'<div class="track-row{first}"><div>{row.label}</div><div class="track {_colour(row.arm)}">{zero}'
-            f"{_range(axis, row.low, row.high)}{mark(row.arm, style=f'left:{axis(row.middle):.2f}%')}</div>"
+            f'<div class="track-row{first}"><div>{row.label}</div><div class="track {marks.colour(row.arm)}">{zero}'
+            f"{_range(axis, row.low, row.high)}{marks.mark(row.arm, style=f'left:{axis(row.middle):.2f}%')}</div>"
             f'<div class="said">{row.said}</div></div>'
         )
     return f'<div class="track-chart">{"".join(body)}{_tick_row(axis, axis_label)}</div>'
@@ -119,8 +86,8 @@ def lanes(
     body = []
     for name, arms in groups:
         drawn = "".join(
-            f'<div class="lane {_colour(arm)}">{_range(axis, low, high)}'
-            f"{mark(arm, title, f'left:{axis(value):.2f}%')}</div>"
+            f'<div class="lane {marks.colour(arm)}">{_range(axis, low, high)}'
+            f"{marks.mark(arm, title, f'left:{axis(value):.2f}%')}</div>"
             for arm, title, low, value, high in arms
         )
         body.append(f'<div class="track-row first"><div>{name}</div><div class="track lanes">{drawn}</div></div>')
@@ -149,7 +116,7 @@ def scatter(points: Sequence[tuple[int, str, float, float]], target: float | Non
         parts.append(f'<path class="target" d="M{x_axis(target):.1f} {plots.TOP}V{plots.HEIGHT - plots.BOTTOM}"/>')
     for arm, title, x, y in points:
         parts.append(
-            f'<path class="{_colour(arm)}" d="{_SHAPES[arm % len(_SHAPES)]}" '
+            f'<path class="{marks.colour(arm)}" d="{marks.shape(arm)}" '
             f'transform="translate({x_axis(x):.1f} {y_axis(y):.1f})"><title>{escape(title)}</title></path>'
         )
     return plots.svg(parts, f"{y_label} against {x_label}")

@@ -13,6 +13,7 @@ from fastsae.comparison.gradient_sections import gsnr_section, leakage_section
 from fastsae.comparison.metrics import METRICS
 from fastsae.comparison.result import Arm, Difference, Result
 from fastsae.evaluate.dialogues import CLASSES
+from fastsae.evaluate.marks import legend, mark
 from fastsae.evaluate.metrics import number
 from fastsae.evaluate.report import write_page
 from fastsae.evaluate.statistics import HIGHER, LOWER
@@ -158,7 +159,7 @@ def _arm_row(result: Result, i: int, arm: Arm) -> str:
     target = arm["target_l0"]
     about = f"<small>{'control, ' if arm['is_control'] else ''}{f'seeds {seeds}' if seeds else 'no SAE'}</small>"
     about += f"<small>target L0: {'none' if target is None else number(target)}</small>"
-    name = f'<td class="arm">{charts.mark(i)}{arm_name(arm["name"])}{about}</td>'
+    name = f'<td class="arm">{mark(i)}{arm_name(arm["name"])}{about}</td>'
     error = escape(arm["error"] or "")
     if not arm["runs"]:
         return f'<tr>{name}<td class="sentence" colspan="{2 + len(_COLUMNS)}">failed: {error}</td></tr>'
@@ -245,7 +246,7 @@ def _classes(result: Result) -> str:
         "a dialogue, then over the dialogues that have any. Attention sinks are left out but where the class says otherwise, "
         "and what holds them has an axis of its own. Classes are defined at the end of the page. Arms on another model's "
         "activations are in the table alone, as their scale is another one.</p>"
-        f"{charts.legend(index)}{drawn}<p>log2 of the MSE, and below it the MSE itself:</p>"
+        f"{legend(index)}{drawn}<p>log2 of the MSE, and below it the MSE itself:</p>"
         f'<div class="wide"><table><tr><th>class</th>{head}</tr>{body}</table></div>'
     )
 
@@ -278,7 +279,7 @@ def _sparsity(result: Result) -> str:
     return (
         "<h2>L0 against MSE</h2>\n<p>Each mark is one SAE on the held-out dialogues, attention sinks left out. Of two SAEs, "
         "only one that lies lower at the same L0 reconstructs better. The dashed line is the target.</p>"
-        f"{charts.legend(index)}<figure>{chart}</figure>"
+        f"{legend(index)}<figure>{chart}</figure>"
     )
 
 

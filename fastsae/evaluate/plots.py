@@ -87,8 +87,10 @@ def linear_ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def tick_text(value: float) -> str:
-    """A tick's number, short: 0.05, 20, 1,500, 2M, 1e-6."""
+    """A tick's number, short: 0.05, 20, 1,500, 2M, 1e30, 1e-6."""
     size = abs(value)
+    if size >= 1e9:
+        return f"{value:g}".replace("e+0", "e").replace("e+", "e").replace("-", "−")
     if size >= 1e6:
         return f"{value / 1e6:g}M"
     if size and size < 1e-3:
@@ -125,7 +127,8 @@ def log_ticks(low: float, high: float) -> tuple[list[float], float, float]:
     """Ticks and the two ends of a logarithmic axis that holds `low` and `high`."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     if len(powers) > 7:
-        return [10.0**p for p in powers if p % 2 == 0], 10.0 ** powers[0], 10.0 ** powers[-1]
+        every = -(-len(powers) // 7)
+        return [10.0**p for p in powers if p % every == 0], 10.0 ** powers[0], 10.0 ** powers[-1]
     ticks = [m * 10.0**p for p in powers for m in ((1, 2, 5) if len(powers) < 5 else (1,))]
     below, above = [t for t in ticks if t <= low * 1.0001], [t for t in ticks if t >= high * 0.9999]
     start, end = (below or [low])[-1], (above or [high])[0]

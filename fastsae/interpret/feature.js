@@ -7,38 +7,6 @@ const ROLE_NAMES = {
 const TOP_FIRST = 8, INTERVAL_FIRST = 3; // windows that are shown at once
 const SVG = "http://www.w3.org/2000/svg";
 
-function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) {
-    if (name === "text") made.textContent = value;
-    else made.setAttribute(name, value);
-  }
-  made.append(...children);
-  return made;
-}
-
-function number(x) {
-  if (x === null || x === undefined) return "n/a";
-  const size = Math.abs(x);
-  const text = size && size < 1e-3 ? x.toExponential(1) : size >= 1000 ? Math.round(x).toLocaleString("en") : String(+x.toPrecision(3));
-  return text.replaceAll("-", "−");
-}
-
-function percent(share) {
-  return share === null ? "n/a" : `${number(100 * share)} %`;
-}
-
-// Signs for what would not be seen, or would turn the text around it.
-function visible(text) {
-  const shown = text.replace(/\n/g, "↵").replace(/\r/g, "␍").replace(/\t/g, "⇥")
-    .replace(/[\u0000-\u001f\u007f-\u009f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g, codePoint);
-  return /^[\u00ad\u200b-\u200d\u2060-\u2064]*$/.test(shown) ? shown.replace(/./gu, codePoint) || "∅" : shown;
-}
-
-function codePoint(sign) {
-  return `[U+${sign.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}]`;
-}
-
 function roleOf(kind) {
   return /position_0|sink/.test(kind) ? "sink" : kind;
 }
@@ -231,14 +199,7 @@ function windows(feature, places, first) {
 
 function context(feature, window) {
   const text = element("div", { class: "text", dir: "auto" });
-  for (let i = 0; i < window[3].length; i++) {
-    const span = tokenSpan(feature, window, i);
-    if (/^ .{1,30}$/.test(span.textContent)) { // goes to the next line whole, so that its shading does not leave the space behind
-      span.classList.add("whole");
-      text.append(document.createElement("wbr"));
-    }
-    text.append(span);
-  }
+  for (let i = 0; i < window[3].length; i++) appendToken(text, tokenSpan(feature, window, i));
   const value = element("div", { class: "peak" }, number(window[5][window[2]]));
   return element("div", { class: "context" }, value, text);
 }
@@ -251,26 +212,4 @@ function tokenSpan(feature, window, i) {
   if (i === peak) span.classList.add("top");
   span.facts = [`activation ${number(acts[i])}`, `${kind.replaceAll("_", " ")}`, `dialogue ${dialogue}, token ${start + i}`];
   return span;
-}
-
-// A token under the pointer, or touched, shows what it is.
-function setUpTooltip(main) {
-  const tip = element("div", { class: "tip", role: "tooltip", hidden: "" });
-  document.body.append(tip);
-  const hide = () => (tip.hidden = true);
-  const show = (event) => {
-    const { facts, textContent } = event.target;
-    if (!facts) return hide();
-    tip.replaceChildren(element("bdi", { class: "text", text: textContent }), ...facts.map((text) => element("div", { text })));
-    tip.hidden = false;
-    const [token, box] = [event.target.getClientRects()[0], tip.getBoundingClientRect()];
-    const below = token.bottom + 6 + box.height < innerHeight;
-    tip.style.top = `${below ? token.bottom + 6 : Math.max(4, token.top - 6 - box.height)}px`;
-    tip.style.left = `${Math.max(4, Math.min(token.left, document.documentElement.clientWidth - box.width - 4))}px`;
-  };
-  main.addEventListener("pointerover", show);
-  main.addEventListener("click", show);
-  main.addEventListener("pointerleave", hide);
-  addEventListener("scroll", hide, { passive: true });
-  addEventListener("hashchange", hide);
 }

@@ -1,16 +1,8 @@
-"use strict";
 // The list of features, and what moves between it and a feature: search, order, keys, links, light and dark.
-// Texts of dialogues, tokens and explanations enter the page through textContent alone.
 
 const ROWS_AT_ONCE = 200;
 const SNIPPET = 28; // tokens of a window in the list at most
 const state = { data: null, shown: [], order: "id up", query: "", rows: ROWS_AT_ONCE, last: null };
-
-async function unpack() {
-  const packed = Uint8Array.from(atob(document.getElementById("data").textContent.trim()), (c) => c.charCodeAt(0));
-  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
-  return JSON.parse(await new Response(stream).text());
-}
 
 function start(data) {
   state.data = data;
@@ -55,33 +47,6 @@ function orders() {
     ["id up", "by number"],
     ...keys.flatMap(([key, text]) => [[`${key} down`, `by ${text}, highest first`], [`${key} up`, `by ${text}, lowest first`]]),
   ];
-}
-
-function setUpTheme(button) {
-  const root = document.documentElement;
-  const remembered = memory("fastsae-theme");
-  if (remembered === "light" || remembered === "dark") root.dataset.theme = remembered;
-  const isDark = () => (root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
-  const label = () => {
-    button.textContent = isDark() ? "Light" : "Dark";
-    button.setAttribute("aria-label", isDark() ? "Switch to light colours" : "Switch to dark colours");
-  };
-  button.addEventListener("click", () => {
-    root.dataset.theme = isDark() ? "light" : "dark";
-    memory("fastsae-theme", root.dataset.theme);
-    label();
-  });
-  label();
-}
-
-// Storage of the browser, which a page from a file or in a strict browser may not have.
-function memory(key, value) {
-  try {
-    if (value !== undefined) localStorage.setItem(key, value);
-    return localStorage.getItem(key);
-  } catch {
-    return null;
-  }
 }
 
 // Which features are shown, and in which order: what the query matches, and the order's key.

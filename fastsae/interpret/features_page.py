@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastsae.evaluate.report import write_page
-from fastsae.evaluate.style import CSS
+from fastsae.evaluate.interactive import write_interactive_page
 from fastsae.interpret.page_data import PageFeature, pack_features
 
 _HERE = Path(__file__).parent
 _SCRIPTS = ("features.js", "feature.js")
-_START = """
-unpack().then(start, (error) => {
-  document.getElementById("main").textContent = `This page needs a newer browser: ${error}`;
-});
-"""
 _BAR = """
 <header class="bar-top">
 <label class="hidden-label" for="search">Search features</label>
@@ -60,10 +51,7 @@ def write_features_page(
         token_text: Text of a token id, such as `lambda token: tokenizer.decode([token])`.
     """
     facts = {"title": header.title, "facts": [list(fact) for fact in header.facts], "warnings": list(header.warnings)}
-    data = json.dumps({"header": facts, **pack_features(features, token_text)}, separators=(",", ":"), allow_nan=False)
-    packed = b64encode(gzip.compress(data.encode(), mtime=0)).decode()
-    # as base64, no text of a dialogue can end the element that holds it
-    sections = [_BAR.strip(), f'<script type="text/plain" id="data">{packed}</script>']
-    css = CSS + "\n" + (_HERE / "features.css").read_text(encoding="utf-8")
-    script = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS) + _START
-    write_page(path, header.title, css, sections, script)
+    data = {"header": facts, **pack_features(features, token_text)}
+    css = (_HERE / "features.css").read_text(encoding="utf-8")
+    script = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in _SCRIPTS)
+    write_interactive_page(path, header.title, css=css, sections=[_BAR.strip()], data=data, script=script)
