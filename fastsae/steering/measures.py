@@ -1,0 +1,203 @@
+"""What a text is worth without a judge, and how far one can push before it breaks."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
+
+if TYPE_CHECKING:
+    from fastsae.steering.rollout import Rollout
+
+MOST_REPEATED = 0.2
+"""This share of repeated 3-grams is allowed to every text,"""
+MORE_REPEATED = 0.1
+"""and so is this much above the unsteered text's."""
+MORE_OTHER_SCRIPT = 0.1
+"""The share of letters in another script may lie this much above the unsteered text's."""
+PERPLEXITY_RATIO = 3.0
+"""The perplexity may be this many times the unsteered text's."""
+
+_PERCENT = 95
+_N = 3
+_FAMILIES = {
+    "HIRAGANA": "KANA",
+    "KATAKANA": "KANA",
+    "KATAKANA-HIRAGANA": "KANA",  # the mark that makes a vowel long
+    "IDEOGRAPHIC": "CJK",  # the mark that repeats a character
+    "BOPOMOFO": "CJK",
+}
+
+
+class Measures(TypedDict):
+    """Measures of one text, or means over several; None where there is nothing to measure."""
+
+    mean_kl: float | None
+    p95_kl: float | None
+    perplexity: float | None
+    repeated_3grams: float | None
+    other_script: float | None
+    n_tokens: float
+
+
+class StableRange(NamedTuple):
+    """The doses whose texts hold.
+
+    Attributes:
+        lowest: The lowest dose of the range; None if no dose of the grid holds.
+        highest: The highest one.
+        reason: Which dose breaks first on each side, and by which measure, in words.
+    """
+
+    lowest: float | None
+    highest: float | None
+    reason: str
+
+
+def measure(rollout: Rollout, prompt_text: str) -> Measures:
+    """Measure one text.
+
+    mean_kl, p95_kl    of KL(steered || unsteered) over its tokens, in nats
+    perplexity         exp(mean of -log p(token) under the unsteered model)
+    repeated_3grams    share of its token 3-grams that occur more than once
+    other_script       share of its letters in a script that the prompt does not use
+    n_tokens           number of tokens, with the one that ends the text
+
+    Args:
+        rollout: The text.
+        prompt_text: What the user wrote, without the words of a template.
+    """
+    surprise = _mean(rollout.surprise)
+    return {
+        "mean_kl": _mean(rollout.kl),
+        "p95_kl": percentile(rollout.kl),
+        "perplexity": None if surprise is None else _exp(surprise),
+        "repeated_3grams": repeated_ngrams(rollout.token_ids),
+        "other_script": other_script(rollout.text, prompt_text),
+        "n_tokens": len(rollout.token_ids),
+    }
+
+
+def measure_all(rollouts: Sequence[Rollout], prompt_texts: Sequence[str]) -> Measures:
+    """Return the means over texts of what `measure` gives, with p95_kl over the tokens of all of them.
+
+    Texts that have nothing to measure do not count.
+    """
+    each = [measure(rollout, text) for rollout, text in zip(rollouts, prompt_texts, strict=True)]
+    return {
+        "mean_kl": _mean(one["mean_kl"] for one in each),
+        "p95_kl": percentile([kl for rollout in rollouts for kl in rollout.kl]),
+        "perplexity": _mean(one["perplexity"] for one in each),
+        "repeated_3grams": _mean(one["repeated_3grams"] for one in each),
+        "other_script": _mean(one["other_script"] for one in each),
+        "n_tokens": _mean(one["n_tokens"] for one in each) or 0.0,
+    }
+
+
+def percentile(values: Sequence[float], percent: float = _PERCENT) -> float | None:
+    """Return the smallest of the values that at least `percent` % of them do not exceed; None if there are none."""
+    if not values:
+        return None
+    return sorted(values)[math.ceil(len(values) * percent / 100) - 1]
+
+
+def repeated_ngrams(tokens: Sequence[int], n: int = _N) -> float | None:
+    """Return the share of the n-grams of tokens, counted where they stand, that occur more than once; None if there are none."""
+    grams = Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+    if not grams:
+        return None
+    return sum(count for count in grams.values() if count > 1) / grams.total()
+
+
+def other_script(text: str, prompt: str) -> float | None:
+    """Return the share of the letters of `text` in a script that no letter of the prompt has.
+
+    A script is what the Unicode name of a letter begins with. A prompt with kana allows Chinese characters too, as Japanese is
+    written in both. Digits, punctuation and marks do not count, nor do modifier letters, which all scripts share.
+
+    Args:
+        text: What was written.
+        prompt: A prompt of several scripts allows each of them.
+
+    Returns:
+        None where the text or the prompt has no letter.
+    """
+    allowed = set(_scripts(prompt))
+    if "KANA" in allowed:
+        allowed.add("CJK")
+    counts = Counter(_scripts(text))
+    if not allowed or not counts:
+        return None
+    return sum(count for script, count in counts.items() if script not in allowed) / counts.total()
+
+
+def stable_range(doses: Sequence[tuple[float, Measures]], unsteered: Measures) -> StableRange:
+    """Return the doses of a grid, from 0 on up and down to the first that breaks, at which texts hold.
+
+    Texts hold if their
+
+    - repeated 3-grams are at most max(`MOST_REPEATED`, unsteered + `MORE_REPEATED`),
+    - share of another script is at most unsteered + `MORE_OTHER_SCRIPT`,
+    - perplexity under the unsteered model is at most `PERPLEXITY_RATIO` times that of the unsteered texts.
+
+    The KL is no part of the rule: it says how far the model was pushed, and not whether that did harm. What could not be
+    measured breaks nothing.
+
+    Args:
+        doses: Each dose with the means over its texts, in any order.
+        unsteered: The means over the same prompts' unsteered texts.
+    """
+    ordered = sorted(doses, key=lambda dose: dose[0])
+    up, broken_up = _holding([dose for dose in ordered if dose[0] >= 0], unsteered)
+    down, broken_down = _holding([dose for dose in reversed(ordered) if dose[0] < 0], unsteered)
+    held = [*down, *up]
+    reason = "; ".join(filter(None, (broken_down, broken_up))) or "no dose of the grid breaks them"
+    return StableRange(min(held, default=None), max(held, default=None), reason)
+
+
+def _holding(doses: Iterable[tuple[float, Measures]], unsteered: Measures) -> tuple[list[float], str]:
+    """The doses before the first that breaks, and what breaks there."""
+    held: list[float] = []
+    for dose, measures in doses:
+        if broken := _broken(measures, unsteered):
+            return held, f"at {dose:g}, {broken}"
+        held.append(dose)
+    return held, ""
+
+
+def _broken(measures: Measures, unsteered: Measures) -> str:
+    """The first rule that a text breaks, in words."""
+    repeated = max(MOST_REPEATED, (unsteered["repeated_3grams"] or 0) + MORE_REPEATED)
+    script = (unsteered["other_script"] or 0) + MORE_OTHER_SCRIPT
+    perplexity = PERPLEXITY_RATIO * (unsteered["perplexity"] or math.inf)
+    if (found := measures["repeated_3grams"]) is not None and found > repeated:
+        return f"{100 * found:.3g} % of the 3-grams are repeated, above the limit of {100 * repeated:.3g} %"
+    if (found := measures["other_script"]) is not None and found > script:
+        return f"{100 * found:.3g} % of the letters are of another script, above the limit of {100 * script:.3g} %"
+    if (found := measures["perplexity"]) is not None and found > perplexity:
+        return f"the perplexity is {found:.3g}, above the limit of {perplexity:.3g}"
+    return ""
+
+
+def _scripts(text: str) -> Iterable[str]:
+    for letter in unicodedata.normalize(
+        "NFKC", text
+    ):  # fullwidth, halfwidth and mathematical letters are their plain ones
+        if letter.isalpha():
+            name = unicodedata.name(letter, "").partition(" ")[0]
+            if name not in ("", "MODIFIER"):
+                yield _FAMILIES.get(name, name)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _exp(exponent: float) -> float:
+    try:
+        return math.exp(exponent)
+    except OverflowError:
+        return math.inf
