@@ -93,8 +93,8 @@ def test_a_model_that_knows_nothing_answers_everything_near_chance(tmp_path):
         0.25 / scores["detection"]["judged"]
     )
     assert abs(scores["intruder"]["value"] - 0.2) < 4 * np.sqrt(0.16 / scores["intruder"]["trials"])
-    # 16 ratings and names, 8 features of 20 windows, 4 + 4 that set the threshold and what they share, 40 intruders and a blank
-    assert found["judge"]["prompts"] == 2 * 16 + 8 * 29 + 41
+    # 16 ratings, 8 names, 8 features of 20 windows, 4 + 4 that set the threshold and what they share, 40 intruders and a blank
+    assert found["judge"]["prompts"] == 16 + 8 + 8 * 29 + 41
 
 
 def test_a_tokenizer_that_cannot_tell_the_answers_apart_is_named(model):

@@ -69,10 +69,12 @@ class LocalJudge:
         pieces = [_listed([self._texts.marked(window) for window in task.firing]) for task in tasks]
         prompts = [[_RATE.format(pieces=of_one)] for of_one in pieces]
         shares = self._model.choose(prompts, "Score:", "12345", "rating features")
-        naming = [_NAME.format(pieces=of_one) for of_one in pieces]
-        names = self._model.write(naming, "The marked words are", _NAME_TOKENS, "naming features")
-        scores = [int(of_one[0].argmax()) + 1 for of_one in shares]
-        return [Rating(score, name or None) for score, name in zip(scores, names, strict=True)]
+        named = [i for i, task in enumerate(tasks) if task.wants_name]
+        naming = [_NAME.format(pieces=pieces[i]) for i in named]
+        names = dict(
+            zip(named, self._model.write(naming, "The marked words are", _NAME_TOKENS, "naming features"), strict=True)
+        )
+        return [Rating(int(of_one[0].argmax()) + 1, names.get(i) or None) for i, of_one in enumerate(shares)]
 
     def detect(self, tasks: Sequence[Detection]) -> list[list[float | None]]:
         groups = [self._detections(task) for task in tasks]

@@ -14,10 +14,12 @@ class Evidence(NamedTuple):
     Attributes:
         firing: Windows in which it fires.
         silent: Windows in which it is silent, for judges that need a scale; others do not read them.
+        wants_name: Whether anybody reads the name that is given with a rating; a judge may leave it out where nobody does.
     """
 
     firing: tuple[Window, ...]
     silent: tuple[Window, ...]
+    wants_name: bool = True
 
 
 class Detection(NamedTuple):

@@ -44,7 +44,7 @@ def score(store: ExampleSource, judge: Judge, features: Sequence[int], seed: int
             continue
         dressed = [disguised(window, firing[i % CONTEXTS]) for i, window in enumerate(silent)]
         tasks.append(Evidence(firing, tuple(dressed[CONTEXTS:])))
-        controls.append(Evidence(tuple(dressed[:CONTEXTS]), tuple(dressed[CONTEXTS:])))
+        controls.append(Evidence(tuple(dressed[:CONTEXTS]), tuple(dressed[CONTEXTS:]), wants_name=False))
         scored.append(feature)
     ratings = judge.rate([*tasks, *controls])
     of_features, of_controls = ratings[: len(tasks)], ratings[len(tasks) :]
