@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from fastsae.commands import cache, compare, convert, evaluate, interpret, pages, train
+from fastsae.commands import cache, compare, convert, evaluate, interpret, pages, steer, train
 from fastsae.environment import bound_product_caches
 from fastsae.errors import FastsaeError, UsageError, is_out_of_memory
 from fastsae.flags import as_flag, check_values
@@ -35,6 +35,7 @@ Sparse autoencoders (SAEs) for language models.
   fastsae evaluate my-sae             measure a saved SAE on held-out dialogues, of this or another library
   fastsae interpret my-sae            what features mean, by a judge, beside what chance gives
   fastsae pages my-sae                where features fire, on a page
+  fastsae steer my-sae                what the model writes when a feature is pushed, and how far one can push
   fastsae convert params.npz my-sae   turn another library's SAE into this one's files, or back with --to
 
 Activation units: while training, activations are scaled to a mean norm of sqrt(d_in); options "in activation units" mean
@@ -54,6 +55,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "interpret": interpret,
     "pages": pages,
+    "steer": steer,
     "convert": convert,
 }
 

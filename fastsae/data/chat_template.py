@@ -60,8 +60,12 @@ class ChatTemplate:
         """Whether any role's content is handed over as a list of parts."""
         return bool(self.parts_of)
 
-    def text(self, dialogue: Dialogue) -> str:
-        """Returns the whole dialogue as text, without a generation prompt.
+    def text(self, dialogue: Dialogue, *, add_generation_prompt: bool = False) -> str:
+        """Returns the whole dialogue as text.
+
+        Args:
+            dialogue: Its turns.
+            add_generation_prompt: End with what stands before the assistant's next words, where the template knows it.
 
         Raises:
             RefusedDialogueError: The template refuses it, or fails on it with whatever error.
@@ -69,7 +73,7 @@ class ChatTemplate:
         from jinja2 import TemplateError
 
         try:
-            return self._write(dialogue, self.parts_of)
+            return self._write(dialogue, self.parts_of, add_generation_prompt)
         except Exception as error:  # a template is a program by somebody else, which can fail with anything
             roles = ", ".join(message["role"][:40] for message in dialogue[:20])
             if type(error) is TemplateError:  # by the template's own `raise_exception`
@@ -89,13 +93,13 @@ class ChatTemplate:
                 ", ".join(self.lost_roles),
             )
 
-    def _write(self, dialogue: Dialogue, parts_of: tuple[str, ...]) -> str:
+    def _write(self, dialogue: Dialogue, parts_of: tuple[str, ...], add_generation_prompt: bool = False) -> str:
         turns: list[dict[str, Any]] = [dict(message) for message in dialogue]
         for turn in turns:
             if (turn["role"] if turn["role"] in _ROLES else "user") in parts_of:
                 turn["content"] = [{"type": "text", "text": turn["content"]}]
         text: str = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=False, **self._options
+            turns, tokenize=False, add_generation_prompt=add_generation_prompt, **self._options
         )
         return without_lone_surrogates(text)
 

@@ -16,17 +16,20 @@ _CHARACTERS_PER_TOKEN = 16
 _UNSURE = 256
 
 
-def render(tokenizer: Any, dialogue: Dialogue, max_length: int = 8192) -> list[int]:
+def render(
+    tokenizer: Any, dialogue: Dialogue, max_length: int = 8192, *, add_generation_prompt: bool = False
+) -> list[int]:
     """Return the token ids of a whole dialogue in the tokenizer's chat template, cut off at `max_length`.
 
-    No generation prompt is added. A template that writes a BOS token where the dialogue already starts with one
-    gives one BOS.
+    A template that writes a BOS token where the dialogue already starts with one gives one BOS. With `add_generation_prompt`
+    it ends with what stands before the assistant's next words.
 
     Raises:
         UsageError: The tokenizer has no chat template.
         FastsaeError: The template refuses the dialogue, for instance a system turn that the model does not know.
     """
-    return tokenize(tokenizer, [ChatTemplate(tokenizer).text(dialogue)], max_length)[0]
+    text = ChatTemplate(tokenizer).text(dialogue, add_generation_prompt=add_generation_prompt)
+    return tokenize(tokenizer, [text], max_length)[0]
 
 
 def doubles_bos(tokenizer: Any, dialogue: Dialogue) -> bool:

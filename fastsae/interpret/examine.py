@@ -101,9 +101,30 @@ def examine(
         if not 0 <= feature < sae.d_sae:
             raise UsageError(f"feature {feature}: expected 0 to {sae.d_sae - 1} (the SAE has {sae.d_sae:,} features)")
     data = subject.data()
-    sae.to(data.residual.device)
-    store = collect_examples(
-        sae,
+    store = examples_of(sae, data, folder, seed=seed, progress=progress)
+    if not store.counts.any():
+        raise UsageError(
+            f"{subject.name}: none of its {store.d_sae:,} features fires on the {store.n_tokens:,} tokens that were read, so "
+            "there is nothing to show; check that the SAE belongs to this model and layer"
+        )
+    features = draw_features(store, scored, seed) if isinstance(scored, int) else sorted(set(scored))
+    shown = sorted({*features, *_others(store, n_shown - len(features), set(features), seed)})
+    examples = [store.examples(feature) for feature in shown]
+    described = describe(examples, sae.W_dec.detach(), data.residual.model)
+    return Examined(subject, store, data.tokenizer, features, described)
+
+
+def examples_of(
+    sae: SparseAutoencoder, data: DataOfSAE, folder: Path, *, seed: int, progress: bool = True
+) -> ExampleStore:
+    """The examples of an SAE on its held-out dialogues: those in its folder, or collected in one pass and kept there.
+
+    Raises:
+        UsageError: The SAE does not fit the model.
+        FastsaeError: A file is damaged, or an activation is NaN or infinite.
+    """
+    return collect_examples(
+        sae.to(data.residual.device),
         data.residual,
         data.tokenizer,
         data.held_out_batches(),
@@ -115,16 +136,6 @@ def examine(
         max_norm_multiple=data.max_norm_multiple,
         progress=progress,
     )
-    if not store.counts.any():
-        raise UsageError(
-            f"{subject.name}: none of its {store.d_sae:,} features fires on the {store.n_tokens:,} tokens that were read, so "
-            "there is nothing to show; check that the SAE belongs to this model and layer"
-        )
-    features = draw_features(store, scored, seed) if isinstance(scored, int) else sorted(set(scored))
-    shown = sorted({*features, *_others(store, n_shown - len(features), set(features), seed)})
-    examples = [store.examples(feature) for feature in shown]
-    described = describe(examples, sae.W_dec.detach(), data.residual.model)
-    return Examined(subject, store, data.tokenizer, features, described)
 
 
 def _others(store: ExampleStore, n: int, taken: set[int], seed: int) -> list[int]:

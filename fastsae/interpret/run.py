@@ -125,6 +125,18 @@ def write_pages(
     return pages
 
 
+def explanations_in(folder: Path) -> dict[int, str]:
+    """What `interpret` calls features of the SAE in `folder`, by their index; none where it left nothing there.
+
+    Raises:
+        FastsaeError: Its file is damaged.
+    """
+    saes = _earlier_result(folder / RESULT_FILE)["saes"]
+    rows = next(iter(saes.values()))["features"] if len(saes) == 1 else []
+    names = {row["feature"]: (row.get("rubric") or {}).get("name") for row in rows}
+    return {feature: str(name) for feature, name in names.items() if name}
+
+
 def _earlier_result(path: Path) -> Result:
     """What `interpret` has left, or a result without SAEs."""
     if not path.exists():

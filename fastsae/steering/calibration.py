@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,11 +71,30 @@ def calibrate(
     Source: the idea of equal KL is that of github.com/wassname/isokl_steering_calibration.
     """
     _check(prompts, target, bracket, tolerance)
+
+    def p95_kl(alpha: float) -> float | None:
+        rollouts = roll_out(model, tokenizer, prompts, steering, Fixed(alpha), max_new_tokens=max_new_tokens)
+        return percentile([kl for rollout in rollouts for kl in rollout.kl])
+
+    return find_strength(p95_kl, target=target, bracket=bracket, tolerance=tolerance)
+
+
+def find_strength(
+    kl_at: Callable[[float], float | None], *, target: float, bracket: tuple[float, float], tolerance: float
+) -> Calibration:
+    """`calibrate` for any KL that rises with a strength, such as the mean KL of a dose that changes while a text is written.
+
+    Args:
+        kl_at: Gives the KL of a strength; it may raise `NotFiniteError`, or give None, where a push is too strong.
+        target: As for `calibrate`, and so are `bracket` and `tolerance`.
+
+    Raises:
+        UsageError: Even the largest strength stays below the target, or the smallest is above it.
+    """
     search = _Search(target, bracket, tolerance)
     while (alpha := search.next_alpha()) is not None:
         try:
-            rollouts = roll_out(model, tokenizer, prompts, steering, Fixed(alpha), max_new_tokens=max_new_tokens)
-            found = percentile([kl for rollout in rollouts for kl in rollout.kl])
+            found = kl_at(alpha)
         except NotFiniteError:
             found = math.inf
         search.note(alpha, math.inf if found is None else found)

@@ -6,7 +6,9 @@ import math
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, NamedTuple
+
+from fastsae.steering.result import Measures
 
 if TYPE_CHECKING:
     from fastsae.steering.rollout import Rollout
@@ -29,17 +31,6 @@ _FAMILIES = {
     "IDEOGRAPHIC": "CJK",  # the mark that repeats a character
     "BOPOMOFO": "CJK",
 }
-
-
-class Measures(TypedDict):
-    """Measures of one text, or means over several; None where there is nothing to measure."""
-
-    mean_kl: float | None
-    p95_kl: float | None
-    perplexity: float | None
-    repeated_3grams: float | None
-    other_script: float | None
-    n_tokens: float
 
 
 class StableRange(NamedTuple):

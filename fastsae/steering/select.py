@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,9 @@ from fastsae.data.sequencing import TokenBatch
 from fastsae.data.sinks import SinkRule
 from fastsae.data.special_tokens import SpecialTokens
 from fastsae.errors import UsageError
+from fastsae.interpret.examine import DataOfSAE, examples_of
 from fastsae.interpret.logits import feature_logits
+from fastsae.interpret.run import explanations_in
 from fastsae.interpret.store import ExampleStore
 from fastsae.sae import SparseAutoencoder
 
@@ -233,3 +237,36 @@ def by_text(
             f"select: no feature that is known fires on {text!r}, and no explanation has it; give another text"
         )
     return found
+
+
+def choose(
+    how: str, n: int, sae: SparseAutoencoder, data: DataOfSAE, folder: Path, *, progress: bool = True
+) -> list[Chosen]:
+    """The first `n` features by `special`, `output-score`, or a text.
+
+    Args:
+        how: One of the two words, or a text.
+        n: How many.
+        sae: The SAE.
+        data: Its model and dialogues.
+        folder: Where the SAE's examples and explanations lie, or examples are written.
+        progress: Show progress bars.
+
+    Raises:
+        UsageError: No feature is found.
+        FastsaeError: A file is damaged.
+    """
+    residual, tokenizer = data.residual, data.tokenizer
+    if how == "special":
+        first, batches = itertools.tee(data.held_out_batches())
+        (sinks,) = SinkRule.of_layers([residual], first, data.max_norm_multiple)
+        del first
+        options: dict[str, Any] = {"n_dialogues": len(data.held_out), "progress": progress}
+        found = by_special_tokens(sae, residual, data.special_tokens, batches, sinks, **options)
+    else:
+        store = examples_of(sae, data, folder, seed=0, progress=progress)
+        if how == "output-score":
+            found = by_output_score(sae, residual, tokenizer, store, progress=progress)
+        else:
+            found = by_text(how, sae, residual, tokenizer, store, explanations_in(folder))
+    return found[:n]
