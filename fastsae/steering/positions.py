@@ -47,8 +47,8 @@ class Positions:
     belong to it, as chunks of a long one do, and a single one is generated. Inside of `generating` the prompt is known, and
     nothing is guessed.
 
-    A token is special, or the assistant's, by what stands before it when it is first read; later tokens do not change that, so
-    that a generation with a cache and one without edit the same tokens.
+    A token is special, or the assistant's, by what has been read when the pass that first reads it ends. Later tokens do not
+    change that, so that a generation with a cache and one without edit the same tokens.
 
     Args:
         positions: One of `POSITIONS`, or a mask `[B, T]` bool by absolute position: column t is the t-th real token of a row,
@@ -62,7 +62,9 @@ class Positions:
     def __init__(self, positions: str | Tensor, tokenizer: Any = None) -> None:
         self._mask = positions if isinstance(positions, Tensor) else None
         self._kind = positions if isinstance(positions, str) else "mask"
-        if self._mask is not None and (self._mask.dtype != torch.bool or self._mask.dim() != 2):
+        if self._mask is not None and (
+            self._mask.dtype != torch.bool or self._mask.dim() != 2 or not self._mask.numel()
+        ):
             raise UsageError(f"positions: expected a mask [B, T] of bool, got {shown(self._mask)}")
         if self._mask is None and (not isinstance(positions, str) or positions not in POSITIONS):
             raise UsageError(f"positions: expected one of {', '.join(POSITIONS)}, or a mask, got {shown(positions)}")
@@ -101,13 +103,14 @@ class Positions:
         """While this lasts, passes belong to one generation behind a prompt of `n_columns` columns.
 
         Args:
-            prompt: `[B, n_columns]` ids; None where they are not known, or only those behind a cache are.
-            n_columns: How many columns the prompt has, with those in a cache.
+            prompt: `[B, n_columns]` ids; None where those in a cache are not given again, or embeddings are.
+            n_columns: How many columns the prompt has, those in a cache among them.
         """
         if self._is_generating:  # a decoding method that generates with the model inside of its own steps
             yield
             return
-        self._begin()
+        if prompt is not None:
+            self._begin()  # a cache may hold another text than the last one
         self._prompt, self.prompt_columns, self._is_generating = prompt, n_columns, True
         try:
             yield

@@ -30,8 +30,8 @@ class Steering:
         self._is_paused = False
         self._region: Region | None = None  # of the pass that runs
         self._shape: tuple[int, ...] = ()  # [B, T] of it
-        self._last: Tensor | None = None  # [B, d_in], wide: each row's last real token before the edit
-        self._acts: Tensor | None = None  # [B, n], of the same tokens, where they were needed
+        self._last: Tensor | None = None  # [B, d_in], each row's last real token before the edit
+        self._acts: Tensor | None = None  # [B, n] of the same tokens, computed when they are asked for or needed
 
     @property
     def scale(self) -> float | Tensor:
@@ -56,7 +56,7 @@ class Steering:
         if self._last is None:
             return None
         if self._acts is None:
-            self._acts = self._deltas.feature_acts(self._last)
+            self._acts = self._deltas.feature_acts(self._deltas.wide(self._last))
         return self._deltas.by_edit(self._acts)
 
     @contextmanager
@@ -100,7 +100,8 @@ class Steering:
             prompt = args[0] if args else options.get("inputs", options.get("input_ids"))
             embeds, mask = options.get("inputs_embeds"), options.get("attention_mask")
             n_columns = max([one.shape[1] for one in (prompt, embeds, mask) if isinstance(one, Tensor)], default=1)
-            with self._positions.generating(prompt if isinstance(prompt, Tensor) else None, n_columns):
+            is_whole = isinstance(prompt, Tensor) and prompt.shape[1] == n_columns
+            with self._positions.generating(prompt if is_whole else None, n_columns):
                 return generate(*args, **options)
 
         return telling
@@ -144,18 +145,21 @@ class Steering:
     def _edit(self, hidden: Tensor, region: Region) -> Tensor:
         deltas, scale = self._deltas, self._row_scale(hidden)
         if region.start == region.stop or (not isinstance(scale, Tensor) and scale == 0):
-            self._keep_last(deltas.wide(_last_tokens(hidden, region.last)), None, region)
+            self._keep_last(_last_tokens(hidden, region.last), None, region)
             return hidden
-        wide, columns = deltas.wide(hidden), slice(region.start, region.stop)
+        part = hidden[:, region.start : region.stop]
+        wide = deltas.wide(part)
         acts = deltas.feature_acts(wide) if deltas.read_acts else None
-        self._keep_last(_last_tokens(wide, region.last), acts, region)
-        delta = deltas(wide[:, columns], None if acts is None else acts[:, columns])
+        ends_here = acts is not None and region.last is None and region.stop == hidden.shape[1]
+        self._keep_last(
+            _last_tokens(hidden, region.last), acts[:, -1] if acts is not None and ends_here else None, region
+        )
+        delta = deltas(wide, acts)
         if delta is None:
             return hidden
         if isinstance(scale, Tensor) or scale != 1:
             delta = scale * delta
-        edited = (wide[:, columns] + delta).to(hidden.dtype)
-        edited = _kept(hidden[:, columns], edited, region.chosen, scale)
+        edited = _kept(part, (wide + delta).to(hidden.dtype), region.chosen, scale)
         if edited.shape[1] == hidden.shape[1]:
             return edited
         return torch.cat([hidden[:, : region.start], edited, hidden[:, region.stop :]], 1)
@@ -170,11 +174,10 @@ class Steering:
 
     def _keep_last(self, last: Tensor, acts: Tensor | None, region: Region) -> None:
         """Keeps what `feature_acts` needs; a row of padding alone, as chunks of a long batch have it, keeps what it had."""
-        if acts is not None:
-            acts = _last_tokens(acts, region.last).detach()
         if region.last is not None and self._last is not None and self._last.shape == last.shape:
-            last, acts = torch.where((region.last < 0).to(last.device)[:, None], self._last, last), None
-        self._last, self._acts = last.detach().clone(), acts  # later blocks may change their input in place
+            last = torch.where((region.last < 0).to(last.device)[:, None], self._last, last)
+        self._last = last.detach().clone()  # later blocks may change their input in place
+        self._acts = None if acts is None else acts.detach()
 
 
 def _last_tokens(hidden: Tensor, last: Tensor | None) -> Tensor:
