@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae.errors import FastsaeError
+from fastsae.errors import FastsaeError, UsageError
 
 if TYPE_CHECKING:
     from fastsae.steering.doses import Dose
@@ -82,7 +82,15 @@ class Rows:
             **{name: value for name, value in options.items() if name in self._takes and value is not None},
         )
         kept = getattr(output, "past_key_values", None)
-        return output.logits[:, -1], kept if isinstance(kept, DynamicCache) else None
+        if isinstance(kept, DynamicCache):
+            return output.logits[:, -1], kept
+        if not self._mask.all():
+            raise UsageError(
+                "prompts: expected prompts of one length, or one at a time, as a model of type "
+                f"{self._model.config.model_type!r} keeps no DynamicCache of transformers and may not ignore padding, got "
+                "several lengths"
+            )
+        return output.logits[:, -1], None
 
 
 class Twins:
@@ -98,6 +106,7 @@ class Twins:
         self._cache: Any = None
         self._unsteered_cache: Any = None
         self._apart = False
+        self._scale = torch.zeros(0)  # of the last pass
 
     def step(self, dose: Dose, live: Tensor) -> Step:
         """Read the rows' new tokens with the strengths of `dose`, again while it wants to.
@@ -112,8 +121,7 @@ class Twins:
             return Step(log_probs, log_probs, none, none, none)
         if self._apart or dose.scale.any():
             return self._step_apart(self._steering, dose, live)
-        self._steering.scale = dose.scale
-        logits, self._cache = self.rows.forward(self._cache)
+        logits, self._cache = self._steered(self._steering, dose.scale, self._cache)
         log_probs = _log_probs(logits, live)
         return Step(log_probs, log_probs, none, dose.scale, _first_acts(self._steering, none))
 
@@ -125,11 +133,22 @@ class Twins:
         unsteered = _log_probs(logits, live)
         before = self._cache
         while True:  # crop() would undo a pass too, but not on every kind of cache
-            steering.scale = strengths = dose.scale
-            logits, self._cache = self.rows.forward(copy.deepcopy(before) if dose.tries_again else before)
+            strengths = dose.scale
+            logits, self._cache = self._steered(
+                steering, strengths, copy.deepcopy(before) if dose.tries_again else before
+            )
             kl = divergence(logits.float().log_softmax(-1), unsteered).cpu()
             if dose.accepts(kl, live):
                 return Step(_log_probs(logits, live), unsteered, kl, strengths, _first_acts(steering, strengths))
+
+    def _steered(self, steering: Steering, scale: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        if cache is None and self.rows.n_new and not scale.equal(self._scale):
+            raise UsageError(
+                "controller: expected one strength for all tokens, as this model keeps no DynamicCache of transformers, so that "
+                "each pass edits all tokens anew, got a strength that changes"
+            )
+        steering.scale = self._scale = scale
+        return self.rows.forward(cache)
 
 
 def divergence(steered: Tensor, unsteered: Tensor) -> Tensor:

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from stand_in import Push
+from rollout_problem import load_lively
 
-from fastsae.data.language_model import load_model
-from fastsae.errors import UsageError
+from fastsae import Edit, UsageError, steer
 from fastsae.steering import calibration
 from fastsae.steering.calibration import ROLLOUTS, Calibration, calibrate
 from fastsae.steering.doses import Fixed
@@ -115,14 +114,11 @@ def test_no_prompts_are_refused() -> None:
 
 
 def test_on_a_model_the_strength_has_the_kl_that_it_says(tiny_model: Path) -> None:
-    model, tokenizer = load_model(str(tiny_model))
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        parameter.copy_(parameter + 0.3 * torch.randn_like(parameter))
-    push: Any = Push(model, torch.randn(16))
+    model, tokenizer = load_lively(tiny_model)
     prompts = [[5, 9, 200], [17, 4]]
-    found = calibrate(model, tokenizer, prompts, push, max_new_tokens=5, tolerance=0.2)
-    rollouts = roll_out(model, tokenizer, prompts, push, Fixed(found.alpha), max_new_tokens=5)
+    with steer(model, None, [Edit(direction=torch.randn(16), amount=1.0)], layer=0) as push:
+        found = calibrate(model, tokenizer, prompts, push, max_new_tokens=5, tolerance=0.2)
+        rollouts = roll_out(model, tokenizer, prompts, push, Fixed(found.alpha), max_new_tokens=5)
     assert percentile([kl for rollout in rollouts for kl in rollout.kl]) == found.p95_kl
     assert found.p95_kl <= 1.2
     assert push.scale == 1.0
