@@ -1,7 +1,7 @@
 """How strong the push is at each step: controllers of the scale that multiplies the edits of a Steering.
 
-A controller says how strengths are chosen; what it has seen of one roll-out, row by row, is held by the Dose that it begins. The
-scale multiplies the edits' own amounts: with an edit "add" of amount 1 it is alpha itself.
+A controller says how strengths are chosen; the Strengths that it begins hold what was seen of one roll-out, row by row. The scale
+multiplies the edits' own amounts: with an edit "add" of amount 1 it is alpha itself.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ LEAST = 1 / 1024
 _LARGEST = torch.finfo(torch.float32).max
 
 
-class Dose:
-    """The strengths of one roll-out; this one is constant.
+class Strengths:
+    """The strengths of one roll-out; here a constant one.
 
     Attributes:
         scale: The strength [B] of the coming pass.
@@ -62,7 +62,7 @@ class Dose:
 class Controller(Protocol):
     """How strengths are chosen."""
 
-    def begin(self, n_rows: int) -> Dose:
+    def begin(self, n_rows: int) -> Strengths:
         """Return the strengths of a new roll-out of so many rows."""
 
 
@@ -84,8 +84,8 @@ class Fixed:
     def __post_init__(self) -> None:
         _check_finite("strength", self.strength)
 
-    def begin(self, n_rows: int) -> Dose:
-        return Dose(torch.full([n_rows], float(self.strength)))
+    def begin(self, n_rows: int) -> Strengths:
+        return Strengths(torch.full([n_rows], float(self.strength)))
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Decay:
         _check_positive("half_life", self.half_life, "a positive number of tokens")
         _check_finite("strength", self.strength)
 
-    def begin(self, n_rows: int) -> Dose:
+    def begin(self, n_rows: int) -> Strengths:
         return _Decaying(self, n_rows)
 
 
@@ -142,7 +142,7 @@ class KLCap:
         _check_positive("budget", self.budget, "a positive number of nats")
         _check_finite("strength", self.strength)
 
-    def begin(self, n_rows: int) -> Dose:
+    def begin(self, n_rows: int) -> Strengths:
         return _Capped(self, n_rows)
 
 
@@ -183,11 +183,11 @@ class SetPoint:
         if self.maximum is not None:
             _check_positive("maximum", self.maximum, "a positive strength")
 
-    def begin(self, n_rows: int) -> Dose:
+    def begin(self, n_rows: int) -> Strengths:
         return _Controlled(self, n_rows)
 
 
-class _Decaying(Dose):
+class _Decaying(Strengths):
     def __init__(self, decay: Decay, n_rows: int) -> None:
         super().__init__(torch.full([n_rows], float(decay.strength)))
         self._decay = decay
@@ -199,7 +199,7 @@ class _Decaying(Dose):
         self.scale = torch.full_like(self.scale, strength)
 
 
-class _Capped(Dose):
+class _Capped(Strengths):
     """Tries shares [B] of the strength. Each step has a bracket: `_holds` is the largest share that held, 0 where none was seen,
     and `_fails` the smallest that did not, infinite where none was seen.
     """
@@ -250,7 +250,7 @@ class _Capped(Dose):
         self._begin_step(last.clamp(LEAST, 1))
 
 
-class _Controlled(Dose):
+class _Controlled(Strengths):
     def __init__(self, point: SetPoint, n_rows: int) -> None:
         self._point = point
         self._maximum = 2 * point.target if point.maximum is None else point.maximum

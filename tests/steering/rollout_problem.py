@@ -14,7 +14,7 @@ from torch import Tensor
 from fastsae import Edit, FusedJumpReLUSAE
 from fastsae.data.activations import decoder_layers
 from fastsae.data.language_model import load_model
-from fastsae.steering.doses import Dose
+from fastsae.steering.doses import Strengths
 from fastsae.steering.rollout import Rollout
 
 PROMPTS = [[5, 9, 200, 31], [17, 4], [301, 302, 303, 304, 305, 306, 307]]
@@ -50,10 +50,10 @@ class Steps:
     def __init__(self, *strengths: float) -> None:
         self.strengths = strengths
 
-    def begin(self, n_rows: int) -> Dose:
+    def begin(self, n_rows: int) -> Strengths:
         strengths = iter(self.strengths)
 
-        class Given(Dose):
+        class Given(Strengths):
             def advance(self, acts: Tensor) -> None:
                 self.scale = torch.full([n_rows], next(strengths))
 

@@ -11,35 +11,37 @@ import torch
 from torch import Tensor
 
 from fastsae.errors import UsageError
-from fastsae.steering.doses import CLOSE, TRIES, Controller, Decay, Dose, Fixed, KLCap, SetPoint
+from fastsae.steering.doses import CLOSE, TRIES, Controller, Decay, Fixed, KLCap, SetPoint, Strengths
 
 EVERY_ROW_LIVES = torch.ones(1, dtype=torch.bool)
 
 
-def strengths(controller: Controller, n_steps: int, acts: Callable[[float], float] = lambda _: 0.0) -> list[float]:
+def run(controller: Controller, n_steps: int, acts: Callable[[float], float] = lambda _: 0.0) -> list[float]:
     """The strengths of one row, whose feature answers to each with `acts(strength)`."""
-    dose = controller.begin(1)
+    strengths = controller.begin(1)
     found = []
     for _ in range(n_steps):
-        found.append(dose.scale.item())
-        dose.advance(torch.tensor([acts(found[-1])]))
+        found.append(strengths.scale.item())
+        strengths.advance(torch.tensor([acts(found[-1])]))
     return found
 
 
-def settle(dose: Dose, kl: Callable[[Tensor], Tensor], live: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
-    """Make passes until the dose accepts one: its scale, its KL, and how many there were."""
+def settle(
+    strengths: Strengths, kl: Callable[[Tensor], Tensor], live: Tensor | None = None
+) -> tuple[Tensor, Tensor, int]:
+    """Make passes until one is accepted: its scale, its KL, and how many there were."""
     for tries in range(1, TRIES + 1):
-        scale = dose.scale
+        scale = strengths.scale
         found = kl(scale)
-        if dose.accepts(found, torch.ones(len(scale), dtype=torch.bool) if live is None else live):
+        if strengths.accepts(found, torch.ones(len(scale), dtype=torch.bool) if live is None else live):
             return scale, found, tries
     raise AssertionError(f"not accepted after {TRIES} tries")
 
 
 def test_fixed_and_decay_follow_their_formulas() -> None:
-    assert strengths(Fixed(-3.0), 3) == [-3.0] * 3
-    assert strengths(Decay(2.0, 8.0), 5) == pytest.approx([8 * 2 ** (-t / 2) for t in range(5)])
-    assert strengths(Decay(1e-300), 3) == [1.0, 0.0, 0.0]
+    assert run(Fixed(-3.0), 3) == [-3.0] * 3
+    assert run(Decay(2.0, 8.0), 5) == pytest.approx([8 * 2 ** (-t / 2) for t in range(5)])
+    assert run(Decay(1e-300), 3) == [1.0, 0.0, 0.0]
 
 
 def test_others_take_every_pass() -> None:
@@ -61,13 +63,13 @@ def test_others_take_every_pass() -> None:
 def test_the_cap_finds_the_largest_strength_of_each_row(curve: Callable[[Tensor], Tensor], strength: float) -> None:
     """Rows differ in how much they feel: the last two do not reach the budget at all."""
     felt = torch.tensor([30.0, 3.0, 1.5, 0.1, 0.0])
-    dose = KLCap(0.5, strength).begin(5)
+    strengths = KLCap(0.5, strength).begin(5)
     for step in range(3):  # the first row takes more tries than one token allows: the next begins where they ended
-        scale, kl, _ = settle(dose, lambda scale: curve(felt * (scale / strength)))
+        scale, kl, _ = settle(strengths, lambda scale: curve(felt * (scale / strength)))
         assert (kl <= 0.5).all()
         assert ((kl >= 0.5 * (1 - 2 * CLOSE)) | (scale == strength))[0 if step else 1 :].all()
         assert (scale[3:] == strength).all()
-        dose.advance(torch.zeros(5))
+        strengths.advance(torch.zeros(5))
 
 
 def test_the_cap_never_takes_what_was_seen_to_exceed_the_budget() -> None:
@@ -79,25 +81,25 @@ def test_the_cap_never_takes_what_was_seen_to_exceed_the_budget() -> None:
         def jagged(scale: Tensor, heights: Tensor = heights) -> Tensor:
             return heights.gather(1, (scale * 11).long()[:, None])[:, 0]
 
-        dose = KLCap(0.5).begin(4)
+        strengths = KLCap(0.5).begin(4)
         for _ in range(3):
-            scale, kl, _ = settle(dose, jagged)
+            scale, kl, _ = settle(strengths, jagged)
             assert ((kl <= 0.5) | (scale == 0)).all()
             assert ((scale >= 0) & (scale <= 1)).all()
-            dose.advance(torch.zeros(4))
+            strengths.advance(torch.zeros(4))
 
 
 def test_the_cap_takes_0_where_even_0_exceeds_the_budget_and_comes_back_when_it_does_not() -> None:
-    dose = KLCap(0.5, 4.0).begin(1)
+    strengths = KLCap(0.5, 4.0).begin(1)
     for most in (TRIES, 2, 2):  # a token that begins with next to nothing tries only 0 beside it
-        scale, _, tries = settle(dose, lambda scale: 2 + scale)
+        scale, _, tries = settle(strengths, lambda scale: 2 + scale)
         assert scale.item() == 0.0
         assert tries <= most
-        dose.advance(torch.zeros(1))
-    assert 0 < dose.scale.item() < 0.1
+        strengths.advance(torch.zeros(1))
+    assert 0 < strengths.scale.item() < 0.1
     for _ in range(3):
-        scale, _, _ = settle(dose, lambda scale: 0.4 + scale / 1000)
-        dose.advance(torch.zeros(1))
+        scale, _, _ = settle(strengths, lambda scale: 0.4 + scale / 1000)
+        strengths.advance(torch.zeros(1))
     assert scale.item() == 4.0
 
 
@@ -115,36 +117,36 @@ def test_the_cap_tries_once_where_the_whole_strength_holds_or_rows_have_ended() 
 
 
 def test_gain_1_is_a_clamp_that_comes_one_step_late() -> None:
-    found = strengths(SetPoint(3.0, maximum=10.0), 4, lambda _: 1.25)
+    found = run(SetPoint(3.0, maximum=10.0), 4, lambda _: 1.25)
     assert found == [3.0, 1.75, 1.75, 1.75]
 
 
 def test_the_strength_stays_between_0_and_the_maximum() -> None:
-    assert strengths(SetPoint(3.0), 3, lambda _: 50.0) == [3.0, 0.0, 0.0]
-    assert strengths(SetPoint(3.0, gain=9.0), 2, lambda _: 0.0) == [6.0, 6.0]
-    assert strengths(SetPoint(3.0, gain=9.0, maximum=5.0), 2, lambda _: 0.0) == [5.0, 5.0]
+    assert run(SetPoint(3.0), 3, lambda _: 50.0) == [3.0, 0.0, 0.0]
+    assert run(SetPoint(3.0, gain=9.0), 2, lambda _: 0.0) == [6.0, 6.0]
+    assert run(SetPoint(3.0, gain=9.0, maximum=5.0), 2, lambda _: 0.0) == [5.0, 5.0]
 
 
 def test_a_gain_alone_leaves_an_error_that_the_integral_removes() -> None:
     def answer(strength: float) -> float:
         return 0.3 * strength  # another feature holds this one down
 
-    assert answer(strengths(SetPoint(3.0, gain=1.0, maximum=50.0), 60, answer)[-1]) < 1.0
-    assert answer(strengths(SetPoint(3.0, 1.0, 0.5, 50.0), 60, answer)[-1]) == pytest.approx(3.0, rel=0.01)
+    assert answer(run(SetPoint(3.0, gain=1.0, maximum=50.0), 60, answer)[-1]) < 1.0
+    assert answer(run(SetPoint(3.0, 1.0, 0.5, 50.0), 60, answer)[-1]) == pytest.approx(3.0, rel=0.01)
 
 
 def test_the_integral_does_not_wind_up() -> None:
-    dose = SetPoint(1.0, gain=0.0, integral=1.0, maximum=2.0).begin(2)
+    strengths = SetPoint(1.0, gain=0.0, integral=1.0, maximum=2.0).begin(2)
     for _ in range(100):
-        dose.advance(torch.tensor([0.0, 5.0]))  # the first row never answers, the second is far above its target
-    assert dose.scale.tolist() == [2.0, 0.0]
-    dose.advance(torch.tensor([1.5, 0.5]))
-    assert dose.scale.tolist() == [1.5, 0.5]  # at once, and not after a hundred steps
+        strengths.advance(torch.tensor([0.0, 5.0]))  # the first row never answers, the second is far above its target
+    assert strengths.scale.tolist() == [2.0, 0.0]
+    strengths.advance(torch.tensor([1.5, 0.5]))
+    assert strengths.scale.tolist() == [1.5, 0.5]  # at once, and not after a hundred steps
 
 
 def test_controllers_begin_anew_for_each_roll_out() -> None:
     for controller in (Decay(1.0), SetPoint(1.0, 0.5, 0.5), KLCap(0.1)):
-        assert strengths(controller, 4) == strengths(controller, 4)
+        assert run(controller, 4) == run(controller, 4)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from rollout_problem import AMOUNT, FEATURE, PROMPTS, PUSH, Slow, Steps, enliven
 from torch import Tensor
 
 from fastsae import Edit, FusedJumpReLUSAE, UsageError, steer
-from fastsae.steering.doses import Decay, Dose, Fixed, KLCap, SetPoint
+from fastsae.steering.doses import Decay, Fixed, KLCap, SetPoint, Strengths
 from fastsae.steering.rollout import roll_out
 from fastsae.steering.steering import Steering
 from fastsae.steering.twins import NotFiniteError, divergence
@@ -106,8 +106,8 @@ def test_positions_are_those_of_the_prompt_and_of_what_is_written(
 class Twice:
     """A controller that makes each pass twice."""
 
-    def begin(self, n_rows: int) -> Dose:
-        class Again(Dose):
+    def begin(self, n_rows: int) -> Strengths:
+        class Again(Strengths):
             tries_again = True
             accepted = True
 
@@ -157,8 +157,8 @@ def test_the_caches_are_used(loaded: tuple[Any, Any], push: Steering, passes: li
 
 def test_a_row_at_scale_0_beside_a_pushed_one_has_no_kl(loaded: tuple[Any, Any], push: Steering) -> None:
     class Rowwise:
-        def begin(self, n_rows: int) -> Dose:
-            return Dose(torch.tensor([0.0, 1.0, 0.0]))
+        def begin(self, n_rows: int) -> Strengths:
+            return Strengths(torch.tensor([0.0, 1.0, 0.0]))
 
     rollouts = roll_out(*loaded, PROMPTS, push, Rowwise(), max_new_tokens=5)
     assert rollouts[0].kl == rollouts[2].kl == [0.0] * 5
