@@ -1,7 +1,7 @@
 """How strong the push is at each step: controllers of the scale that multiplies the edits of a Steering.
 
-A controller says how strengths are chosen; what it has seen of one roll-out, row by row, is held by the Dose that it begins. The
-scale multiplies the edits' own amounts: with an edit "add" of amount 1 it is alpha itself.
+A controller says how strengths are chosen; the Strengths that it begins hold what was seen of one roll-out, row by row. The scale
+multiplies the edits' own amounts: with an edit "add" of amount 1 it is alpha itself.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ CLOSE = 0.1
 """KLCap is content with a strength whose KL lies at most this share of the budget below it."""
 TRIES = 6
 """So many passes KLCap makes at most for one token."""
-EDGE = 1 / 16
-"""KLCap's next guess keeps this share of the bracket away from both of its ends, so that each try narrows it."""
+EDGE = 1 / 8
+"""KLCap's guess between two strengths keeps this share of their logarithmic distance from either."""
+FAR = 1 / 32
+"""KLCap goes down to this share of a strength whose KL is infinite."""
+LEAST = 1 / 1024
+"""KLCap tries no smaller share of the strength than this, but 0."""
 
 _LARGEST = torch.finfo(torch.float32).max
 
 
-class Dose:
-    """The strengths of one roll-out; this one is constant.
+class Strengths:
+    """The strengths of one roll-out; here a constant one.
 
     Attributes:
         scale: The strength [B] of the coming pass.
@@ -58,7 +62,7 @@ class Dose:
 class Controller(Protocol):
     """How strengths are chosen."""
 
-    def begin(self, n_rows: int) -> Dose:
+    def begin(self, n_rows: int) -> Strengths:
         """Return the strengths of a new roll-out of so many rows."""
 
 
@@ -80,8 +84,8 @@ class Fixed:
     def __post_init__(self) -> None:
         _check_finite("strength", self.strength)
 
-    def begin(self, n_rows: int) -> Dose:
-        return Dose(torch.full([n_rows], float(self.strength)))
+    def begin(self, n_rows: int) -> Strengths:
+        return Strengths(torch.full([n_rows], float(self.strength)))
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class Decay:
         _check_positive("half_life", self.half_life, "a positive number of tokens")
         _check_finite("strength", self.strength)
 
-    def begin(self, n_rows: int) -> Dose:
+    def begin(self, n_rows: int) -> Strengths:
         return _Decaying(self, n_rows)
 
 
@@ -116,9 +120,10 @@ class KLCap:
     s_t = max { s between 0 and strength : KL(steered || unsteered) of the next token <= budget }
 
     The unsteered model reads the same tokens, and none of its own was edited. What earlier steps pushed stays in the steered
-    cache, so the KL may exceed the budget at s = 0 too: then s_t = 0. The strength is found by trying: the next guess is where
-    KL ~ s^2, its expansion for small s, puts the budget. A try is accepted `CLOSE` to the budget; at most `TRIES` passes are
-    made, and the last one takes the largest strength that was seen to hold. KL need not rise with s, so "largest" is local.
+    cache, so the KL may exceed the budget at s = 0 too: then s_t = 0. The strength is found by trying,
+    first that of the token before: the next guess is where KL ~ s^2, its expansion for small s, puts the budget, or a power law
+    between a strength that holds and one that does not. A try is accepted `CLOSE` to the budget. At most `TRIES` passes are made,
+    of which the last takes the largest strength that was seen to hold, or 0. KL need not rise with s: "largest" is local.
 
     Args:
         budget: The largest KL, in nats.
@@ -137,7 +142,7 @@ class KLCap:
         _check_positive("budget", self.budget, "a positive number of nats")
         _check_finite("strength", self.strength)
 
-    def begin(self, n_rows: int) -> Dose:
+    def begin(self, n_rows: int) -> Strengths:
         return _Capped(self, n_rows)
 
 
@@ -178,11 +183,11 @@ class SetPoint:
         if self.maximum is not None:
             _check_positive("maximum", self.maximum, "a positive strength")
 
-    def begin(self, n_rows: int) -> Dose:
+    def begin(self, n_rows: int) -> Strengths:
         return _Controlled(self, n_rows)
 
 
-class _Decaying(Dose):
+class _Decaying(Strengths):
     def __init__(self, decay: Decay, n_rows: int) -> None:
         super().__init__(torch.full([n_rows], float(decay.strength)))
         self._decay = decay
@@ -194,53 +199,58 @@ class _Decaying(Dose):
         self.scale = torch.full_like(self.scale, strength)
 
 
-class _Capped(Dose):
-    """Tries shares [B] of the strength: `_holds` is the largest that held in this step, `_fails` the smallest that did not."""
+class _Capped(Strengths):
+    """Tries shares [B] of the strength. Each step has a bracket: `_holds` is the largest share that held, 0 where none was seen,
+    and `_fails` the smallest that did not, infinite where none was seen.
+    """
 
     tries_again = True
 
     def __init__(self, cap: KLCap, n_rows: int) -> None:
-        super().__init__(torch.full([n_rows], float(cap.strength)))
         self._cap = cap
-        self._share = torch.ones(n_rows)
-        self._begin_step()
+        self._begin_step(torch.ones(n_rows))
 
-    def _begin_step(self) -> None:
-        self._holds = torch.zeros_like(self._share)
-        self._fails = torch.full_like(self._share, math.inf)
+    def _begin_step(self, share: Tensor) -> None:
+        self._holds, self._kl_holds = torch.zeros_like(share), torch.zeros_like(share)
+        self._fails, self._kl_fails = torch.full_like(share, math.inf), torch.full_like(share, math.inf)
         self._tries = 0
+        self._try(share)
+
+    def _try(self, share: Tensor) -> None:
+        self._share = share
+        self.scale = self._cap.strength * share
 
     def accepts(self, kl: Tensor, live: Tensor) -> bool:
         self._tries += 1
         kl = torch.where(kl.isnan(), math.inf, kl)  # a push so strong that the model computes NaN
         held = kl <= self._cap.budget
-        self._holds = torch.where(held, self._share, self._holds)
-        self._fails = torch.where(held, self._fails, self._share)
+        self._holds, self._kl_holds = torch.where(held, self._share, self._holds), torch.where(held, kl, self._kl_holds)
+        self._fails, self._kl_fails = torch.where(held, self._fails, self._share), torch.where(held, self._kl_fails, kl)
         close = held & ((self._share == 1) | (kl >= (1 - CLOSE) * self._cap.budget))
         done = close | (self._share == 0) | ~live
         if bool(done.all()) or self._tries == TRIES:
             return True
-        retry = self._holds if self._tries == TRIES - 1 else self._guess(kl)
-        self._set(torch.where(done, self._share, retry))
+        retry = torch.where(self._fails <= LEAST, 0, self._guess().clamp(min=LEAST))
+        self._try(torch.where(done, self._share, self._holds if self._tries == TRIES - 1 else retry))
         return False
 
-    def _guess(self, kl: Tensor) -> Tensor:
+    def _guess(self) -> Tensor:
         aim = (1 - CLOSE / 2) * self._cap.budget
-        guess = self._share * (aim / kl).sqrt()
-        margin = EDGE * (self._fails - self._holds)
-        inner = guess.clamp(self._holds + margin, self._fails - margin)
-        return torch.where(self._fails.isinf(), guess.clamp(max=1), inner)
-
-    def _set(self, share: Tensor) -> None:
-        self._share = share
-        self.scale = self._cap.strength * share
+        up = self._holds * (aim / self._kl_holds).sqrt().clamp(min=2)  # past pushes alone may cost something
+        down = self._fails * torch.where(self._kl_fails.isinf(), FAR, (aim / self._kl_fails).sqrt()).clamp(max=0.5)
+        down = down / 2 ** (self._tries - 1)  # the KL levels off where it is large, and the true step down is longer
+        lower, upper = self._holds.log(), self._fails.log()
+        part = (math.log(aim) - self._kl_holds.log()) / (self._kl_fails.log() - self._kl_holds.log())
+        part = torch.where((self._kl_holds > 0) & self._kl_fails.isfinite(), part.clamp(EDGE, 1 - EDGE), 0.5)
+        between = (lower + part * (upper - lower)).exp()
+        return torch.where(self._fails.isinf(), up.clamp(max=1), torch.where(self._holds > 0, between, down))
 
     def advance(self, acts: Tensor) -> None:
-        self._begin_step()
-        self._set(torch.where(self._share > 0, self._share, 1.0))  # from 0, nothing tells how far to go
+        last = torch.where(self._holds > 0, self._holds, self._fails)
+        self._begin_step(last.clamp(LEAST, 1))
 
 
-class _Controlled(Dose):
+class _Controlled(Strengths):
     def __init__(self, point: SetPoint, n_rows: int) -> None:
         self._point = point
         self._maximum = 2 * point.target if point.maximum is None else point.maximum

@@ -34,12 +34,12 @@ _FAMILIES = {
 
 
 class StableRange(NamedTuple):
-    """The doses whose texts hold.
+    """The strengths at which texts hold.
 
     Attributes:
-        lowest: The lowest dose of the range; None if no dose of the grid holds.
+        lowest: The lowest alpha of the range; None if texts hold at none of the grid.
         highest: The highest one.
-        reason: Which dose breaks first on each side, and by which measure, in words.
+        reason: At which alpha texts break first on each side, and by which measure, in words.
     """
 
     lowest: float | None
@@ -124,8 +124,8 @@ def other_script(text: str, prompt: str) -> float | None:
     return sum(count for script, count in counts.items() if script not in allowed) / counts.total()
 
 
-def stable_range(doses: Sequence[tuple[float, Measures]], unsteered: Measures) -> StableRange:
-    """Return the doses of a grid, from 0 on up and down to the first that breaks, at which texts hold.
+def stable_range(grid: Sequence[tuple[float, Measures]], unsteered: Measures) -> StableRange:
+    """Return the alphas of a grid at which texts hold, from 0 on up and down to the first at which they do not.
 
     Texts hold if their
 
@@ -137,24 +137,24 @@ def stable_range(doses: Sequence[tuple[float, Measures]], unsteered: Measures) -
     measured breaks nothing.
 
     Args:
-        doses: Each dose with the means over its texts, in any order.
+        grid: Each alpha with the means over its texts, in any order.
         unsteered: The means over the same prompts' unsteered texts.
     """
-    ordered = sorted(doses, key=lambda dose: dose[0])
-    up, broken_up = _holding([dose for dose in ordered if dose[0] >= 0], unsteered)
-    down, broken_down = _holding([dose for dose in reversed(ordered) if dose[0] < 0], unsteered)
+    ordered = sorted(grid, key=lambda entry: entry[0])
+    up, broken_up = _holding([entry for entry in ordered if entry[0] >= 0], unsteered)
+    down, broken_down = _holding([entry for entry in reversed(ordered) if entry[0] < 0], unsteered)
     held = [*down, *up]
-    reason = "; ".join(filter(None, (broken_down, broken_up))) or "no dose of the grid breaks them"
+    reason = "; ".join(filter(None, (broken_down, broken_up))) or "no alpha of the grid breaks them"
     return StableRange(min(held, default=None), max(held, default=None), reason)
 
 
-def _holding(doses: Iterable[tuple[float, Measures]], unsteered: Measures) -> tuple[list[float], str]:
-    """The doses before the first that breaks, and what breaks there."""
+def _holding(entries: Iterable[tuple[float, Measures]], unsteered: Measures) -> tuple[list[float], str]:
+    """The alphas before the first at which texts break, and what breaks there."""
     held: list[float] = []
-    for dose, measures in doses:
+    for alpha, measures in entries:
         if broken := _broken(measures, unsteered):
-            return held, f"at {dose:g}, {broken}"
-        held.append(dose)
+            return held, f"at {alpha:g}, {broken}"
+        held.append(alpha)
     return held, ""
 
 

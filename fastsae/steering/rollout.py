@@ -87,18 +87,18 @@ def roll_out(
     _check_room(model, prompts, max_new_tokens)
     if not prompts:
         return []
-    dose = (controller or Fixed()).begin(len(prompts))
+    strengths = (controller or Fixed()).begin(len(prompts))
     writer = _Writer(tokenizer, len(prompts), end_tokens(model, tokenizer), on_token)
     generator = torch.Generator().manual_seed(seed)
     twins = Twins(Rows(model, prompts), steering)
     with _scale_kept(steering):
         while True:
-            step = twins.step(dose, writer.live)
+            step = twins.step(strengths, writer.live)
             tokens = _choose(step.steered, temperature, generator)
             writer.write(tokens, step)
             if not writer.live.any() or twins.rows.n_new + 1 == max_new_tokens:
                 return writer.finish()
-            dose.advance(step.acts)
+            strengths.advance(step.acts)
             twins.rows.append(tokens)
 
 
@@ -131,7 +131,7 @@ class _Writer:
     def write(self, tokens: Tensor, step: Step) -> None:
         """Add a token to each live row, of which some may end by it."""
         surprise = -step.unsteered.gather(1, tokens.to(step.unsteered.device)[:, None])[:, 0]
-        columns = zip(*(one.tolist() for one in (tokens, step.kl, surprise, step.strengths, step.acts)), strict=True)
+        columns = zip(*(one.tolist() for one in (tokens, step.kl, surprise, step.scale, step.acts)), strict=True)
         for row, (token, *values) in enumerate(columns):
             if not self.live[row]:
                 continue
@@ -169,7 +169,7 @@ class _Text:
     def add(self, token: int) -> str:
         self._waiting.append(token)
         piece = self._decode()
-        if piece.endswith(_BROKEN):
+        if not piece or piece.endswith(_BROKEN):
             return ""
         self._said, self._waiting = self._waiting, []
         return piece

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsae.errors import FastsaeError
+from fastsae.errors import FastsaeError, UsageError
 
 if TYPE_CHECKING:
-    from fastsae.steering.doses import Dose
+    from fastsae.steering.doses import Strengths
     from fastsae.steering.steering import Steering
 
 
@@ -29,14 +29,14 @@ class Step(NamedTuple):
         steered: Log probabilities [B, vocabulary] of the steered model, in fp32; 0 in rows that have ended.
         unsteered: The same of the unsteered model.
         kl: KL(steered || unsteered) [B] in nats, on the CPU.
-        strengths: The scale [B] of the pass, on the CPU.
+        scale: That of the pass [B], on the CPU.
         acts: The activation [B] of the first edit's feature before the edit, at the last token, on the CPU.
     """
 
     steered: Tensor
     unsteered: Tensor
     kl: Tensor
-    strengths: Tensor
+    scale: Tensor
     acts: Tensor
 
 
@@ -51,7 +51,7 @@ class Rows:
         width = max(len(prompt) for prompt in prompts)
         self.n_new = 0
         self._model = model
-        self._takes = inspect.signature(model.forward).parameters.keys()
+        self._takes = inspect.signature(_innermost(model).forward).parameters.keys()
         self._input_ids = torch.zeros(len(prompts), width, dtype=torch.long)
         self._mask = torch.zeros(len(prompts), width, dtype=torch.long)
         for row, prompt in enumerate(prompts):
@@ -73,16 +73,27 @@ class Rows:
 
         first = 0 if cache is None else -1
         device = self._model.get_input_embeddings().weight.device
-        options: dict[str, Any] = {"use_cache": True, "past_key_values": cache, "logits_to_keep": 1}
+        options: dict[str, Any] = {"use_cache": True, "logits_to_keep": 1}
         options["position_ids"] = (self._mask.cumsum(1) - 1).clamp(min=0)[:, first:].to(device)
+        options = {name: value for name, value in options.items() if name in self._takes}
+        if cache is not None:
+            options["past_key_values"] = cache
         output = self._model(
             input_ids=self._input_ids[:, first:].to(device),
             attention_mask=self._mask.to(device),
             return_dict=True,
-            **{name: value for name, value in options.items() if name in self._takes and value is not None},
+            **options,
         )
         kept = getattr(output, "past_key_values", None)
-        return output.logits[:, -1], kept if isinstance(kept, DynamicCache) else None
+        if isinstance(kept, DynamicCache):
+            return output.logits[:, -1], kept
+        if not self._mask.all():
+            raise UsageError(
+                "prompts: expected prompts of one length, or one at a time, as a model of type "
+                f"{self._model.config.model_type!r} keeps no DynamicCache of transformers and may not ignore padding, got "
+                "several lengths"
+            )
+        return output.logits[:, -1], None
 
 
 class Twins:
@@ -98,38 +109,55 @@ class Twins:
         self._cache: Any = None
         self._unsteered_cache: Any = None
         self._apart = False
+        self._scale = torch.zeros(0)  # of the last pass
 
-    def step(self, dose: Dose, live: Tensor) -> Step:
-        """Read the rows' new tokens with the strengths of `dose`, again while it wants to.
+    def step(self, strengths: Strengths, live: Tensor) -> Step:
+        """Read the rows' new tokens with the strengths given, again while they want to.
 
         Raises:
             NotFiniteError: The model computed NaN in a live row.
+            UsageError: Prompts or strengths are not what a model without a DynamicCache can take.
         """
         none = torch.zeros(len(live))
         if self._steering is None:
             logits, self._cache = self.rows.forward(self._cache)
             log_probs = _log_probs(logits, live)
             return Step(log_probs, log_probs, none, none, none)
-        if self._apart or dose.scale.any():
-            return self._step_apart(self._steering, dose, live)
-        self._steering.scale = dose.scale
-        logits, self._cache = self.rows.forward(self._cache)
+        if self._apart or strengths.scale.any():
+            return self._step_apart(self._steering, strengths, live)
+        logits, self._cache = self._steered(self._steering, strengths.scale, self._cache)
         log_probs = _log_probs(logits, live)
-        return Step(log_probs, log_probs, none, dose.scale, _first_acts(self._steering, none))
+        return Step(log_probs, log_probs, none, strengths.scale, _first_acts(self._steering, none))
 
-    def _step_apart(self, steering: Steering, dose: Dose, live: Tensor) -> Step:
+    def _step_apart(self, steering: Steering, strengths: Strengths, live: Tensor) -> Step:
         if not self._apart:
             self._unsteered_cache, self._apart = copy.deepcopy(self._cache), True
         with steering.paused():
             logits, self._unsteered_cache = self.rows.forward(self._unsteered_cache)
         unsteered = _log_probs(logits, live)
         before = self._cache
-        while True:  # crop() would undo a pass too, but not on every kind of cache
-            steering.scale = strengths = dose.scale
-            logits, self._cache = self.rows.forward(copy.deepcopy(before) if dose.tries_again else before)
+        while True:
+            scale = strengths.scale
+            given = copy.deepcopy(before) if strengths.tries_again else before  # not every cache can be cropped
+            logits, self._cache = self._steered(steering, scale, given)
             kl = divergence(logits.float().log_softmax(-1), unsteered).cpu()
-            if dose.accepts(kl, live):
-                return Step(_log_probs(logits, live), unsteered, kl, strengths, _first_acts(steering, strengths))
+            if strengths.accepts(kl, live):
+                return Step(_log_probs(logits, live), unsteered, kl, scale, _first_acts(steering, scale))
+
+    def _steered(self, steering: Steering, scale: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        if cache is None and self.rows.n_new and not scale.equal(self._scale):
+            raise UsageError(
+                "controller: expected one strength for all tokens, as this model keeps no DynamicCache of transformers, so that "
+                "each pass edits all tokens anew, got a strength that changes"
+            )
+        steering.scale = self._scale = scale
+        return self.rows.forward(cache)
+
+
+def _innermost(model: Any) -> Any:
+    """The model itself, without wrappers that hide what its forward pass takes: those of torch.compile and of PEFT."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def divergence(steered: Tensor, unsteered: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def test_other_script(text: str, prompt: str, share: float | None) -> None:
     assert other_script(text, prompt) == (share if share is None else pytest.approx(share))
 
 
-def test_the_stable_range_ends_before_the_first_dose_that_breaks() -> None:
+def test_the_stable_range_ends_before_the_first_alpha_that_breaks() -> None:
     broken = Measures(**{**WHOLE, "repeated_3grams": 0.45})
     grid = [(100.0, broken), (0.0, WHOLE), (15.0, WHOLE), (200.0, WHOLE), (50.0, WHOLE)]
     assert stable_range(grid, WHOLE) == (0.0, 50.0, "at 100, 45 % of the 3-grams are repeated, above the limit of 20 %")
@@ -115,10 +115,10 @@ def test_the_stable_range_goes_below_0_too() -> None:
     assert "at 25, the perplexity is 30, above the limit of 6" in found.reason
 
 
-def test_no_dose_holds_or_none_breaks() -> None:
+def test_no_alpha_holds_or_none_breaks() -> None:
     broken = Measures(**{**WHOLE, "repeated_3grams": 1.0})
     assert stable_range([(15.0, broken), (25.0, WHOLE)], WHOLE)[:2] == (None, None)
-    assert stable_range([(15.0, WHOLE), (25.0, WHOLE)], WHOLE) == (15.0, 25.0, "no dose of the grid breaks them")
+    assert stable_range([(15.0, WHOLE), (25.0, WHOLE)], WHOLE) == (15.0, 25.0, "no alpha of the grid breaks them")
 
 
 def test_limits_follow_the_unsteered_texts() -> None:
