@@ -162,7 +162,7 @@ def _stands(result: Result, measure: Measure) -> str:
 
 
 def _table(rows: Sequence[tuple[str, Run]]) -> str:
-    head = "".join(f'<th class="number">{m.name}{f", {m.unit}" if m.unit else ""}</th>' for m in MEASURES)
+    head = "".join(f'<th class="number">{m.name}{f"<small>{m.unit}</small>" if m.unit else ""}</th>' for m in MEASURES)
     body = "".join(
         f"<tr><td>{escape(name)}</td>"
         + "".join(f'<td class="number">{shown(run[measure.key], measure, unit=False)}</td>' for measure in MEASURES)
@@ -220,9 +220,12 @@ def _alike(one: Alike) -> str:
         for run in far
     )
     index = {run_name(run): i for i, run in enumerate(runs)}
-    kl = _over_length(runs, "kl", "KL, nats per token")
-    strength = _over_length(runs, "strengths", "strength of the push")
-    caption = "Means over the texts that are this long, in windows of the length."
+    longest = max((len(text["kl"]) for run in runs for text in run["texts"]), default=0)
+    size = max(1, -(-longest // _WINDOWS))
+    kl = _over_length(runs, "kl", size, "KL, nats per token")
+    strength = _over_length(runs, "strengths", size, "strength of the push")
+    at_a_time = f", {size} tokens at a time" if size > 1 else ""
+    caption = f"Means over the texts that are that long{at_a_time}."
     table = _table([(run_name(run), run) for run in runs])
     return (
         f"<h3>Like {escape(run_name(one.fixed))}</h3>{warning}{table}{marks.legend(index)}"
@@ -230,15 +233,14 @@ def _alike(one: Alike) -> str:
     )
 
 
-def _over_length(runs: Sequence[Run], key: PerToken, label: str) -> str:
-    series = [Series(i, run_name(run), over_length(run["texts"], key), False) for i, run in enumerate(runs)]
+def _over_length(runs: Sequence[Run], key: PerToken, size: int, label: str) -> str:
+    series = [Series(i, run_name(run), over_length(run["texts"], key, size), False) for i, run in enumerate(runs)]
     return chart(series, x_label="new tokens", y_label=label)
 
 
-def over_length(texts: Sequence[Text], key: PerToken) -> list[tuple[float, float]]:
-    """The middle of each window of tokens, counted from 1, and the mean over all texts' tokens in it."""
+def over_length(texts: Sequence[Text], key: PerToken, size: int) -> list[tuple[float, float]]:
+    """The middle of each window of `size` tokens, counted from 1, and the mean over all texts' tokens in it."""
     longest = max((len(text[key]) for text in texts), default=0)
-    size = max(1, -(-longest // _WINDOWS))
     points = []
     for start in range(0, longest, size):
         values = [value for text in texts for value in text[key][start : start + size]]

@@ -161,7 +161,7 @@ def shown(value: float | None, measure: Measure, unit: bool = True) -> str:
     if measure.key == "n_tokens" and scaled.is_integer():
         return f"{scaled:,.0f}"
     text = number(scaled) if abs(scaled) < _LARGEST else f"{scaled:.1e}"
-    return f"{text} %" if unit and measure.unit == "%" else text
+    return f"{text}\u00a0%" if unit and measure.unit == "%" else text
 
 
 def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
