@@ -18,9 +18,10 @@ from browser import Browser
 import fastsae
 from fastsae.evaluate import plots
 from fastsae.steering.charts import Series, chart
+from fastsae.steering.order import alike, alphas, text_rows
 from fastsae.steering.page import write_steer_page
-from fastsae.steering.page_sections import alike, over_length
-from fastsae.steering.words import MEASURES, MODES, stable_ends, stable_sentence, text_rows
+from fastsae.steering.page_sections import over_length
+from fastsae.steering.words import MEASURES, MODES, stable_ends, stable_sentence
 from tests.evaluate.test_report import Checker
 from tests.steering.steer_examples import ALPHAS, FEATURE, FIXED_LIKE_CAPPED, HOSTILE, PROMPTS, result, run
 
@@ -72,12 +73,12 @@ def test_the_header_says_what_was_steered_and_how_it_was_chosen(tmp_path: Path) 
         "SmolLM2-135M-<b>Instruct</b>",
         "layer 15 model.layers.15",
         "at all tokens",
-        "Feature 13794 was chosen by special: mean of the maximum at <|im_start|>, score 39.9",
-        "its largest activation seen is 51.2.",
-        "Feature 7 was chosen by --feature.",
+        "Feature 13794: strongest at <|im_start|>, score 39.9; its largest activation seen is 51.2",
+        "Feature 7: --feature",
         "Alpha auto found 37.5, where the p95 KL is 1.02 nats",
         "10 (0.0800), 37.5 (1.02)",
         "Alpha times the feature's decoder row is added to the residual stream.",
+        "“prompted” is the unsteered model, asked in words instead: Use words such as <sea> in your answer.",
     ):
         assert part in text
     _, text = written(
@@ -104,7 +105,7 @@ def test_each_measure_is_drawn_and_explained_beside_what_is_not_steered(tmp_path
     assert len(figures) == len(MEASURES) + 2  # and KL and strength over the length
     for measure, figure in zip(MEASURES, figures, strict=False):
         assert measure.meaning in text
-        assert figure.count('class="line') == 5
+        assert figure.count('class="line') == 2  # the number of a dynamic dose is no alpha
         assert figure.count("<rect") == 1
     assert "The unsteered text stands at 3.00, the prompted baseline at 4.05." in text
     assert "The unsteered text stands at 2.00 %, the prompted baseline at 5.75 %." in text
@@ -165,31 +166,46 @@ def test_a_dynamic_dose_stands_beside_the_fixed_one_of_like_kl(tmp_path: Path) -
     assert [(one.fixed["arm"], one.fixed["alpha"]) for one in found] == [(FEATURE, FIXED_LIKE_CAPPED)]
     assert [one["dose"] for one in found[0].dynamic] == ["decay", "kl_cap", "set_point"]
     _, text = written(tmp_path, result())
-    assert "Like feature 13794, fixed, alpha 50" in text
+    assert "Like feature 13794, alpha 50" in text
+    for name in ("decay, from 100", "KL cap, budget 0.5 nats", "set point, target 12"):
+        assert f"feature 13794, {name}" in text
     assert "is not at like KL" not in text
     runs = [*result()["runs"], run(FEATURE, "decay", 300.0, 90.0, 5)]
     fixed, *dynamic = (one for pair in alike(changed(runs=runs))[1:] for one in (pair.fixed, *pair.dynamic))
     assert (fixed["alpha"], [one["alpha"] for one in dynamic]) == (200.0, [300.0])
     _, text = written(tmp_path, changed(runs=runs))
     assert re.search(
-        r"decay, alpha 300 is not at like KL: no fixed dose of the grid comes closer than 1\d\.\d times\.", text
+        r"decay, from 300 is not at like KL: no fixed dose of the grid comes closer than 1\d\.\d times\.", text
     )
 
 
 def test_windows_over_the_length_are_means_over_the_texts_that_are_that_long() -> None:
-    texts = [{"kl": [1.0, 3.0, 5.0, 7.0, 9.0]}, {"kl": [3.0, 5.0]}, {"kl": []}]
-    assert over_length(texts, "kl", 2) == [(1.5, 3.0), (3.5, 6.0), (5.0, 9.0)]
-    assert over_length([], "kl", 2) == []
+    texts = [[1.0, 3.0, 5.0, 7.0, 9.0], [3.0, 5.0], []]
+    assert over_length(texts, 2) == [(1.5, 3.0), (3.5, 6.0), (5.0, 9.0)]
+    assert over_length([], 2) == []
+
+
+def test_a_fixed_dose_is_its_alpha_at_every_token_and_others_are_their_scale() -> None:
+    runs = result()["runs"]
+    assert alphas(runs[4], runs[4]["texts"][0]) == [15.0] * 40
+    assert alphas(runs[-3], runs[-3]["texts"][0])[:2] == [100.0, 97.0]
+    text = runs[0]["texts"][0] | {"strengths": [0.0, 0.0]}
+    assert alphas(runs[0], text) == [0.0, 0.0]
 
 
 def test_texts_of_one_alpha_stand_in_one_row(tmp_path: Path) -> None:
     runs = result()["runs"]
     rows = text_rows(result())
-    assert [row.title for row in rows] == ["Not steered", *(f"alpha {alpha:g}" for alpha in ALPHAS[1:])]
+    assert [row.title for row in rows] == [
+        "Not steered",
+        *(f"alpha {alpha:g}" for alpha in ALPHAS[1:]),
+        "Doses at the KL of alpha 50",
+    ]
     assert [runs[i]["arm"] for i in rows[0].runs] == ["unsteered", "prompted"]
-    at_100 = [(runs[i]["arm"], runs[i]["dose"]) for i in rows[-2].runs]
-    assert at_100[:2] == [(FEATURE, "fixed"), ("random direction", "fixed")]
-    assert len(at_100) == 5
+    assert [runs[i]["arm"] for i in rows[-2].runs] == [FEATURE, "random direction"]
+    assert [runs[i]["dose"] for i in rows[-1].runs] == ["fixed", "decay", "kl_cap", "set_point"]
+    lone = text_rows(changed(runs=[run(FEATURE, "decay", 9.0, 0.1, 0)]))
+    assert lone == [("Other doses", [0])]
     other = result()
     other["runs"][2]["texts"][0]["text"] = "something else"  # alpha 0 that is not the unsteered text is shown
     assert [row.title for row in text_rows(other)][1] == "alpha 0"
@@ -203,7 +219,7 @@ def test_the_data_holds_every_token_with_three_digits(tmp_path: Path) -> None:
         for text in one["texts"]:
             of_text = packed["texts"][str(text["prompt"])]
             assert of_text["pieces"] == text["pieces"]
-            for key in ("kl", "strengths", "acts"):
+            for key in ("kl", "acts"):
                 assert of_text[key] == pytest.approx(text[key], rel=0.006)
     assert data["runs"][1]["texts"]["0"]["measures"][0] == ["mean KL", "n/a"]
     holds = [one["holds"] for one in data["runs"][2:]]
@@ -270,7 +286,7 @@ def test_all_texts_of_a_prompt_stand_beside_each_other_with_their_measures(tab: 
     )
     assert tab.evaluate(tops)[:2] == [1, 1]
     first = "document.querySelectorAll('.one')[2].innerText"
-    for part in ("feature 13794, fixed · holds", "mean KL", "0.116", "3.18\u00a0%", "40, cut off"):
+    for part in ("feature 13794, alpha 15 · holds", "mean KL", "0.116", "3.18\u00a0%", "40, cut off"):
         assert part in tab.evaluate(first)
     tab.resize(400)
     assert tab.evaluate(tops)[:2] == [2, 2]  # a list
@@ -308,7 +324,7 @@ def test_tokens_are_shaded_by_their_kl_and_say_it_under_the_pointer(tab: Browser
     tab.send("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
     tab.settle()
     text = tab.evaluate("document.querySelector('.tip:not([hidden])').textContent")
-    for part in (f"KL {kl[3]:.3g}", "strength 1", "activation ", "token 4"):
+    for part in (f"KL {kl[3]:.3g}", "alpha 15", "activation ", "token 4"):
         assert part in text
     shaded = "[...document.querySelectorAll('.one')[1].querySelectorAll('.text span')].filter(one => one.style.cssText).length"
     assert tab.evaluate(shaded) == 0  # the prompted text has no KL
