@@ -20,8 +20,8 @@ _TEXTS = """
 <h2>The texts</h2>
 <p>Each token is shaded by its KL: how far the steered model's predictions of it are from the unsteered model's on the same text.
 Point at a token, or touch it, to see its KL, alpha, and the feature's own activation before it.
-A text that the model did not end itself is cut off at the limit. <kbd>j</kbd> <kbd>k</kbd> or <kbd>→</kbd> <kbd>←</kbd> go to the
-next and the previous prompt.</p>
+A text that the model did not end itself is cut off at the limit.
+<span class="nowrap"><kbd>j</kbd> <kbd>k</kbd> or <kbd>→</kbd> <kbd>←</kbd></span> go to the next and the previous prompt.</p>
 <p class="legend shades" aria-label="Shades">KL in nats:</p>
 <div id="tabs" class="tabs" role="tablist" aria-label="Prompts"></div>
 <div id="panel" role="tabpanel" tabindex="0"><noscript>The texts need JavaScript, which is in the page itself.</noscript></div>

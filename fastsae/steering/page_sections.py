@@ -13,6 +13,7 @@ from fastsae.steering.result import ChosenFeature, Result, Run
 from fastsae.steering.words import (
     ARMS,
     DOSES,
+    HOLDS,
     MEASURES,
     NOT_STEERED,
     POSITIONS,
@@ -83,7 +84,8 @@ def dose_section(result: Result) -> str:
     rows = [(run_name(run), run) for runs in found.values() for run in runs]
     return (
         f"<h2>How far one can push</h2>\n<p>{escape(mode_sentence(result))} {escape(_arms(result))}</p>"
-        f'<ul class="stable-words">{sentences}</ul>{_legend(result, index)}<div class="charts">{figures}</div>'
+        f"<p>{escape(HOLDS)}</p><ul>{sentences}</ul>{_legend(result, index)}"
+        f'<div class="charts">{figures}</div>'
         f"<details><summary>All figures in a table</summary>{_table(rows)}</details>"
     )
 
@@ -110,7 +112,7 @@ def _legend(result: Result, index: dict[str, int]) -> str:
             '<span><svg class="mark" viewBox="-6 -6 12 12" aria-hidden="true"><path class="stable" d="M-6 -6H6V6H-6z"/></svg>'
             f"the texts of {escape(name)} hold: alpha {plain(low)} to {plain(high)}</span>"
         )
-    return marks.legend(index).replace("</p>", f"{lines}</p>")
+    return marks.legend(index, lines)
 
 
 def _shaded(result: Result) -> tuple[str, tuple[float, float]] | None:

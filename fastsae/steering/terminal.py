@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from fastsae.steering.columns import beside, pad, printable, share, wrap
 from fastsae.steering.order import groups, is_stable, text_rows
 from fastsae.steering.result import Result, Run
-from fastsae.steering.words import MEASURES, NOT_STEERED, Measure, dose_value, plain, run_name, stable_sentence
+from fastsae.steering.words import HOLDS, MEASURES, NOT_STEERED, Measure, dose_value, plain, run_name, stable_sentence
 
 _NAME = 16  # columns of the name of a line; with the others 80
 _COLUMNS = {  # head and columns of a measure
@@ -66,7 +66,7 @@ def print_result(result: Result) -> None:
     _print_wrapped(
         "KL is from the unsteered model, in nats per token; perplexity is that of the text under the unsteered model; "
         "repeats are runs of three tokens that occur more than once; script is the letters in a script that the prompt does not "
-        "use.",
+        f"use. {HOLDS}",
         columns,
     )
 
@@ -103,7 +103,7 @@ def _text_block(run: Run, prompt: int, columns: int, lines: int) -> list[str]:
     wrapped = wrap(printable(text["text"]).strip(), columns) if text["text"] else ["(nothing was written)"]
     if len(wrapped) > lines:
         wrapped = [*wrapped[: lines - 1], pad(wrapped[lines - 1] + " …", columns)]
-    kl, perplexity = (figure(text[m.key], m).strip() for m in (MEASURES[0], MEASURES[2]))
+    kl, perplexity = (_figure(text[m.key], m).strip() for m in (MEASURES[0], MEASURES[2]))
     return [name, *wrapped, f"KL {kl}, perplexity {perplexity}"]
 
 
@@ -129,7 +129,7 @@ def _table(result: Result) -> list[str]:
             lines.append(_strong(printable(name)))
         for run in runs:
             title = name if run["arm"] in NOT_STEERED else f"  {dose_value(run)}"
-            cells = "".join(figure(run[measure.key], measure) for measure in MEASURES)
+            cells = "".join(_figure(run[measure.key], measure) for measure in MEASURES)
             lines.append(pad(printable(title), _NAME) + cells + (_HOLDS if is_stable(result, run) else ""))
     return lines
 
@@ -143,13 +143,13 @@ def _stacked(result: Result, columns: int) -> list[str]:
         for run in runs:
             title = printable(run_name(run) + (" (holds)" if is_stable(result, run) else ""))
             lines += [_strong(line) for line in wrap(title, columns)]
-            cells = [f"  {_COLUMNS[m.key][0]:{of_name}}{figure(run[m.key], m):>{of_number}}" for m in MEASURES]
+            cells = [f"  {_COLUMNS[m.key][0]:{of_name}}{_figure(run[m.key], m):>{of_number}}" for m in MEASURES]
             at_once = max(1, min(3, columns // (2 + of_name + of_number)))
             lines += ["".join(cells[i : i + at_once]) for i in range(0, len(cells), at_once)]
     return lines
 
 
-def figure(value: float | None, measure: Measure) -> str:
+def _figure(value: float | None, measure: Measure) -> str:
     """A measure in as many columns as every other: decimals below each other, powers of ten where there is no room for them."""
     size = _COLUMNS[measure.key][1]
     if value is None:

@@ -111,6 +111,11 @@ ARMS = {
     PROMPTED: "the unsteered model, asked in words instead",
 }
 """What the arms are that stand beside the feature."""
+HOLDS = (
+    "Texts hold where repeats, letters of another script and perplexity stay below limits that the unsteered texts set; the KL "
+    "is no part of that."
+)
+"""What the stable range is, see `fastsae.steering.measures.stable_range`."""
 _LARGEST = 1e6  # from here on numbers are powers of ten
 _UNITS = {"max": "times the feature's maximum", "norm": "times the norm of the residual stream"}
 

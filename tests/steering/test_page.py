@@ -379,3 +379,33 @@ def test_every_control_has_a_name(tab: Browser) -> None:
     named = [n for n in nodes if n.get("role", {}).get("value") in controls and not n["ignored"]]
     assert len(named) > 20
     assert [n["role"]["value"] for n in named if not n.get("name", {}).get("value", "").strip()] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "tabs", "texts"),
+    [
+        ({"runs": [], "prompts": [], "stable": [], "features": []}, [], 0),
+        (
+            {"runs": [run(FEATURE, "decay", 1e30, 0.1, 0)], "prompts": ["", "\u202e", "x" * 500]},
+            ["1 ∅", "2 [U+202E]", "3 xxx"],
+            1,
+        ),
+        ({"prompts": [*PROMPTS, *"abcdefgh"]}, [str(i) for i in range(1, 12)], 16),
+    ],
+)
+def test_odd_results_open_without_a_fault(
+    chromium: Browser, tmp_path: Path, changes: dict, tabs: list[str], texts: int
+) -> None:
+    write_steer_page(tmp_path / "steer.html", changed(**changes))
+    chromium.faults.clear()
+    chromium.open(tmp_path / "steer.html")
+    chromium.wait("state.data")
+    chromium.settle()
+    names = chromium.evaluate("[...document.querySelectorAll('[role=tab]')].map(tab => tab.textContent)")
+    assert len(names) == len(tabs)
+    assert all(name.startswith(start) for name, start in zip(names, tabs, strict=True))
+    assert chromium.evaluate("document.querySelectorAll('.one').length") == texts
+    for _ in range(len(tabs)):
+        chromium.press("j")
+    assert chromium.faults == []
+    assert chromium.evaluate("window.hacked") is None
