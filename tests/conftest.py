@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from browser import Browser, find_browser
 
 # before anything imports Triton: it decides at decoration whether a function is interpreted
 if not torch.cuda.is_available():
@@ -43,6 +45,17 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 def seeded() -> None:
     """The same random numbers in every run: a value within rounding of a threshold would make a test fail now and then."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A headless browser for the tests of pages."""
+    program = find_browser()
+    if program is None:
+        pytest.skip("no Chromium or Chrome is on the path")
+    browser = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
 
 
 @pytest.fixture(scope="session")

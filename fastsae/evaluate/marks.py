@@ -42,6 +42,7 @@ def colour(index: int) -> str:
     return f"m{(index + index // len(_SHAPES)) % len(_SHAPES)}"
 
 
-def legend(names: Mapping[str, int]) -> str:
-    """Names and marks, from the indices of the marks."""
-    return '<p class="legend">' + "".join(f"<span>{mark(i)}{escape(name)}</span>" for name, i in names.items()) + "</p>"
+def legend(names: Mapping[str, int], more: str = "") -> str:
+    """Names and marks, from the indices of the marks, and `more` HTML behind them."""
+    marked = "".join(f"<span>{mark(i)}{escape(name)}</span>" for name, i in names.items())
+    return f'<p class="legend">{marked}{more}</p>'

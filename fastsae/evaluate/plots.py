@@ -87,12 +87,12 @@ def linear_ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def tick_text(value: float) -> str:
-    """A tick's number, short: 0.05, 20, 1,500, 2M, 1e30, 1e-6."""
+    """A tick's number, short enough for the left of a chart: 0.05, 20, 1,500, 200k, 2M, 1e30, 1e-6."""
     size = abs(value)
     if size >= 1e9:
         return f"{value:g}".replace("e+0", "e").replace("e+", "e").replace("-", "−")
-    if size >= 1e6:
-        return f"{value / 1e6:g}M"
+    if size >= 1e5:
+        return (f"{value / 1e6:g}M" if size >= 1e6 else f"{value / 1e3:g}k").replace("-", "−")
     if size and size < 1e-3:
         return f"{value:.0e}".replace("e-0", "e-")
     text = f"{value:,.4f}".rstrip("0").rstrip(".")

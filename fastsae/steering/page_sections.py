@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from html import escape
-from typing import Literal, NamedTuple
 
 from fastsae.evaluate import marks
 from fastsae.evaluate.metrics import number
 from fastsae.steering.charts import Level, Series, chart
-from fastsae.steering.result import ChosenFeature, Result, Run, Text
+from fastsae.steering.order import Alike, alike, alphas, groups, ratio, unsteered_of
+from fastsae.steering.result import ChosenFeature, Result, Run
 from fastsae.steering.words import (
     ARMS,
     DOSES,
+    HOLDS,
     MEASURES,
     NOT_STEERED,
     POSITIONS,
@@ -23,17 +23,14 @@ from fastsae.steering.words import (
     alpha_words,
     dose_words,
     group_name,
-    groups,
     mode_sentence,
     plain,
     run_name,
     shown,
     stable_ends,
     stable_sentence,
-    unsteered_of,
 )
 
-PerToken = Literal["kl", "strengths"]
 _WINDOWS = 16  # in which the length of the texts is cut at most, for the charts over it
 _LIKE = 1.25  # ratio of two mean KLs up to which they count as alike
 
@@ -63,7 +60,7 @@ def header(result: Result) -> str:
 def _chosen(one: ChosenFeature) -> str:
     score = "" if one["score"] is None else f", score {number(float(one['score']))}"
     maximum = "" if one["maximum"] is None else f"; its largest activation seen is {number(float(one['maximum']))}"
-    return f"Feature {one['feature']} was chosen by {escape(one['chosen_by'])}{score}{maximum}."
+    return f"Feature {one['feature']}: {escape(one['chosen_by'])}{score}{maximum}"
 
 
 def _auto(result: Result) -> str:
@@ -80,14 +77,15 @@ def _auto(result: Result) -> str:
 def dose_section(result: Result) -> str:
     """The stable ranges in words, each measure against alpha, and all of them in a table."""
     found = groups(result["runs"])
-    names = [name for name, runs in found.items() if runs[0]["arm"] not in NOT_STEERED]
+    names = [name for name, (run, *_) in found.items() if run["dose"] == "fixed" and run["arm"] not in NOT_STEERED]
     index = {name: i for i, name in enumerate(names)}
     sentences = "".join(f"<li>{escape(stable_sentence(row))}</li>" for row in result["stable"])
     figures = "".join(_figure(result, measure, index) for measure in MEASURES)
     rows = [(run_name(run), run) for runs in found.values() for run in runs]
     return (
         f"<h2>How far one can push</h2>\n<p>{escape(mode_sentence(result))} {escape(_arms(result))}</p>"
-        f'<ul class="stable-words">{sentences}</ul>{_legend(result, index)}<div class="charts">{figures}</div>'
+        f"<p>{escape(HOLDS)}</p><ul>{sentences}</ul>{_legend(result, index)}"
+        f'<div class="charts">{figures}</div>'
         f"<details><summary>All figures in a table</summary>{_table(rows)}</details>"
     )
 
@@ -95,7 +93,9 @@ def dose_section(result: Result) -> str:
 def _arms(result: Result) -> str:
     present = {run["arm"] for run in result["runs"]}
     said = "; ".join(f"“{arm}” is {meaning}" for arm, meaning in ARMS.items() if arm in present)
-    return f"Beside the feature, {said}." if said else ""
+    instruction = result.get("instruction")
+    asked = f": {instruction.strip().rstrip('.')}" if instruction and PROMPTED in present else ""
+    return f"Beside the feature, {said}{asked}." if said else ""
 
 
 def _legend(result: Result, index: dict[str, int]) -> str:
@@ -112,7 +112,7 @@ def _legend(result: Result, index: dict[str, int]) -> str:
             '<span><svg class="mark" viewBox="-6 -6 12 12" aria-hidden="true"><path class="stable" d="M-6 -6H6V6H-6z"/></svg>'
             f"the texts of {escape(name)} hold: alpha {plain(low)} to {plain(high)}</span>"
         )
-    return marks.legend(index).replace("</p>", f"{lines}</p>")
+    return marks.legend(index, lines)
 
 
 def _shaded(result: Result) -> tuple[str, tuple[float, float]] | None:
@@ -143,10 +143,10 @@ def _figure(result: Result, measure: Measure, index: dict[str, int]) -> str:
 
 
 def _points(result: Result, name: str, measure: Measure) -> list[tuple[float, float]]:
-    """Alpha and measure of a group's runs; a fixed dose of mode "add" begins at alpha 0, which is the unsteered text."""
+    """Alpha and measure of a group's runs; in mode "add" alpha 0 is the unsteered text."""
     runs = groups(result["runs"])[name]
     unsteered = unsteered_of(result)
-    if unsteered and result["mode"] == "add" and runs[0]["dose"] == "fixed" and all(run["alpha"] for run in runs):
+    if unsteered and result["mode"] == "add" and all(run["alpha"] for run in runs):
         runs = sorted([*runs, {**unsteered, "alpha": 0.0}], key=lambda run: run["alpha"])
     return [(run["alpha"], measure.factor * value) for run in runs if (value := run[measure.key]) is not None]
 
@@ -162,7 +162,7 @@ def _stands(result: Result, measure: Measure) -> str:
 
 
 def _table(rows: Sequence[tuple[str, Run]]) -> str:
-    head = "".join(f'<th class="number">{m.name}{f", {m.unit}" if m.unit else ""}</th>' for m in MEASURES)
+    head = "".join(f'<th class="number">{m.name}{f"<small>{m.unit}</small>" if m.unit else ""}</th>' for m in MEASURES)
     body = "".join(
         f"<tr><td>{escape(name)}</td>"
         + "".join(f'<td class="number">{shown(run[measure.key], measure, unit=False)}</td>' for measure in MEASURES)
@@ -170,30 +170,6 @@ def _table(rows: Sequence[tuple[str, Run]]) -> str:
         for name, run in rows
     )
     return f'<div class="wide"><table><tr><th>texts</th>{head}</tr>{body}</table></div>'
-
-
-class Alike(NamedTuple):
-    """A fixed dose, and the dynamic ones whose mean KL it is nearest to."""
-
-    fixed: Run
-    dynamic: list[Run]
-
-
-def alike(result: Result) -> list[Alike]:
-    """For each dynamic dose the fixed one of its arm with the nearest mean KL, by its logarithm; doses of one such together."""
-    runs = [run for run in result["runs"] if run["arm"] not in NOT_STEERED and run["mean_kl"]]
-    found = [Alike(run, []) for run in runs if run["dose"] == "fixed"]
-    for run in runs:
-        of_arm = [one for one in found if one.fixed["arm"] == run["arm"]]
-        if run["dose"] != "fixed" and of_arm:
-            min(of_arm, key=lambda one: ratio(one.fixed, run)).dynamic.append(run)
-    return [one for one in found if one.dynamic]
-
-
-def ratio(a: Run, b: Run) -> float:
-    """How many times the larger of two mean KLs is the smaller one; infinite where one is none."""
-    one, other = a["mean_kl"], b["mean_kl"]
-    return max(one / other, other / one) if one and other else math.inf
 
 
 def like_kl_section(result: Result) -> str:
@@ -207,11 +183,11 @@ def like_kl_section(result: Result) -> str:
         "<h2>Fixed and dynamic strength at like KL</h2>\n"
         f"<p>A strength can change from token to token: {meanings}. Doses can be compared where they cost the same: beside "
         "each dynamic dose stands the fixed dose whose mean KL is nearest. What then counts is how much their texts repeat, and "
-        f"whether the KL rises towards the end.</p>{''.join(map(_alike, found))}"
+        f"whether the KL rises towards the end.</p>{''.join(_alike(result, one) for one in found)}"
     )
 
 
-def _alike(one: Alike) -> str:
+def _alike(result: Result, one: Alike) -> str:
     runs = [one.fixed, *one.dynamic]
     far = [run for run in one.dynamic if ratio(one.fixed, run) > _LIKE]
     warning = "".join(
@@ -220,28 +196,30 @@ def _alike(one: Alike) -> str:
         for run in far
     )
     index = {run_name(run): i for i, run in enumerate(runs)}
-    kl = _over_length(runs, "kl", "KL, nats per token")
-    strength = _over_length(runs, "strengths", "strength of the push")
-    caption = "Means over the texts that are this long, in windows of the length."
+    longest = max((len(text["kl"]) for run in runs for text in run["texts"]), default=0)
+    size = max(1, -(-longest // _WINDOWS))
+    kl, push = [], []
+    for i, run in enumerate(runs):
+        kl.append(Series(i, run_name(run), over_length([text["kl"] for text in run["texts"]], size), False))
+        pushes = [alphas(run, text) for text in run["texts"]]
+        push.append(Series(i, run_name(run), over_length(pushes, size), False))
+    kl_chart = chart(kl, x_label="new tokens", y_label="KL, nats per token")
+    push_chart = chart(push, x_label="new tokens", y_label=alpha_words(result))
+    at_a_time = f", {size} tokens at a time" if size > 1 else ""
+    caption = f"Means over the texts that are that long{at_a_time}."
     table = _table([(run_name(run), run) for run in runs])
     return (
         f"<h3>Like {escape(run_name(one.fixed))}</h3>{warning}{table}{marks.legend(index)}"
-        f'<div class="charts"><figure>{kl}<figcaption>{caption}</figcaption></figure><figure>{strength}</figure></div>'
+        f'<div class="charts"><figure>{kl_chart}<figcaption>{caption}</figcaption></figure><figure>{push_chart}</figure></div>'
     )
 
 
-def _over_length(runs: Sequence[Run], key: PerToken, label: str) -> str:
-    series = [Series(i, run_name(run), over_length(run["texts"], key), False) for i, run in enumerate(runs)]
-    return chart(series, x_label="new tokens", y_label=label)
-
-
-def over_length(texts: Sequence[Text], key: PerToken) -> list[tuple[float, float]]:
-    """The middle of each window of tokens, counted from 1, and the mean over all texts' tokens in it."""
-    longest = max((len(text[key]) for text in texts), default=0)
-    size = max(1, -(-longest // _WINDOWS))
+def over_length(texts: Sequence[Sequence[float]], size: int) -> list[tuple[float, float]]:
+    """The middle of each window of `size` tokens, counted from 1, and the mean over all texts' tokens in it."""
+    longest = max(map(len, texts), default=0)
     points = []
     for start in range(0, longest, size):
-        values = [value for text in texts for value in text[key][start : start + size]]
+        values = [value for text in texts for value in text[start : start + size]]
         last = min(start + size, longest)
         points.append(((start + 1 + last) / 2, sum(values) / len(values)))
     return points

@@ -9,7 +9,7 @@ class ChosenFeature(TypedDict):
     """One steered feature, and why it was taken."""
 
     feature: int
-    chosen_by: str  # such as "--feature", or "special: mean of the maximum at <|im_start|>"
+    chosen_by: str  # such as "--feature" or "strongest at <|im_start|>"
     score: float | None  # by which it was chosen; None where it was named
     maximum: float | None  # its largest activation seen, of which unit "max" takes alpha times as much
 
@@ -47,13 +47,16 @@ class Text(Measures):
     text: str
     pieces: list[str]
     kl: list[float]  # nats; empty where it is undefined
-    strengths: list[float]  # by which the edits were scaled at that step
+    strengths: list[float]  # the scale of the edits at that step: 1 for a fixed dose, alpha for the others
     acts: list[float]  # the first feature's activation before the edit
     ended: bool  # by itself, not by `max_new_tokens`
 
 
 class Run(Measures):
-    """One arm at one dose; measures are means over its texts, and `p95_kl` is over all their tokens."""
+    """One arm at one dose; measures are means over its texts, and `p95_kl` is over all their tokens.
+
+    `alpha` is the number of the dose: of "decay" what it starts from, of "kl_cap" the budget in nats, of "set_point" the target.
+    """
 
     arm: str  # "feature 13794", "random direction", "prompted", "unsteered"
     dose: str  # "fixed", "decay", "kl_cap", "set_point"
@@ -87,6 +90,7 @@ class Result(TypedDict):
     seed: int
     features: list[ChosenFeature]
     prompts: list[str]
+    instruction: str | None  # what was added to them for the prompted texts
     auto: Auto | None
     runs: list[Run]
     stable: list[Stable]

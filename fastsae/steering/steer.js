@@ -61,12 +61,12 @@ function oneText(run) {
   return card;
 }
 
-function tokens({ pieces, kl, strengths, acts }) {
+function tokens({ pieces, kl, alphas, acts }) {
   if (!pieces.length) return element("p", { class: "none", text: "nothing was written" });
   const text = element("div", { class: "text", dir: "auto" });
   pieces.forEach((piece, i) => {
     const span = shaded(element("span", { text: onItsLines(piece) }), kl[i]);
-    span.facts = [`KL ${number(kl[i])}`, `strength ${number(strengths[i])}`, `activation ${number(acts[i])}`, `token ${i + 1}`];
+    span.facts = [`KL ${number(kl[i])}`, `alpha ${number(alphas[i])}`, `activation ${number(acts[i])}`, `token ${i + 1}`];
     appendToken(text, span);
   });
   return text;

@@ -9,18 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from fastsae.steering.columns import beside, pad, printable, share, wrap
+from fastsae.steering.order import groups, is_stable, text_rows
 from fastsae.steering.result import Result, Run
-from fastsae.steering.words import (
-    MEASURES,
-    NOT_STEERED,
-    Measure,
-    group_name,
-    groups,
-    is_stable,
-    plain,
-    stable_sentence,
-    text_rows,
-)
+from fastsae.steering.words import HOLDS, MEASURES, NOT_STEERED, Measure, dose_value, plain, run_name, stable_sentence
 
 _NAME = 16  # columns of the name of a line; with the others 80
 _COLUMNS = {  # head and columns of a measure
@@ -75,7 +66,7 @@ def print_result(result: Result) -> None:
     _print_wrapped(
         "KL is from the unsteered model, in nats per token; perplexity is that of the text under the unsteered model; "
         "repeats are runs of three tokens that occur more than once; script is the letters in a script that the prompt does not "
-        "use.",
+        f"use. {HOLDS}",
         columns,
     )
 
@@ -99,20 +90,20 @@ def print_texts(result: Result, lines: int = 6) -> None:
             for start in range(0, len(runs), at_once):
                 beside_each_other = runs[start : start + at_once]
                 room = share(columns, at_once)
-                blocks = [_text_block(row.title, run, number, room, lines) for run in beside_each_other]
+                blocks = [_text_block(run, number, room, lines) for run in beside_each_other]
                 heads, *rest = beside(blocks, room)
                 print("", _strong(heads), *rest, sep="\n")
 
 
-def _text_block(title: str, run: Run, prompt: int, columns: int, lines: int) -> list[str]:
-    name = printable(group_name(run) if run["arm"] in NOT_STEERED else f"{group_name(run)}, {title}")
+def _text_block(run: Run, prompt: int, columns: int, lines: int) -> list[str]:
+    name = printable(run_name(run))
     text = next((text for text in run["texts"] if text["prompt"] == prompt), None)
     if text is None:
         return [name, "(no text)"]
     wrapped = wrap(printable(text["text"]).strip(), columns) if text["text"] else ["(nothing was written)"]
     if len(wrapped) > lines:
         wrapped = [*wrapped[: lines - 1], pad(wrapped[lines - 1] + " …", columns)]
-    kl, perplexity = (figure(text[m.key], m).strip() for m in (MEASURES[0], MEASURES[2]))
+    kl, perplexity = (_figure(text[m.key], m).strip() for m in (MEASURES[0], MEASURES[2]))
     return [name, *wrapped, f"KL {kl}, perplexity {perplexity}"]
 
 
@@ -121,7 +112,7 @@ def _about(result: Result) -> list[str]:
     for chosen in result["features"]:
         score = "" if chosen["score"] is None else f", score {chosen['score']:.4g}"
         maximum = "" if chosen["maximum"] is None else f", largest activation seen {chosen['maximum']:.4g}"
-        lines.append(printable(f"feature {chosen['feature']}: chosen by {chosen['chosen_by']}{score}{maximum}"))
+        lines.append(printable(f"feature {chosen['feature']}: {chosen['chosen_by']}{score}{maximum}"))
     auto = result["auto"]
     if auto is not None:
         tried = f"{len(auto['tried'])} strengths were tried"
@@ -137,8 +128,8 @@ def _table(result: Result) -> list[str]:
         if runs[0]["arm"] not in NOT_STEERED:
             lines.append(_strong(printable(name)))
         for run in runs:
-            title = name if run["arm"] in NOT_STEERED else f"  alpha {plain(run['alpha'])}"
-            cells = "".join(figure(run[measure.key], measure) for measure in MEASURES)
+            title = name if run["arm"] in NOT_STEERED else f"  {dose_value(run)}"
+            cells = "".join(_figure(run[measure.key], measure) for measure in MEASURES)
             lines.append(pad(printable(title), _NAME) + cells + (_HOLDS if is_stable(result, run) else ""))
     return lines
 
@@ -148,18 +139,17 @@ def _stacked(result: Result, columns: int) -> list[str]:
     names, sizes = zip(*_COLUMNS.values(), strict=True)
     of_name, of_number = max(map(len, names)), max(sizes)
     lines = []
-    for name, runs in groups(result["runs"]).items():
+    for runs in groups(result["runs"]).values():
         for run in runs:
-            title = name if run["arm"] in NOT_STEERED else f"{name}, alpha {plain(run['alpha'])}"
-            title = printable(title + (" (holds)" if is_stable(result, run) else ""))
+            title = printable(run_name(run) + (" (holds)" if is_stable(result, run) else ""))
             lines += [_strong(line) for line in wrap(title, columns)]
-            cells = [f"  {_COLUMNS[m.key][0]:{of_name}}{figure(run[m.key], m):>{of_number}}" for m in MEASURES]
+            cells = [f"  {_COLUMNS[m.key][0]:{of_name}}{_figure(run[m.key], m):>{of_number}}" for m in MEASURES]
             at_once = max(1, min(3, columns // (2 + of_name + of_number)))
             lines += ["".join(cells[i : i + at_once]) for i in range(0, len(cells), at_once)]
     return lines
 
 
-def figure(value: float | None, measure: Measure) -> str:
+def _figure(value: float | None, measure: Measure) -> str:
     """A measure in as many columns as every other: decimals below each other, powers of ten where there is no room for them."""
     size = _COLUMNS[measure.key][1]
     if value is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from fastsae.evaluate.metrics import number
@@ -84,11 +83,12 @@ MEASURES = (
 )
 DOSES = {
     "fixed": "the same strength at every token",
-    "decay": "a strength that falls over the length of the text",
-    "kl_cap": "a strength that is lowered at each token where it would cost more KL than its budget",
-    "set_point": "a strength that follows the feature's own activation towards a target",
+    "decay": "a strength that starts from a number and falls over the length of the text",
+    "kl_cap": "at each token the largest strength whose KL keeps within the budget",
+    "set_point": "a strength that brings the feature's own activation to the target",
 }
 """What each dose does with the strength."""
+_VALUES = {"decay": "from", "kl_cap": "budget", "set_point": "target"}
 
 POSITIONS = {
     "all": "all tokens",
@@ -108,23 +108,21 @@ MODES = {
 """What each mode does at each step, with alpha in its unit in the braces."""
 ARMS = {
     "random direction": "the same push along a random direction of the same norm, for what any push of that size does",
-    PROMPTED: "the unsteered model, which was asked in words instead",
+    PROMPTED: "the unsteered model, asked in words instead",
 }
 """What the arms are that stand beside the feature."""
+HOLDS = (
+    "Texts hold where repeats, letters of another script and perplexity stay below limits that the unsteered texts set; the KL "
+    "is no part of that."
+)
+"""What the stable range is, see `fastsae.steering.measures.stable_range`."""
 _LARGEST = 1e6  # from here on numbers are powers of ten
 _UNITS = {"max": "times the feature's maximum", "norm": "times the norm of the residual stream"}
 
 
-class TextRow(NamedTuple):
-    """Texts that are shown beside each other: the indices in `runs` of those of one alpha."""
-
-    title: str
-    runs: list[int]
-
-
 def plain(value: float) -> str:
-    """A number of the grid as it was typed, with a true minus sign."""
-    return f"{value:g}".replace("-", "−")
+    """A dose in four digits, or in more where it is large, with a true minus sign."""
+    return (f"{value:.4g}" if abs(value) < 1e4 else f"{value:g}").replace("-", "−")
 
 
 def alpha_words(result: Result) -> str:
@@ -149,8 +147,17 @@ def group_name(run: Run | Stable) -> str:
 
 
 def run_name(run: Run) -> str:
-    """Arm, dose and alpha, such as `feature 13794, fixed, alpha 15`."""
-    return run["arm"] if run["arm"] in NOT_STEERED else f"{group_name(run)}, alpha {plain(run['alpha'])}"
+    """Arm and dose with its number, such as `feature 13794, alpha 15` or `feature 13794, KL cap, budget 0.5 nats`."""
+    if run["arm"] in NOT_STEERED:
+        return run["arm"]
+    name = run["arm"] if run["dose"] == "fixed" else group_name(run)
+    unit = " nats" if run["dose"] == "kl_cap" else ""
+    return f"{name}, {dose_value(run)}{unit}"
+
+
+def dose_value(run: Run) -> str:
+    """The number of a dose with what it is, such as `alpha 15` or `budget 0.5`."""
+    return f"{_VALUES.get(run['dose'], 'alpha')} {plain(run['alpha'])}"
 
 
 def shown(value: float | None, measure: Measure, unit: bool = True) -> str:
@@ -161,37 +168,7 @@ def shown(value: float | None, measure: Measure, unit: bool = True) -> str:
     if measure.key == "n_tokens" and scaled.is_integer():
         return f"{scaled:,.0f}"
     text = number(scaled) if abs(scaled) < _LARGEST else f"{scaled:.1e}"
-    return f"{text} %" if unit and measure.unit == "%" else text
-
-
-def groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """The runs of each arm and dose by ascending alpha, those first that are not steered."""
-    found: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: (run["arm"] not in NOT_STEERED, run["arm"] != UNSTEERED)):
-        found.setdefault(group_name(run), []).append(run)
-    return {name: sorted(of_name, key=lambda run: run["alpha"]) for name, of_name in found.items()}
-
-
-def unsteered_of(result: Result) -> Run | None:
-    """The run without steering."""
-    return next((run for run in result["runs"] if run["arm"] == UNSTEERED), None)
-
-
-def text_rows(result: Result) -> list[TextRow]:
-    """Which texts stand beside each other: those that are not steered, then those of each alpha.
-
-    A run at alpha 0 that has written the unsteered texts again is left out.
-    """
-    runs, unsteered = result["runs"], unsteered_of(result)
-    known = unsteered and [text["text"] for text in unsteered["texts"]]
-    first = [i for arm in NOT_STEERED for i, run in enumerate(runs) if run["arm"] == arm]
-    by_alpha: dict[float, list[int]] = {}
-    for i, run in enumerate(runs):
-        is_again = run["alpha"] == 0 and [text["text"] for text in run["texts"]] == known
-        if run["arm"] not in NOT_STEERED and not is_again:
-            by_alpha.setdefault(run["alpha"], []).append(i)
-    rows = [TextRow("Not steered", first)] if first else []
-    return rows + [TextRow(f"alpha {plain(alpha)}", by_alpha[alpha]) for alpha in sorted(by_alpha)]
+    return f"{text}\u00a0%" if unit and measure.unit == "%" else text
 
 
 def stable_ends(row: Stable) -> tuple[float, float] | None:
@@ -200,15 +177,6 @@ def stable_ends(row: Stable) -> tuple[float, float] | None:
     if low is None and high is None:
         return None
     return (min(0.0, high or 0.0) if low is None else low), (max(0.0, low or 0.0) if high is None else high)
-
-
-def is_stable(result: Result, run: Run) -> bool:
-    """Whether a run's alpha lies in the stable range of its arm and dose."""
-    for row in result["stable"]:
-        ends = stable_ends(row)
-        if ends and (row["arm"], row["dose"]) == (run["arm"], run["dose"]):
-            return ends[0] <= run["alpha"] <= ends[1]
-    return False
 
 
 def stable_sentence(row: Stable) -> str:

@@ -89,12 +89,12 @@ def result() -> dict[str, Any]:
     for i, alpha in enumerate(ALPHAS):
         runs.append(run(FEATURE, "fixed", alpha, (alpha / 60) ** 1.7, 10 + i if alpha else 0, hostile=alpha == 25))
         runs.append(run("random direction", "fixed", alpha, (alpha / 110) ** 1.7, 30 + i if alpha else 0))
-    for i, dose in enumerate(("decay", "kl_cap", "set_point")):
-        found = run(FEATURE, dose, 100.0, (FIXED_LIKE_CAPPED / 60) ** 1.7, 60 + i)
+    for i, (dose, value) in enumerate((("decay", 100.0), ("kl_cap", 0.5), ("set_point", 12.0))):
+        found = run(FEATURE, dose, value, (FIXED_LIKE_CAPPED / 60) ** 1.7, 60 + i)
         for text_ in found["texts"]:
-            text_["strengths"] = [0.97**t for t in range(len(text_["pieces"]))]
+            text_["strengths"] = [100 * 0.97**t for t in range(len(text_["pieces"]))]
         runs.append(found)
-    runs[-1]["perplexity"] = 1e30
+    next(one for one in runs if (one["arm"], one["alpha"]) == (FEATURE, 200.0))["perplexity"] = 1e30
     return {
         "model": "SmolLM2-135M-<b>Instruct</b>",
         "sae": "runs/fast/</script><script>window.hacked = 4</script>",
@@ -110,13 +110,14 @@ def result() -> dict[str, Any]:
         "features": [
             {
                 "feature": 13794,
-                "chosen_by": "special: mean of the maximum at <|im_start|>",
+                "chosen_by": "strongest at <|im_start|>",
                 "score": 39.87,
                 "maximum": 51.2,
             },
             {"feature": 7, "chosen_by": "--feature", "score": None, "maximum": None},
         ],
         "prompts": PROMPTS,
+        "instruction": "Use words such as <sea> in your answer.",
         "auto": {
             "alpha": 37.5,
             "p95_kl": 1.02,

@@ -10,6 +10,8 @@ from fastsae.steering.columns import beside, pad, printable, width, wrap
 from fastsae.steering.terminal import print_result, print_texts, streamed
 from tests.steering.steer_examples import HOSTILE, PROMPTS, result
 
+ROWS = ("unsteered", "prompted", "  alpha", "  from", "  budget", "  target")
+
 
 def is_harmless(text: str) -> bool:
     return not any(ord(sign) < 32 or 127 <= ord(sign) < 160 for sign in text if sign != "\n") and "\u202e" not in text
@@ -101,12 +103,12 @@ def test_lines_fit_the_terminal_and_no_text_steers_it(printed, columns: int) -> 
 def test_numbers_of_a_measure_end_in_the_same_column(printed) -> None:
     table, _ = printed(80)
     head = next(line for line in table.splitlines() if "perplexity" in line)
-    lines = [line for line in table.splitlines() if line.startswith(("  alpha", "unsteered", "prompted"))]
+    lines = [line for line in table.splitlines() if line.startswith(ROWS)]
     assert len(lines) == len(result()["runs"])
     for name in ("mean KL", "p95 KL", "perplexity", "repeats %", "script %", "tokens"):
         end = head.index(name) + len(name)
         assert all(line[end - 1] != " " and line[end : end + 1] in ("", " ") for line in lines), name
-    points = {line.index(".") for line in lines if "-" not in line}
+    points = {line.index(".", 16) for line in lines if "-" not in line}
     assert len(points) == 1
 
 
@@ -121,19 +123,19 @@ def test_measures_stable_doses_and_what_is_undefined_are_printed(printed) -> Non
     assert "feature 13794, fixed: the texts hold from alpha 0 to 50 (at 100 repeats pass 20 %)." in flat
     assert "feature 13794, decay: the texts hold at no dose of the grid" in flat
     assert "alpha auto: 37.5, where the p95 KL is 1.020 nats (2 strengths were tried)" in flat
-    assert "feature 7: chosen by --feature" in flat
+    assert "feature 7: --feature" in flat
 
 
 def test_a_narrow_terminal_has_the_same_figures(printed) -> None:
     (wide, _), (narrow, _) = printed(80), printed(40)
     figures = [word for line in wide.splitlines() if line.startswith("  alpha") for word in line.split()[2:8]]
     assert [word for word in figures if word not in narrow.split()] == []
-    assert "feature 13794, fixed, alpha 50 (holds)" in narrow
+    assert "feature 13794, alpha 50 (holds)" in narrow
 
 
 def test_texts_of_one_alpha_stand_beside_each_other_where_there_is_room(printed) -> None:
     (_, narrow), (_, wide) = printed(50), printed(100)
-    pair = ("feature 13794, fixed, alpha 15", "random direction, fixed, alpha 15")
+    pair = ("feature 13794, alpha 15", "random direction, alpha 15")
     assert any(all(name in line for name in pair) for line in wide.splitlines())
     assert not any(all(name in line for name in pair) for line in narrow.splitlines())
     for text in (narrow, wide):
