@@ -373,6 +373,7 @@ def _result(
             for one in plan.chosen
         ],
         "prompts": list(plan.prompts),
+        "instruction": plan.instruction,
         "auto": None if auto is None else _auto(auto),
         "runs": runs,
         "stable": stable,
