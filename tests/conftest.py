@@ -6,10 +6,13 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from browser import Browser, find_browser
+
+if TYPE_CHECKING:
+    from browser import Browser
 
 # before anything imports Triton: it decides at decoration whether a function is interpreted
 if not torch.cuda.is_available():
@@ -50,6 +53,8 @@ def seeded() -> None:
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """A headless browser for the tests of pages."""
+    from browser import Browser, find_browser  # it needs a system with pipes of POSIX
+
     program = find_browser()
     if program is None:
         pytest.skip("no Chromium or Chrome is on the path")

@@ -11,6 +11,7 @@ from fastsae.evaluate import marks, plots
 
 Point = tuple[float, float]
 _BOTTOM = plots.HEIGHT - plots.BOTTOM
+_HIGHEST_LEVEL = 2.0  # times the largest point: a line that lies higher would press all points to the floor
 _NARROWEST = 3.0  # of a stable range, in pixels: one dose alone is seen too
 
 
@@ -47,16 +48,18 @@ def chart(
         x_label: With its unit.
         y_label: With its unit.
         log: Logarithmic y.
-        levels: Lines across.
+        levels: Lines across. One far above all points of a linear axis is left out.
         stable: The ends of the range of x that is shaded.
     """
     drawn = [one._replace(points=[p for p in one.points if _is_drawable(p, log)]) for one in series]
     drawn = [one for one in drawn if one.points]
     if not drawn:
         return '<p class="note">No values to draw.</p>'
-    levels = [level for level in levels if _is_drawable((0.0, level.value), log)]
     xs = [x for one in drawn for x, _ in one.points]
-    ys = [y for one in drawn for _, y in one.points] + [level.value for level in levels]
+    ys = [y for one in drawn for _, y in one.points]
+    highest = math.inf if log or max(ys) <= 0 else _HIGHEST_LEVEL * max(ys)
+    levels = [level for level in levels if _is_drawable((0.0, level.value), log) and level.value <= highest]
+    ys += [level.value for level in levels]
     x_axis, x_ticks = _linear_axis(xs, plots.LEFT, plots.WIDTH - plots.RIGHT)
     if log:
         y_ticks, low, high = plots.log_ticks(min(ys), max(ys))

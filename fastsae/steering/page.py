@@ -75,5 +75,5 @@ def _packed_text(run: Run, text: Text) -> dict[str, Any]:
         "alphas": [rounded(x) for x in alphas(run, text)],
         "acts": [rounded(x) for x in text["acts"]],
         "measures": [[measure.short, shown(text[measure.key], measure)] for measure in MEASURES],
-        "end": "ended" if text["ended"] else "cut off",
+        "ended": text["ended"],
     }

@@ -61,11 +61,12 @@ function oneText(run) {
   return card;
 }
 
-function tokens({ pieces, kl, alphas, acts }) {
+function tokens({ pieces, kl, alphas, acts, ended }) {
   if (!pieces.length) return element("p", { class: "none", text: "nothing was written" });
   const text = element("div", { class: "text", dir: "auto" });
   pieces.forEach((piece, i) => {
-    const span = shaded(element("span", { text: onItsLines(piece) }), kl[i]);
+    const isEnd = ended && !piece && i === pieces.length - 1; // the token that ends a text is written as nothing
+    const span = shaded(element("span", { text: isEnd ? "[end]" : onItsLines(piece) }), kl[i]);
     span.facts = [`KL ${number(kl[i])}`, `alpha ${number(alphas[i])}`, `activation ${number(acts[i])}`, `token ${i + 1}`];
     appendToken(text, span);
   });
@@ -78,10 +79,10 @@ function shaded(span, kl) {
   return span;
 }
 
-function measures({ measures, end }) {
+function measures({ measures, ended }) {
   const list = element("dl", {});
   const item = (name, value) => element("div", {}, element("dt", { text: name }), element("dd", { text: value }));
-  for (const [name, value] of measures) list.append(item(name, name === "length" ? `${value}, ${end}` : value));
+  for (const [name, value] of measures) list.append(item(name, name === "length" ? `${value}, ${ended ? "ended" : "cut off"}` : value));
   return list;
 }
 

@@ -293,7 +293,13 @@ def test_line_chart_puts_zero_at_the_bottom_and_the_top_at_the_top():
     assert f"L{plots.WIDTH - plots.RIGHT:.1f} {plots.TOP:.1f}" in svg
 
 
-@pytest.mark.parametrize("values", [(1e-3, 1e9), (3.0, 3.0), (0.4, 0.6), (10, 1000)])
+def test_numbers_of_ticks_fit_left_of_a_chart():
+    values = [0, 0.05, -2.5, 1500, 99_999, 1e5, -2e5, 1.5e6, 1e9, -1e30, 1e-6]
+    texts = ["0", "0.05", "−2.5", "1,500", "99,999", "100k", "−200k", "1.5M", "1e9", "−1e30", "1e-6"]
+    assert [plots.tick_text(value) for value in values] == texts
+
+
+@pytest.mark.parametrize("values", [(1e-3, 1e9), (3.0, 3.0), (0.4, 0.6), (10, 1000), (1.0, 1e30)])
 def test_log_axis_holds_its_values(values):
     ticks, low, high = plots.log_ticks(min(values), max(values))
     assert low <= min(values) <= max(values) <= high

@@ -50,6 +50,8 @@ def text(prompt: int, level: float, draw: random.Random, n: int = 40, hostile: b
     if hostile:
         for i, sign in enumerate(HOSTILE):
             pieces[min(2 * i, n - 1)] = sign
+    if n and n < 40:
+        pieces[-1] = ""  # the token that ends a text
     kl = [level * math.exp(draw.gauss(-0.3, 0.8)) for _ in range(n)]
     return {
         "prompt": prompt,

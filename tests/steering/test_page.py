@@ -17,7 +17,7 @@ from browser import Browser
 
 import fastsae
 from fastsae.evaluate import plots
-from fastsae.steering.charts import Series, chart
+from fastsae.steering.charts import Level, Series, chart
 from fastsae.steering.order import alike, alphas, text_rows
 from fastsae.steering.page import write_steer_page
 from fastsae.steering.page_sections import over_length
@@ -159,6 +159,13 @@ def test_a_chart_holds_negative_alphas_and_leaves_out_what_is_no_number() -> Non
     assert "No values" in chart([Series(0, "one", [(1.0, float("nan"))])], x_label="alpha", y_label="KL")
     assert "No values" in chart([Series(0, "one", [(1.0, 0.0)])], x_label="alpha", y_label="KL", log=True)
     assert "<rect" in chart([Series(0, "one", [(0.0, 1.0)])], x_label="alpha", y_label="KL", stable=(0.0, 0.0))
+
+
+def test_a_line_far_above_all_points_is_left_out() -> None:
+    series = [Series(0, "one", [(0.0, 1.0), (1.0, 2.0)])]
+    for value, log, n in ((3.9, False, 1), (4.1, False, 0), (4.1, True, 1)):
+        svg = chart(series, x_label="alpha", y_label="KL", log=log, levels=[Level("prompted", "prompted", value)])
+        assert svg.count('class="level') == n
 
 
 def test_a_dynamic_dose_stands_beside_the_fixed_one_of_like_kl(tmp_path: Path) -> None:
@@ -348,6 +355,9 @@ def test_hostile_texts_are_whole_and_what_is_empty_is_said(tab: Browser) -> None
         assert part in text
     tab.evaluate("location.hash = 'prompt-3'")
     tab.settle()
+    first = "document.querySelector('.one').textContent"
+    assert "[end]" in tab.evaluate(first)
+    assert "22, ended" in tab.evaluate(first)
     assert "nothing was written" in tab.evaluate("document.getElementById('panel').textContent")
 
 
