@@ -20,6 +20,10 @@ BRACKET = (0.01, 4096.0)
 TARGET = 1.0
 TOLERANCE = 0.05
 ROLLOUTS = 12
+MATCHES = 7
+ALIKE, APART = 0.05, 1.25
+"""`match` is content within this share of its target, and gives up where it ends more than this factor from it."""
+_LONGEST_STEP = math.log(4)
 
 
 @dataclass(frozen=True)
@@ -71,34 +75,54 @@ def calibrate(
     Source: the idea of equal KL is that of github.com/wassname/isokl_steering_calibration.
     """
     _check(prompts, target, bracket, tolerance)
-
-    def p95_kl(alpha: float) -> float | None:
-        rollouts = roll_out(model, tokenizer, prompts, steering, Fixed(alpha), max_new_tokens=max_new_tokens)
-        return percentile([kl for rollout in rollouts for kl in rollout.kl])
-
-    return find_strength(p95_kl, target=target, bracket=bracket, tolerance=tolerance)
-
-
-def find_strength(
-    kl_at: Callable[[float], float | None], *, target: float, bracket: tuple[float, float], tolerance: float
-) -> Calibration:
-    """`calibrate` for any KL that rises with a strength, such as the mean KL of a dose that changes while a text is written.
-
-    Args:
-        kl_at: Gives the KL of a strength; it may raise `NotFiniteError`, or give None, where a push is too strong.
-        target: As for `calibrate`, and so are `bracket` and `tolerance`.
-
-    Raises:
-        UsageError: Even the largest strength stays below the target, or the smallest is above it.
-    """
     search = _Search(target, bracket, tolerance)
     while (alpha := search.next_alpha()) is not None:
         try:
-            found = kl_at(alpha)
+            rollouts = roll_out(model, tokenizer, prompts, steering, Fixed(alpha), max_new_tokens=max_new_tokens)
+            found = percentile([kl for rollout in rollouts for kl in rollout.kl])
         except NotFiniteError:
             found = math.inf
         search.note(alpha, math.inf if found is None else found)
     return search.result()
+
+
+def match(kl_at: Callable[[float], float | None], *, target: float, guess: float) -> float | None:
+    """Find the number of a dose whose KL is `target`, by secants of log KL over log dose; the KL may jump where the text changes.
+
+    Args:
+        kl_at: Gives the KL of a dose; it may raise `NotFiniteError`, or give None, where a push is too strong.
+        target: The wanted KL, in nats.
+        guess: The first dose that is tried.
+
+    Returns:
+        The dose of `MATCHES` tries that is nearest to the target; None where that is more than `APART` times away.
+    """
+    aim, tried = math.log(target), list[tuple[float, float]]()
+    log_dose = math.log(guess)
+    for _ in range(MATCHES):
+        try:
+            found = kl_at(math.exp(log_dose))
+        except NotFiniteError:
+            found = None
+        if not found or not math.isfinite(found):
+            log_dose += _LONGEST_STEP if found == 0 else -_LONGEST_STEP
+            continue
+        tried.append((log_dose, math.log(found)))
+        tried.sort(key=lambda point: abs(point[1] - aim))
+        if abs(tried[0][1] - aim) <= math.log1p(ALIKE):
+            break
+        log_dose = tried[0][0] + min(max((aim - tried[0][1]) / _slope(tried), -_LONGEST_STEP), _LONGEST_STEP)
+    if not tried or abs(tried[0][1] - aim) > math.log(APART):
+        return None
+    return math.exp(tried[0][0])
+
+
+def _slope(tried: Sequence[tuple[float, float]]) -> float:
+    """How log KL rises with log dose between the two points nearest to the target; 2, as for small pushes, where there is one."""
+    if len(tried) == 1 or tried[0][0] == tried[1][0]:
+        return 2.0
+    slope = (tried[0][1] - tried[1][1]) / (tried[0][0] - tried[1][0])
+    return min(max(slope, 0.5), 4.0)
 
 
 class _Search:

@@ -20,13 +20,13 @@ from fastsae.data.tokens import render
 from fastsae.disk import write_json
 from fastsae.errors import UsageError
 from fastsae.sae import SparseAutoencoder
-from fastsae.steering.calibration import Calibration, calibrate, find_strength
+from fastsae.steering.calibration import Calibration, calibrate, match
 from fastsae.steering.doses import Controller, Decay, Fixed, KLCap, SetPoint
 from fastsae.steering.edits import Edit, Mode, Unit
 from fastsae.steering.measures import measure, measure_all, stable_range
 from fastsae.steering.page import write_steer_page
 from fastsae.steering.prompted import prompted_rollouts
-from fastsae.steering.result import Auto, Result, Run, Stable, Tried
+from fastsae.steering.result import Auto, Result, Run, Stable, Text, Tried
 from fastsae.steering.rollout import Rollout, roll_out
 from fastsae.steering.select import Chosen
 from fastsae.steering.steering import Steering, steer
@@ -35,8 +35,8 @@ from fastsae.version import __version__
 RESULT_FILE, PAGE_FILE = "steer.json", "steer.html"
 MULTIPLES = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the strength that is found
 DYNAMIC = ("decay", "kl_cap", "set_point")
-_MATCHED = 0.05  # how near to the fixed dose's mean KL a dynamic one is brought, as a share of it
 _RANDOM = "random direction"
+_MOST_NATS = 100.0
 OnToken = Callable[[int, str], None]
 
 logger = logging.getLogger(__name__)
@@ -262,34 +262,35 @@ class _Bench:
         target, runs = reference["mean_kl"] or 0.0, []
         with self._steering(arm, 1.0) as steering:
             for name in self.plan.dynamic:
-                bracket, controller_at = self._controller(name, reference)
+                guess, controller_at = self._controller(name, reference)
+                known: dict[float, list[Rollout]] = {}
 
-                def mean_kl(value: float, controller_at: Callable[[float], Controller] = controller_at) -> float | None:
-                    found = roll_out(
-                        self.model, self.subject.tokenizer, self.prompts, steering, controller_at(value), **self._length
-                    )
-                    return measure_all(found, self.plan.prompts)["mean_kl"]
+                def mean_kl(
+                    dose: float,
+                    at: Callable[[float], Controller] = controller_at,
+                    known: dict[float, list[Rollout]] = known,
+                ) -> float | None:
+                    known[dose] = self._written(steering, at(dose), None)
+                    return measure_all(known[dose], self.plan.prompts)["mean_kl"]
 
-                try:
-                    value = find_strength(mean_kl, target=target, bracket=bracket, tolerance=_MATCHED * target).alpha
-                except UsageError as error:
-                    logger.warning("%s is left out: its mean KL does not get to the %.3g nats of alpha %g (%s)",
-                                   name, target, reference["alpha"], error)  # fmt: skip
+                dose = match(mean_kl, target=target, guess=guess)
+                if dose is None:
+                    logger.warning("%s is left out: no dose was found whose mean KL is the %.3g nats of alpha %g", name, target,
+                                   reference["alpha"])  # fmt: skip
                     continue
                 with self._told(f"{arm.name}, {name}") as on_token:
-                    runs.append(
-                        self._run(arm.name, name, value, self._written(steering, controller_at(value), on_token))
-                    )
+                    texts = self._written(steering, controller_at(dose), on_token) if on_token else known[dose]
+                runs.append(self._run(arm.name, name, dose, texts))
         return runs
 
-    def _controller(self, name: str, reference: Run) -> tuple[tuple[float, float], Callable[[float], Controller]]:
-        """Between which values a dynamic dose is looked for, and what each of them means."""
+    def _controller(self, name: str, reference: Run) -> tuple[float, Callable[[float], Controller]]:
+        """The first guess of a dynamic dose, and what the number of a dose means."""
         alpha, mean_kl = reference["alpha"], reference["mean_kl"] or 0.0
         if name == "decay":
-            return (alpha / 2, 32 * alpha), lambda strength: Decay(self.plan.max_new_tokens / 2, strength)
-        if name == "kl_cap":  # no KL exceeds the budget by much
-            return (mean_kl / 2, 32 * mean_kl), lambda budget: KLCap(budget, 8 * alpha)
-        return (alpha / 32, 32 * alpha), lambda target: SetPoint(target, gain=0.5, integral=0.1)
+            return 1.5 * alpha, lambda strength: Decay(self.plan.max_new_tokens / 2, strength)
+        if name == "kl_cap":
+            return 2 * mean_kl, lambda budget: KLCap(budget, 8 * alpha)
+        return alpha, lambda target: SetPoint(target, gain=0.5, integral=0.1)
 
     def _written(
         self, steering: Steering | None, controller: Controller | None, on_token: OnToken | None
@@ -315,7 +316,8 @@ class _Bench:
 
     def _run(self, arm: str, dose: str, alpha: float, rollouts: list[Rollout]) -> Run:
         prompts = self.plan.prompts
-        texts: list[Any] = [
+        bounded = [replace(one, kl=_bounded(one.kl), surprise=_bounded(one.surprise)) for one in rollouts]
+        texts: list[Text] = [
             {
                 "prompt": i,
                 "text": one.text,
@@ -326,9 +328,14 @@ class _Bench:
                 "ended": one.ended,
                 **measure(one, prompts[i]),
             }
-            for i, one in enumerate(rollouts)
+            for i, one in enumerate(bounded)
         ]
-        return {"arm": arm, "dose": dose, "alpha": alpha, "texts": texts, **measure_all(rollouts, prompts)}
+        return {"arm": arm, "dose": dose, "alpha": alpha, "texts": texts, **measure_all(bounded, prompts)}
+
+
+def _bounded(nats: list[float]) -> list[float]:
+    """A model that holds a token for impossible makes it infinitely surprising, which JSON has no number for."""
+    return [min(value, _MOST_NATS) for value in nats]
 
 
 def _stable(arm: str, runs: Sequence[Run]) -> Stable:
