@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -16,7 +15,7 @@ from fastsae.data.activations import ResidualStream, position_limit
 from fastsae.data.hooks import HOOKS, Place, place_of
 from fastsae.errors import UsageError, shown
 from fastsae.sae import SparseAutoencoder
-from fastsae.steering.edits import Deltas, Edit, check_edits
+from fastsae.steering.edits import Deltas, Edit, check_edits, is_finite
 from fastsae.steering.positions import Positions, Region
 
 
@@ -29,7 +28,7 @@ class Steering:
         self._scale: float | Tensor = 1.0
         self._is_paused = False
         self._region: Region | None = None  # of the pass that runs
-        self._shape: tuple[int, ...] = ()  # [B, T] of it
+        self._shape: tuple[int, ...] = ()  # (B, T, d_in) of it
         self._last: Tensor | None = None  # [B, d_in], each row's last real token before the edit
         self._acts: Tensor | None = None  # [B, n] of the same tokens, computed when they are asked for or needed
 
@@ -43,9 +42,9 @@ class Steering:
         if isinstance(value, Tensor):
             if value.dim() != 1 or value.dtype == torch.bool or value.is_complex():
                 raise UsageError(f"scale: expected a number, or a tensor [B] of numbers, got {shown(value)}")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        elif not is_finite(value):
             raise UsageError(f"scale: expected a finite number, or a tensor [B], got {shown(value)}")
-        self._scale = value
+        self._scale = value if isinstance(value, Tensor) else float(value)
 
     @property
     def feature_acts(self) -> Tensor | None:
@@ -95,8 +94,8 @@ class Steering:
         def telling(*args: Any, **options: Any) -> Any:
             if self._is_paused:
                 return generate(*args, **options)
-            beams = options.get("num_beams") or getattr(options.get("generation_config") or config, "num_beams", None)
-            self._positions.check_beams(beams or 1)
+            own = args[1] if len(args) > 1 else options.get("generation_config")
+            self._positions.check_beams(options.get("num_beams") or getattr(own or config, "num_beams", None) or 1)
             prompt = args[0] if args else options.get("inputs", options.get("input_ids"))
             embeds, mask = options.get("inputs_embeds"), options.get("attention_mask")
             n_columns = max([one.shape[1] for one in (prompt, embeds, mask) if isinstance(one, Tensor)], default=1)
@@ -114,10 +113,8 @@ class Steering:
         mask = inputs.get("attention_mask")
         n_cached = _cached_columns(inputs, found.shape[1])
         self._check_length(n_cached + found.shape[1], mask)
-        self._region, self._shape = (
-            self._positions.advance(found, n_cached, mask),
-            (*found.shape[:2], self._residual.d_in),
-        )
+        self._region = self._positions.advance(found, n_cached, mask)
+        self._shape = (*found.shape[:2], self._residual.d_in)
 
     def _check_length(self, n_columns: int, mask: Any) -> None:
         if self._limit is None or n_columns <= self._limit:
@@ -150,10 +147,9 @@ class Steering:
         part = hidden[:, region.start : region.stop]
         wide = deltas.wide(part)
         acts = deltas.feature_acts(wide) if deltas.read_acts else None
-        ends_here = acts is not None and region.last is None and region.stop == hidden.shape[1]
-        self._keep_last(
-            _last_tokens(hidden, region.last), acts[:, -1] if acts is not None and ends_here else None, region
-        )
+        ends_here = region.last is None and region.stop == hidden.shape[1]
+        last_acts = acts[:, -1] if acts is not None and ends_here else None
+        self._keep_last(_last_tokens(hidden, region.last), last_acts, region)
         delta = deltas(wide, acts)
         if delta is None:
             return hidden
@@ -269,8 +265,10 @@ def steer(
             longer than the model's context.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides the module that hooks are put on
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UsageError(f"model: expected a model of a decoder alone, got {type(model).__name__}")
+    if not hasattr(model, "config") or getattr(model.config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"model: expected a language model of transformers, a decoder alone, got {type(model).__name__}"
+        )
     place = _find_place(sae, layer, hook)
     if place.hook not in HOOKS:
         raise UsageError(f"hook: expected one of {', '.join(HOOKS)}, got {shown(place.hook)}")

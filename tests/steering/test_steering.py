@@ -143,6 +143,15 @@ def test_nothing_changes_to_the_bit_where_the_dose_is_zero(
     assert torch.equal(logits_of(again), logits_of(clean))
 
 
+def test_zeros_keep_their_sign_where_the_dose_is_zero(model: Any, sae: SparseAutoencoder) -> None:
+    residual, ids = ResidualStream(model, 0), torch.ones(2, 4, dtype=torch.long)
+    with residual.changed(lambda hidden: torch.full_like(hidden, -0.0)), steer(model, sae, PUSH) as steering:
+        steering.scale = torch.tensor([0.0, 1.0])
+        got = residual(ids, torch.ones_like(ids))
+    assert got[0].signbit().all()
+    assert got[1].any()
+
+
 def test_rows_have_doses_of_their_own(model: Any, sae: SparseAutoencoder, prompts: list[list[int]]) -> None:
     inputs = padded(prompts)
     clean = model(**inputs).logits
@@ -352,6 +361,10 @@ def test_acts_are_those_before_the_edit(model: Any, sae: SparseAutoencoder, prom
             assert steering.feature_acts is not None
             torch.testing.assert_close(steering.feature_acts[:, 1:], wanted)
             assert not steering.feature_acts[:, 0].any()
+    with steer(model, sae, PUSH) as steering, ResidualStream(model, 0).changed(Tensor.zero_), torch.no_grad():
+        steering.scale = 0
+        model(inputs["input_ids"][1:])  # a later hook writes where this one has read
+        torch.testing.assert_close(steering.feature_acts, wanted[1:])
     with steer(model, None, [Edit(direction=torch.ones(D_IN))], layer=0) as steering:
         model(**inputs)
         assert torch.equal(steering.feature_acts, torch.zeros(2, 1))
@@ -520,6 +533,13 @@ def test_the_context_ends_with_one_message(model: Any, sae: SparseAutoencoder) -
 
 
 def test_arguments_that_do_not_fit_are_refused(model: Any, sae: SparseAutoencoder, tokenizer: Any) -> None:
+    with (
+        pytest.raises(
+            UsageError, match="model: expected a language model of transformers, a decoder alone, got Linear"
+        ),
+        steer(torch.nn.Linear(2, 2), sae, PUSH),
+    ):
+        pass
     homeless = FusedJumpReLUSAE(D_IN, 8)
     wide = FusedJumpReLUSAE(D_IN + 1, 8)
     direction = [Edit(direction=torch.ones(D_IN))]
