@@ -166,6 +166,9 @@ class Deltas:
     Args:
         edits: Checked by `check_edits`.
         sae: The SAE whose features they name, if any.
+
+    Raises:
+        UsageError: What an edit adds is larger than its dtype's largest number.
     """
 
     @torch.no_grad()
@@ -194,7 +197,7 @@ class Deltas:
         self._gather(edits, directions)
 
     def _gather(self, edits: Sequence[Edit], d: Tensor) -> None:
-        u = d / torch.linalg.vector_norm(d, dim=1, keepdim=True)
+        u = (d.double() / d.double().norm(dim=1, keepdim=True)).to(d)  # squares of small numbers are 0 in fp32
         constant, of_norm = torch.zeros_like(d[0]), torch.zeros_like(d[0])
         coefficients: list[tuple[float, float, float]] = []
         reading, along = list[int](), list[int]()
@@ -220,6 +223,10 @@ class Deltas:
         if reading:
             base, slope, floor = torch.tensor(coefficients, dtype=torch.float64).to(d).unbind(1)
             self._tensors |= {"base": base, "slope": slope, "floor": floor, "rows": d[reading]}
+        if not all(torch.isfinite(tensor).all() for name, tensor in self._tensors.items() if name != "floor"):
+            raise UsageError(
+                f"amount: expected edits that {str(d.dtype).removeprefix('torch.')} holds, got larger ones"
+            )
 
     @property
     def read_acts(self) -> bool:

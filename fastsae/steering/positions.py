@@ -42,10 +42,10 @@ class Region:
 class Positions:
     """Follows the forward passes of a model and tells for each which of its tokens are edited.
 
-    A pass with an empty cache begins a text, and its columns are the prompt, unless its tokens are those of the text before
-    and one more: then it is a step of a generation without a cache. With a cache, several tokens directly behind the prompt
-    belong to it, as chunks of a long one do, and a single one is generated. Inside of `generating` the prompt is known, and
-    nothing is guessed.
+    A pass with an empty cache begins a text, and its columns are the prompt, unless its tokens are those of the text before,
+    again or with one more: then it is a step of a generation without a cache. With a cache, several tokens directly behind the
+    prompt belong to it, as chunks of a long one do, and a single one is generated. Inside of `generating` the prompt is known,
+    and nothing is guessed.
 
     A token is special, or the assistant's, by what has been read when the pass that first reads it ends. Later tokens do not
     change that, so that a generation with a cache and one without edit the same tokens.
@@ -190,11 +190,11 @@ class Positions:
         self.n_columns = n_cached + T
 
     def _continues(self, ids: Tensor | None, real: Tensor) -> bool:
-        """Whether a pass without a cache has the tokens of the text so far, and one more."""
-        before = self._ids
-        if ids is None or before is None or ids.shape != (len(before), before.shape[1] + 1):
+        """Whether a pass without a cache has the tokens of the text so far, again or with one more."""
+        before, n = self._ids, self.n_columns
+        if ids is None or before is None or len(ids) != len(before) or ids.shape[1] not in (n, n + 1):
             return False
-        return torch.equal(ids[:, :-1], before) and torch.equal(real[:, :-1], self._real)
+        return torch.equal(ids[:, :n], before) and torch.equal(real[:, :n], self._real)
 
     def _cached(self, real: Tensor, n_cached: int, mask: Any) -> tuple[Tensor | None, Tensor]:
         """Ids, where they are known, and which are real, of the columns in the cache, `[B, n_cached]` each."""

@@ -237,9 +237,19 @@ def test_a_dead_feature_is_refused(weights: str, value: float, message: str) -> 
     check_edits([Edit(5)], sae, D_IN)
 
 
-def test_large_steps_beside_a_rescaled_zero_row_stay_refused() -> None:
+def test_a_rescaled_row_of_zeros_is_refused() -> None:
     sae = make_sae("topk")
     with torch.no_grad():
         sae.W_dec[3] = 0
     with pytest.raises(UsageError, match="its row of the decoder is zero"):
         check_edits([Edit(3)], sae, D_IN)
+
+
+def test_tiny_directions_have_a_length_and_huge_amounts_are_refused() -> None:
+    tiny, h = torch.full((D_IN,), 1e-30), torch.ones(1, D_IN)
+    for edit in (Edit(direction=tiny, amount=1.0, unit="norm"), Edit(direction=tiny, mode="orthogonal", amount=2.0)):
+        torch.testing.assert_close(delta_of(None, [edit], h), h)
+    sae = make_sae().float()
+    for edit in (Edit(3, amount=1e300), Edit(3, "clamp", 1e200, unit="max", maximum=1e100), Edit(3, "scale", -1e39)):
+        with pytest.raises(UsageError, match="amount: expected edits that float32 holds, got larger ones"):
+            Deltas([edit], sae)

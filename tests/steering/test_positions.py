@@ -151,6 +151,9 @@ def test_prompt_and_generated_are_told_apart() -> None:
     without = [(5, 0), (6, 0), (7, 0)]
     assert split_of("generated", without) == [None, (5, 6), (5, 7)]
     assert split_of("prompt", without) == [(0, 5), (0, 5), (0, 5)]
+    tried_again = [(5, 0), (5, 0), (6, 0), (6, 0), (7, 0)]
+    assert split_of("generated", tried_again) == [None, None, (5, 6), (5, 6), (5, 7)]
+    assert split_of("generated", [(5, 0), (1, 5), (1, 5), (1, 6)]) == [None, (0, 1), (0, 1), (0, 1)]
     chunks = [(4, 0), (4, 4), (1, 8), (1, 9)]
     assert split_of("generated", chunks) == [None, None, (0, 1), (0, 1)]
     assert split_of("generated", chunks, prompt=9) == [None, None, None, (0, 1)]  # the last chunk has one token
