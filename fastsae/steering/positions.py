@@ -42,13 +42,15 @@ class Region:
 class Positions:
     """Follows the forward passes of a model and tells for each which of its tokens are edited.
 
-    A pass with an empty cache begins a text, and its columns are the prompt, unless its tokens are those of the text before
-    and one more: then it is a step of a generation without a cache. With a cache, several tokens directly behind the prompt
-    belong to it, as chunks of a long one do, and a single one is generated. Inside of `generating` the prompt is known, and
-    nothing is guessed.
+    A pass with an empty cache begins a text, and its columns are the prompt, unless its tokens are those of the text before,
+    again or with one more: then it is a step of a generation without a cache. With a cache, several tokens directly behind the
+    prompt belong to it, as chunks of a long one do, and a single one is generated. Inside of `generating` the prompt is known,
+    and nothing is guessed.
 
     A token is special, or the assistant's, by what has been read when the pass that first reads it ends. Later tokens do not
     change that, so that a generation with a cache and one without edit the same tokens.
+
+    One batch of texts is followed at a time. Passes for another one with a cache of its own belong into `Steering.paused`.
 
     Args:
         positions: One of `POSITIONS`, or a mask `[B, T]` bool by absolute position: column t is the t-th real token of a row,
@@ -83,7 +85,7 @@ class Positions:
         if not (speaks if self._kind == "assistant" else special.names):
             missing = "that tells when the assistant speaks" if self._kind == "assistant" else "with special tokens"
             raise UsageError(f"positions: expected for {self._kind!r} a chat template {missing}, got one without")
-        self._special, self._kinds = special, TokenKinds(tokenizer, special)
+        self._special, self._token_kinds = special, TokenKinds(tokenizer, special)
 
     def _begin(self) -> None:
         self.n_columns, self.prompt_columns = 0, 0
@@ -129,6 +131,8 @@ class Positions:
             UsageError: The positions cannot be told for this pass, or the mask of positions has another number of rows.
         """
         n_rows, T = inputs.shape[:2]
+        if self._kind == "all" and T == 1:
+            return Region(0, 1)
         real = self._real_columns(mask, (n_rows, T), n_cached)
         last = None if real is None or T == 1 else _last_real(real)
         if self._kind == "all":
@@ -136,7 +140,7 @@ class Positions:
         ids = None if inputs.is_floating_point() else inputs
         if real is None:
             real = torch.ones(n_rows, T, dtype=torch.bool, device=inputs.device)
-        if self._by_words:
+        if self._by_words:  # where role names are looked for, a GPU would be waited for anyway
             ids, real = None if ids is None else ids.cpu(), real.cpu()
         self._remember(ids, real, n_cached, mask)
         if self._mask is not None:
@@ -150,14 +154,17 @@ class Positions:
     def _real_columns(self, mask: Any, shape: tuple[int, int], n_cached: int) -> Tensor | None:
         """`[B, T]` bool, which columns of the pass hold tokens; None for all."""
         T = shape[1]
-        if isinstance(mask, dict):  # one for each kind of attention; they agree about padding
-            mask = next((one for one in mask.values() if one is not None), None)
+        if isinstance(mask, dict):  # one for each kind of attention; the widest is that of the whole text
+            masks = [one for one in mask.values() if isinstance(one, Tensor)]
+            mask = max(masks, key=lambda one: one.shape[-1], default=None)
         if mask is None:
             return None
         if isinstance(mask, Tensor) and mask.dim() == 2:
             end = min(mask.shape[1], n_cached + T)
             return mask[:, end - T : end].bool().expand(shape)
         if isinstance(mask, Tensor) and mask.dim() == 4:  # a static cache has it: a real token sees itself
+            if mask.shape[-1] < n_cached + T:  # that of a sliding window, which has left the padding behind
+                return None
             sees = mask[:, 0, :, n_cached : n_cached + T].diagonal(dim1=1, dim2=2)
             return (sees if sees.dtype == torch.bool else sees == 0).expand(shape)
         if self._mask is None and not self._by_words:
@@ -183,11 +190,11 @@ class Positions:
         self.n_columns = n_cached + T
 
     def _continues(self, ids: Tensor | None, real: Tensor) -> bool:
-        """Whether a pass without a cache has the tokens of the text so far, and one more."""
-        before = self._ids
-        if ids is None or before is None or ids.shape != (len(before), before.shape[1] + 1):
+        """Whether a pass without a cache has the tokens of the text so far, again or with one more."""
+        before, n = self._ids, self.n_columns
+        if ids is None or before is None or len(ids) != len(before) or ids.shape[1] not in (n, n + 1):
             return False
-        return torch.equal(ids[:, :-1], before) and torch.equal(real[:, :-1], self._real)
+        return torch.equal(ids[:, :n], before) and torch.equal(real[:, :n], self._real)
 
     def _cached(self, real: Tensor, n_cached: int, mask: Any) -> tuple[Tensor | None, Tensor]:
         """Ids, where they are known, and which are real, of the columns in the cache, `[B, n_cached]` each."""
@@ -232,7 +239,7 @@ class Positions:
         if self._kind == "special":
             found = (self._special.classes(ids) < len(self._special.names)) & real
         else:
-            kinds = self._kinds(ids, real, torch.zeros(int(real.sum()), dtype=torch.bool))
+            kinds = self._token_kinds(ids, real, torch.zeros(int(real.sum()), dtype=torch.bool))
             found = torch.zeros_like(real).masked_scatter(real, kinds == _ASSISTANT)
         return torch.zeros_like(found).scatter(1, order, found)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -16,7 +15,7 @@ from fastsae.data.activations import ResidualStream, position_limit
 from fastsae.data.hooks import HOOKS, Place, place_of
 from fastsae.errors import UsageError, shown
 from fastsae.sae import SparseAutoencoder
-from fastsae.steering.edits import Deltas, Edit, check_edits
+from fastsae.steering.edits import Deltas, Edit, check_edits, is_finite
 from fastsae.steering.positions import Positions, Region
 
 
@@ -28,8 +27,9 @@ class Steering:
         self._limit = position_limit(residual.model)
         self._scale: float | Tensor = 1.0
         self._is_paused = False
+        self._depth = 0  # how many modules that a pass may begin in are running, one inside of the other
         self._region: Region | None = None  # of the pass that runs
-        self._shape: tuple[int, ...] = ()  # [B, T] of it
+        self._shape: tuple[int, ...] = ()  # (B, T, d_in) of it
         self._last: Tensor | None = None  # [B, d_in], each row's last real token before the edit
         self._acts: Tensor | None = None  # [B, n] of the same tokens, computed when they are asked for or needed
 
@@ -43,9 +43,9 @@ class Steering:
         if isinstance(value, Tensor):
             if value.dim() != 1 or value.dtype == torch.bool or value.is_complex():
                 raise UsageError(f"scale: expected a number, or a tensor [B] of numbers, got {shown(value)}")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        elif not is_finite(value):
             raise UsageError(f"scale: expected a finite number, or a tensor [B], got {shown(value)}")
-        self._scale = value
+        self._scale = value if isinstance(value, Tensor) else float(value)
 
     @property
     def feature_acts(self) -> Tensor | None:
@@ -71,21 +71,30 @@ class Steering:
     @contextmanager
     def _hooked(self) -> Iterator[None]:
         model: Any = self._residual.model
-        base = model.base_model if isinstance(getattr(model, "base_model", None), nn.Module) else model
-        names = list(inspect.signature(base.forward).parameters)
-
-        def before_pass(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            if not self._is_paused:
-                self._begin_pass({**dict(zip(names, args, strict=False)), **options})
-
         with ExitStack() as stack:
             # a compiled model would run graphs that know nothing of the hooks, or go on to run those that do
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.callback(base.register_forward_pre_hook(before_pass, with_kwargs=True).remove)
+            for module in _entries(model):
+                self._follow(module, stack)
             stack.enter_context(self._residual.changed(self._edited))
             if callable(getattr(model, "generate", None)):
                 stack.enter_context(_replaced(model, "generate", self._telling_the_prompt(model.generate)))
             yield
+
+    def _follow(self, module: nn.Module, stack: ExitStack) -> None:
+        """Has each pass that begins in this module told, unless it is part of one that has begun in another."""
+        names = list(inspect.signature(module.forward).parameters)
+
+        def before(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            self._depth += 1
+            if self._depth == 1 and not self._is_paused:
+                self._begin_pass({**dict(zip(names, args, strict=False)), **options})
+
+        def after(*_: Any) -> None:
+            self._depth -= 1
+
+        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(after, always_call=True).remove)  # after errors, too
 
     def _telling_the_prompt(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         """`generate`, telling the positions what its prompt is, which single passes do not show."""
@@ -95,8 +104,8 @@ class Steering:
         def telling(*args: Any, **options: Any) -> Any:
             if self._is_paused:
                 return generate(*args, **options)
-            beams = options.get("num_beams") or getattr(options.get("generation_config") or config, "num_beams", None)
-            self._positions.check_beams(beams or 1)
+            own = args[1] if len(args) > 1 else options.get("generation_config")
+            self._positions.check_beams(options.get("num_beams") or getattr(own or config, "num_beams", None) or 1)
             prompt = args[0] if args else options.get("inputs", options.get("input_ids"))
             embeds, mask = options.get("inputs_embeds"), options.get("attention_mask")
             n_columns = max([one.shape[1] for one in (prompt, embeds, mask) if isinstance(one, Tensor)], default=1)
@@ -112,12 +121,10 @@ class Steering:
         if not isinstance(found, Tensor) or found.dim() < 2:
             raise UsageError(f"input_ids: expected a tensor [B, T] for a pass of a steered model, got {shown(found)}")
         mask = inputs.get("attention_mask")
-        n_cached = _cached_columns(inputs, found.shape[1])
+        n_cached = _cached_columns(inputs, found.shape[1], self._positions.n_columns)
         self._check_length(n_cached + found.shape[1], mask)
-        self._region, self._shape = (
-            self._positions.advance(found, n_cached, mask),
-            (*found.shape[:2], self._residual.d_in),
-        )
+        self._region = self._positions.advance(found, n_cached, mask)
+        self._shape = (*found.shape[:2], self._residual.d_in)
 
     def _check_length(self, n_columns: int, mask: Any) -> None:
         if self._limit is None or n_columns <= self._limit:
@@ -150,10 +157,9 @@ class Steering:
         part = hidden[:, region.start : region.stop]
         wide = deltas.wide(part)
         acts = deltas.feature_acts(wide) if deltas.read_acts else None
-        ends_here = acts is not None and region.last is None and region.stop == hidden.shape[1]
-        self._keep_last(
-            _last_tokens(hidden, region.last), acts[:, -1] if acts is not None and ends_here else None, region
-        )
+        ends_here = region.last is None and region.stop == hidden.shape[1]
+        last_acts = acts[:, -1] if acts is not None and ends_here else None
+        self._keep_last(_last_tokens(hidden, region.last), last_acts, region)
         delta = deltas(wide, acts)
         if delta is None:
             return hidden
@@ -195,16 +201,25 @@ def _kept(hidden: Tensor, edited: Tensor, chosen: Tensor | None, scale: float | 
     return edited if is_edited is None else torch.where(is_edited, edited, hidden)
 
 
-def _cached_columns(inputs: dict[str, Any], n_tokens: int) -> int:
-    """How many columns are in the cache that a pass over `n_tokens` columns is given."""
-    cache: Any = inputs.get("past_key_values")
+def _entries(model: Any) -> list[nn.Module]:
+    """The modules that a pass may begin in: the model, its body, its decoder."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    found = (model, getattr(model, "base_model", None), decoder)
+    return list(dict.fromkeys(module for module in found if isinstance(module, nn.Module)))
+
+
+def _cached_columns(inputs: dict[str, Any], n_tokens: int, n_before: int) -> int:
+    """How many columns are in the cache of a pass over `n_tokens` columns, where `n_before` have gone by."""
+    cache: Any = inputs.get("past_key_values", inputs.get("cache_params"))
     mask = inputs.get("attention_mask")
-    if hasattr(cache, "get_seq_length"):
+    has_length = hasattr(cache, "get_seq_length")
+    if has_length:
         try:
             return int(cache.get_seq_length())
-        except ValueError:  # it holds recurrent states alone, which have no length
+        except ValueError:  # it holds recurrent states alone
             pass
-    return max(mask.shape[1] - n_tokens, 0) if isinstance(mask, Tensor) and mask.dim() == 2 else 0
+    told = mask.shape[1] - n_tokens if isinstance(mask, Tensor) and mask.dim() == 2 else 0
+    return max(told, n_before if has_length and n_tokens == 1 else 0)
 
 
 @contextmanager
@@ -269,8 +284,10 @@ def steer(
             longer than the model's context.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides the module that hooks are put on
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UsageError(f"model: expected a model of a decoder alone, got {type(model).__name__}")
+    if not hasattr(model, "config") or getattr(model.config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"model: expected a language model of transformers, a decoder alone, got {type(model).__name__}"
+        )
     place = _find_place(sae, layer, hook)
     if place.hook not in HOOKS:
         raise UsageError(f"hook: expected one of {', '.join(HOOKS)}, got {shown(place.hook)}")

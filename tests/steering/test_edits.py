@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -100,6 +101,7 @@ def test_add_in_each_unit(h: Tensor) -> None:
     d, other = sae.W_dec[3].detach(), torch.randn(D_IN, dtype=torch.float64)
     for edit, expected in (
         (Edit(3, "add", 7.0), 7.0 * d.expand_as(h)),
+        (Edit(np.int64(3), "add", np.float32(7.0)), 7.0 * d.expand_as(h)),  # type: ignore[arg-type]
         (Edit(3, "add", 0.5, unit="max", maximum=4.0), 2.0 * d.expand_as(h)),
         (Edit(3, "add", -0.3, unit="norm"), -0.3 * h.norm(dim=-1, keepdim=True) * d / d.norm()),
         (Edit(direction=other, amount=2.0), 2.0 * other.expand_as(h)),
@@ -173,6 +175,7 @@ def test_fp16_norms_do_not_overflow() -> None:
         ({"feature": 3, "mode": "scale", "unit": "max"}, "unit: expected absolute for scale"),
         ({"feature": 3, "amount": math.nan}, "amount: expected a finite number, got nan"),
         ({"feature": 3, "amount": -math.inf}, "amount: expected a finite number, got -inf"),
+        ({"feature": 3, "amount": 10**400}, "amount: expected a finite number, got a number of about 401 digits"),
         ({"feature": 3, "amount": "5"}, "amount: expected a finite number, got '5'"),
         ({"feature": 3, "amount": True}, "amount: expected a finite number, got true"),
         ({"feature": 3, "unit": "max"}, "maximum: expected the feature's largest activation .* got none"),
@@ -234,9 +237,19 @@ def test_a_dead_feature_is_refused(weights: str, value: float, message: str) -> 
     check_edits([Edit(5)], sae, D_IN)
 
 
-def test_large_steps_beside_a_rescaled_zero_row_stay_refused() -> None:
+def test_a_rescaled_row_of_zeros_is_refused() -> None:
     sae = make_sae("topk")
     with torch.no_grad():
         sae.W_dec[3] = 0
     with pytest.raises(UsageError, match="its row of the decoder is zero"):
         check_edits([Edit(3)], sae, D_IN)
+
+
+def test_tiny_directions_have_a_length_and_huge_amounts_are_refused() -> None:
+    tiny, h = torch.full((D_IN,), 1e-30), torch.ones(1, D_IN)
+    for edit in (Edit(direction=tiny, amount=1.0, unit="norm"), Edit(direction=tiny, mode="orthogonal", amount=2.0)):
+        torch.testing.assert_close(delta_of(None, [edit], h), h)
+    sae = make_sae().float()
+    for edit in (Edit(3, amount=1e300), Edit(3, "clamp", 1e200, unit="max", maximum=1e100), Edit(3, "scale", -1e39)):
+        with pytest.raises(UsageError, match="amount: expected edits that float32 holds, got larger ones"):
+            Deltas([edit], sae)

@@ -107,6 +107,26 @@ def test_a_cut_cache_and_another_text_are_followed(tokenizer: Any, texts: list[l
     assert columns(positions.advance(other, 0, None), tuple(other.shape))[0].tolist() == read(texts[1])
 
 
+def test_a_generation_with_a_full_cache_knows_the_whole_text(tokenizer: Any, texts: list[list[int]]) -> None:
+    positions, expected = Positions("assistant", tokenizer), reader_of(tokenizer, "assistant")(texts[1])
+    text, n_cached = torch.tensor([texts[1]]), expected.index(True) + 1
+    positions.advance(torch.zeros_like(text), 0, None)  # another text than the one in the cache
+    with positions.generating(text, text.shape[1]):
+        rest = columns(positions.advance(text[:, n_cached:], n_cached, None), (1, text.shape[1] - n_cached))
+    assert rest[0].tolist() == expected[n_cached:]
+
+
+def test_a_token_stays_what_it_was_when_it_was_read(tokenizer: Any, texts: list[list[int]]) -> None:
+    """A role's name of several tokens is known at the last of them: until then, they are words."""
+    ids, read = torch.tensor([texts[0]]), reader_of(tokenizer, "special")
+    cached, whole = Positions("special", tokenizer), Positions("special", tokenizer)
+    found = [columns(cached.advance(ids[:, t : t + 1], t, None), (1, 1)) for t in range(ids.shape[1])]
+    for t in range(1, ids.shape[1] + 1):
+        text = columns(whole.advance(ids[:, :t], 0, None), (1, t))
+        assert torch.equal(text, torch.cat(found[:t], 1))
+    assert text[0].tolist() != read(texts[0])
+
+
 def split_of(
     kind: str, passes: list[tuple[int, int]], prompt: int | None = None, ids: Tensor | None = None
 ) -> list[Any]:
@@ -131,6 +151,9 @@ def test_prompt_and_generated_are_told_apart() -> None:
     without = [(5, 0), (6, 0), (7, 0)]
     assert split_of("generated", without) == [None, (5, 6), (5, 7)]
     assert split_of("prompt", without) == [(0, 5), (0, 5), (0, 5)]
+    tried_again = [(5, 0), (5, 0), (6, 0), (6, 0), (7, 0)]
+    assert split_of("generated", tried_again) == [None, None, (5, 6), (5, 6), (5, 7)]
+    assert split_of("generated", [(5, 0), (1, 5), (1, 5), (1, 6)]) == [None, (0, 1), (0, 1), (0, 1)]
     chunks = [(4, 0), (4, 4), (1, 8), (1, 9)]
     assert split_of("generated", chunks) == [None, None, (0, 1), (0, 1)]
     assert split_of("generated", chunks, prompt=9) == [None, None, None, (0, 1)]  # the last chunk has one token
