@@ -173,6 +173,12 @@ def test_the_scale_is_as_before_also_after_an_error(loaded: tuple[Any, Any], pus
     assert push.scale == 0.25
 
 
+def test_prompts_may_be_tensors(loaded: tuple[Any, Any]) -> None:
+    tensors: Any = [torch.tensor(prompt) for prompt in PROMPTS]
+    found = roll_out(*loaded, tensors, None, max_new_tokens=3)
+    assert found == roll_out(*loaded, PROMPTS, None, max_new_tokens=3)
+
+
 def test_no_prompts_give_no_texts(loaded: tuple[Any, Any], push: Steering) -> None:
     assert roll_out(*loaded, [], push, max_new_tokens=2) == []
 
