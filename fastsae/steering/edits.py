@@ -7,6 +7,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -60,11 +61,11 @@ class Edit:
         allowed = _UNITS.get(self.mode, ("absolute",))
         if self.unit not in allowed:
             raise UsageError(f"unit: expected {' or '.join(allowed)} for {self.mode}, got {self.unit!r}")
-        if not _is_finite(self.amount):
+        if not is_finite(self.amount):
             raise UsageError(f"amount: expected a finite number, got {shown(self.amount)}")
         if self.unit == "max" and self.maximum is None:
             raise UsageError("maximum: expected the feature's largest activation for the unit 'max', got none")
-        if self.maximum is not None and not (_is_finite(self.maximum) and self.maximum > 0):
+        if self.maximum is not None and not (is_finite(self.maximum) and self.maximum > 0):
             raise UsageError(f"maximum: expected a finite number > 0, got {shown(self.maximum)}")
         if (self.feature is None) == (self.direction is None):
             got = "none" if self.feature is None else "both"
@@ -99,8 +100,14 @@ def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise UsageError(f"{name}: expected one of {', '.join(choices)}, got {shown(value)}")
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def is_finite(value: Any) -> bool:
+    """Whether this is a finite number, NumPy's too, and no truth value."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _check_feature(feature: Any) -> None:
@@ -192,7 +199,7 @@ class Deltas:
         coefficients: list[tuple[float, float, float]] = []
         reading, along = list[int](), list[int]()
         for i, edit in enumerate(edits):
-            amount = edit.amount * (edit.maximum or 1) if edit.unit == "max" else edit.amount
+            amount = float(edit.amount) * (float(edit.maximum or 1) if edit.unit == "max" else 1.0)
             if edit.mode == "add" and edit.unit == "norm":
                 of_norm += amount * u[i]
             elif edit.mode == "add":
@@ -207,7 +214,7 @@ class Deltas:
         if of_norm.any():
             self._tensors["of_norm"] = of_norm
         if along:
-            factors = torch.tensor([edits[i].amount - 1 for i in along]).to(d)
+            factors = torch.tensor([float(edits[i].amount) - 1 for i in along]).to(d)
             self._tensors |= {"along": u[along].t().contiguous(), "removed": factors[:, None] * u[along]}
         self._reading = [self._slots.index(i) for i in reading]
         if reading:

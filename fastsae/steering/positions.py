@@ -47,8 +47,10 @@ class Positions:
     belong to it, as chunks of a long one do, and a single one is generated. Inside of `generating` the prompt is known, and
     nothing is guessed.
 
-    A token is special, or the assistant's, by what stands before it when it is first read; later tokens do not change that, so
-    that a generation with a cache and one without edit the same tokens.
+    A token is special, or the assistant's, by what has been read when the pass that first reads it ends. Later tokens do not
+    change that, so that a generation with a cache and one without edit the same tokens.
+
+    One batch of texts is followed at a time. Passes for another one with a cache of its own belong into `Steering.paused`.
 
     Args:
         positions: One of `POSITIONS`, or a mask `[B, T]` bool by absolute position: column t is the t-th real token of a row,
@@ -62,7 +64,9 @@ class Positions:
     def __init__(self, positions: str | Tensor, tokenizer: Any = None) -> None:
         self._mask = positions if isinstance(positions, Tensor) else None
         self._kind = positions if isinstance(positions, str) else "mask"
-        if self._mask is not None and (self._mask.dtype != torch.bool or self._mask.dim() != 2):
+        if self._mask is not None and (
+            self._mask.dtype != torch.bool or self._mask.dim() != 2 or not self._mask.numel()
+        ):
             raise UsageError(f"positions: expected a mask [B, T] of bool, got {shown(self._mask)}")
         if self._mask is None and (not isinstance(positions, str) or positions not in POSITIONS):
             raise UsageError(f"positions: expected one of {', '.join(POSITIONS)}, or a mask, got {shown(positions)}")
@@ -81,7 +85,7 @@ class Positions:
         if not (speaks if self._kind == "assistant" else special.names):
             missing = "that tells when the assistant speaks" if self._kind == "assistant" else "with special tokens"
             raise UsageError(f"positions: expected for {self._kind!r} a chat template {missing}, got one without")
-        self._special, self._kinds = special, TokenKinds(tokenizer, special)
+        self._special, self._token_kinds = special, TokenKinds(tokenizer, special)
 
     def _begin(self) -> None:
         self.n_columns, self.prompt_columns = 0, 0
@@ -101,13 +105,14 @@ class Positions:
         """While this lasts, passes belong to one generation behind a prompt of `n_columns` columns.
 
         Args:
-            prompt: `[B, n_columns]` ids; None where they are not known, or only those behind a cache are.
-            n_columns: How many columns the prompt has, with those in a cache.
+            prompt: `[B, n_columns]` ids; None where those in a cache are not given again, or embeddings are.
+            n_columns: How many columns the prompt has, those in a cache among them.
         """
         if self._is_generating:  # a decoding method that generates with the model inside of its own steps
             yield
             return
-        self._begin()
+        if prompt is not None:
+            self._begin()  # a cache may hold another text than the last one
         self._prompt, self.prompt_columns, self._is_generating = prompt, n_columns, True
         try:
             yield
@@ -126,6 +131,8 @@ class Positions:
             UsageError: The positions cannot be told for this pass, or the mask of positions has another number of rows.
         """
         n_rows, T = inputs.shape[:2]
+        if self._kind == "all" and T == 1:
+            return Region(0, 1)
         real = self._real_columns(mask, (n_rows, T), n_cached)
         last = None if real is None or T == 1 else _last_real(real)
         if self._kind == "all":
@@ -133,7 +140,7 @@ class Positions:
         ids = None if inputs.is_floating_point() else inputs
         if real is None:
             real = torch.ones(n_rows, T, dtype=torch.bool, device=inputs.device)
-        if self._by_words:
+        if self._by_words:  # where role names are looked for, a GPU would be waited for anyway
             ids, real = None if ids is None else ids.cpu(), real.cpu()
         self._remember(ids, real, n_cached, mask)
         if self._mask is not None:
@@ -229,7 +236,7 @@ class Positions:
         if self._kind == "special":
             found = (self._special.classes(ids) < len(self._special.names)) & real
         else:
-            kinds = self._kinds(ids, real, torch.zeros(int(real.sum()), dtype=torch.bool))
+            kinds = self._token_kinds(ids, real, torch.zeros(int(real.sum()), dtype=torch.bool))
             found = torch.zeros_like(real).masked_scatter(real, kinds == _ASSISTANT)
         return torch.zeros_like(found).scatter(1, order, found)
 

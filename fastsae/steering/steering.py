@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -16,7 +15,7 @@ from fastsae.data.activations import ResidualStream, position_limit
 from fastsae.data.hooks import HOOKS, Place, place_of
 from fastsae.errors import UsageError, shown
 from fastsae.sae import SparseAutoencoder
-from fastsae.steering.edits import Deltas, Edit, check_edits
+from fastsae.steering.edits import Deltas, Edit, check_edits, is_finite
 from fastsae.steering.positions import Positions, Region
 
 
@@ -29,9 +28,9 @@ class Steering:
         self._scale: float | Tensor = 1.0
         self._is_paused = False
         self._region: Region | None = None  # of the pass that runs
-        self._shape: tuple[int, ...] = ()  # [B, T] of it
-        self._last: Tensor | None = None  # [B, d_in], wide: each row's last real token before the edit
-        self._acts: Tensor | None = None  # [B, n], of the same tokens, where they were needed
+        self._shape: tuple[int, ...] = ()  # (B, T, d_in) of it
+        self._last: Tensor | None = None  # [B, d_in], each row's last real token before the edit
+        self._acts: Tensor | None = None  # [B, n] of the same tokens, computed when they are asked for or needed
 
     @property
     def scale(self) -> float | Tensor:
@@ -43,9 +42,9 @@ class Steering:
         if isinstance(value, Tensor):
             if value.dim() != 1 or value.dtype == torch.bool or value.is_complex():
                 raise UsageError(f"scale: expected a number, or a tensor [B] of numbers, got {shown(value)}")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        elif not is_finite(value):
             raise UsageError(f"scale: expected a finite number, or a tensor [B], got {shown(value)}")
-        self._scale = value
+        self._scale = value if isinstance(value, Tensor) else float(value)
 
     @property
     def feature_acts(self) -> Tensor | None:
@@ -56,7 +55,7 @@ class Steering:
         if self._last is None:
             return None
         if self._acts is None:
-            self._acts = self._deltas.feature_acts(self._last)
+            self._acts = self._deltas.feature_acts(self._deltas.wide(self._last))
         return self._deltas.by_edit(self._acts)
 
     @contextmanager
@@ -95,12 +94,13 @@ class Steering:
         def telling(*args: Any, **options: Any) -> Any:
             if self._is_paused:
                 return generate(*args, **options)
-            beams = options.get("num_beams") or getattr(options.get("generation_config") or config, "num_beams", None)
-            self._positions.check_beams(beams or 1)
+            own = args[1] if len(args) > 1 else options.get("generation_config")
+            self._positions.check_beams(options.get("num_beams") or getattr(own or config, "num_beams", None) or 1)
             prompt = args[0] if args else options.get("inputs", options.get("input_ids"))
             embeds, mask = options.get("inputs_embeds"), options.get("attention_mask")
             n_columns = max([one.shape[1] for one in (prompt, embeds, mask) if isinstance(one, Tensor)], default=1)
-            with self._positions.generating(prompt if isinstance(prompt, Tensor) else None, n_columns):
+            is_whole = isinstance(prompt, Tensor) and prompt.shape[1] == n_columns
+            with self._positions.generating(prompt if is_whole else None, n_columns):
                 return generate(*args, **options)
 
         return telling
@@ -113,10 +113,8 @@ class Steering:
         mask = inputs.get("attention_mask")
         n_cached = _cached_columns(inputs, found.shape[1])
         self._check_length(n_cached + found.shape[1], mask)
-        self._region, self._shape = (
-            self._positions.advance(found, n_cached, mask),
-            (*found.shape[:2], self._residual.d_in),
-        )
+        self._region = self._positions.advance(found, n_cached, mask)
+        self._shape = (*found.shape[:2], self._residual.d_in)
 
     def _check_length(self, n_columns: int, mask: Any) -> None:
         if self._limit is None or n_columns <= self._limit:
@@ -144,18 +142,20 @@ class Steering:
     def _edit(self, hidden: Tensor, region: Region) -> Tensor:
         deltas, scale = self._deltas, self._row_scale(hidden)
         if region.start == region.stop or (not isinstance(scale, Tensor) and scale == 0):
-            self._keep_last(deltas.wide(_last_tokens(hidden, region.last)), None, region)
+            self._keep_last(_last_tokens(hidden, region.last), None, region)
             return hidden
-        wide, columns = deltas.wide(hidden), slice(region.start, region.stop)
+        part = hidden[:, region.start : region.stop]
+        wide = deltas.wide(part)
         acts = deltas.feature_acts(wide) if deltas.read_acts else None
-        self._keep_last(_last_tokens(wide, region.last), acts, region)
-        delta = deltas(wide[:, columns], None if acts is None else acts[:, columns])
+        ends_here = region.last is None and region.stop == hidden.shape[1]
+        last_acts = acts[:, -1] if acts is not None and ends_here else None
+        self._keep_last(_last_tokens(hidden, region.last), last_acts, region)
+        delta = deltas(wide, acts)
         if delta is None:
             return hidden
         if isinstance(scale, Tensor) or scale != 1:
             delta = scale * delta
-        edited = (wide[:, columns] + delta).to(hidden.dtype)
-        edited = _kept(hidden[:, columns], edited, region.chosen, scale)
+        edited = _kept(part, (wide + delta).to(hidden.dtype), region.chosen, scale)
         if edited.shape[1] == hidden.shape[1]:
             return edited
         return torch.cat([hidden[:, : region.start], edited, hidden[:, region.stop :]], 1)
@@ -170,11 +170,10 @@ class Steering:
 
     def _keep_last(self, last: Tensor, acts: Tensor | None, region: Region) -> None:
         """Keeps what `feature_acts` needs; a row of padding alone, as chunks of a long batch have it, keeps what it had."""
-        if acts is not None:
-            acts = _last_tokens(acts, region.last).detach()
         if region.last is not None and self._last is not None and self._last.shape == last.shape:
-            last, acts = torch.where((region.last < 0).to(last.device)[:, None], self._last, last), None
-        self._last, self._acts = last.detach().clone(), acts  # later blocks may change their input in place
+            last = torch.where((region.last < 0).to(last.device)[:, None], self._last, last)
+        self._last = last.detach().clone()  # later blocks may change their input in place
+        self._acts = None if acts is None else acts.detach()
 
 
 def _last_tokens(hidden: Tensor, last: Tensor | None) -> Tensor:
@@ -266,8 +265,10 @@ def steer(
             longer than the model's context.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper hides the module that hooks are put on
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise UsageError(f"model: expected a model of a decoder alone, got {type(model).__name__}")
+    if not hasattr(model, "config") or getattr(model.config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"model: expected a language model of transformers, a decoder alone, got {type(model).__name__}"
+        )
     place = _find_place(sae, layer, hook)
     if place.hook not in HOOKS:
         raise UsageError(f"hook: expected one of {', '.join(HOOKS)}, got {shown(place.hook)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -100,6 +101,7 @@ def test_add_in_each_unit(h: Tensor) -> None:
     d, other = sae.W_dec[3].detach(), torch.randn(D_IN, dtype=torch.float64)
     for edit, expected in (
         (Edit(3, "add", 7.0), 7.0 * d.expand_as(h)),
+        (Edit(np.int64(3), "add", np.float32(7.0)), 7.0 * d.expand_as(h)),  # type: ignore[arg-type]
         (Edit(3, "add", 0.5, unit="max", maximum=4.0), 2.0 * d.expand_as(h)),
         (Edit(3, "add", -0.3, unit="norm"), -0.3 * h.norm(dim=-1, keepdim=True) * d / d.norm()),
         (Edit(direction=other, amount=2.0), 2.0 * other.expand_as(h)),
@@ -173,6 +175,7 @@ def test_fp16_norms_do_not_overflow() -> None:
         ({"feature": 3, "mode": "scale", "unit": "max"}, "unit: expected absolute for scale"),
         ({"feature": 3, "amount": math.nan}, "amount: expected a finite number, got nan"),
         ({"feature": 3, "amount": -math.inf}, "amount: expected a finite number, got -inf"),
+        ({"feature": 3, "amount": 10**400}, "amount: expected a finite number, got a number of about 401 digits"),
         ({"feature": 3, "amount": "5"}, "amount: expected a finite number, got '5'"),
         ({"feature": 3, "amount": True}, "amount: expected a finite number, got true"),
         ({"feature": 3, "unit": "max"}, "maximum: expected the feature's largest activation .* got none"),
