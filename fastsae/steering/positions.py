@@ -154,14 +154,17 @@ class Positions:
     def _real_columns(self, mask: Any, shape: tuple[int, int], n_cached: int) -> Tensor | None:
         """`[B, T]` bool, which columns of the pass hold tokens; None for all."""
         T = shape[1]
-        if isinstance(mask, dict):  # one for each kind of attention; they agree about padding
-            mask = next((one for one in mask.values() if one is not None), None)
+        if isinstance(mask, dict):  # one for each kind of attention; the widest is that of the whole text
+            masks = [one for one in mask.values() if isinstance(one, Tensor)]
+            mask = max(masks, key=lambda one: one.shape[-1], default=None)
         if mask is None:
             return None
         if isinstance(mask, Tensor) and mask.dim() == 2:
             end = min(mask.shape[1], n_cached + T)
             return mask[:, end - T : end].bool().expand(shape)
         if isinstance(mask, Tensor) and mask.dim() == 4:  # a static cache has it: a real token sees itself
+            if mask.shape[-1] < n_cached + T:  # that of a sliding window, which has left the padding behind
+                return None
             sees = mask[:, 0, :, n_cached : n_cached + T].diagonal(dim1=1, dim2=2)
             return (sees if sees.dtype == torch.bool else sees == 0).expand(shape)
         if self._mask is None and not self._by_words:

@@ -27,6 +27,7 @@ class Steering:
         self._limit = position_limit(residual.model)
         self._scale: float | Tensor = 1.0
         self._is_paused = False
+        self._depth = 0  # how many modules that a pass may begin in are running, one inside of the other
         self._region: Region | None = None  # of the pass that runs
         self._shape: tuple[int, ...] = ()  # (B, T, d_in) of it
         self._last: Tensor | None = None  # [B, d_in], each row's last real token before the edit
@@ -70,21 +71,30 @@ class Steering:
     @contextmanager
     def _hooked(self) -> Iterator[None]:
         model: Any = self._residual.model
-        base = model.base_model if isinstance(getattr(model, "base_model", None), nn.Module) else model
-        names = list(inspect.signature(base.forward).parameters)
-
-        def before_pass(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            if not self._is_paused:
-                self._begin_pass({**dict(zip(names, args, strict=False)), **options})
-
         with ExitStack() as stack:
             # a compiled model would run graphs that know nothing of the hooks, or go on to run those that do
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.callback(base.register_forward_pre_hook(before_pass, with_kwargs=True).remove)
+            for module in _entries(model):
+                self._follow(module, stack)
             stack.enter_context(self._residual.changed(self._edited))
             if callable(getattr(model, "generate", None)):
                 stack.enter_context(_replaced(model, "generate", self._telling_the_prompt(model.generate)))
             yield
+
+    def _follow(self, module: nn.Module, stack: ExitStack) -> None:
+        """Has each pass that begins in this module told, unless it is part of one that has begun in another."""
+        names = list(inspect.signature(module.forward).parameters)
+
+        def before(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            self._depth += 1
+            if self._depth == 1 and not self._is_paused:
+                self._begin_pass({**dict(zip(names, args, strict=False)), **options})
+
+        def after(*_: Any) -> None:
+            self._depth -= 1
+
+        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(module.register_forward_hook(after, always_call=True).remove)  # after errors, too
 
     def _telling_the_prompt(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         """`generate`, telling the positions what its prompt is, which single passes do not show."""
@@ -111,7 +121,7 @@ class Steering:
         if not isinstance(found, Tensor) or found.dim() < 2:
             raise UsageError(f"input_ids: expected a tensor [B, T] for a pass of a steered model, got {shown(found)}")
         mask = inputs.get("attention_mask")
-        n_cached = _cached_columns(inputs, found.shape[1])
+        n_cached = _cached_columns(inputs, found.shape[1], self._positions.n_columns)
         self._check_length(n_cached + found.shape[1], mask)
         self._region = self._positions.advance(found, n_cached, mask)
         self._shape = (*found.shape[:2], self._residual.d_in)
@@ -191,16 +201,25 @@ def _kept(hidden: Tensor, edited: Tensor, chosen: Tensor | None, scale: float | 
     return edited if is_edited is None else torch.where(is_edited, edited, hidden)
 
 
-def _cached_columns(inputs: dict[str, Any], n_tokens: int) -> int:
-    """How many columns are in the cache that a pass over `n_tokens` columns is given."""
-    cache: Any = inputs.get("past_key_values")
+def _entries(model: Any) -> list[nn.Module]:
+    """The modules that a pass may begin in: the model, its body, its decoder."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    found = (model, getattr(model, "base_model", None), decoder)
+    return list(dict.fromkeys(module for module in found if isinstance(module, nn.Module)))
+
+
+def _cached_columns(inputs: dict[str, Any], n_tokens: int, n_before: int) -> int:
+    """How many columns are in the cache of a pass over `n_tokens` columns, where `n_before` have gone by."""
+    cache: Any = inputs.get("past_key_values", inputs.get("cache_params"))
     mask = inputs.get("attention_mask")
-    if hasattr(cache, "get_seq_length"):
+    has_length = hasattr(cache, "get_seq_length")
+    if has_length:
         try:
             return int(cache.get_seq_length())
-        except ValueError:  # it holds recurrent states alone, which have no length
+        except ValueError:  # it holds recurrent states alone
             pass
-    return max(mask.shape[1] - n_tokens, 0) if isinstance(mask, Tensor) and mask.dim() == 2 else 0
+    told = mask.shape[1] - n_tokens if isinstance(mask, Tensor) and mask.dim() == 2 else 0
+    return max(told, n_before if has_length and n_tokens == 1 else 0)
 
 
 @contextmanager

@@ -527,6 +527,7 @@ def test_the_context_ends_with_one_message(model: Any, sae: SparseAutoencoder) -
         model(text[:, :2], past_key_values=cache)
         with pytest.raises(UsageError, match=message):
             model(text[:, :1], past_key_values=cache)
+        assert torch.isfinite(model(text).logits).all()  # the block goes on
         padded_text = {"input_ids": torch.full((1, limit + 3), 7), "attention_mask": torch.ones(1, limit + 3)}
         padded_text["attention_mask"][:, :3] = 0
         model(**padded_text, position_ids=padded_text["attention_mask"].long().cumsum(1).sub(1).clamp(min=0))
