@@ -79,10 +79,10 @@ def calibrate(
     while (alpha := search.next_alpha()) is not None:
         try:
             rollouts = roll_out(model, tokenizer, prompts, steering, Fixed(alpha), max_new_tokens=max_new_tokens)
-            found = percentile([kl for rollout in rollouts for kl in rollout.kl])
+            found = percentile([kl for rollout in rollouts for kl in rollout.kl]) or 0.0
         except NotFiniteError:
             found = math.inf
-        search.note(alpha, math.inf if found is None else found)
+        search.note(alpha, found)
     return search.result()
 
 

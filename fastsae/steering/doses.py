@@ -253,9 +253,9 @@ class _Capped(Strengths):
 class _Controlled(Strengths):
     def __init__(self, point: SetPoint, n_rows: int) -> None:
         self._point = point
-        self._maximum = 2 * point.target if point.maximum is None else point.maximum
+        self._maximum = min(2 * point.target, _LARGEST) if point.maximum is None else point.maximum
         self._pushed = torch.zeros(n_rows)  # integral * the sum of errors
-        super().__init__(self._clip(torch.full([n_rows], float(point.gain * point.target))))
+        super().__init__(torch.full([n_rows], float(min(point.gain * point.target, self._maximum))))
 
     def advance(self, acts: Tensor) -> None:
         error = self._point.target - acts

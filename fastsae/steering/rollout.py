@@ -211,8 +211,8 @@ def _choose(log_probs: Tensor, temperature: float, generator: torch.Generator) -
 
 def _check(max_new_tokens: int, temperature: float, seed: int) -> None:
     for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("seed", seed, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise UsageError(f"{name}: expected a whole number of at least {least}, got {shown(value)}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+            raise UsageError(f"{name}: expected a whole number of at least {least} and below 2^63, got {shown(value)}")
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
         raise UsageError(f"temperature: expected 0 or a positive number, got {shown(temperature)}")
 

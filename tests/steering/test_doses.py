@@ -127,6 +127,12 @@ def test_the_strength_stays_between_0_and_the_maximum() -> None:
     assert run(SetPoint(3.0, gain=9.0, maximum=5.0), 2, lambda _: 0.0) == [5.0, 5.0]
 
 
+def test_huge_gains_and_targets_stay_numbers() -> None:
+    largest = torch.finfo(torch.float32).max
+    assert run(SetPoint(3e38, gain=3e38, integral=3e38), 3) == [largest] * 3
+    assert run(SetPoint(1.0, gain=3e38, integral=3e38, maximum=5.0), 4, lambda _: 1e30) == [5.0, 0.0, 0.0, 0.0]
+
+
 def test_a_gain_alone_leaves_an_error_that_the_integral_removes() -> None:
     def answer(strength: float) -> float:
         return 0.3 * strength  # another feature holds this one down

@@ -142,6 +142,22 @@ def test_half_a_character_at_the_end_is_said_at_last(loaded: tuple[Any, Any]) ->
     assert rollout.text.endswith("\ufffd")
 
 
+class SpaceEater:
+    """A tokenizer that leaves out a space at the beginning, as those of SentencePiece do, and has an id without a text."""
+
+    eos_token_id = None
+    words = (" so", " it", "", " goes")
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(self.words[i] for i in ids).removeprefix(" ")
+
+
+def test_spaces_between_words_stay_where_a_tokenizer_leaves_out_the_first(loaded: tuple[Any, Any]) -> None:
+    with Scripted(loaded[0], [0, 1, 2, 3, 2]):
+        (rollout,) = roll_out(loaded[0], SpaceEater(), [[5]], None, max_new_tokens=5)
+    assert rollout.pieces == ["so", " it", "", " goes", ""]
+
+
 class Scripted:
     """While this lasts the model writes given tokens."""
 
@@ -173,6 +189,12 @@ def test_the_scale_is_as_before_also_after_an_error(loaded: tuple[Any, Any], pus
     assert push.scale == 0.25
 
 
+def test_prompts_may_be_tensors(loaded: tuple[Any, Any]) -> None:
+    tensors: Any = [torch.tensor(prompt) for prompt in PROMPTS]
+    found = roll_out(*loaded, tensors, None, max_new_tokens=3)
+    assert found == roll_out(*loaded, PROMPTS, None, max_new_tokens=3)
+
+
 def test_no_prompts_give_no_texts(loaded: tuple[Any, Any], push: Steering) -> None:
     assert roll_out(*loaded, [], push, max_new_tokens=2) == []
 
@@ -185,15 +207,16 @@ def test_no_prompts_give_no_texts(loaded: tuple[Any, Any], push: Steering) -> No
         ({"prompts": [[5, 100_000]]}, r"prompts: expected token ids from 0 to [\d,]+, got 100,000"),
         ({"prompts": [[5, -1]]}, r"prompts: expected token ids from 0 to [\d,]+, got -1"),
         ({"prompts": [[5, 1.5]]}, r"prompts: expected token ids from 0 to [\d,]+, got 1.5"),
-        ({"max_new_tokens": 0}, "max_new_tokens: expected a whole number of at least 1, got 0"),
-        ({"max_new_tokens": True}, "max_new_tokens: expected a whole number of at least 1, got true"),
+        ({"max_new_tokens": 0}, r"max_new_tokens: expected a whole number of at least 1 and below 2\^63, got 0"),
+        ({"max_new_tokens": True}, r"max_new_tokens: expected a whole number of at least 1 and below 2\^63, got true"),
         (
             {"max_new_tokens": 506},
             "max_new_tokens: expected at most 505, as the longest prompt has 7 tokens and the model takes",
         ),
         ({"temperature": -0.5}, "temperature: expected 0 or a positive number, got -0.5"),
         ({"temperature": math.nan}, "temperature: expected 0 or a positive number, got nan"),
-        ({"seed": -1}, "seed: expected a whole number of at least 0, got -1"),
+        ({"seed": 2**63}, "seed: expected a whole number of"),
+        ({"seed": -1}, r"seed: expected a whole number of at least 0 and below 2\^63, got -1"),
     ],
 )
 def test_bad_input_is_refused_before_the_model_runs(

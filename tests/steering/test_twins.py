@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from rollout_problem import AMOUNT, FEATURE, PROMPTS, PUSH, Slow, Steps, enliven, load_lively, make_sae
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsae import Edit, FusedJumpReLUSAE, UsageError, steer
 from fastsae.steering.doses import Decay, Fixed, KLCap, SetPoint, Strengths
@@ -210,6 +210,34 @@ def test_a_model_of_bf16_keeps_its_dtype_and_has_a_kl_in_fp32(tiny_model: Path, 
 def load_model_of_bf16(folder: Path) -> tuple[Any, Any]:
     model, tokenizer = load_lively(folder)
     return model.to(torch.bfloat16), tokenizer
+
+
+class Wrapped(nn.Module):
+    """A wrapper as that of PEFT, whose forward names nothing that it passes on."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.wrapped, self.config, self.generation_config = model, model.config, model.generation_config
+        self.eval()
+
+    def get_base_model(self) -> Any:
+        return self.wrapped
+
+    def get_input_embeddings(self) -> Any:
+        return self.wrapped.get_input_embeddings()
+
+    def forward(self, **options: Any) -> Any:
+        return self.wrapped(**options)
+
+
+@pytest.mark.parametrize("wrap", [Wrapped, torch.compile], ids=["peft", "compile"])
+def test_a_wrapper_loses_neither_cache_nor_positions(
+    loaded: tuple[Any, Any], push: Steering, passes: list[int], wrap: Any
+) -> None:
+    plain = roll_out(*loaded, PROMPTS, push, max_new_tokens=5)
+    assert roll_out(wrap(loaded[0]), loaded[1], PROMPTS, push, max_new_tokens=5) == plain
+    assert len(passes) == 20
+    assert sum(passes) == 4 * 7 + 16
 
 
 class NoCache(transformers.Qwen2ForCausalLM):  # type: ignore[misc]
