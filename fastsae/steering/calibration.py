@@ -23,7 +23,7 @@ ROLLOUTS = 12
 MATCHES = 7
 ALIKE, APART = 0.05, 1.25
 """`match` is content within this share of its target, and gives up where it ends more than this factor from it."""
-_LONGEST_STEP = math.log(4)
+_LONGEST_STEP = math.log(8)
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def calibrate(
 
 
 def match(kl_at: Callable[[float], float | None], *, target: float, guess: float) -> float | None:
-    """Find the number of a dose whose KL is `target`, by secants of log KL over log dose; the KL may jump where the text changes.
+    """Find the number of a dose whose KL is `target`, which may jump where the text changes.
 
     Args:
         kl_at: Gives the KL of a dose; it may raise `NotFiniteError`, or give None, where a push is too strong.
@@ -108,21 +108,22 @@ def match(kl_at: Callable[[float], float | None], *, target: float, guess: float
             log_dose += _LONGEST_STEP if found == 0 else -_LONGEST_STEP
             continue
         tried.append((log_dose, math.log(found)))
-        tried.sort(key=lambda point: abs(point[1] - aim))
-        if abs(tried[0][1] - aim) <= math.log1p(ALIKE):
+        if abs(tried[-1][1] - aim) <= math.log1p(ALIKE):
             break
-        log_dose = tried[0][0] + min(max((aim - tried[0][1]) / _slope(tried), -_LONGEST_STEP), _LONGEST_STEP)
-    if not tried or abs(tried[0][1] - aim) > math.log(APART):
-        return None
-    return math.exp(tried[0][0])
+        log_dose = _next_dose(tried, aim)
+    best = min(tried, key=lambda point: abs(point[1] - aim), default=None)
+    return None if best is None or abs(best[1] - aim) > math.log(APART) else math.exp(best[0])
 
 
-def _slope(tried: Sequence[tuple[float, float]]) -> float:
-    """How log KL rises with log dose between the two points nearest to the target; 2, as for small pushes, where there is one."""
-    if len(tried) == 1 or tried[0][0] == tried[1][0]:
-        return 2.0
-    slope = (tried[0][1] - tried[1][1]) / (tried[0][0] - tried[1][0])
-    return min(max(slope, 0.5), 4.0)
+def _next_dose(tried: Sequence[tuple[float, float]], aim: float) -> float:
+    """Between a dose below the target and one above it, or from the nearest one as if the KL were proportional to it."""
+    below = max((point for point in tried if point[1] < aim), default=None)
+    above = min((point for point in tried if point[1] > aim), default=None)
+    if below is not None and above is not None and below[0] < above[0]:
+        part = (aim - below[1]) / (above[1] - below[1])
+        return below[0] + min(max(part, 0.25), 0.75) * (above[0] - below[0])
+    dose, kl = min(tried, key=lambda point: abs(point[1] - aim))
+    return dose + min(max(aim - kl, -_LONGEST_STEP), _LONGEST_STEP)
 
 
 class _Search:

@@ -37,13 +37,15 @@ class StableRange(NamedTuple):
     """The strengths at which texts hold.
 
     Attributes:
-        lowest: The lowest alpha of the range; None if texts hold at none of the grid.
+        lowest: The lowest alpha at which they do; None if there is none in the grid.
         highest: The highest one.
-        reason: At which alpha texts break first on each side, and by which measure, in words.
+        breaks: The alphas between the two at which they do not.
+        reason: By which measure texts break in between, and first beyond each end, in words.
     """
 
     lowest: float | None
     highest: float | None
+    breaks: tuple[float, ...]
     reason: str
 
 
@@ -125,7 +127,7 @@ def other_script(text: str, prompt: str) -> float | None:
 
 
 def stable_range(grid: Sequence[tuple[float, Measures]], unsteered: Measures) -> StableRange:
-    """Return the alphas of a grid at which texts hold, from 0 on up and down to the first at which they do not.
+    """Return between which alphas of a grid texts hold: beyond the range they hold nowhere, and in it they mostly do.
 
     Texts hold if their
 
@@ -134,28 +136,26 @@ def stable_range(grid: Sequence[tuple[float, Measures]], unsteered: Measures) ->
     - perplexity under the unsteered model is at most `PERPLEXITY_RATIO` times that of the unsteered texts.
 
     The KL is no part of the rule: it says how far the model was pushed, and not whether that did harm. What could not be
-    measured breaks nothing.
+    measured breaks nothing. The range does not end at the first alpha that breaks: a few texts repeat themselves by chance, so
+    that one alpha may break below others that hold.
 
     Args:
         grid: Each alpha with the means over its texts, in any order.
         unsteered: The means over the same prompts' unsteered texts.
     """
     ordered = sorted(grid, key=lambda entry: entry[0])
-    up, broken_up = _holding([entry for entry in ordered if entry[0] >= 0], unsteered)
-    down, broken_down = _holding([entry for entry in reversed(ordered) if entry[0] < 0], unsteered)
-    held = [*down, *up]
-    reason = "; ".join(filter(None, (broken_down, broken_up))) or "no alpha of the grid breaks them"
-    return StableRange(min(held, default=None), max(held, default=None), reason)
-
-
-def _holding(entries: Iterable[tuple[float, Measures]], unsteered: Measures) -> tuple[list[float], str]:
-    """The alphas before the first at which texts break, and what breaks there."""
-    held: list[float] = []
-    for alpha, measures in entries:
-        if broken := _broken(measures, unsteered):
-            return held, f"at {alpha:g}, {broken}"
-        held.append(alpha)
-    return held, ""
+    why = {alpha: _broken(measures, unsteered) for alpha, measures in ordered}
+    held = [alpha for alpha, broken in why.items() if not broken]
+    lowest, highest = min(held, default=None), max(held, default=None)
+    if lowest is None or highest is None:
+        nearest = min(why, key=abs, default=None)
+        return StableRange(None, None, (), "" if nearest is None else f"at {nearest:g}, {why[nearest]}")
+    inside = tuple(alpha for alpha, broken in why.items() if broken and lowest < alpha < highest)
+    below = max((alpha for alpha in why if alpha < lowest), default=None)
+    above = min((alpha for alpha in why if alpha > highest), default=None)
+    told = [alpha for alpha in (below, *inside, above) if alpha is not None]
+    reason = "; ".join(f"at {alpha:g}, {why[alpha]}" for alpha in told) or "no alpha of the grid breaks them"
+    return StableRange(lowest, highest, inside, reason)
 
 
 def _broken(measures: Measures, unsteered: Measures) -> str:

@@ -38,11 +38,11 @@ def unsteered_of(result: Result) -> Run | None:
 
 
 def is_stable(result: Result, run: Run) -> bool:
-    """Whether a run's alpha lies in the stable range of its arm and dose."""
+    """Whether a run's texts hold, by the stable range of its arm and dose."""
     for row in result["stable"]:
         ends = stable_ends(row)
         if ends and (row["arm"], row["dose"]) == (run["arm"], run["dose"]):
-            return ends[0] <= run["alpha"] <= ends[1]
+            return ends[0] <= run["alpha"] <= ends[1] and run["alpha"] not in row["breaks"]
     return False
 
 

@@ -65,12 +65,13 @@ class Run(Measures):
 
 
 class Stable(TypedDict):
-    """The doses of one arm, from 0 on without a gap, at which texts hold; both ends are None where none does."""
+    """Between which doses of one arm texts hold; both ends are None where they hold at none."""
 
     arm: str
     dose: str
     lowest: float | None
     highest: float | None
+    breaks: list[float]  # doses between the two at which they do not
     reason: str  # what ends the range, or that nothing does
 
 

@@ -340,7 +340,7 @@ def _bounded(nats: list[float]) -> list[float]:
 
 def _stable(arm: str, runs: Sequence[Run]) -> Stable:
     found = stable_range([(run["alpha"], run) for run in runs if run["arm"] == arm], runs[0])
-    return {"arm": arm, "dose": "fixed", "lowest": found.lowest, "highest": found.highest, "reason": found.reason}
+    return {"arm": arm, "dose": "fixed", **found._asdict(), "breaks": list(found.breaks)}  # type: ignore[typeddict-item]
 
 
 def _reference(runs: Sequence[Run], arm: str, stable: Stable, auto: Calibration | None) -> Run | None:

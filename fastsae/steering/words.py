@@ -188,5 +188,7 @@ def stable_sentence(row: Stable) -> str:
         said = f"the texts hold at alpha {plain(ends[0])} alone"
     else:
         said = f"the texts hold from alpha {plain(ends[0])} to {plain(ends[1])}"
+    if row["breaks"]:
+        said += f", but not at {', '.join(map(plain, row['breaks']))}"
     reason = row["reason"].strip().rstrip(".")
     return f"{group_name(row)}: {said}{f' ({reason})' if reason else ''}."

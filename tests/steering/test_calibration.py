@@ -13,7 +13,7 @@ from rollout_problem import load_lively
 
 from fastsae import Edit, UsageError, steer
 from fastsae.steering import calibration
-from fastsae.steering.calibration import ROLLOUTS, Calibration, calibrate
+from fastsae.steering.calibration import MATCHES, ROLLOUTS, Calibration, calibrate, match
 from fastsae.steering.doses import Fixed
 from fastsae.steering.measures import percentile
 from fastsae.steering.rollout import Rollout, roll_out
@@ -122,3 +122,32 @@ def test_on_a_model_the_strength_has_the_kl_that_it_says(tiny_model: Path) -> No
     assert percentile([kl for rollout in rollouts for kl in rollout.kl]) == found.p95_kl
     assert found.p95_kl <= 1.2
     assert push.scale == 1.0
+
+
+@pytest.mark.parametrize("curve", [lambda dose: dose**2, lambda dose: 3 * dose, lambda dose: 5 * (1 - math.exp(-dose / 9)),
+                                   lambda dose: dose**2 if dose < 1e4 else math.inf])  # fmt: skip
+@pytest.mark.parametrize("guess", [0.05, 1.0, 300.0])
+def test_a_dose_of_a_given_kl_is_found(curve: Callable[[float], float], guess: float) -> None:
+    asked: list[float] = []
+
+    def kl_at(dose: float) -> float:
+        asked.append(dose)
+        return curve(dose)
+
+    dose = match(kl_at, target=1.0, guess=guess)
+    assert dose in asked
+    assert curve(dose) == pytest.approx(1.0, rel=0.25)
+    assert len(asked) <= MATCHES
+
+
+def test_a_kl_that_is_not_to_be_had() -> None:
+    assert match(lambda dose: 0.1, target=1.0, guess=1.0) is None
+    assert match(lambda dose: 0.1 if dose < 2 else 9.0, target=1.0, guess=1.0) is None  # it jumps
+    assert match(lambda dose: None, target=1.0, guess=1.0) is None
+
+    def refused(dose: float) -> float:
+        if dose > 1:
+            raise NotFiniteError("NaN")
+        return dose
+
+    assert match(refused, target=0.9, guess=4.0) == pytest.approx(0.9, rel=0.25)

@@ -100,25 +100,30 @@ def test_other_script(text: str, prompt: str, share: float | None) -> None:
     assert other_script(text, prompt) == (share if share is None else pytest.approx(share))
 
 
-def test_the_stable_range_ends_before_the_first_alpha_that_breaks() -> None:
+def test_the_stable_range_ends_where_all_that_is_beyond_breaks() -> None:
     broken = Measures(**{**WHOLE, "repeated_3grams": 0.45})
-    grid = [(100.0, broken), (0.0, WHOLE), (15.0, WHOLE), (200.0, WHOLE), (50.0, WHOLE)]
-    assert stable_range(grid, WHOLE) == (0.0, 50.0, "at 100, 45 % of the 3-grams are repeated, above the limit of 20 %")
+    grid = [(100.0, broken), (0.0, WHOLE), (15.0, WHOLE), (200.0, broken), (50.0, WHOLE)]
+    why = "45 % of the 3-grams are repeated, above the limit of 20 %"
+    assert stable_range(grid, WHOLE) == (0.0, 50.0, (), f"at 100, {why}")
+    chance = [(15.0, broken) if alpha == 15 else (alpha, one) for alpha, one in grid]
+    assert stable_range(chance, WHOLE) == (0.0, 50.0, (15.0,), f"at 15, {why}; at 100, {why}")
 
 
 def test_the_stable_range_goes_below_0_too() -> None:
     foreign = Measures(**{**WHOLE, "other_script": 0.3})
     odd = Measures(**{**WHOLE, "perplexity": 30.0})
     found = stable_range([(-50.0, foreign), (-15.0, WHOLE), (15.0, WHOLE), (25.0, odd)], WHOLE)
-    assert found[:2] == (-15.0, 15.0)
+    assert found[:3] == (-15.0, 15.0, ())
     assert "at -50, 30 % of the letters are of another script, above the limit of 10 %; at" in found.reason
     assert "at 25, the perplexity is 30, above the limit of 6" in found.reason
 
 
 def test_no_alpha_holds_or_none_breaks() -> None:
     broken = Measures(**{**WHOLE, "repeated_3grams": 1.0})
-    assert stable_range([(15.0, broken), (25.0, WHOLE)], WHOLE)[:2] == (None, None)
-    assert stable_range([(15.0, WHOLE), (25.0, WHOLE)], WHOLE) == (15.0, 25.0, "no alpha of the grid breaks them")
+    found = stable_range([(25.0, broken), (15.0, broken)], WHOLE)
+    assert found[:3] == (None, None, ())
+    assert found.reason.startswith("at 15, 100 % of the 3-grams")
+    assert stable_range([(15.0, WHOLE), (25.0, WHOLE)], WHOLE) == (15.0, 25.0, (), "no alpha of the grid breaks them")
 
 
 def test_limits_follow_the_unsteered_texts() -> None:

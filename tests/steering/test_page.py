@@ -136,9 +136,11 @@ def test_the_stable_range_is_shaded_where_it_is_and_said_in_words(tmp_path: Path
     ],
 )
 def test_ends_of_a_stable_range(lowest: float | None, highest: float | None, ends: object, words: str) -> None:
-    row = {"arm": FEATURE, "dose": "fixed", "lowest": lowest, "highest": highest, "reason": ""}
+    row = {"arm": FEATURE, "dose": "fixed", "lowest": lowest, "highest": highest, "breaks": [], "reason": ""}
     assert stable_ends(row) == ends
     assert stable_sentence(row) == f"feature 13794, fixed: the texts {words}."
+    if ends:
+        assert f"the texts {words}, but not at 2.5, 5." in stable_sentence({**row, "breaks": [2.5, 5.0]})
 
 
 def test_a_grid_without_0_begins_at_the_unsteered_text(tmp_path: Path) -> None:
