@@ -250,7 +250,7 @@ class Deltas:
             return sae.encode_features(hidden.to(sae.device), self._features).to(hidden)
         sae_in = hidden - weights["b_dec"] if "b_dec" in weights else hidden
         hidden_pre = sae_in @ weights["W_enc"] + weights["b_enc"]
-        return hidden_pre * (hidden_pre > weights["threshold"])
+        return torch.where(hidden_pre > weights["threshold"], hidden_pre, 0)
 
     def by_edit(self, feature_acts: Tensor) -> Tensor:
         """`[..., n_edits]` activations from those of `feature_acts`, with 0 for edits of directions."""

@@ -290,7 +290,7 @@ class _Bench:
             return 1.5 * alpha, lambda strength: Decay(self.plan.max_new_tokens / 2, strength)
         if name == "kl_cap":
             return 2 * mean_kl, lambda budget: KLCap(budget, 8 * alpha)
-        return alpha, lambda target: SetPoint(target, gain=0.5, integral=0.1)
+        return alpha, lambda target: SetPoint(target, gain=0.5, integral=0.02)
 
     def _written(
         self, steering: Steering | None, controller: Controller | None, on_token: OnToken | None
