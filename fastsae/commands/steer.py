@@ -15,7 +15,7 @@ from fastsae.errors import UsageError
 from fastsae.flags import Commands, add_config_flags, given_options, path, place, whole_number
 
 if TYPE_CHECKING:
-    from fastsae.steering.run import Plan, Subject
+    from fastsae.steering.plan import Plan, Subject
     from fastsae.train.pipeline import Pipeline
 
 MODES = ("add", "clamp", "min_clamp", "scale", "ablate", "orthogonal")  # as fastsae.steering.edits has them
@@ -133,7 +133,7 @@ def _prepared(arguments: Namespace, sae: Any, pipeline: Pipeline, output: Path, 
     from fastsae.disk import name_of
     from fastsae.interpret.examine import EXAMPLES, examples_of
     from fastsae.interpret.store import HEADER
-    from fastsae.steering.run import Plan, Subject, check
+    from fastsae.steering.plan import Plan, Subject, check
     from fastsae.steering.select import Chosen, choose
 
     dynamic = arguments.dynamic if arguments.dynamic is not None else DYNAMIC if arguments.mode == "add" else ()

@@ -53,6 +53,7 @@ def calibrate(
     bracket: tuple[float, float] = BRACKET,
     tolerance: float = TOLERANCE,
     max_new_tokens: int = 32,
+    tried: Callable[[], object] = lambda: None,
 ) -> Calibration:
     """Find the strength alpha at which the 95th percentile over tokens of the KL is `target` nats, on short greedy roll-outs.
 
@@ -68,6 +69,7 @@ def calibrate(
         target: The wanted KL, in nats.
         bracket: The smallest and the largest strength.
         tolerance: How far from the target is close, in nats.
+        tried: Called after each strength.
 
     Raises:
         UsageError: Even the largest strength stays below the target, the smallest is above it, or an argument is wrong.
@@ -83,6 +85,7 @@ def calibrate(
         except NotFiniteError:
             found = math.inf
         search.note(alpha, found)
+        tried()
     return search.result()
 
 

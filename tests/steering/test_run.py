@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from fastsae.data.tokens import render
 from fastsae.interpret.examine import EXAMPLES
 from fastsae.interpret.store import ExampleStore
 from fastsae.sae import SparseAutoencoder
+from fastsae.steering import bench
 from fastsae.steering.edits import Edit
 from fastsae.steering.prompted import prompted_rollouts
-from fastsae.steering.rollout import roll_out
+from fastsae.steering.rollout import Rollout, roll_out
 from fastsae.steering.run import PAGE_FILE, RESULT_FILE
+from fastsae.steering.twins import NotFiniteError
 
 transformers = pytest.importorskip("transformers")
 SHORT = ["--max-new-tokens", "6", "--quiet"]
@@ -107,6 +110,26 @@ def test_a_grid_with_its_controls(
     with steer(model, sae, [Edit(feature, "add", 40.0)]):
         written = model.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
     assert tokenizer.decode(written) == runs[arm, "fixed", 40.0]["texts"][1]["text"]
+
+
+def test_a_dose_that_is_too_strong_for_the_model_is_left_out(
+    folder: Path, feature: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rolled(*arguments: Any, **options: Any) -> list[Rollout]:
+        found = roll_out(*arguments, **options)
+        if max(abs(kl) for one in found for kl in one.kl) > 1e-3:
+            raise NotFiniteError("the model computed NaN")
+        return found
+
+    monkeypatch.setattr(bench, "roll_out", rolled)
+    given = ["--feature", feature, "--prompt", "Why?", "--alpha", "0,400", "--instruction", "none"]
+    status, _, err = called(capsys, "steer", folder, *given, *SHORT)
+    assert status == 0
+    assert f"feature {feature}, alpha 400 is left out: the model computed NaN" in err
+    result = json.loads((folder / RESULT_FILE).read_text())
+    assert {(run["arm"], run["alpha"]) for run in result["runs"]} == {
+        ("unsteered", 0), (f"feature {feature}", 0), ("random direction", 0)
+    }  # fmt: skip
 
 
 def test_other_modes_have_numbers_and_no_random_direction(
