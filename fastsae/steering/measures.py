@@ -149,12 +149,12 @@ def stable_range(grid: Sequence[tuple[float, Measures]], unsteered: Measures) ->
     lowest, highest = min(held, default=None), max(held, default=None)
     if lowest is None or highest is None:
         nearest = min(why, key=abs, default=None)
-        return StableRange(None, None, (), "" if nearest is None else f"at {nearest:g}, {why[nearest]}")
+        return StableRange(None, None, (), "" if nearest is None else f"at {nearest:.4g}, {why[nearest]}")
     inside = tuple(alpha for alpha, broken in why.items() if broken and lowest < alpha < highest)
     below = max((alpha for alpha in why if alpha < lowest), default=None)
     above = min((alpha for alpha in why if alpha > highest), default=None)
     told = [alpha for alpha in (below, *inside, above) if alpha is not None]
-    reason = "; ".join(f"at {alpha:g}, {why[alpha]}" for alpha in told) or "no alpha of the grid breaks them"
+    reason = "; ".join(f"at {alpha:.4g}, {why[alpha]}" for alpha in told) or "no alpha of the grid breaks them"
     return StableRange(lowest, highest, inside, reason)
 
 
