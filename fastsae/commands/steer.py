@@ -26,7 +26,7 @@ PAPER_ALPHAS = (0.0, 15.0, 25.0, 50.0, 100.0, 150.0, 200.0)
 N_PROMPTS = 3
 _LONGEST_PROMPT = 400  # characters of a dialogue's first turn that serves as a prompt
 _N_WORDS, _N_RAISED = 5, 60
-_WORD = re.compile(r"[Ġ▁]([^\W\d_]{3,})")  # a token that begins a word, in the signs of both kinds of tokenizers
+_WORD_BEGINS = ("Ġ", "▁")  # the signs of both kinds of tokenizers for a space before a token
 
 _STEER = """\
 Adds a feature's direction to the residual stream while the model answers, dose by dose, beside the model as it is, a random
@@ -185,8 +185,12 @@ def _instruction(subject: Subject, features: list[int]) -> str:
 
     direction = subject.sae.W_dec.detach()[features].sum(0, keepdim=True)
     found = feature_logits(subject.residual.model, direction, _N_RAISED)
-    tokens = subject.tokenizer.convert_ids_to_tokens([token for token, _ in found[0].positive]) if found else []
-    words = [match[1] for token in tokens if (match := _WORD.fullmatch(str(token)))]
+    raised = [token for token, _ in found[0].positive] if found else []
+    begins = [str(token)[:1] in _WORD_BEGINS for token in subject.tokenizer.convert_ids_to_tokens(raised)]
+    texts = [
+        subject.tokenizer.decode([token]).strip() for token, is_word in zip(raised, begins, strict=True) if is_word
+    ]
+    words = [text for text in texts if re.fullmatch(r"[^\W\d_]{3,}", text)]
     words = list(dict.fromkeys(words))[:_N_WORDS]
     return f"Use words such as {', '.join(words)} in your answer." if len(words) > 1 else "none"
 
