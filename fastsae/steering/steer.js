@@ -53,7 +53,7 @@ function onItsLines(text) {
 
 function oneText(run) {
   const head = element("h4", { text: run.name });
-  if (run.holds) head.append(element("span", { class: "holds", text: " · holds" }));
+  if (run.holds) head.append(element("span", { class: "holds", text: " · texts of this dose hold on average" }));
   const card = element("section", { class: "one", "aria-label": run.name }, head);
   const text = run.texts[state.prompt];
   if (!text) card.append(element("p", { class: "none", text: "no text" }));
