@@ -41,6 +41,22 @@ def test_the_run_on_objects_in_hand_works(tiny_model: Path, chats: Path, tmp_pat
     assert names["metrics"]["tokens"] == 256
 
 
+def test_the_lines_on_steering_work(tiny_model: Path) -> None:
+    from fastsae import FusedTopKSAE
+    from fastsae.data.language_model import load_model
+
+    (block,) = re.findall(r"```text\n(import fastsae\n.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    block, n_changed = re.subn(r"Edit\(\d+,", "Edit(3,", block)
+    assert n_changed == 1
+    model, tokenizer = load_model(str(tiny_model))
+    sae = FusedTopKSAE(16, 32, k=4)
+    sae.metadata["hook_name"] = "blocks.1.hook_resid_post"
+    inputs = {**tokenizer("What is this?", return_tensors="pt"), "max_new_tokens": 3}
+    names: dict[str, Any] = {"model": model, "sae": sae, "inputs": inputs}
+    exec(block, names)
+    assert names["output"].shape[1] <= inputs["input_ids"].shape[1] + 3
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_both_sides_of_a_diff_give_the_same(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sae_lens", reason="sae-lens is not installed (pip install sae-lens)")

@@ -295,7 +295,13 @@ def test_all_texts_of_a_prompt_stand_beside_each_other_with_their_measures(tab: 
     )
     assert tab.evaluate(tops)[:2] == [1, 1]
     first = "document.querySelectorAll('.one')[2].innerText"
-    for part in ("feature 13794, alpha 15 · texts of this dose hold on average", "mean KL", "0.116", "3.18\u00a0%", "40, cut off"):
+    for part in (
+        "feature 13794, alpha 15 · texts of this dose hold on average",
+        "mean KL",
+        "0.116",
+        "3.18\u00a0%",
+        "40, cut off",
+    ):
         assert part in tab.evaluate(first)
     tab.resize(400)
     assert tab.evaluate(tops)[:2] == [2, 2]  # a list
