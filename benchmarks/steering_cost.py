@@ -29,7 +29,7 @@ def main(path: str, feature: int = 0, pairs: int = 15) -> None:
     ids = torch.tensor([render(tokenizer, [{"role": "user", "content": _PROMPT}], add_generation_prompt=True)])
     options = {"max_new_tokens": _TOKENS, "min_new_tokens": _TOKENS, "do_sample": False, "pad_token_id": 0}
 
-    def seconds() -> float:  # of the processor, which other programs do not take part in
+    def seconds() -> float:  # CPU time, which other programs on the machine change little
         started = time.process_time()
         model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         return time.process_time() - started

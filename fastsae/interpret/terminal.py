@@ -13,7 +13,7 @@ _ROWS = (  # score, key of its value or none, words, factor, digits
     ("intruder", None, "intruder found", 1.0, 3),
     ("example_embedding", None, "example embedding", 1.0, 3),
 )
-_WIDTH, _WIDEST = 22, 30  # of a column
+_WIDTH, _WIDEST = 22, 30  # how wide a column is at least and at most
 
 
 def print_scores(result: Mapping[str, Any]) -> None:

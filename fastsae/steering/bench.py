@@ -208,5 +208,5 @@ class Bench:
 
 
 def _bounded(nats: list[float]) -> list[float]:
-    """A model that holds a token for impossible makes it infinitely surprising, which JSON has no number for."""
+    """Values of at most 100 nats: a token that a model holds for impossible has infinitely many, which JSON cannot hold."""
     return [min(value, _MOST_NATS) for value in nats]

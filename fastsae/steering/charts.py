@@ -12,7 +12,7 @@ from fastsae.evaluate import marks, plots
 Point = tuple[float, float]
 _BOTTOM = plots.HEIGHT - plots.BOTTOM
 _HIGHEST_LEVEL = 2.0  # times the largest point: a line that lies higher would press all points to the floor
-_NARROWEST = 3.0  # of a stable range, in pixels: one dose alone is seen too
+_NARROWEST = 3.0  # a stable range is at least so many pixels wide, so that one dose alone is seen
 
 
 class Series(NamedTuple):

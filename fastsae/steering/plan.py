@@ -45,12 +45,12 @@ class Plan:
         chosen: The features, which are pushed together.
         prompts: What the user says.
         alphas: The doses; None looks for the strength whose KL is 1 nat at the 95th percentile, and takes multiples of it.
-        mode: Of the edits.
-        unit: Of alpha.
+        mode: What the edits do, see `Edit`.
+        unit: What alpha is a multiple of.
         positions: Which tokens are edited.
         dynamic: Doses that change while the text is written, from `DYNAMIC`; only with the mode "add".
         instruction: What the user adds for the prompted texts; None leaves them out.
-        max_new_tokens: Of each text.
+        max_new_tokens: How long a text gets at most.
         temperature: 0 takes the likeliest token.
         seed: Determines draws, and the random direction.
     """

@@ -21,7 +21,7 @@ from fastsae.steering.result import Auto, Result, Run, Stable, Tried
 from fastsae.version import __version__
 
 RESULT_FILE, PAGE_FILE = "steer.json", "steer.html"
-MULTIPLES = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the strength that is found
+MULTIPLES = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # the found strength is multiplied by these
 
 
 def steer_texts(

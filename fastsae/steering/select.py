@@ -67,7 +67,7 @@ def by_special_tokens(
     Args:
         sae: The SAE.
         residual: Model and layer.
-        special_tokens: Of the model's chat template.
+        special_tokens: What the model's chat template writes around turns.
         batches: Whole dialogues.
         sinks: Which tokens are attention sinks.
         n: How many features of each special token.
