@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from typing import Any
@@ -155,3 +156,8 @@ def result() -> dict[str, Any]:
         "seconds": 81.3,
         "versions": {"fastsae": "0.1", "torch": "2.11"},
     }
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """The result with other values of some keys."""
+    return copy.deepcopy(result()) | changes

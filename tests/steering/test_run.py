@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from fastsae import cli, steer
+from fastsae.commands import steer as command
 from fastsae.data.tokens import render
 from fastsae.interpret.examine import EXAMPLES
 from fastsae.interpret.store import ExampleStore
 from fastsae.sae import SparseAutoencoder
-from fastsae.steering import bench
+from fastsae.steering import bench, edits, plan, positions
 from fastsae.steering.edits import Edit
 from fastsae.steering.prompted import prompted_rollouts
 from fastsae.steering.rollout import Rollout, roll_out
@@ -186,6 +187,13 @@ def test_what_is_refused(given: list[str], message: str, folder: Path, capsys: p
     assert status == 2, err
     assert message in err
     assert not (folder / RESULT_FILE).exists()
+
+
+def test_the_command_knows_every_choice_without_importing_torch() -> None:
+    assert get_args(edits.Mode) == command.MODES
+    assert get_args(edits.Unit) == command.UNITS
+    assert positions.POSITIONS == command.POSITIONS
+    assert plan.DYNAMIC == command.DYNAMIC
 
 
 def test_prompted_texts_are_measured_beside_the_prompt_alone(tiny_model: Path) -> None:
