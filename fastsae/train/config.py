@@ -323,6 +323,27 @@ class TrainConfig:
         "fastsae evaluate and load read (default: none; --resume needs the newest checkpoint alone, which the end removes)",
         COUNT,
     )
+    shard_features: int = option(
+        1,
+        "processes",
+        "number of processes that share the features of an SAE, each holding its part of the weights; the number of processes "
+        "that torchrun starts is a multiple of it, and groups of so many train on different tokens",
+        (1, 10**6),
+    )
+    reduce_dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "processes",
+        "number format in which processes send each other their parts of a reconstruction; sums are float32 in either",
+    )
+    overlap_chunks: int = option(
+        1,
+        "processes",
+        "number of parts of a batch; the reconstruction of one is summed over the processes while the next is computed",
+        (1, 1000),
+    )
+    process_timeout: float = option(
+        600.0, "processes", "number of seconds after which a process that waits for another one gives up", (1, 10**6)
+    )
 
     def __post_init__(self) -> None:
         validate(self)

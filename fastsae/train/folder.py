@@ -27,6 +27,8 @@ _SINCE_EVER = ("model", "dataset", "architecture", "batch_size", "tokens")  # op
 SAES_FILE = "saes.json"  # names of the SAEs of a run that trains several
 # options that a resumed run may be given anew: places, and what changes no result
 MAY_MOVE = ("model", "dataset", "text", "activations", "device", "prefetch")
+# and those that say how many processes share the work, whose sums differ in their last digits alone
+MAY_MOVE += ("shard_features", "overlap_chunks", "process_timeout")
 FILES = (
     CONFIG_FILE,
     METRICS_FILE,
