@@ -19,6 +19,7 @@ GROUPS = {
     "sae": "sparse autoencoder",
     "training": "training",
     "running": "running",
+    "processes": "several processes, started by torchrun",
 }
 METAVARS = {int: "N", float: "X", str: "NAME"}
 OPTIONS = {f.name: f for f in fields(TrainConfig)}
