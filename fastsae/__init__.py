@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         SparseAutoencoder,
         TopActivations,
         TrainOutput,
+        shard,
+        unshard,
     )
     from fastsae.steering import Edit, steer
     from fastsae_kernels import SparseActs
@@ -45,7 +47,9 @@ __all__ = [
     "__version__",
     "accelerate",
     "compare",
+    "shard",
     "steer",
+    "unshard",
 ]
 
 _MODULES = {  # the other names: fastsae.sae

@@ -25,6 +25,7 @@ from fastsae.pending import Collecting, PendingGradients
 from fastsae.sae.compute_copies import ComputeCopies, WrittenState, written_state
 
 if TYPE_CHECKING:
+    from fastsae.distributed import Sharding
     from fastsae_kernels.gpu.weight_gradients import RowSums
 
 CHUNK_ELEMENTS = 2**19  # rows with so many elements are updated together: four tensors of 2 MB stay in cache
@@ -189,7 +190,7 @@ class FusedSAEAdam(torch.optim.Adam):
     @property
     def _chunk(self) -> int:
         """Features that are updated together: few on a CPU, whose cache holds them, all on a GPU."""
-        return max(1, CHUNK_ELEMENTS // self.sae.d_in) if self.sae.device.type == "cpu" else self.sae.d_sae
+        return max(1, CHUNK_ELEMENTS // self.sae.d_in) if self.sae.device.type == "cpu" else len(self.matrices[1])
 
     def _by_feature(self, p: nn.Parameter, tensor: Tensor) -> Tensor:
         """A tensor like the weight matrix `p`, as `[d_sae, d_in]`."""
@@ -203,7 +204,10 @@ class FusedSAEAdam(torch.optim.Adam):
 
     def _clip(self, weights: list[nn.Parameter], sums: dict[nn.Parameter, RowSums]) -> Tensor:
         """The factor that clips; a CPU keeps the weights' gradients, whose norm is known only when all are summed."""
+        sharding: Sharding | None = getattr(self.sae, "sharding", None)
         others = [p for group in self.param_groups for p in group["params"] if not self._is_matrix(p)]
+        if sharding is not None and sharding.features.rank > 0:
+            others = [p for p in others if p is not getattr(self.sae, "b_dec", None)]  # the first process counts it
         squares = [p.grad.double().square().sum() for p in others if p.grad is not None]
         for p in weights:
             if p in sums:
@@ -215,7 +219,10 @@ class FusedSAEAdam(torch.optim.Adam):
                 if kept is not None:
                     kept[rows] = grad
                 squares.append(torch.linalg.vector_norm(grad).double().square())
-        norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+        norm = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=self.sae.device)
+        if sharding is not None:
+            sharding.features.sum_(norm, "norm")
+        norm = norm.sqrt()
         assert self.max_grad_norm is not None
         dtype = torch.promote_types(self.sae.dtype, torch.float32)
         return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(dtype)
@@ -277,7 +284,7 @@ class FusedSAEAdam(torch.optim.Adam):
             self._owed.last_step[p].masked_fill_(touched, self._step_of(p) + 1)
 
     def _kept_gradients(self, p: nn.Parameter) -> Iterator[tuple[slice, Tensor]]:
-        for start in range(0, self.sae.d_sae, self._chunk):
+        for start in range(0, len(self.matrices[1]), self._chunk):
             rows = slice(start, start + self._chunk)
             yield rows, self._kept[p][rows]
 
@@ -316,7 +323,7 @@ class FusedSAEAdam(torch.optim.Adam):
             return False
         self._owed.beta2 = group["betas"][1]
         for p in weights:
-            self._owed.begin(p, self._step_of(p), self.sae.d_sae)
+            self._owed.begin(p, self._step_of(p), len(self.matrices[1]))
         return True
 
     def _catch_up(self) -> None:

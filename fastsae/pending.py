@@ -115,7 +115,9 @@ class PendingGradients:
 
     def _may_collect(self) -> bool:
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            return False  # whoever averages gradients, DDP for one, finds them in `.grad`
+            sharding = getattr(self._sae, "sharding", None)
+            if sharding is None or sharding.data.size > 1:
+                return False  # whoever averages gradients, DDP for one, finds them in `.grad`
         for p in self._matrices:
             if p.grad is not None and p.grad is not self._marks.get(p):
                 return False
@@ -145,7 +147,7 @@ class PendingGradients:
         """The whole gradient of a weight matrix, which is pending no longer."""
         i, sums = self._index(p), self.row_sums(p)
         whole = torch.empty_like(p)
-        grad = next(self._collected.chunks(i, self._sae.d_sae))[1] if sums is None else sums.dense()
+        grad = next(self._collected.chunks(i, len(self._matrices[1])))[1] if sums is None else sums.dense()
         self.by_feature(p, whole).copy_(grad)
         self._collected.drop(i)
         self._marks.pop(p, None)
@@ -192,7 +194,7 @@ class PendingGradients:
             yield from self._collected.chunks(self._index(p), size)
         elif p.grad is not None:
             whole = self.by_feature(p, p.grad)
-            for start in range(0, self._sae.d_sae, size):
+            for start in range(0, len(self._matrices[1]), size):
                 rows = slice(start, start + size)
                 yield rows, whole[rows]
 

@@ -97,7 +97,8 @@ def weighted_sum(weights: Tensor | None, rows: Tensor) -> Tensor:
         return torch.stack([weighted_sum(w.float(), r.float()) for w, r in blocks]).sum(0)
     weights, whole = weights.to(rows.dtype), len(rows) // SUMMED_ROWS * SUMMED_ROWS
     with torch.autocast(rows.device.type, enabled=False):  # a backward may run under it, and a compiled one does
-        products = weights[:whole].view(-1, 1, SUMMED_ROWS) @ rows[:whole].unflatten(0, (-1, SUMMED_ROWS))
+        blocks = whole // SUMMED_ROWS, SUMMED_ROWS  # none of them where there are no rows
+        products = weights[:whole].unflatten(0, blocks)[:, None] @ rows[:whole].unflatten(0, blocks)
         rest = weights[whole:] @ rows[whole:]
     return torch.cat([products.squeeze(1), rest[None]]).sum(0, dtype=torch.float64).to(rows.dtype)
 

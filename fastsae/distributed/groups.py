@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed import ProcessGroup
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Traffic(Counter[str]):
@@ -80,9 +82,11 @@ class Group:
         if self.size == 1:
             return tensor[None]
         self._count(name, tensor.nbytes * (self.size - 1))
-        out = tensor.new_empty(self.size, *tensor.shape)
-        distributed.all_gather_into_tensor(out, tensor.contiguous(), group=self.processes)
-        return out
+        out = tensor.new_empty(self.size * tensor.numel())
+        # PyTorch 2.13 has renamed it
+        gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+        gather(out, tensor.contiguous().view(-1), group=self.processes)
+        return out.view(self.size, *tensor.shape)
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int], name: str) -> Tensor:
         """The rows of all processes one after the other; process `r` has `counts[r]` of them, which may be none."""

@@ -6,6 +6,7 @@ from fastsae.sae.inference import TopActivations
 from fastsae.sae.jumprelu import FusedJumpReLUSAE
 from fastsae.sae.outputs import TrainOutput
 from fastsae.sae.relu import FusedReLUSAE
+from fastsae.sae.shards import shard, unshard
 from fastsae.sae.topk import FusedTopKSAE
 
 __all__ = [
@@ -16,4 +17,6 @@ __all__ = [
     "SparseAutoencoder",
     "TopActivations",
     "TrainOutput",
+    "shard",
+    "unshard",
 ]

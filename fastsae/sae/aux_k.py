@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-import fastsae_kernels as kernels
 from fastsae.sae.dead_features import DeadFeatures
 from fastsae_kernels import AutoencodeSpec
 
@@ -42,14 +41,16 @@ def aux_k_loss(sae: SparseAutoencoder, dead: DeadFeatures, x: Tensor, residual: 
     Source:
         Gao et al. 2024, arXiv:2406.04093, appendix A.2.
     """
-    ids = dead.ids(dead_mask, sae.d_sae, sae.device)
+    ids = dead.ids(dead_mask, sae.d_shard, sae.device)
     n_dead, k_aux = ids.numel(), max(1, sae.d_in // 2)
+    if sae.sharding is not None:
+        n_dead = sae.sharding.total(n_dead, sae.device)
     if n_dead == 0:
         return residual.new_zeros((), dtype=sae._wide())
     scale = sae._rescaling(ids)
-    squared_error = kernels.autoencode(
+    squared_error: Tensor = sae._ops.autoencode(
         *sae._encoder_inputs(x, scale, ids),
-        torch.zeros(n_dead, dtype=sae._wide(), device=sae.device),
+        torch.zeros(ids.numel(), dtype=sae._wide(), device=sae.device),
         sae._decoder(scale, ids),
         torch.zeros_like(sae.b_dec),
         # with room for all of them there is nothing to choose, and the dense path may take over
@@ -57,5 +58,4 @@ def aux_k_loss(sae: SparseAutoencoder, dead: DeadFeatures, x: Tensor, residual: 
         target=-residual.detach(),
         hint=dead.activity,
     ).squared_error
-    assert squared_error is not None
     return squared_error.mean() * min(n_dead / k_aux, 1.0)

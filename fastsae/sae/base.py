@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastsae_kernels as kernels
+from fastsae.distributed import Sharding, groups_of
 from fastsae.sae.compute_copies import ComputeCopies
 from fastsae.sae.inference import (
     FeatureWeights,
@@ -27,6 +28,8 @@ from fastsae.sae.storage import StoredModule
 from fastsae_kernels import ActivityHint, AutoencodeOutput, AutoencodeSpec, Collector, SparseActs, reference
 from fastsae_kernels.memory import version_of
 from fastsae_kernels.weight_gradients import PassCollector
+
+DRAWN_ROWS = 4096  # rows of initial weights that are drawn together where a process keeps some of them
 
 
 class SparseAutoencoder(StoredModule, ABC):
@@ -46,6 +49,7 @@ class SparseAutoencoder(StoredModule, ABC):
         decoder_init_norm: float = 1.0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        mesh: Any = None,
     ) -> None:
         super().__init__()
         if not 0 < decoder_init_norm < math.inf:
@@ -54,13 +58,18 @@ class SparseAutoencoder(StoredModule, ABC):
         self.k = None if k is None else check_integer("k", k, self.d_sae)
         self.apply_b_dec_to_input, self.decoder_init_norm = apply_b_dec_to_input, decoder_init_norm
         self.metadata: dict[str, Any] = {}
+        self.sharding: Sharding | None = None
+        d_shard = self.d_sae
+        if mesh is not None:
+            self.use_sharding(sharding := Sharding(self.d_sae, groups_of(mesh)))
+            d_shard = sharding.end - sharding.start
         self._activity = ActivityHint()
         self.collector = Collector()
         self._compute_copies: weakref.ref[ComputeCopies] | None = None  # lives as long as its optimiser
         factory: dict[str, Any] = {"dtype": dtype, "device": device}
-        self.W_enc = nn.Parameter(torch.empty(d_in, d_sae, **factory))
-        self.b_enc = nn.Parameter(torch.zeros(d_sae, **factory))
-        self.W_dec = nn.Parameter(torch.empty(d_sae, d_in, **factory))
+        self.W_enc = nn.Parameter(torch.empty(d_in, d_shard, **factory))
+        self.b_enc = nn.Parameter(torch.zeros(d_shard, **factory))
+        self.W_dec = nn.Parameter(torch.empty(d_shard, d_in, **factory))
         self.b_dec = nn.Parameter(torch.zeros(d_in, **factory))
         self.reset_parameters()
 
@@ -78,12 +87,42 @@ class SparseAutoencoder(StoredModule, ABC):
     def reset_parameters(self) -> None:
         """Draws `W_dec` Kaiming-uniform with rows of `decoder_init_norm`, `W_enc` as its transpose, and biases of 0."""
         with torch.no_grad():
-            nn.init.kaiming_uniform_(self.W_dec, a=5**0.5)
+            self._draw_decoder_()
             self.normalize_decoder_()
             self.W_dec.mul_(self.decoder_init_norm)
             self.W_enc.copy_(self.W_dec.t())
             self.b_enc.zero_()
             self.b_dec.zero_()
+
+    def _draw_decoder_(self) -> None:
+        """Draws the rows of all features in order, and keeps those that this process holds: on a CPU the same for any number."""
+        if self.sharding is None:
+            nn.init.kaiming_uniform_(self.W_dec, a=5**0.5)
+            return
+        first, end = self.sharding.start, self.sharding.end
+        for start in range(0, self.d_sae, DRAWN_ROWS):
+            rows = self.W_dec.new_empty(min(DRAWN_ROWS, self.d_sae - start), self.d_in)
+            nn.init.kaiming_uniform_(rows, a=5**0.5)
+            low, high = max(first, start), min(end, start + len(rows))
+            if low < high:
+                self.W_dec[low - first : high - first] = rows[low - start : high - start]
+
+    def use_sharding(self, sharding: Sharding) -> None:
+        """Takes the ops that make a whole of the parts of the features that several processes hold.
+
+        Raises:
+            ValueError: A choice of the k largest is made beside a penalty, which needs all features in one process.
+        """
+        if sharding.is_shared:
+            self._check_shardable()
+        self.sharding = sharding
+
+    def _check_shardable(self) -> None:
+        if self.k is not None:
+            raise ValueError(
+                f"k: expected None where processes share the features of a {self.architecture} SAE, got {self.k}; topk and "
+                "batchtopk SAEs can be shared"
+            )
 
     @torch.no_grad()
     def store_by_feature_(self) -> None:
@@ -103,6 +142,21 @@ class SparseAutoencoder(StoredModule, ABC):
             if key in state_dict:  # `assign=True` takes tensors as they are
                 state_dict[key] = state_dict[key].to(dtype)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    @property
+    def d_shard(self) -> int:
+        """Number of features that this process holds: `d_sae`, unless several processes share them."""
+        return int(self.W_dec.shape[0])
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether other processes hold some of the features."""
+        return self.sharding is not None and self.sharding.is_shared
+
+    @property
+    def _ops(self) -> Any:
+        """Who runs autoencode, encode and decode: the kernels, or several processes on their parts of the features."""
+        return self.sharding or kernels
 
     @property
     def dtype(self) -> torch.dtype:
@@ -162,6 +216,11 @@ class SparseAutoencoder(StoredModule, ABC):
             raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
         return x.to(self.dtype)
 
+    def _pre_bias(self) -> Tensor:
+        """`b_dec` where it is subtracted from x: each process then has the gradient of its own features alone."""
+        b_dec: Tensor = self.b_dec
+        return b_dec if self.sharding is None else self.sharding.share(b_dec)
+
     def _sae_in(self, x: Tensor) -> Tensor:
         return x - self.b_dec if self.apply_b_dec_to_input else x
 
@@ -171,7 +230,7 @@ class SparseAutoencoder(StoredModule, ABC):
         """What the ops encode, `W_enc` and `b_enc`; only together do they give every gradient."""
         W_enc, b_enc = self._encoder(scale, ids)
         if self.apply_b_dec_to_input:
-            x, b_enc = kernels.subtract_pre_bias(x, self.b_dec, W_enc, b_enc)
+            x, b_enc = kernels.subtract_pre_bias(x, self._pre_bias(), W_enc, b_enc)
         return x, self._for_products(W_enc), b_enc  # the bias took the weight itself, in its own dtype
 
     def _autoencode(
@@ -184,7 +243,7 @@ class SparseAutoencoder(StoredModule, ABC):
     ) -> AutoencodeOutput:
         """One pass over a checked x. In training x is the target too, and the first output is the residual."""
         scale = self._rescaling()
-        return kernels.autoencode(
+        output: AutoencodeOutput = self._ops.autoencode(
             *self._encoder_inputs(x, scale),
             self.gate_threshold() if threshold is None else threshold,
             self._decoder(scale),
@@ -196,6 +255,7 @@ class SparseAutoencoder(StoredModule, ABC):
             # the gradient of a rescaled weight is not that of the parameter
             collector=self._pass_collector() if scale is None else None,
         )
+        return output
 
     def _pass_collector(self) -> PassCollector | None:
         """None where a weight is computed from others, as by a parametrization: its gradient goes on to them."""
@@ -213,7 +273,11 @@ class SparseAutoencoder(StoredModule, ABC):
 
     def encode(self, x: Tensor) -> Tensor:
         """Feature activations as a dense tensor, `[..., d_sae]`; differentiable. Allocates what it returns."""
-        return self._encode_dense(x)
+        return self._encode_all(x) if self._is_shared else self._encode_dense(x)
+
+    def _encode_all(self, x: Tensor) -> Tensor:
+        """`[..., d_sae]`, the active features made dense."""
+        return self.encode_sparse(x).to_dense().reshape(*x.shape[:-1], self.d_sae).to(self.dtype)
 
     def _encode_dense(self, x: Tensor, ids: Tensor | None = None) -> Tensor:
         spec, threshold = self._spec(), self.gate_threshold()
@@ -239,7 +303,10 @@ class SparseAutoencoder(StoredModule, ABC):
     ) -> SparseActs:
         x, W_enc, b_enc = self._encoder_inputs(self._checked(x), self._rescaling())
         threshold = self.gate_threshold() if threshold is None else threshold
-        return kernels.encode(x.reshape(-1, self.d_in), W_enc, b_enc, threshold, k=k, batch_topk=batch_topk)
+        acts: SparseActs = self._ops.encode(
+            x.reshape(-1, self.d_in), W_enc, b_enc, threshold, k=k, batch_topk=batch_topk
+        )
+        return acts
 
     def encode_topk(self, x: Tensor, k: int) -> TopActivations:
         """The `k` largest activations of each token and their features, without a dense tensor.
@@ -281,7 +348,7 @@ class SparseAutoencoder(StoredModule, ABC):
             ValueError: An id is out of range, or the last dimension of `x` is not `d_in`.
         """
         ids = check_feature_ids(feature_ids, self.d_sae, self.device)
-        if self.k_per_token is None:
+        if self.k_per_token is None and not self._is_shared:
             return self._encode_dense(x, ids)
         acts = columns(self.encode_sparse(x), ids)
         return acts.reshape(*x.shape[:-1], ids.numel()).to(self.dtype)
@@ -289,6 +356,8 @@ class SparseAutoencoder(StoredModule, ABC):
     def feature_weights(self, feature_ids: Sequence[int] | Tensor) -> FeatureWeights:
         """The weights of some features, in any order; raises as `encode_features` does."""
         ids = check_feature_ids(feature_ids, self.d_sae, self.device)
+        if self._is_shared:
+            raise ValueError("feature_weights: expected an SAE whose features one process holds; save it, and load it")
         scale, threshold = self._rescaling(ids), self.gate_threshold().index_select(0, ids)
         return FeatureWeights(*self._encoder(scale, ids), threshold, self._decoder(scale, ids))
 
@@ -303,15 +372,21 @@ class SparseAutoencoder(StoredModule, ABC):
         """
         W_dec = self._decoder(self._rescaling())
         if isinstance(acts, SparseActs):
-            return kernels.decode(acts, W_dec, self.b_dec)
+            return self._decode_sparse(acts, W_dec)
         if not isinstance(acts, Tensor):
             raise TypeError(f"acts: expected a torch.Tensor or SparseActs, got {type(acts).__name__}")
         if acts.dim() == 0 or acts.shape[-1] != self.d_sae:
             raise ValueError(f"acts: expected last dimension d_sae = {self.d_sae}, got shape {tuple(acts.shape)}")
         if acts.layout is not torch.strided:
-            sae_out = kernels.decode(from_sparse_tensor(acts, self._wide()), W_dec, self.b_dec)
+            sae_out = self._decode_sparse(from_sparse_tensor(acts, self._wide()), W_dec)
             return sae_out.reshape(*acts.shape[:-1], self.d_in)
+        if self._is_shared:
+            return self.decode(acts.to_sparse())
         return reference.decode(acts.to(self.dtype), W_dec, self.b_dec)
+
+    def _decode_sparse(self, acts: SparseActs, W_dec: Tensor) -> Tensor:
+        sae_out: Tensor = self._ops.decode(acts, W_dec, self.b_dec)
+        return sae_out
 
     def _train_output(self, x: Tensor, output: AutoencodeOutput, losses: dict[str, Tensor]) -> TrainOutput:
         per_token = output.squared_error

@@ -44,6 +44,7 @@ class FusedBatchTopKSAE(TopKFamily):
         decoder_init_norm: Length of each initial row of `W_dec`; SAELens' default is 0.1.
         dtype: Of the weights.
         device: Where the parameters are made.
+        mesh: Processes that share the features; see `fastsae.shard`.
 
     Raises:
         TypeError: A size or `k` is no integer.
@@ -69,6 +70,7 @@ class FusedBatchTopKSAE(TopKFamily):
         decoder_init_norm: float = 1.0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        mesh: Any = None,
     ) -> None:
         super().__init__(
             d_in,
@@ -79,6 +81,7 @@ class FusedBatchTopKSAE(TopKFamily):
             decoder_init_norm=decoder_init_norm,
             dtype=dtype,
             device=device,
+            mesh=mesh,
         )
         if not 0 < topk_threshold_lr <= 1:
             raise ValueError(f"topk_threshold_lr: expected a number > 0 and <= 1, got {topk_threshold_lr}")
@@ -102,7 +105,7 @@ class FusedBatchTopKSAE(TopKFamily):
 
     def gate_threshold(self) -> Tensor:
         # a copy even in fp64: a backward may still wait for it while a training pass moves the buffer
-        return self.topk_threshold.to(self._wide()).repeat(self.d_sae)
+        return self.topk_threshold.to(self._wide()).repeat(self.d_shard)
 
     def training_forward(
         self, x: Tensor, *, dead_mask: Tensor | None = None, aux_loss_coefficient: float | Tensor = 1.0

@@ -42,6 +42,7 @@ class FusedJumpReLUSAE(SparseAutoencoder):
         decoder_init_norm: Length of each initial row of `W_dec`; SAELens' default is 0.1.
         dtype: Of the weights; `threshold` stays float32.
         device: Where the parameters are made.
+        mesh: Processes that share the features; see `fastsae.shard`.
 
     Raises:
         TypeError: A size or `k` is no integer.
@@ -66,6 +67,7 @@ class FusedJumpReLUSAE(SparseAutoencoder):
         decoder_init_norm: float = 1.0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        mesh: Any = None,
     ) -> None:
         super().__init__(
             d_in,
@@ -75,6 +77,7 @@ class FusedJumpReLUSAE(SparseAutoencoder):
             decoder_init_norm=decoder_init_norm,
             dtype=dtype,
             device=device,
+            mesh=mesh,
         )
         if not 0 < bandwidth < math.inf:
             raise ValueError(f"bandwidth: expected a finite number > 0, got {bandwidth}")
@@ -83,7 +86,7 @@ class FusedJumpReLUSAE(SparseAutoencoder):
         if log_threshold and init_threshold == 0:
             raise ValueError(f"init_threshold: expected a number > 0 with log_threshold, got {init_threshold}")
         self.bandwidth, self.init_threshold, self.ste_to_input = bandwidth, init_threshold, ste_to_input
-        threshold = torch.full((d_sae,), float(init_threshold), dtype=self._wide(), device=device)
+        threshold = torch.full((self.d_shard,), float(init_threshold), dtype=self._wide(), device=device)
         if log_threshold:
             self.log_threshold = nn.Parameter(threshold.log())
         else:
@@ -177,11 +180,19 @@ class FusedJumpReLUSAE(SparseAutoencoder):
             penalty = (penalty - target_l0).square() * (2 / target_l0)
         losses = {"l0_loss": l0_coefficient * penalty.mean()}
         if dead_mask is not None:
-            dead = checked_mask(dead_mask, self.d_sae)
-            sae_in = self._sae_in(x).reshape(-1, self.d_in)
-            pull = pre_act_loss(sae_in, self.W_enc, self.b_enc, self.threshold, self.decoder_norms(), dead)
-            losses["pre_act_loss"] = pre_act_loss_coefficient * pull
+            losses["pre_act_loss"] = pre_act_loss_coefficient * self._pre_act_loss(x, dead_mask)
         return self._train_output(x, output, losses)
+
+    def _pre_act_loss(self, x: Tensor, dead_mask: Tensor) -> Tensor:
+        dead = checked_mask(dead_mask, self.d_shard)
+        pre_bias = self._pre_bias()
+        x = x if self.sharding is None else self.sharding.share(x, "x")
+        sae_in = (x - pre_bias if self.apply_b_dec_to_input else x).reshape(-1, self.d_in)
+        loss = pre_act_loss(sae_in, self.W_enc, self.b_enc, self.threshold, self.decoder_norms(), dead)
+        if self.sharding is None:
+            return loss
+        # a process without dead features takes part in the exchange of the gradient too
+        return self.sharding.sum_of_parts(loss + pre_bias[:0].sum() + x[:0].sum())
 
     @torch.no_grad()
     def shift_gates_(self, shift: Tensor) -> None:

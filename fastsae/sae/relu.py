@@ -24,6 +24,7 @@ class FusedReLUSAE(SparseAutoencoder):
         decoder_init_norm: Length of each initial row of `W_dec`; SAELens' default is 0.1.
         dtype: Of the weights.
         device: Where the parameters are made.
+        mesh: Processes that share the features; see `fastsae.shard`.
 
     Source:
         Bricken et al. 2023, "Towards Monosemanticity".

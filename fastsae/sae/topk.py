@@ -39,6 +39,7 @@ class TopKFamily(SparseAutoencoder, ABC):
         decoder_init_norm: float = 1.0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        mesh: Any = None,
     ) -> None:
         if k is None:
             raise TypeError(f"k: expected an integer from 1 to d_sae = {d_sae}, got None")
@@ -50,12 +51,13 @@ class TopKFamily(SparseAutoencoder, ABC):
             decoder_init_norm=decoder_init_norm,
             dtype=dtype,
             device=device,
+            mesh=mesh,
         )
         self.rescale_acts_by_decoder_norm = rescale_acts_by_decoder_norm
         self._dead = DeadFeatures()
 
     def gate_threshold(self) -> Tensor:
-        return torch.zeros(self.d_sae, dtype=self._wide(), device=self.device)
+        return torch.zeros(self.d_shard, dtype=self._wide(), device=self.device)
 
     def _rescaling(self, ids: Tensor | None = None) -> Tensor | None:
         if not self.rescale_acts_by_decoder_norm:
@@ -71,6 +73,9 @@ class TopKFamily(SparseAutoencoder, ABC):
             loss = aux_k_loss(self, self._dead, x, output.sae_out, dead_mask)
             losses["auxiliary_reconstruction_loss"] = aux_loss_coefficient * loss
         return self._train_output(x, output, losses)
+
+    def _check_shardable(self) -> None:
+        """The k largest of a token are found among the features of all processes."""
 
     def _check_foldable(self) -> None:
         if not self.rescale_acts_by_decoder_norm:  # with it a feature's rank is that of the folded one already
@@ -118,6 +123,7 @@ class FusedTopKSAE(TopKFamily):
         decoder_init_norm: Length of each initial row of `W_dec`; SAELens' default is 0.1.
         dtype: Of the weights.
         device: Where the parameters are made.
+        mesh: Processes that share the features; see `fastsae.shard`.
 
     Raises:
         TypeError: A size or `k` is no integer.
@@ -130,8 +136,7 @@ class FusedTopKSAE(TopKFamily):
     architecture, file_architectures = "topk", ("topk",)
 
     def encode(self, x: Tensor) -> Tensor:
-        # a dense top-k would have to sort [N, d_sae]
-        return self.encode_sparse(x).to_dense().reshape(*x.shape[:-1], self.d_sae).to(self.dtype)
+        return self._encode_all(x)  # a dense top-k would have to sort [N, d_sae]
 
     def to_files(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {"architecture": self.architecture, **self.config()}, self.state_dict()

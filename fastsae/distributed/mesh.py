@@ -1,0 +1,49 @@
+"""From a mesh of processes to their groups."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import distributed
+
+from fastsae.distributed.groups import Group
+from fastsae.errors import UsageError
+
+DATA, FEATURE = "data", "feature"  # the dimensions of a mesh
+
+
+class Groups(NamedTuple):
+    """The processes that this one works with."""
+
+    features: Group  # they hold other features of the same SAE, and see the same tokens
+    data: Group  # they hold the same features, and see other tokens
+    world: Group  # all of them
+
+
+def groups_of(mesh: Any) -> Groups:
+    """The groups of a mesh.
+
+    Args:
+        mesh: A `torch.distributed.device_mesh.DeviceMesh` with the dimensions `data` and `feature`, or one of them alone; or a
+            `ProcessGroup`, whose processes share the features.
+
+    Raises:
+        UsageError: It is none of these, or has other dimensions.
+    """
+    if distributed.is_available() and isinstance(mesh, distributed.ProcessGroup):
+        features = Group(mesh)
+        return Groups(features, Group(), features)
+    names = getattr(mesh, "mesh_dim_names", None)
+    if not names or not {DATA, FEATURE} >= set(names):
+        raise UsageError(
+            f"mesh: expected a ProcessGroup, or a DeviceMesh with the dimensions '{DATA}' and '{FEATURE}' or one of them, got "
+            f"{type(mesh).__name__} with {names or 'no names of dimensions'}"
+        )
+    features, data = (Group(mesh.get_group(name)) if name in names else Group() for name in (FEATURE, DATA))
+    if len(names) == 1:
+        return Groups(features, data, features if features.size > 1 else data)
+    if mesh.size() != distributed.get_world_size():
+        raise UsageError(
+            f"mesh: expected one of all {distributed.get_world_size()} processes where it has two dimensions, got {mesh.size()}"
+        )
+    return Groups(features, data, Group(distributed.group.WORLD))

@@ -1,0 +1,105 @@
+"""Which activations are the largest where the features of a token are held by several processes: TopK and BatchTopK."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastsae.distributed.groups import Group
+from fastsae_kernels import SparseActs
+
+RADIX_BITS = 16  # of a value, found by one sum of a histogram
+ROOM = 2  # times its fair share of the k largest: so many candidates each process sends at first
+
+
+def among_topk(acts: SparseActs, k: int, features: Group) -> Tensor:
+    """`[nnz]` bool: which of this process's entries are among the `k` largest of their token; ties go to the lower feature.
+
+    Each process sends the values of its `2 k / P` largest entries of a token. Where one of them turns out to hold more of
+    the `k` largest than that, which all processes see alike, the others are sent too. So the choice is exact.
+
+    Args:
+        acts: The `k` largest of this process's features for each token, packed.
+        k: How many survive.
+        features: The processes, in the order of their features.
+    """
+    values = acts.values.detach()
+    rows, starts = acts.row_ids(), acts.row_offsets.long()
+    padded = values.new_zeros(acts.shape[0], k)
+    padded[rows, torch.arange(len(values), device=values.device) - starts[rows]] = values
+    padded = padded.sort(dim=1, descending=True).values
+    sent = min(k, -(-ROOM * k // features.size))
+    found = features.gather(padded[:, :sent].contiguous(), "candidates")
+    cutoff = _kth_largest(found, k)
+    last = found[:, :, -1]
+    if sent < k and ((last >= cutoff.t()) & (last > 0)).any():  # that process may have more of them
+        rest = features.gather(padded[:, sent:].contiguous(), "candidates")
+        found = torch.cat([found, rest], dim=2)
+        cutoff = _kth_largest(found, k)
+    room = k - (found > cutoff).sum((0, 2)) - (found[: features.rank] == cutoff).sum((0, 2))
+    limit = cutoff[rows, 0]
+    ties = values == limit
+    before = torch.nn.functional.pad(ties.cumsum(0), (1, 0))
+    place = before[:-1] - before[starts[:-1]][rows]  # among the ties of its row
+    return (values > limit) | (ties & (place < room[rows]))
+
+
+def _kth_largest(found: Tensor, k: int) -> Tensor:
+    """`[N, 1]`, the k-th largest of `[P, N, q]` values of each token; 0 where there are no `k`."""
+    by_token = found.permute(1, 0, 2).flatten(1)
+    if by_token.shape[1] < k:
+        return by_token.new_zeros(len(by_token), 1)
+    return by_token.topk(k, dim=1).values[:, -1:]
+
+
+def among_batch_topk(
+    acts: SparseActs, budget: int, features: Group, data: Group, world: Group
+) -> tuple[Tensor, Tensor]:
+    """`[nnz]` bool, which of this process's entries are among the `budget` largest of the whole batch, and the smallest of them.
+
+    Ties go to the lower token, then the lower feature. The value of the last survivor is found bit by bit: the histogram of
+    the 16 highest bits of all values, summed over the processes, tells those of the survivor, then that of the next 16 bits
+    among the values that have them. Positive floating-point numbers have the order of their bits.
+
+    Args:
+        acts: This process's entries, packed, at least those that can survive.
+        budget: How many survive in all.
+        features: The processes that hold other features of the same tokens.
+        data: Those that hold the same features and other tokens.
+        world: All of them.
+    """
+    values = acts.values.detach()
+    keys = values.view(torch.int32 if values.element_size() == 4 else torch.int64)
+    known, left, n_ties = torch.zeros((), dtype=torch.int64, device=values.device), budget, 0
+    of_prefix = torch.ones_like(values, dtype=torch.bool)
+    top = keys.element_size() * 8 - RADIX_BITS
+    for shift in range(top, -1, -RADIX_BITS):
+        digits = (keys >> shift) & (2**RADIX_BITS - 1)
+        counts = torch.bincount(digits[of_prefix], minlength=2**RADIX_BITS).int()
+        counts = world.sum_(counts, "histogram").long()
+        if shift == top and int(counts.sum()) <= left:  # all survive
+            smallest = values.amin(0, keepdim=True) if len(values) else values.new_full((1,), torch.inf)
+            return of_prefix, world.smallest_(smallest, "histogram")[0]
+        above = counts.flip(0).cumsum(0).flip(0) - counts  # of larger digits
+        digit = int((above < left).nonzero()[0])
+        left, n_ties = left - int(above[digit]), int(counts[digit])
+        known = (known << RADIX_BITS) + digit
+        of_prefix &= digits == digit
+    cutoff = known.to(keys.dtype).view(values.dtype)
+    if left < n_ties:
+        of_prefix &= _first_ties(acts, of_prefix, left, features, data)
+    return (values > cutoff) | of_prefix, cutoff
+
+
+def _first_ties(acts: SparseActs, ties: Tensor, most: int, features: Group, data: Group) -> Tensor:
+    """`[nnz]` bool: which of the entries that tie are the first `most` by token, then feature."""
+    rows = acts.row_ids()
+    of_row = torch.bincount(rows[ties], minlength=acts.shape[0])
+    by_process = features.gather(of_row, "candidates")
+    of_batch = data.gather(by_process.sum().reshape(1), "candidates")
+    in_row = by_process.sum(0)
+    before_row = in_row.cumsum(0) - in_row + of_batch[: data.rank].sum()
+    before = ties.cumsum(0) - ties.long()
+    own_before = of_row.cumsum(0) - of_row
+    place = before - own_before[rows] + (before_row + by_process[: features.rank].sum(0))[rows]
+    return place < most
