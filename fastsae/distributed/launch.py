@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fastsae.distributed.faults import Witness, named
 from fastsae.distributed.groups import Group
+from fastsae.distributed.mesh import Groups
 from fastsae.errors import FastsaeError, UsageError, shown
 
 _starts = count()  # keeps apart what several runs of one program write into the store
@@ -67,6 +68,20 @@ class Processes:
         self._witness: Witness | None = None
         self._is_interrupted = False
         self._control = self.world = self.features = self.data = Group()
+
+    @property
+    def groups(self) -> Groups:
+        """The groups of this process."""
+        return Groups(self.features, self.data, self.world)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what one alone is to write."""
+        return self.rank == 0
+
+    def wait_for_all(self) -> None:
+        """Returns once every process has called it."""
+        self.agree(0)
 
     @property
     def part(self) -> tuple[int, int]:
@@ -125,6 +140,10 @@ class Processes:
         number = -int(self._control.smallest_(torch.tensor([-number]), "signal"))
         self._is_interrupted = number != 0
         return number
+
+    def of_first(self, value: Any) -> Any:
+        """What the first process has called this with, a value of JSON."""
+        return value if self.size == 1 else json.loads(self._from_all(json.dumps(value).encode())[0])
 
     def _from_all(self, text: bytes) -> list[bytes]:
         """The bytes that each process has called this with."""

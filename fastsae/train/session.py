@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastsae.data.activations import ResidualStream, read_layers
@@ -18,6 +19,8 @@ from fastsae.data.progress import bar
 from fastsae.data.sequencing import TokenBatch
 from fastsae.data.shared_forward import SharedForward
 from fastsae.data.stream import ActivationStream, StreamCounts
+from fastsae.distributed import Groups
+from fastsae.distributed.launch import Processes
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.fields import Fields, is_finite
 from fastsae.interrupt import Interrupted, Postponed
@@ -46,7 +49,7 @@ class Session:
         pipeline: Model and data.
         configs: The SAEs' options by name, resolved; they agree in all that the stream decides.
         progress: Show progress bars.
-        agree: With several processes, agrees on the signal that one of them has got; see `Postponed`.
+        processes: Those of the run. Each has its own dialogues, its own buffer, and its part of each batch.
 
     Attributes:
         trainers: Of the SAEs that have not failed.
@@ -59,11 +62,13 @@ class Session:
         pipeline: Pipeline,
         configs: Mapping[str, TrainConfig],
         progress: bool = False,
-        agree: Callable[[int], int] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.pipeline, self.configs, self._progress = pipeline, dict(configs), progress
+        self.processes = processes
+        self.groups = Groups.alone() if processes is None else processes.groups
         self.common = next(iter(self.configs.values()))
-        self.postponed = Postponed(agree)
+        self.postponed = Postponed(None if self.groups.world.size == 1 or processes is None else processes.agree)
         self.failures: dict[str, str] = {}
         self.origins: dict[str, list[dict[str, str]]] = {}
         model, own = pipeline.residual.model, pipeline.residual
@@ -106,16 +111,16 @@ class Session:
         return sae
 
     def _buffer(self, stream: ActivationStream) -> MixingBuffer:
-        config = self.common
-        n_wanted = config.steps * config.batch_size
+        config, world = self.common, self.groups.world
+        n_rows = self.groups.rows_of_batch(config.batch_size)[self.groups.features.rank]
+        n_held = max(2 * n_rows, -(-config.buffer_tokens // world.size))
         device = self.pipeline.residual.device
-        return MixingBuffer(
-            stream, config.buffer_tokens, config.batch_size, config.order_seed, device, self._progress, n_wanted
-        )
+        seed = (config.order_seed + world.rank) % 2**63  # each process shuffles its own rows
+        return MixingBuffer(stream, n_held, n_rows, seed, device, self._progress, config.steps * n_rows)
 
     def _trainer(self, config: TrainConfig) -> Trainer:
-        sae = build_sae(config, self.pipeline.residual.d_in, self.pipeline.residual.device)
-        return Trainer(sae, self._batches_of(_layer(config)), config)
+        sae = build_sae(config, self.pipeline.residual.d_in, self.pipeline.residual.device, self.groups)
+        return Trainer(sae, self._batches_of(_layer(config)), config, self.groups)
 
     def _read(self, batch: TokenBatch) -> dict[int, Tensor]:
         """The activations of each layer; another thread may call this while training runs."""
@@ -161,7 +166,8 @@ class Session:
         logger.info("filling the buffer with the activations of %d tokens", n_first)
         for name, trainer in self.trainers.items():
             start = sources[name].sae if name in sources else None
-            trainer.initialize(self.buffers[_layer(trainer.config)].sample(SAMPLE), start)
+            own = self.buffers[_layer(trainer.config)].sample(-(-SAMPLE // self.groups.world.size))
+            trainer.initialize(self.groups.world.gather_rows(own, None, "start"), start)
 
     def train(self, save: Callable[[], None], on_rows: Callable[[dict[str, Row]], object]) -> None:
         """Trains to the last step; nothing else may use the model meanwhile.
@@ -271,18 +277,20 @@ class Session:
             FastsaeError: The only SAE that is left does.
         """
         for name, trainer in list(self.trainers.items()):
-            if (bad := _not_finite(trainer)) is not None:
-                self.drop(name, bad)
+            bad = _not_finite(trainer)
+            n_bad = self.groups.world.sum_(torch.tensor([bad is not None], dtype=torch.int32, device=trainer.sae.device), "counts")
+            if int(n_bad):
+                self.drop(name, bad or checkpoint.not_finite(trainer.step, "another process holds NaN or infinity"))
 
     def calibrate(self) -> None:
         """Sets the thresholds of BatchTopK SAEs after the last step, by activations that no step has seen."""
         learners = [trainer for trainer in self.trainers.values() if trainer.config.architecture == "batchtopk"]
         for layer in dict.fromkeys(_layer(trainer.config) for trainer in learners):
             stream = self.streams[layer]
-            pieces = [next(stream)]
-            while sum(map(len, pieces)) < SAMPLE:
+            pieces, n_own = [next(stream)], -(-SAMPLE // self.groups.world.size)
+            while sum(map(len, pieces)) < n_own:
                 pieces.append(next(stream))
-            sample = ActivationBatch.joined(pieces).acts[:SAMPLE]
+            sample = self.groups.world.gather_rows(ActivationBatch.joined(pieces).acts[:n_own], None, "start")
             for trainer in learners:
                 if _layer(trainer.config) == layer:
                     trainer.calibrate(sample)
@@ -293,8 +301,10 @@ class Session:
         return replace(self.pipeline, config=config, residual=self.residuals[_layer(config)])
 
     def counts(self, name: str) -> StreamCounts:
-        """What was computed and left out until the last batch that an SAE was trained on."""
-        return StreamCounts(**self._stream_states[_layer(self.configs[name])]["counts"])
+        """What all processes have computed and left out until the last batch that an SAE was trained on."""
+        own = self._stream_states[_layer(self.configs[name])]["counts"]
+        counts = self.groups.world.sum_(torch.tensor(list(own.values()), device=self.pipeline.residual.device), "counts")
+        return StreamCounts(**dict(zip(own, counts.tolist(), strict=True)))
 
     def save(self, output: Path, seconds: float) -> None:
         """Writes a checkpoint of the whole session."""
