@@ -11,8 +11,10 @@ import pytest
 import torch
 from processes import run
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
 
-from fastsae import disk
+import fastsae
+from fastsae import FusedBatchTopKSAE, FusedJumpReLUSAE, FusedReLUSAE, FusedTopKSAE, SparseAutoencoder, disk
 from fastsae.distributed import gathered
 from fastsae.distributed.groups import Group
 from fastsae.distributed.parts import bounds
@@ -115,3 +117,50 @@ def test_an_error_ends_all_processes(tmp_path: Path) -> None:
     assert "b_dec: expected parts of one tensor" in second[2]
     assert (tmp_path / "full").read_text() == "what was there"
     assert {path.name for path in tmp_path.iterdir()} - {"store"} == {"0.pt", "1.pt", "file", "full"}
+
+
+def saes() -> dict[str, SparseAutoencoder]:
+    torch.manual_seed(0)
+    made: dict[str, SparseAutoencoder] = {
+        "jumprelu": FusedJumpReLUSAE(D_IN, 7, log_threshold=True, init_threshold=0.5),
+        "topk": FusedTopKSAE(D_IN, 4, k=2),
+        "batchtopk": FusedBatchTopKSAE(D_IN, 5, k=2),
+        "relu": FusedReLUSAE(D_IN, 2),
+    }
+    with torch.no_grad():
+        for parameter in (parameter for sae in made.values() for parameter in sae.parameters()):
+            parameter += 0.1 * torch.randn_like(parameter)
+    return made
+
+
+def save_sharded_saes(folder: str) -> list[str]:
+    """Saves each of them; returns what `save` says of one that holds NaN in the second process alone."""
+    mesh = init_device_mesh("cpu", (1, 3), mesh_dim_names=("data", "feature"))
+    for name, sae in saes().items():
+        fastsae.shard(sae, mesh)
+        sae.save(Path(folder) / name, model_name="a model")
+    with torch.no_grad():
+        sae.W_dec[:1] = torch.nan  # the third process has no feature of this one
+    said = []
+    for metadata in ({}, {"layer": object()}):
+        try:
+            sae.save(Path(folder) / "not written", **metadata)
+        except (ValueError, TypeError, OtherProcessError) as error:
+            said.append(f"{type(error).__name__}: {error}")
+        with torch.no_grad():
+            sae.W_dec[:1] = 1
+    return said
+
+
+def test_a_sharded_sae_is_saved_as_a_whole_one(tmp_path: Path) -> None:
+    said = run(save_sharded_saes, 3, tmp_path, str(tmp_path))
+    for name, sae in saes().items():
+        sae.save(tmp_path / "whole" / name, model_name="a model")
+        for file in ("cfg.json", "sae_weights.safetensors"):
+            assert (tmp_path / name / file).read_bytes() == (tmp_path / "whole" / name / file).read_bytes(), name
+    assert not (tmp_path / "not written").exists()
+    assert [words[0] for words in said[:2]] == [
+        "ValueError: W_dec: expected finite numbers to save, got NaN or infinity; nothing was written"
+    ] * 2
+    assert said[2][0].startswith("OtherProcessError: process 0 could not save the SAE: W_dec: expected finite numbers")
+    assert all("not JSON serializable" in words[1] for words in said)
