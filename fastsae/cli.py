@@ -6,10 +6,11 @@ import argparse
 import errno
 import logging
 import sys
+import time
 from collections.abc import Sequence
 
 from fastsae.commands import cache, compare, convert, evaluate, interpret, pages, steer, train
-from fastsae.environment import bound_product_caches
+from fastsae.environment import bound_product_caches, is_first, n_processes, rank
 from fastsae.errors import FastsaeError, UsageError, is_out_of_memory
 from fastsae.flags import as_flag, check_values
 from fastsae.imports import import_for_good
@@ -47,6 +48,7 @@ OUT_OF_MEMORY = (
     "--buffer-tokens, --batch-size, or --d-sae and --expansion, then run again, with --resume if training began and these "
     "options stay as they are"
 )
+_PAUSE = 1.0  # seconds within which torchrun ends the other processes once the first has
 
 COMMANDS = {
     "train": train,
@@ -86,30 +88,40 @@ def main(argv: Sequence[str] | None = None) -> int:
                 import_for_good(model=arguments.command != "convert")
                 COMMANDS[arguments.command].run(arguments)
         except FastsaeError as error:
-            return fail(as_flag(str(error)), 2 if isinstance(error, UsageError) else 1)
+            return fail(error, as_flag(str(error)), 2 if isinstance(error, UsageError) else 1)
         except OSError as error:
-            return fail(describe_os_error(error))
+            return fail(error, describe_os_error(error))
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            return fail(OUT_OF_MEMORY)
+            return fail(error, OUT_OF_MEMORY)
         except KeyboardInterrupt as interruption:
-            return fail(str(interruption) or "interrupted", exit_status(interruption))
+            return fail(interruption, str(interruption) or "interrupted", exit_status(interruption))
     return 0
 
 
-def fail(message: str, status: int = 1) -> int:
-    """Prints why the program ends, and returns its exit status."""
-    print(f"fastsae: {message}", file=sys.stderr)
+def fail(error: BaseException, message: str, status: int = 1) -> int:
+    """Prints why the program ends, and returns its exit status.
+
+    Of several processes that end together, one prints it. Those that failed before they could agree on one wait for the first
+    of them: as soon as it has ended, `torchrun` ends the others.
+    """
+    teller = getattr(error, "teller", None)
+    if teller is None and not is_first():
+        time.sleep(_PAUSE)
+    elif teller not in (None, rank()):
+        message = f"ended, for the reason that process {teller} tells"
+    who = "" if n_processes() == 1 else f" process {rank()}:"
+    print(f"fastsae:{who} {message}", file=sys.stderr)
     return status
 
 
 def show_log() -> None:
-    """This package's log lines on stderr; those of other libraries stay as they configure them, without their retries."""
+    """This package's log lines on stderr, of the first of several processes; those of other libraries without their retries."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers, log.propagate = [handler], False
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if is_first() else logging.ERROR)
     for name in ("huggingface_hub", "datasets", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -1,4 +1,4 @@
-"""What PyTorch may keep in memory, said before its first product; nothing here imports it."""
+"""What the environment says: which process of a run this is, and what PyTorch may keep in memory; nothing here imports it."""
 
 from __future__ import annotations
 
@@ -18,3 +18,25 @@ def bound_product_caches() -> None:
     if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:  # the older name of the first
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _PRODUCTS_KEPT)
     os.environ.setdefault("LRU_CACHE_CAPACITY", _PRODUCTS_KEPT)
+
+
+def n_processes() -> int:
+    """How many processes `torchrun` has started for the run; 1 without it."""
+    text = os.environ.get("WORLD_SIZE", "")
+    return int(text) if text.isdecimal() else 1
+
+
+def rank() -> int:
+    """The number of this process in the run."""
+    text = os.environ.get("RANK", "")
+    return int(text) if text.isdecimal() and n_processes() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that shows log, bars and results: number 0, which is the only one without `torchrun`."""
+    return rank() == 0
+
+
+def is_restart() -> bool:
+    """Whether `torchrun --max-restarts` has started the processes again, because one of them had failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")

@@ -7,7 +7,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, ClassVar
@@ -39,12 +39,17 @@ class Postponed:
 
     Nothing is postponed in another thread than the main one, where Python allows no handlers, and for a signal that the
     process ignores.
+
+    Args:
+        agree: Where several processes compute together, gives the highest number that any of them has called it with. All of
+            them then call `check` at the same places, and a signal that reached one of them ends all of them at the next.
     """
 
     active: ClassVar[Postponed | None] = None
 
-    def __init__(self) -> None:
+    def __init__(self, agree: Callable[[int], int] | None = None) -> None:
         self.number: int | None = None
+        self._agree = agree
         self._raises = False
         self._earlier: dict[int, Any] = {}
 
@@ -62,12 +67,17 @@ class Postponed:
 
     def check(self) -> None:
         """Raises Interrupted if a signal has come."""
+        if self._agree is not None:
+            self.number = self._agree(self.number or 0) or None
         if self.number is not None:
             raise Interrupted(number=self.number)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within, where an exception harms nothing, a signal need not wait."""
+        """Within, where an exception harms nothing, a signal need not wait, unless other processes have to agree."""
+        if self._agree is not None:
+            yield
+            return
         self.check()
         self._raises = True
         try:

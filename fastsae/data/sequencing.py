@@ -91,6 +91,9 @@ class Sequencer(Iterator[TokenBatch], ABC):
     `batch_tokens` tokens, padding included; a longer row is a batch by itself. The window's batches come in a seeded
     order. `state_dict()` names the next batch in a few integers.
 
+    Several processes each serve a part of the dialogues: of the order of an epoch, process `rank` of `size` takes those at
+    `rank`, `rank + size`, `rank + 2 size` and so on, so that together they serve each dialogue once per epoch.
+
     `drops` counts the dialogues that cannot be used, by reason: the template or the tokenizer fails on them, or they
     have fewer than two tokens, or a token that the model has no embedding for. Each of them counts once, in the first
     epoch. A warning tells of them as soon as they are more than 1 % of those looked at.
@@ -105,9 +108,11 @@ class Sequencer(Iterator[TokenBatch], ABC):
         shuffle: False serves the dialogues' windows and batches in the order of `indices`.
         endless: False stops after one epoch.
         n_embeddings: Number of tokens that the model has an embedding for; dialogues with others are dropped.
+        part: The number of this process, and how many there are.
 
     Raises:
-        UsageError: No dialogues, a length that is not positive, or a tokenizer without a usable chat template.
+        UsageError: No dialogues, or fewer than processes, a length that is not positive, or a tokenizer without a usable
+            chat template.
         FastsaeError: While serving: an epoch has passed without a batch.
     """
 
@@ -124,9 +129,14 @@ class Sequencer(Iterator[TokenBatch], ABC):
         shuffle: bool = True,
         endless: bool = True,
         n_embeddings: int | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         if len(indices) == 0:
             raise UsageError("no dialogues: expected at least one, but all were filtered out or the split is empty")
+        if len(indices) < part[1]:
+            raise UsageError(
+                f"dialogues: expected at least one for each of the {part[1]} processes, got {len(indices)}; start fewer processes"
+            )
         if max_length < 2 or batch_tokens < 1:
             raise UsageError(
                 f"expected max_length >= 2 and batch_tokens >= 1, got max_length={max_length} and "
@@ -135,7 +145,9 @@ class Sequencer(Iterator[TokenBatch], ABC):
         self.tokens = TokenRows(dialogues, tokenizer, max_length, n_embeddings)
         self.indices = np.asarray(indices, dtype=np.int64)
         self.batch_tokens, self.seed, self.shuffle, self.endless = batch_tokens, seed, shuffle, endless
-        self.n_windows = -(-len(self.indices) // WINDOW)
+        self.part = part
+        self.n_own = len(self.indices[part[0] :: part[1]])
+        self.n_windows = -(-self.n_own // WINDOW)
         self._has_warned = self._has_served = False
         self._order: tuple[int, np.ndarray] = (-1, self.indices)  # the epoch, and its order of dialogues
         self._batches: list[list[Row]] | None = None
@@ -176,6 +188,7 @@ class Sequencer(Iterator[TokenBatch], ABC):
         return {
             "seed": self.seed,
             "n_dialogues": len(self.indices),
+            "parts": self.part[1],
             "epoch": self._epoch,
             "window": self._window,
             "batch": self._batch,
@@ -185,16 +198,26 @@ class Sequencer(Iterator[TokenBatch], ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the batch that follows the one served before `state_dict()`.
 
+        A state that was saved with another number of parts goes on at the same place of the epoch's order of all dialogues,
+        which is the same whatever the number of parts. Parts that have each served `w` windows have together served the first
+        `w * WINDOW * parts` dialogues of that order; a window that was begun counts as served. From there on, each part starts
+        with its next whole window. So what is left of the window that was begun, and less than one window of each new part,
+        is skipped in this epoch, and no dialogue that stands before that place comes again. Where the saved parts were at
+        different places, the state of the furthest is the one to load in every process.
+
         Raises:
             UsageError: The state belongs to another seed or another number of dialogues.
             ValueError: It is no state of a sequencer.
         """
-        for name in ("seed", "n_dialogues", "epoch", "window", "batch"):
-            if type(state[name]) is not int or state[name] < 0:
+        state = {"parts": 1, **state}  # earlier versions did not write it
+        for name in ("seed", "n_dialogues", "parts", "epoch", "window", "batch"):
+            if type(state[name]) is not int or state[name] < (name == "parts"):
                 raise ValueError(f"sequencer: expected a whole number as {name}, got {state[name]!r}")
         for name, own in (("seed", self.seed), ("n_dialogues", len(self.indices))):
             if state[name] != own:
                 raise UsageError(f"cannot resume: the checkpoint has {name} = {state[name]}, this run has {own}")
+        if state["parts"] != self.part[1]:
+            state = {**state, "window": self._same_place(state), "batch": 0}
         self._seek(state["epoch"], state["window"], 0, Dropped.from_state(state["dropped"]))
         if state["window"] < self.n_windows:
             self._batches = self._prepare_window()
@@ -203,8 +226,14 @@ class Sequencer(Iterator[TokenBatch], ABC):
         self._batch = state["batch"]
         self._has_served = self._batch > 0 or self._window > 0 or self._epoch > 0
 
+    def _same_place(self, state: dict[str, Any]) -> int:
+        """The first window of this part that holds no dialogue that the parts of `state` have served."""
+        n_begun = state["window"] + (state["batch"] > 0)
+        n_served = min(n_begun * WINDOW * state["parts"], len(self.indices))
+        return min(-(-n_served // (WINDOW * self.part[1])), self.n_windows)
+
     def _nothing_to_serve(self) -> FastsaeError:
-        return FastsaeError(f"all {len(self.indices)} dialogues were dropped: {self.drops}. {self.tokens.refusal}")
+        return FastsaeError(f"all {self.n_own} dialogues were dropped: {self.drops}. {self.tokens.refusal}")
 
     def _seek(self, epoch: int, window: int, batch: int, drops: Dropped) -> None:
         self._epoch, self._window, self._batch, self._drops_before = epoch, window, batch, drops
@@ -215,7 +244,8 @@ class Sequencer(Iterator[TokenBatch], ABC):
         """Tokenise the current window and cut it into batches."""
         if self.shuffle and self._order[0] != self._epoch:
             self._order = (self._epoch, np.random.default_rng([self.seed, self._epoch]).permutation(self.indices))
-        chosen = self._order[1][self._window * WINDOW : (self._window + 1) * WINDOW].tolist()
+        own = self._order[1][self.part[0] :: self.part[1]]
+        chosen = own[self._window * WINDOW : (self._window + 1) * WINDOW].tolist()
         rows, drops = self.tokens.read(chosen)
         if self._epoch == 0:  # every dialogue is counted in the first epoch
             self._drops_in_window = drops
@@ -325,9 +355,9 @@ class BlockSequencer(Sequencer):
         return [blocks[start : start + size] for start in range(0, len(blocks), size)]
 
     def _nothing_to_serve(self) -> FastsaeError:
-        if self.dropped == len(self.indices):
+        if self.dropped == self.n_own:
             return super()._nothing_to_serve()
-        n = len(self.indices)
+        n = self.n_own
         held = "all of them hold" if n <= WINDOW else f"any {WINDOW:,} that follow each other hold"
         return UsageError(
             f"block_length: expected a block that the {n:,} dialogues or texts can fill, got {self.block_length:,} tokens, which "

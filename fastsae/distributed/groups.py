@@ -88,10 +88,15 @@ class Group:
         gather(out, tensor.contiguous().view(-1), group=self.processes)
         return out.view(self.size, *tensor.shape)
 
-    def gather_rows(self, rows: Tensor, counts: Sequence[int], name: str) -> Tensor:
-        """The rows of all processes one after the other; process `r` has `counts[r]` of them, which may be none."""
+    def gather_rows(self, rows: Tensor, counts: Sequence[int] | None, name: str) -> Tensor:
+        """The rows of all processes one after the other; process `r` has `counts[r]` of them, which may be none.
+
+        Where no counts are given the processes tell them each other first.
+        """
         if self.size == 1:
             return rows
+        if counts is None:
+            counts = self.gather(torch.tensor([len(rows)], device=rows.device), "counts").flatten().tolist()
         most = max(counts)
         padded = rows if len(rows) == most else torch.cat([rows, rows.new_empty(most - len(rows), *rows.shape[1:])])
         gathered = self.gather(padded, name)

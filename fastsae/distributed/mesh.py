@@ -13,23 +13,36 @@ DATA, FEATURE = "data", "feature"  # the dimensions of a mesh
 
 
 class Groups(NamedTuple):
-    """The processes that this one works with."""
+    """The processes that this one works with; without others, groups of one."""
 
     features: Group  # they hold other features of the same SAE, and see the same tokens
     data: Group  # they hold the same features, and see other tokens
-    world: Group  # all of them
+    world: Group  # all of them: process `i` of `data` and `j` of `features` is process `i * features.size + j`
+
+    @classmethod
+    def alone(cls) -> Groups:
+        """Those of a process without others."""
+        return cls(Group(), Group(), Group())
+
+    def rows_of_batch(self, batch_size: int) -> list[int]:
+        """How many rows of a batch each process of `features` serves: its part of the batch is as even as can be."""
+        share, rest = divmod(batch_size, self.world.size)
+        first = self.data.rank * self.features.size
+        return [share + (first + i < rest) for i in range(self.features.size)]
 
 
 def groups_of(mesh: Any) -> Groups:
     """The groups of a mesh.
 
     Args:
-        mesh: A `torch.distributed.device_mesh.DeviceMesh` with the dimensions `data` and `feature`, or one of them alone; or a
+        mesh: `Groups`; a `torch.distributed.device_mesh.DeviceMesh` with the dimensions `data` and `feature`, or one of them alone; or a
             `ProcessGroup`, whose processes share the features.
 
     Raises:
         UsageError: It is none of these, or has other dimensions.
     """
+    if isinstance(mesh, Groups):
+        return mesh
     if distributed.is_available() and isinstance(mesh, distributed.ProcessGroup):
         features = Group(mesh)
         return Groups(features, Group(), features)

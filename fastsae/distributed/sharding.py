@@ -108,6 +108,14 @@ class Sharding:
         for piece in pending:
             piece.wait()
 
+    def mean_over_data(self, values: Tensor, n_tokens: int) -> Tensor:
+        """Means `[n]` over this process's tokens, as means over those of all processes."""
+        if self.data.size == 1:
+            return values
+        sums = torch.cat([values * n_tokens if n_tokens else torch.zeros_like(values), values.new_full((1,), n_tokens)])
+        sums = self.data.sum_(sums.double(), "means")
+        return (sums[:-1] / sums[-1]).to(values.dtype)
+
     def total(self, n: int, device: torch.device) -> int:
         """The sum of a number over the processes that share the features."""
         return int(self.features.sum_(torch.tensor([n], device=device), "counts"))

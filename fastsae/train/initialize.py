@@ -81,7 +81,7 @@ def initialize_from_data(sae: SparseAutoencoder, acts: Tensor, b_dec_init: str, 
     # the gate is strict, so the element whose value becomes the threshold is the first that does not fire
     rank = min(acts.shape[0], max(1, round(acts.shape[0] * init_l0 / sae.d_sae)) + 1)
     threshold = sae.threshold if isinstance(sae, FusedJumpReLUSAE) else torch.zeros_like(sae.b_enc)
-    for ids in torch.arange(sae.d_sae, device=sae.device).split(1024):
+    for ids in torch.arange(sae.d_shard, device=sae.device).split(1024):
         hidden_pre = sae.W_enc[:, ids].float().t() @ sae_in.t()  # [1024, N]
         largest = hidden_pre.topk(rank, dim=1, sorted=False).values
         sae.b_enc[ids] = (threshold[ids] - largest.amin(1)).to(sae.dtype)
@@ -89,7 +89,7 @@ def initialize_from_data(sae: SparseAutoencoder, acts: Tensor, b_dec_init: str, 
 
 @torch.no_grad()
 def start_from(sae: SparseAutoencoder, source: SparseAutoencoder, scale: float) -> None:
-    """Gives the fresh SAE of a run the weights of `source`, which is used up.
+    """Gives the fresh SAE of a run the weights of `source`, which is used up; of several processes, this one's part of them.
 
     Args:
         sae: What the run trains, on activations that are multiplied by `scale`.
@@ -107,4 +107,6 @@ def start_from(sae: SparseAutoencoder, source: SparseAutoencoder, scale: float) 
             state["log_threshold"] = threshold.clamp(min=smallest).log()
         else:
             state["threshold"] = threshold
+    if sae.sharding is not None:
+        state = {name: sae.sharding.own_part(name, tensor) for name, tensor in state.items()}
     sae.load_state_dict(state)

@@ -71,6 +71,7 @@ class Pipeline:
         held_out: Indices into `dialogues`.
         special_tokens: What the chat template writes around turns.
         texts: Plain texts to train on in the place of dialogues; None where there are none.
+        part: The number of this process among those that train on the dialogues together, and how many there are.
     """
 
     config: TrainConfig
@@ -82,6 +83,7 @@ class Pipeline:
     held_out: list[int]
     special_tokens: SpecialTokens
     texts: Sequence[str] | None = None
+    part: tuple[int, int] = (0, 1)
 
     def resolved(self, config: TrainConfig) -> TrainConfig:
         """A config of this pipeline with those options resolved that only model and data can tell."""
@@ -140,12 +142,12 @@ class Pipeline:
         return bos is not None and _short_context(self.tokenizer, self.max_length)[:1] == [bos]
 
     def sequencer(self) -> Sequencer:
-        """Endless shuffled training batches."""
+        """Endless shuffled training batches, of this process's part of the dialogues."""
         config = self.config
         # texts are no dialogues that the evaluation reads as well, so the model's limit does not cut them
         max_length = self.max_length if self.texts is None else config.max_length
         items = self.trained_on, self.train, self.tokenizer, max_length
-        return self._sequencer(config.sequencing, *items, seed=config.order_seed)
+        return self._sequencer(config.sequencing, *items, seed=config.order_seed, part=self.part)
 
     def held_out_batches(self, sequencing: Sequencing = "fast") -> Sequencer:
         """One pass over the held-out dialogues, each whole and alone whatever the sequencing of the training, or as said."""
@@ -225,6 +227,7 @@ def build_pipeline(
     progress: bool = False,
     evaluated: SparseAutoencoder | None = None,
     given: Given | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Pipeline:
     """Loads and tests the model, loads the dialogues, drops repeated ones and splits the rest by `config.seed`.
 
@@ -237,6 +240,7 @@ def build_pipeline(
         progress: Show progress bars.
         evaluated: The SAE that the pipeline is for; None where it is to train one, which takes more memory.
         given: Objects in the place of what the options name.
+        part: The number of this process among those that train together, and how many there are.
 
     Raises:
         UsageError: Model, dataset, layer or split do not exist, the model is of a kind that is not supported, `evaluated` is
@@ -306,7 +310,7 @@ def build_pipeline(
         train = list(range(len(texts)))
     what = "dialogues" if texts is None else "texts"
     logger.info("%d %s to train on, %d dialogues held out", len(train), what, len(held_out))
-    return Pipeline(config, residual, tokenizer, max_length, dialogues, train, held_out, special_tokens, texts)
+    return Pipeline(config, residual, tokenizer, max_length, dialogues, train, held_out, special_tokens, texts, part)
 
 
 def _check_k(config: TrainConfig, d_in: int) -> None:

@@ -46,6 +46,7 @@ class Session:
         pipeline: Model and data.
         configs: The SAEs' options by name, resolved; they agree in all that the stream decides.
         progress: Show progress bars.
+        agree: With several processes, agrees on the signal that one of them has got; see `Postponed`.
 
     Attributes:
         trainers: Of the SAEs that have not failed.
@@ -53,10 +54,16 @@ class Session:
         failures: What went wrong with the others.
     """
 
-    def __init__(self, pipeline: Pipeline, configs: Mapping[str, TrainConfig], progress: bool = False) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        configs: Mapping[str, TrainConfig],
+        progress: bool = False,
+        agree: Callable[[int], int] | None = None,
+    ) -> None:
         self.pipeline, self.configs, self._progress = pipeline, dict(configs), progress
         self.common = next(iter(self.configs.values()))
-        self.postponed = Postponed()
+        self.postponed = Postponed(agree)
         self.failures: dict[str, str] = {}
         self.origins: dict[str, list[dict[str, str]]] = {}
         model, own = pipeline.residual.model, pipeline.residual

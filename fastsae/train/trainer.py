@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fastsae.data.buffer import ActivationBatch
+from fastsae.distributed import Groups
+from fastsae.fields import DTYPES
 from fastsae.optim import FusedSAEAdam
 from fastsae.sae import (
     FusedBatchTopKSAE,
@@ -35,10 +37,14 @@ SAE_CLASSES: dict[str, type[SparseAutoencoder]] = {
 DEAD_MASK_EVERY = 25  # steps; looking who is dead waits for the device
 
 
-def build_sae(config: TrainConfig, d_in: int, device: torch.device) -> SparseAutoencoder:
-    """A fresh SAE of the configured architecture, drawn from `config.seed`."""
+def build_sae(
+    config: TrainConfig, d_in: int, device: torch.device, groups: Groups | None = None
+) -> SparseAutoencoder:
+    """A fresh SAE of the configured architecture, drawn from `config.seed`; of several processes, this one's part of it."""
     torch.manual_seed(config.seed)
     options: dict[str, Any] = {"k": config.k, "apply_b_dec_to_input": config.subtracts_b_dec, "device": device}
+    if groups is not None and groups.world.size > 1:
+        options["mesh"] = groups
     if config.architecture == "jumprelu":
         options |= {
             name: getattr(config, name) for name in ("bandwidth", "init_threshold", "ste_to_input", "log_threshold")
@@ -47,6 +53,9 @@ def build_sae(config: TrainConfig, d_in: int, device: torch.device) -> SparseAut
         # rows kept at unit norm have nothing to rescale, and their gradient's parallel part is removed either way
         options["rescale_acts_by_decoder_norm"] = not config.normalize_decoder
     sae = SAE_CLASSES[config.architecture](d_in, config.n_features(d_in), **options)
+    if sae.sharding is not None:
+        sae.sharding.reduce_dtype = DTYPES[config.reduce_dtype]
+        sae.sharding.n_chunks = config.overlap_chunks
     if config.frozen is not None:
         (sae.W_enc if config.frozen == "encoder" else sae.W_dec).requires_grad_(False)
     return sae
@@ -56,13 +65,22 @@ class Trainer:
     """Trains an SAE on an iterator of `ActivationBatch`.
 
     Args:
-        sae: Fresh, on its device.
-        batches: Endless, or long enough for `config.steps`.
+        sae: Fresh, on its device; of several processes, this one's part.
+        batches: Endless, or long enough for `config.steps`; of several processes, this one's part of each batch.
         config: The run.
+        groups: The processes of the run.
     """
 
-    def __init__(self, sae: SparseAutoencoder, batches: Iterator[ActivationBatch], config: TrainConfig) -> None:
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        batches: Iterator[ActivationBatch],
+        config: TrainConfig,
+        groups: Groups | None = None,
+    ) -> None:
         self.sae, self.batches, self.config = sae, batches, config
+        self.groups = groups or Groups.alone()
+        self._rows = self.groups.rows_of_batch(config.batch_size)
         self.step, self.scale = 0, 1.0
         self.optimizer = FusedSAEAdam(
             sae,
@@ -76,7 +94,7 @@ class Trainer:
         if config.controls_l0:
             assert isinstance(sae, FusedJumpReLUSAE | FusedReLUSAE)
             self.l0_control = L0Control(sae, config)
-        self.silent_tokens = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.device)
+        self.silent_tokens = torch.zeros(sae.d_shard, dtype=torch.int64, device=sae.device)
         self.dead_mask: Tensor | None = None
         self.history: list[dict[str, float | None]] = []
         self.log_every = min(config.log_every, max(1, config.steps // 40))  # a short run has curves too
@@ -144,20 +162,36 @@ class Trainer:
         config, sae = self.config, self.sae
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, config)
-        x = batch.acts.to(sae.device, sae.dtype) * self.scale
+        acts = self.groups.features.gather_rows(batch.acts, self._rows, "rows")
+        x = acts.to(sae.device, sae.dtype) * self.scale
         with torch.autocast(sae.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             output = self._forward(x, sparsity_share(self.step, config))
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.backward(output.loss)
+        if sae.sharding is not None:
+            sae.sharding.average_gradients(sae.parameters(), len(x))
         self.optimizer.step()
-        self.silent_tokens = torch.where(output.feature_counts > 0, 0, self.silent_tokens + x.shape[0])
+        self.silent_tokens = torch.where(output.feature_counts > 0, 0, self.silent_tokens + config.batch_size)
         if self.l0_control is not None:
-            self.l0_control.update(self.step, output.l0)
+            self.l0_control.update(self.step, self._of_batch(output.l0.reshape(1), len(x))[0])
         self.step += 1
         if config.dead_features_learn and self.step % DEAD_MASK_EVERY == 0:
-            dead = self.silent_tokens >= config.dead_tokens
-            self.dead_mask = dead if dead.any() else None
+            dead = self._dead()
+            self.dead_mask = dead if self._n_features(dead) else None
         return output
+
+    def _of_batch(self, means: Tensor, n_tokens: int) -> Tensor:
+        """Means `[n]` over this process's tokens, as means over the whole batch."""
+        return means if self.sae.sharding is None else self.sae.sharding.mean_over_data(means, n_tokens)
+
+    def _dead(self) -> Tensor:
+        """`[d_shard]` bool; a feature that fires in another process's tokens is not dead."""
+        return self.groups.data.smallest_(self.silent_tokens.clone(), "counts") >= self.config.dead_tokens
+
+    def _n_features(self, mask: Tensor) -> int:
+        """How many features a mask has, in all processes."""
+        n = mask.sum().item()
+        return int(n) if self.sae.sharding is None else self.sae.sharding.total(int(n), mask.device)
 
     def _forward(self, x: Tensor, share: float) -> TrainOutput:
         config, sae, control, coefficient = self.config, self.sae, self.l0_control, self.sparsity_coefficient
@@ -188,7 +222,8 @@ class Trainer:
     def _log(self) -> dict[str, float | None]:
         config = self.config
         n_steps = self.step - (int(self.history[-1]["step"] or 0) if self.history else 0)
-        sums = {name: total.item() for name, total in self._sums.items()}
+        totals = self._of_batch(torch.stack(list(self._sums.values())), sum(self._rows))
+        sums = dict(zip(self._sums, totals.tolist(), strict=True))
         n_fvu = sums.pop("fvu_steps")
         means: dict[str, float | None] = {name: total / n_steps for name, total in sums.items()}
         means["fvu"] = sums["fvu"] / n_fvu if n_fvu else None
@@ -200,7 +235,7 @@ class Trainer:
             "tokens": self.step * config.batch_size,
             **means,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "dead_share": (self.silent_tokens >= config.dead_tokens).float().mean().item(),
+            "dead_share": self._n_features(self._dead()) / self.sae.d_sae,
             "tokens_per_second": n_steps * config.batch_size / max(now - self._clock, 1e-9),
         }
         self._clock, self._sums = now, {}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import assert_within_budget
 from processes import run
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
@@ -146,3 +147,97 @@ def test_parts_give_the_whole_in_float64(n_processes: int, chunks: int, tmp_path
                     got, value, rtol=1e-11, atol=1e-12, equal_nan=True, msg=lambda t, n=name, k=key: f"{n}: {k}: {t}"
                 )
                 assert torch.equal(got.nan_to_num(), ranks[0][name][key].nan_to_num()), f"{name}: {key} differs"
+
+
+def test_parts_are_as_exact_as_the_whole_in_float32(tmp_path: Path) -> None:
+    """At most twice the error of the whole SAE, against float64."""
+    names = ["step", "quadratic", "tanh", "pre_bias", "relu", "topk", "batchtopk"]
+    ranks = run(sharded, 2, tmp_path, names, "float32", 1)
+    for name in names:
+        whole, exact = made(name, torch.float32), made(name, torch.float32).double()
+        if isinstance(exact, FusedJumpReLUSAE):
+            exact.threshold.data = exact.threshold.data.double()
+        x = tokens(name, torch.float32)
+        truth, eager = trained(exact, name, x.double(), None), trained(whole, name, x, None)
+        for key, value in truth.items():
+            got = ranks[0][name][key]
+            if key == "counts":
+                assert torch.equal(got, value)
+            else:
+                assert_within_budget(f"{name}: {key}", got.double(), value.double(), eager[key].double())
+
+
+def in_sixteen_bits(name: str) -> dict[str, Tensor]:
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),), mesh_dim_names=("feature",))
+    found = {}
+    for way, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        sae = fastsae.shard(made(name, torch.float32), mesh, reduce_dtype=dtype)
+        assert sae.sharding is not None
+        x = tokens(name, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            found[f"autocast, {way}"] = with_all(sae, trained(sae, name, x, None))
+        found[way] = with_all(sae, trained(sae, name, x, None))
+        found[f"sent, {way}"] = dict(sae.sharding.features.traffic)  # type: ignore[assignment]
+    return found  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["step", "topk", "few_features"])
+def test_sixteen_bits(name: str, tmp_path: Path) -> None:
+    """Parts that travel in bfloat16 are rounded twice, whatever the number of processes; those of products are, too."""
+    ranks: list[dict[str, Any]] = run(in_sixteen_bits, 3, tmp_path, name)
+    x = tokens(name, torch.float32)
+    want = trained(made(name, torch.float32), name, x, None)["residual"]
+    with torch.autocast("cpu", torch.bfloat16):
+        of_products = (trained(made(name, torch.float32), name, x, None)["residual"].float() - want).norm()
+    of_parts = 2**-8 * want.norm()
+    budgets = {"autocast, float32": of_products, "autocast, bfloat16": of_products + of_parts, "bfloat16": of_parts}
+    for way, budget in budgets.items():  # whichever way, gates may open that were closed
+        error = (ranks[0][way]["residual"].float() - want).norm()
+        assert 0 < error < 1.5 * budget, f"{way}: {error} of {budget}"
+        for rank in ranks[1:]:
+            assert all(torch.equal(rank[way][key], value) for key, value in ranks[0][way].items() if value.numel())
+    sent = {way: ranks[0][f"sent, {way}"]["reconstruction"] for way in ("float32", "bfloat16")}
+    assert sent["bfloat16"] < 0.6 * sent["float32"]
+
+
+def test_what_cannot_be_shared(tmp_path: Path) -> None:
+    assert run(refused, 2, tmp_path) == [[True] * 5] * 2
+
+
+def refused() -> list[bool]:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("feature",))
+    other = init_device_mesh("cpu", (2,), mesh_dim_names=("layers",))
+    shared = fastsae.shard(made("step", torch.float32), mesh)
+    attempts: list[tuple[type[Exception], str, Any]] = [
+        (ValueError, "k: expected None", lambda: fastsae.shard(FusedJumpReLUSAE(4, 8, k=2), mesh)),
+        (ValueError, "k: expected None", lambda: FusedReLUSAE(4, 8, k=2, mesh=mesh)),
+        (fastsae.UsageError, "mesh: expected", lambda: fastsae.shard(made("step", torch.float32), other)),
+        (ValueError, "shared already", lambda: fastsae.shard(shared, mesh)),
+        (ValueError, "feature_weights: expected", lambda: shared.feature_weights([0])),
+    ]
+    found = []
+    for kind, message, attempt in attempts:
+        with pytest.raises(kind, match=message):
+            attempt()
+        found.append(True)
+    return found
+
+
+def drawn() -> dict[str, Tensor]:
+    group = distributed.group.WORLD
+    found = {}
+    for cls, options in ((FusedJumpReLUSAE, {}), (FusedTopKSAE, {"k": 2})):
+        torch.manual_seed(3)
+        sae = cls(8, 9001, mesh=group, **options)  # type: ignore[arg-type]
+        found[cls.__name__] = dict(fastsae.unshard(sae).state_dict())
+    return found  # type: ignore[return-value]
+
+
+def test_a_new_sae_has_the_weights_of_one_that_is_not_shared(tmp_path: Path) -> None:
+    ranks: list[dict[str, Any]] = run(drawn, 2, tmp_path)
+    for cls, options in ((FusedJumpReLUSAE, {}), (FusedTopKSAE, {"k": 2})):
+        torch.manual_seed(3)
+        want = cls(8, 9001, **options).state_dict()  # type: ignore[arg-type]
+        for rank in ranks:
+            assert rank[cls.__name__].keys() == want.keys()
+            assert all(torch.equal(rank[cls.__name__][name], value) for name, value in want.items())

@@ -1,0 +1,201 @@
+"""Finds out which process of a run failed, so that one message names it and the others end quietly.
+
+The processes leave notes in the store that `torchrun` keeps beside them, which outlives each of them:
+
+    here/R     process R has started
+    beat/R     changes twice a second while process R lives, and says where it computes
+    stopped/R  an exchange of process R failed
+    verdict    what ended the run, and which process tells it: written once, by whoever is first
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import DistError, Store  # type: ignore[attr-defined]
+
+from fastsae.errors import FastsaeError
+from fastsae.interrupt import Postponed
+
+BEAT = 0.5  # seconds from one sign of life to the next
+SILENCE = 5.0  # seconds without one after which a process counts as gone
+_LOOK = 0.1  # seconds between two looks into the store
+_WAITING = "waiting"
+# where a process is while it waits for others: these frames of its main thread are skipped in favour of this word
+_EXCHANGES = (str(Path("fastsae", "distributed", "groups.py")), str(Path("torch", "distributed")))
+
+
+class Witness:
+    """What this process tells the others of a run, and learns of them, beside the exchanges of training.
+
+    Args:
+        open_store: Connects to the store. The signs of life have a connection of their own, because a connection serves one
+            thread at a time.
+        rank: The number of this process.
+        size: How many there are.
+        timeout: Seconds that a process waits for others.
+    """
+
+    def __init__(self, open_store: Callable[[], Store], rank: int, size: int, timeout: float) -> None:
+        self.rank, self.timeout = rank, timeout
+        self._others = [other for other in range(size) if other != rank]
+        self._store, self._beats = open_store(), open_store()
+        self._over = threading.Event()
+        self._main = threading.get_ident()
+
+    def meet(self) -> None:
+        """Waits until all processes have started.
+
+        Raises:
+            FastsaeError: Some have not within the time-out.
+        """
+        self._store.set(f"here/{self.rank}", "1")
+        began = time.monotonic()
+        while missing := [other for other in self._others if not self._store.check([f"here/{other}"])]:
+            if time.monotonic() - began > self.timeout:
+                raise FastsaeError(
+                    f"{named(missing)} did not start within {self.timeout:g} seconds (--process-timeout); start as many "
+                    "processes as WORLD_SIZE says"
+                )
+            time.sleep(_LOOK)  # a signal ends it, which it would not do within an exchange
+        threading.Thread(target=self._live, daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the signs of life."""
+        self._over.set()
+
+    def judged(self, error: BaseException) -> BaseException:
+        """What this process ends with: `error` itself, or what another process did that caused it.
+
+        Its attribute `teller` is the number of the process that tells the user.
+        """
+        try:
+            with Postponed():  # torchrun ends the others as soon as the first has ended
+                broken = next((link for link in _chain(error) if is_of_an_exchange(link)), None)
+                if broken is not None:
+                    return self._after_a_broken_exchange(broken)
+                if isinstance(error, KeyboardInterrupt) and (verdict := self._verdict()) is not None:
+                    return self._of_another(verdict)
+                return self._own(error)
+        except (RuntimeError, ValueError):  # the store is gone as well
+            gone = FastsaeError(
+                "the process that keeps the store of the run no longer answers: torchrun of the first machine, or process 0 "
+                "where the run was started without it"
+            )
+            gone.teller = min(self.rank, 1)
+            return gone if is_of_an_exchange(error) else error
+
+    def _own(self, error: BaseException) -> BaseException:
+        """Tells the others of an error of this process; the same one in all of them is told once."""
+        text = str(error) if isinstance(error, FastsaeError) else f"{type(error).__name__}: {error}"
+        verdict = self._settle(f"process {self.rank} failed: {text}", text)
+        is_the_same = verdict["of"] == text
+        error.teller = verdict["teller"] if is_the_same else self.rank  # type: ignore[attr-defined]
+        return error
+
+    def _after_a_broken_exchange(self, error: BaseException) -> BaseException:
+        before = self._signs()
+        late = [
+            other for other in self._others if not self._has_stopped(other) and not before[other].endswith(_WAITING)
+        ]
+        self._store.set(f"stopped/{self.rank}", "1")
+        end = time.monotonic() + SILENCE
+        while time.monotonic() < end:
+            if (verdict := self._verdict()) is not None:
+                return self._of_another(verdict)
+            time.sleep(_LOOK)
+        after = self._signs()
+        gone = [other for other in self._others if after[other] == before[other] and not self._has_stopped(other)]
+        text = self._explanation(error, gone, {other: before[other].partition(" ")[2] for other in late})
+        return self._of_another(self._settle(text, text))
+
+    def _explanation(self, error: BaseException, gone: Sequence[int], late: dict[int, str]) -> str:
+        """A message about the processes that give no sign of life, or those that others waited for and what they were doing."""
+        on = "run again, with --resume if training had begun; torchrun --max-restarts N does so by itself"
+        if gone:
+            return f"{named(gone)} no longer {_answer(gone)}: killed, or cut off from the others; {on}"
+        reason = " ".join(str(error).split()).partition(". This is typically")[0]
+        if "timed out" not in reason.lower() and "timeout" not in reason.lower():
+            return f"the connection between the processes failed, though all of them live ({reason[-200:]}); {on}"
+        if not late:
+            return f"all processes waited for each other for {self.timeout:g} seconds (--process-timeout); {on}"
+        where = "; ".join(f"process {other} was at {place}" for other, place in list(late.items())[:4])
+        return (
+            f"{named(list(late))} did not come to an exchange within {self.timeout:g} seconds, and the others waited ({where}); "
+            f"raise --process-timeout if it is only slow, and {on}"
+        )
+
+    def _of_another(self, verdict: dict[str, Any]) -> FastsaeError:
+        error = FastsaeError(verdict["text"])
+        error.teller = verdict["teller"]
+        return error
+
+    def _settle(self, text: str, of: str) -> dict[str, Any]:
+        """Writes the verdict, unless there is one; returns the one that holds."""
+        own = json.dumps({"teller": self.rank, "text": text, "of": of})
+        verdict: dict[str, Any] = json.loads(self._store.compare_set("verdict", "", own))
+        return verdict
+
+    def _verdict(self) -> dict[str, Any] | None:
+        return json.loads(self._store.get("verdict")) if self._store.check(["verdict"]) else None
+
+    def _has_stopped(self, other: int) -> bool:
+        return self._store.check([f"stopped/{other}"])
+
+    def _signs(self) -> dict[int, str]:
+        """The newest sign of life of each other process."""
+        keys = {other: f"beat/{other}" for other in self._others}
+        return {o: self._store.get(key).decode() if self._store.check([key]) else "" for o, key in keys.items()}
+
+    def _live(self) -> None:
+        with suppress(RuntimeError):  # the store is gone, and with it the run
+            for number in count():
+                self._beats.set(f"beat/{self.rank}", f"{number} {self._place()}")
+                if self._over.wait(BEAT):
+                    return
+
+    def _place(self) -> str:
+        """The line of this package that the main thread is at, or that it waits for other processes."""
+        frame = sys._current_frames().get(self._main)
+        place = "code of other packages"
+        while frame is not None:
+            name = frame.f_code.co_filename
+            if any(part in name for part in _EXCHANGES):
+                return _WAITING
+            if place.startswith("code") and "fastsae" in name:
+                place = f"{Path(name).name}, line {frame.f_lineno}"
+            frame = frame.f_back
+        return place
+
+
+def is_of_an_exchange(error: BaseException) -> bool:
+    """Whether the connection to other processes or to the store failed, and not the code of this process."""
+    return isinstance(error, RuntimeError) and (isinstance(error, DistError) or "gloo/transport" in str(error))
+
+
+def named(ranks: Sequence[int]) -> str:
+    """`process 3`, `processes 1 and 3`."""
+    *most, last = map(str, ranks)
+    return f"processes {', '.join(most)} and {last}" if most else f"process {last}"
+
+
+def _answer(ranks: Sequence[int]) -> str:
+    return "answer" if len(ranks) > 1 else "answers"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and those that it came from, or came during."""
+    link: BaseException | None = error
+    for _ in range(100):
+        if link is None:
+            return
+        yield link
+        link = link.__cause__ or link.__context__
