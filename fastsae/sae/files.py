@@ -13,6 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastsae.disk import digest, write_json, write_tensors
+from fastsae.distributed.gathered import write_tensors as write_parts
+from fastsae.distributed.sharding import SLICED, Sharding
+from fastsae.distributed.together import together
 from fastsae.fields import DTYPES, Fields, is_finite, read_json
 from fastsae.foreign import readers
 from fastsae.sae.config_file import SavedConfig
@@ -35,14 +38,10 @@ logger = logging.getLogger(__name__)
 
 
 def save(sae: StoredModule, path: Path, metadata: dict[str, Any]) -> None:
-    """Writes both files to the folder `path`."""
+    """Writes both files to the folder `path`; all processes that share the SAE's features do it together."""
     keys, state = sae.to_files()
     if sae.k_per_token is not None and "k" not in keys:
         logger.warning("k = %d is kept in the metadata only: SAELens reads this SAE as one without top-k", sae.k)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise ValueError(f"{name}: expected finite numbers to save, got NaN or infinity; nothing was written")
     own = {"architecture": sae.architecture, "decoder_init_norm": sae.decoder_init_norm, **sae.config()}
     config = {
         **keys,
@@ -56,10 +55,37 @@ def save(sae: StoredModule, path: Path, metadata: dict[str, Any]) -> None:
         WRITER: __version__,
         "metadata": {"sae_lens_version": SAE_LENS_VERSION, **metadata, "fastsae": own},
     }
-    json.dumps(config, allow_nan=False)  # metadata that is no JSON fails before a file is written
-    write_tensors(path / WEIGHTS_FILE, tensors)
+    sharding = getattr(sae, "sharding", None)
+    if sharding is not None and sharding.is_shared:
+        _write_together(sharding, path, config, state)
+        return
+    _check_writable(config, state)
+    write_tensors(path / WEIGHTS_FILE, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    _write_config(path, config)
+
+
+def _check_writable(config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Fails before a file is written."""
+    for name, tensor in state.items():
+        if not is_finite(tensor):
+            raise ValueError(f"{name}: expected finite numbers to save, got NaN or infinity; nothing was written")
+    json.dumps(config, allow_nan=False)
+
+
+def _write_config(path: Path, config: dict[str, Any]) -> None:
     config["metadata"][CHECKSUM] = digest(path / WEIGHTS_FILE)
     write_json(path / CONFIG_FILE, config)
+
+
+def _write_together(sharding: Sharding, path: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """The first process writes both files, the others send it their parts."""
+    with together(sharding.world, "save the SAE"):
+        _check_writable(config, state)
+    with together(sharding.world, f"write {path}"):
+        if sharding.data.rank == 0:  # the other rows of the grid hold the same features
+            write_parts(path / WEIGHTS_FILE, state, SLICED.get, sharding.features)
+            if sharding.features.rank == 0:
+                _write_config(path, config)
 
 
 def save_sparsity(log_sparsity: Tensor, d_sae: int, path: Path) -> None:
