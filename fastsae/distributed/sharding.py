@@ -71,6 +71,11 @@ class Sharding:
         """Whether other processes hold some of the features."""
         return self.features.size > 1
 
+    @staticmethod
+    def sliced_dim(name: str) -> int | None:
+        """The dimension of the features in the parameter of a name; None where every process holds all of it."""
+        return SLICED.get(name)
+
     def own_part(self, name: str, whole: Tensor) -> Tensor:
         """The part of a tensor, by its parameter's name, that this process holds; a view."""
         return whole.narrow(SLICED[name], self.start, self.end - self.start) if name in SLICED else whole
