@@ -80,7 +80,7 @@ def run(arguments: Namespace) -> None:
             log.warning("without effect on a %s run: %s", config.architecture, ", ".join(map(flag, unused)))
     # torchrun starts all processes again when one of them has failed: they go on with what was saved
     resume = arguments.resume or (is_restart() and not is_new(output))
-    options = {"resume": resume, "progress": not arguments.quiet}
+    options: dict[str, Any] = {"resume": resume, "progress": not arguments.quiet}
     if "" not in configs:
         metrics = train_many(configs, output, **options)
         if is_first():

@@ -141,6 +141,10 @@ class Processes:
         self._is_interrupted = number != 0
         return number
 
+    def from_all(self, value: Any) -> list[Any]:
+        """What each process has called this with, a value of JSON."""
+        return [value] if self.size == 1 else [json.loads(text) for text in self._from_all(json.dumps(value).encode())]
+
     def of_first(self, value: Any) -> Any:
         """What the first process has called this with, a value of JSON."""
         return value if self.size == 1 else json.loads(self._from_all(json.dumps(value).encode())[0])

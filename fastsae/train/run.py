@@ -188,17 +188,22 @@ def _train(
     history = {name: trainer.history for name, trainer in session.trainers.items()}
     with ExitStack() as stack:
         add = ignored
-        if processes.is_first:
-            curves = Curves({name: output / name for name in configs}, configs, history)
+        if session.writes:
+            curves = Curves({name: output / name for name in history}, configs, history)
             stack.callback(curves.close)
             add = curves.add
         session.train(lambda: _save(output, session, seconds()), add)
     speeds = session.speeds()
     session.calibrate()
-    counts = {name: session.counts(name) for name in session.trainers}
-    if processes.data.rank > 0:
+    counts = {layer: session.supply.counts(layer) for layer in session.supply.streams}
+    if processes.data.rank > 0 and not session.is_placed:
         return {}  # the processes of the first group have the whole SAE
     metrics = _finish(output, session, counts, speeds, seconds, progress)
+    if session.is_placed:
+        for other in processes.from_all({"metrics": metrics, "failures": session.failures}):
+            metrics |= other["metrics"]
+            session.failures |= other["failures"]
+        metrics = {name: metrics[name] for name in configs if name in metrics}
     if not processes.is_first:
         return {}
     if "" not in configs:
@@ -214,9 +219,7 @@ def _train(
     return metrics
 
 
-def _build_pipeline(
-    configs: dict[str, TrainConfig], given: Given, progress: bool, processes: Processes
-) -> Pipeline:
+def _build_pipeline(configs: dict[str, TrainConfig], given: Given, progress: bool, processes: Processes) -> Pipeline:
     """Model and data; all processes compute the model in the format that is fastest where the first one is."""
     options: dict[str, Any] = {"progress": progress, "given": given, "part": processes.part}
     pipeline = build_pipeline(next(iter(configs.values())), list(configs.values()), **options)
@@ -286,7 +289,7 @@ def _save(output: Path, session: Session, seconds: float) -> None:
 def _finish(
     output: Path,
     session: Session,
-    counts: Mapping[str, StreamCounts],
+    counts: Mapping[int, StreamCounts],
     speeds: dict[str, float | None],
     seconds: Callable[[], float],
     progress: bool,
@@ -301,14 +304,14 @@ def _finish(
     trained_in = seconds()
     saes = {name: (trainer.sae, session.view(name).residual) for name, trainer in left.items()}
     options: dict[str, Any] = {"progress": progress, "on_failure": session.drop}
-    results = evaluate_saes(saes, session.pipeline, session.forward.drops, **options) if saes else {}
+    results = evaluate_saes(saes, session.pipeline, session.supply.forward.drops, **options) if saes else {}
     cost = {"seconds": seconds(), "seconds_of_evaluation": seconds() - trained_in}
     for name, result in results.items():
         config = session.configs[name]
         metrics = {
             **result.metrics,
             **l0_metrics(config, result.metrics["l0"], left[name].history[-1]["l0"]),
-            **counts[name].metrics(),
+            **counts[session.view(name).residual.layer].metrics(),
             **speeds,
             "tokens": config.steps * config.batch_size,
             "tokens_evaluated": result.metrics["tokens"],
@@ -357,7 +360,7 @@ def save_sae(output: Path, session: Session, name: str, sae: SparseAutoencoder, 
         max_norm_multiple=config.max_norm_multiple,
         sparsity_coefficient=None if coefficient is None else float(coefficient),
         activation_scale=trainer.scale,
-        median_norm=session.streams[pipeline.residual.layer].rule.median_norm,
+        median_norm=session.supply.streams[pipeline.residual.layer].rule.median_norm,
         **metadata,
     )
 
@@ -375,7 +378,7 @@ def write_sparsity(output: Path, result: Evaluation) -> None:
 def write_run(output: Path, session: Session, name: str, result: Evaluation, metrics: dict[str, Any]) -> None:
     """Writes the files of an SAE, the metrics last: where they are, it is complete."""
     save_sae(output, session, name, session.trainers[name].sae, l0=metrics["l0"])
-    if session.groups.world.rank > 0:
+    if not session.writes:
         return
     write_sparsity(output, result)
     result.dialogues.save(output)
