@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from datetime import timedelta
 from itertools import count
 from types import TracebackType
@@ -229,21 +230,28 @@ def _device(name: str, local_rank: int) -> torch.device:
 def _open_store(place: Place, timeout: float) -> Store:
     """A connection to the store of the run, which `torchrun` keeps, or else process 0."""
     keeps = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    seconds = timedelta(seconds=timeout)
-    try:
-        return TCPStore(
-            place.host, place.port, None, keeps, timeout=seconds, wait_for_workers=False, multi_tenant=keeps
-        )
-    except RuntimeError as error:
-        where = f"{place.host}:{place.port} (MASTER_ADDR, MASTER_PORT)"
-        if "EADDRINUSE" in str(error) or "in use" in str(error).lower():
-            raise UsageError(
-                f"MASTER_PORT: expected a free port, but another program uses {where}; choose another"
-            ) from None
-        raise FastsaeError(
-            f"process {place.rank} could not reach the store of the run at {where} within {timeout:g} seconds "
-            f"(--process-timeout): process 0 has not started there, or the address is wrong"
-        ) from None
+    where = f"{place.host}:{place.port} (MASTER_ADDR, MASTER_PORT)"
+    found: list[Store | RuntimeError] = []
+
+    def connect() -> None:
+        seconds, options = timedelta(seconds=timeout), {"wait_for_workers": False, "multi_tenant": keeps}
+        try:
+            found.append(TCPStore(place.host, place.port, None, keeps, seconds, **options))
+        except RuntimeError as error:
+            found.append(error)
+
+    # A program of another kind that listens there may never answer, for which PyTorch would wait without an end
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout + 1)
+    if found and isinstance(found[0], Store):
+        return found[0]
+    if found and any(word in str(found[0]).lower() for word in ("eaddrinuse", "in use")):
+        raise UsageError(f"MASTER_PORT: expected a free port, but another program uses {where}; choose another")
+    raise FastsaeError(
+        f"the store of the run at {where} was not reached within {timeout:g} seconds (--process-timeout): process 0 has not "
+        "started there, or the address is wrong"
+    )
 
 
 def _agree(found: list[dict[str, Any]], name: str) -> bool:
