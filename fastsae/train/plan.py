@@ -1,0 +1,289 @@
+"""What a run will take, computed and not measured: memory, arithmetic, bytes between processes, and the time of a step.
+
+Nothing is allocated and no model is loaded, so that a run on many machines can be planned on any.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from fastsae.errors import UsageError, shown
+from fastsae.train.config import TrainConfig
+from fastsae.train.hardware import Hardware
+from fastsae.train.limits import Need, needs, shard, start_l0, sums_gradients, trained_numbers
+
+MOST_PROCESSES = 10**6
+BINS = 2**16  # of the histogram by which BatchTopK chooses
+_ROOM_FOR_CANDIDATES = 2  # times its fair share of the k largest: so many each process sends
+_ADAM = 16  # operations for a weight: moments, update, projection and norm
+_PASSES = 8  # operations for an active feature and dimension: the decoder, its gradient, and those of both matrices
+
+
+@dataclass(frozen=True)
+class Model:
+    """The language model, as far as a plan must know it.
+
+    Attributes:
+        d_in: Width of the activations.
+        n_before: Weights of the blocks up to the layer, which every token goes through.
+        n_weights: All of them.
+        bytes_per_number: Size of a weight and of an activation.
+    """
+
+    d_in: int
+    n_before: int
+    n_weights: int
+    bytes_per_number: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a step that one process computes.
+
+    Attributes:
+        name: What it does.
+        flops: Its operations.
+        n_bytes: What it reads from memory and writes to it.
+        is_narrow: Whether its products are in 16 bits.
+    """
+
+    name: str
+    flops: float
+    n_bytes: float
+    is_narrow: bool = False
+
+    def seconds(self, hardware: Hardware) -> float:
+        """The longer of computing and of reading and writing, each at its full rate."""
+        rate = hardware.flops_16 if self.is_narrow else hardware.flops_32
+        return max(self.flops / rate, self.n_bytes / hardware.memory_bandwidth)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What one process sends in a step for one purpose, in a ring of processes.
+
+    Attributes:
+        name: As the traffic of `fastsae.distributed.groups.Group` names it.
+        n_bytes: What it sends to its neighbour in the ring.
+        size: Processes of the ring.
+        stride: The difference of their numbers.
+    """
+
+    name: str
+    n_bytes: float
+    size: int
+    stride: int
+
+    def by_link(self, hardware: Hardware) -> tuple[float, float]:
+        """Bytes that one device sends inside of its machine, and by its network card.
+
+        Where `m` members of a ring share a machine, the ring's data leave it by the cards of all `m`.
+        """
+        m = min(self.size, max(1, hardware.per_machine // self.stride))
+        if m == self.size:
+            return self.n_bytes, 0.0
+        return self.n_bytes if m > 1 else 0.0, self.n_bytes / m
+
+    def seconds(self, hardware: Hardware) -> float:
+        """The time of the slower link; the latency is left out."""
+        inside, outside = self.by_link(hardware)
+        return max(inside / hardware.link, outside / hardware.network)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes, of the process that has most.
+
+    Attributes:
+        config: The run.
+        model: Its language model.
+        n_processes: Its processes.
+        memory: What a process holds in a step.
+        parts: What it computes in a step.
+        exchanges: What it sends in a step.
+    """
+
+    config: TrainConfig
+    model: Model
+    n_processes: int
+    memory: list[Need]
+    parts: list[Part]
+    exchanges: list[Exchange]
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of a process."""
+        return sum(need.n_bytes for need in self.memory)
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a process sends in a step."""
+        return sum(exchange.n_bytes for exchange in self.exchanges)
+
+    def hidden(self, hardware: Hardware) -> float:
+        """Seconds of a step in which reconstructions travel while the next part of the batch is encoded."""
+        n_parts = 1 if self.config.architecture == "batchtopk" else self.config.overlap_chunks
+        travels = sum(e.seconds(hardware) for e in self.exchanges if e.name == "reconstruction")
+        encoded = sum(part.seconds(hardware) for part in self.parts if part.name == "encode")
+        return min(travels, encoded) * (n_parts - 1) / n_parts
+
+    def seconds(self, hardware: Hardware) -> float:
+        """The time of a step."""
+        computed = sum(part.seconds(hardware) for part in self.parts)
+        sent = sum(exchange.seconds(hardware) for exchange in self.exchanges)
+        return computed + sent - self.hidden(hardware)
+
+
+def make_plan(config: TrainConfig, model: Model, n_processes: int = 1, device_type: str = "cuda") -> Plan:
+    """The plan of a run of one SAE.
+
+    Args:
+        config: The run.
+        model: Its language model.
+        n_processes: Its processes.
+        device_type: Where it computes, `cpu` or `cuda`.
+
+    Raises:
+        UsageError: The processes do not fit the options.
+    """
+    check_processes(config, n_processes)
+    d_in, d_sae = model.d_in, config.n_features(model.d_in)
+    of_model = Need("weights of the language model", "model", model.n_weights * model.bytes_per_number)
+    memory = [of_model, *needs([config], d_in, model.bytes_per_number, device_type, n_processes)]
+    traffic = step_traffic(config, d_in, d_sae, n_processes, model.bytes_per_number)
+    exchanges = [_exchange(name, n, config, n_processes) for name, n in traffic.items()]
+    return Plan(config, model, n_processes, memory, _parts(config, model, n_processes, device_type), exchanges)
+
+
+def check_processes(config: TrainConfig, n_processes: int) -> None:
+    """Raises UsageError unless so many processes can share the run."""
+    if not 1 <= n_processes <= MOST_PROCESSES:
+        raise UsageError(f"processes: expected a whole number from 1 to {MOST_PROCESSES:,}, got {shown(n_processes)}")
+    if n_processes % config.shard_features:
+        raise UsageError(
+            f"shard_features: expected a divisor of the {shown(n_processes)} processes, got {config.shard_features:,}"
+        )
+    if config.batch_size < n_processes:
+        raise UsageError(
+            f"batch_size: expected at least one token for each of {shown(n_processes)} processes, got {config.batch_size:,}"
+        )
+
+
+def step_traffic(
+    config: TrainConfig, d_in: int, d_sae: int, n_processes: int, bytes_of_acts: int, *, with_dead: bool = False
+) -> dict[str, float]:
+    """Bytes that the first process sends in a training step, by the names of `Group.traffic`; what is not sent has no name.
+
+    Collectives are counted as rings send them: a gather of `S` equal parts `S - 1` times a part, a sum `2 (S - 1) / S` times the
+    whole. What the logs sum is left out.
+
+    Args:
+        config: The run.
+        d_in: Width of the activations.
+        d_sae: Number of features.
+        n_processes: The processes of the run.
+        bytes_of_acts: Size of a number of the activations.
+        with_dead: Whether it is a step of the TopK family in which dead features learn (AuxK).
+    """
+    n_shards = config.shard_features
+    n_groups, of_process = n_processes // n_shards, -(-config.batch_size // n_processes)
+    rows = _rows_of_first_group(config.batch_size, n_processes, n_shards)
+    summed = 2 * (n_shards - 1) / n_shards
+    size = 2 if config.reduce_dtype == "bfloat16" else 4
+    found: dict[str, float] = {}
+    if n_shards > 1:
+        found["rows"] = (n_shards - 1) * of_process * d_in * bytes_of_acts
+        found["reconstruction"] = summed * rows * d_in * size * (2 if with_dead else 1)
+        found["penalty"] = summed * rows * 4 * (1 if _counts_features(config) else 2)
+        found["norm"] = summed * 8 if config.clip_norm > 0 else 0
+        found["b_dec"] = summed * d_in * 4 if config.subtracts_b_dec else 0
+        found["candidates"] = _candidates(config, d_in, d_sae, rows, with_dead)
+    if config.architecture == "batchtopk":
+        found["histogram"] = 2 * 2 * (n_processes - 1) / n_processes * BINS * 4
+    if n_groups > 1:
+        found["gradients"] = 2 * (n_groups - 1) / n_groups * 4 * _averaged_numbers(config, d_in, d_sae)
+    return {name: float(n) for name, n in found.items() if n}
+
+
+def _rows_of_first_group(batch_size: int, n_processes: int, n_shards: int) -> int:
+    """Rows that the first `n_shards` of the processes serve, of which the first ones have one more."""
+    each, more = divmod(batch_size, n_processes)
+    return n_shards * each + min(n_shards, more)
+
+
+def _counts_features(config: TrainConfig) -> bool:
+    """Whether the penalty is L0, so that one number per token tells both."""
+    return config.is_topk or (config.architecture == "jumprelu" and config.sparsity != "tanh")
+
+
+def _candidates(config: TrainConfig, d_in: int, d_sae: int, rows: int, with_dead: bool) -> float:
+    """Bytes of the values among which the largest of a token are chosen."""
+    n_shards = config.shard_features
+    chosen = [] if config.k is None or config.architecture == "batchtopk" else [config.k]
+    chosen += [max(1, d_in // 2)] if with_dead else []
+    width = -(-d_sae // n_shards)
+    return sum((n_shards - 1) * rows * 4 * min(k, width, -(-_ROOM_FOR_CANDIDATES * k // n_shards)) for k in chosen)
+
+
+def _averaged_numbers(config: TrainConfig, d_in: int, d_sae: int) -> int:
+    """Numbers of one process that are summed over those with the same features: gradients, and the counts of firings."""
+    features = -(-d_sae // config.shard_features)
+    matrices = 2 if config.frozen is None else 1
+    vectors = 3 if config.architecture == "jumprelu" else 2  # of b_enc, of the counts, and of the threshold
+    return features * (matrices * d_in + vectors) + d_in
+
+
+def _exchange(name: str, n_bytes: float, config: TrainConfig, n_processes: int) -> Exchange:
+    n_shards = config.shard_features
+    if name == "gradients":
+        return Exchange(name, n_bytes, n_processes // n_shards, n_shards)
+    return Exchange(name, n_bytes, n_processes if name == "histogram" else n_shards, 1)
+
+
+def expected_l0(config: TrainConfig, d_in: int) -> float:
+    """Active features per token of a step in the middle of the run; those of the start where nothing says more."""
+    return min(config.expected_l0 or start_l0(config, d_in), config.n_features(d_in))
+
+
+def _parts(config: TrainConfig, model: Model, n_processes: int, device_type: str) -> list[Part]:
+    """What a process computes in a step."""
+    d_in, n_shards = model.d_in, config.shard_features
+    own = config.batch_size / n_processes  # tokens that it reads
+    rows = own * n_shards  # tokens that it trains on
+    matrix = shard(config, d_in) * d_in
+    is_narrow = config.dtype == "bfloat16"
+    size = 2 if is_narrow else 4
+    entries = rows * expected_l0(config, d_in) / n_shards
+    trained = trained_numbers(config, d_in)
+    of_gradient = 4 if sums_gradients(config, device_type, n_processes) else 0
+    n_before = 0 if config.activations else model.n_before
+    passes = own / config.forward_tokens
+    return [
+        Part(
+            "language model",
+            2 * n_before * own,
+            n_before * model.bytes_per_number * passes,
+            model.bytes_per_number == 2,
+        ),
+        Part("encode", 2 * rows * matrix, matrix * size + rows * d_in * size, is_narrow),
+        # of each active feature the decoder's row is read twice; the batch and the errors stay in the cache
+        Part("decode, gradients", _PASSES * entries * d_in, 2 * entries * d_in * size + 4 * rows * d_in * 4),
+        # weight and both means are read and written, the gradient where it is a tensor too
+        Part("optimiser", _ADAM * trained, trained * (24 + 2 * of_gradient) + (2 * 2 * matrix if is_narrow else 0)),
+    ]
+
+
+def divisors(n: int) -> list[int]:
+    """The numbers that `n` is a multiple of, in order."""
+    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+    return sorted({*small, *(n // i for i in small)})
+
+
+def alternatives(plan: Plan, device_type: str) -> Mapping[int, Plan]:
+    """The same run on as many processes, by the number of those that share the features."""
+    return {
+        n: make_plan(replace(plan.config, shard_features=n), plan.model, plan.n_processes, device_type)
+        for n in divisors(plan.n_processes)
+    }
