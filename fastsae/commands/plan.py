@@ -89,15 +89,12 @@ def run(arguments: Namespace, configs: Sequence[TrainConfig]) -> None:
     from fastsae.train.pipeline import resolve_device
     from fastsae.train.plan import make_plan
 
-    if len(configs) > 1:
-        raise UsageError(f"--dry-run: expected the options of one SAE, got those of {len(configs)}; plan each alone")
-    (config,) = configs
     given = arguments.processes
     n_processes = int(os.environ.get("WORLD_SIZE", 1)) if given is None else given
     hardware = _hardware(arguments)
-    device_type = "cuda" if arguments.hardware else resolve_device(config.device).partition(":")[0]
-    config, model = read_model(config, device_type)
-    plan = make_plan(config, model, n_processes, device_type)
+    device_type = "cuda" if arguments.hardware else resolve_device(configs[0].device).partition(":")[0]
+    configs, model = read_model(configs, device_type)
+    plan = make_plan(configs, model, n_processes, device_type)
     if os.environ.get("RANK", "0") == "0":
         print_plan(plan, hardware, device_type)
 
@@ -125,8 +122,8 @@ def _hardware(arguments: Namespace) -> Hardware | None:
     return replace(known, **rates)
 
 
-def read_model(config: TrainConfig, device_type: str) -> tuple[TrainConfig, Model]:
-    """The options with the layer resolved, and the sizes of the language model, from its configuration alone.
+def read_model(configs: Sequence[TrainConfig], device_type: str) -> tuple[list[TrainConfig], Model]:
+    """The options with the layers resolved, and the sizes of the language model, from its configuration alone.
 
     Raises:
         UsageError: There is no such model or layer, or not so many features.
@@ -138,29 +135,32 @@ def read_model(config: TrainConfig, device_type: str) -> tuple[TrainConfig, Mode
     from fastsae.train.plan import Model
     from fastsae.train.validate import model_options
 
-    options = model_options(config.model_kwargs)
-    model = load_without_weights(model_location(config.model), config.model_dtype, device_type, options=options)
-    blocks = decoder_layers(model)
-    layer = len(blocks) // 2 if config.layer is None else config.layer
-    check_layer(model, layer)
-    d_in = text_config(model.config).hidden_size
-    check_k(config, d_in)
-    before = blocks[: layer + (config.hook != "resid_pre")]
+    common = configs[0]
+    options = model_options(common.model_kwargs)
+    model = load_without_weights(model_location(common.model), common.model_dtype, device_type, options=options)
+    blocks, d_in = decoder_layers(model), text_config(model.config).hidden_size
+    resolved = [replace(config, layer=len(blocks) // 2) if config.layer is None else config for config in configs]
+    layers = [config.layer for config in resolved if config.layer is not None]
+    for config, layer in zip(resolved, layers, strict=True):
+        check_layer(model, layer)
+        check_k(config, d_in)
+    before = blocks[: max(layers) + (common.hook != "resid_pre")]
     n_before, n_weights = (sum(weight.numel() for weight in part.parameters()) for part in (before, model))
-    return replace(config, layer=layer), Model(d_in, n_before, n_weights, model.dtype.itemsize)
+    return resolved, Model(d_in, n_before, n_weights, model.dtype.itemsize)
 
 
 def print_plan(plan: Plan, hardware: Hardware | None, device_type: str) -> None:
     """Memory, work, bytes and times of a process, and which division of the features moves fewest bytes."""
-    config, n, d_in = plan.config, plan.n_processes, plan.model.d_in
-    n_groups = n // config.shard_features
-    print(
-        f"{config.n_features(d_in):,} features of {d_in:,} dimensions at layer {config.layer} of {config.model}, on {_of(n)}"
-    )
-    if n > 1:
+    config, n = plan.config, plan.n_processes
+    for sae in plan.saes:
+        n_features, d_in = sae.n_features(plan.model.d_in), plan.model.d_in
         print(
-            f"in {n_groups:,} group{'s' if n_groups > 1 else ''} of {config.shard_features:,}; a group shares the features"
+            f"{n_features:,} features of {d_in:,} dimensions, {sae.architecture}, at layer {sae.layer} of {sae.model}"
         )
+    if n > 1:
+        n_groups = n // config.shard_features
+        groups = f"{n_groups:,} group{'s' if n_groups > 1 else ''} of {config.shard_features:,}"
+        print(f"on {n:,} processes: {groups}; those of a group share the features, each group trains on other tokens")
     print("computed, not measured\n")
     _print_memory(plan, hardware)
     _print_work(plan, hardware)
@@ -196,11 +196,14 @@ def _fits(plan: Plan, hardware: Hardware | None) -> str:
 def _print_work(plan: Plan, hardware: Hardware | None) -> None:
     from fastsae.train.plan import expected_l0
 
-    l0 = expected_l0(plan.config, plan.model.d_in)
-    print(f"\n{f'a step of a process, at L0 {l0:g}':34}{'GFLOP':>10}{'GB read, written':>20}{_titled('ms', hardware)}")
-    for part in plan.parts:
-        ms = "" if hardware is None else f"{1e3 * part.seconds(hardware):>10.2f}"
-        print(f"  {part.name:32}{part.flops / 1e9:>10,.1f}{part.n_bytes / 1e9:>20,.3f}{ms}")
+    found = sorted({expected_l0(sae, plan.model.d_in) for sae in plan.saes})
+    l0 = " to ".join(f"{n:g}" for n in sorted({found[0], found[-1]}))
+    print(f"\n{f'a step of a process, at L0 {l0}':34}{'GFLOP':>10}{'GB read, written':>20}{_titled('ms', hardware)}")
+    for name in dict.fromkeys(part.name for part in plan.parts):
+        parts = [part for part in plan.parts if part.name == name]
+        flops, n_bytes = sum(part.flops for part in parts), sum(part.n_bytes for part in parts)
+        ms = "" if hardware is None else f"{1e3 * sum(part.seconds(hardware) for part in parts):>10.2f}"
+        print(f"  {name:32}{flops / 1e9:>10,.1f}{n_bytes / 1e9:>20,.3f}{ms}")
 
 
 def _print_exchanges(plan: Plan, hardware: Hardware | None) -> None:
@@ -220,6 +223,7 @@ def _print_alternatives(plan: Plan, hardware: Hardware | None, device_type: str)
 
     found = alternatives(plan, device_type)
     best = min(found, key=lambda n: found[n].sent)
+    fastest = min(found, key=lambda n: found[n].seconds(hardware)) if hardware else None
     print(
         f"\n{'--shard-features':18}{'MB sent in a step':>20}{'GB of memory':>15}{_titled('ms of a step', hardware, 15)}"
     )
@@ -227,16 +231,13 @@ def _print_alternatives(plan: Plan, hardware: Hardware | None, device_type: str)
         ms = "" if hardware is None else f"{1e3 * other.seconds(hardware):>15.2f}"
         notes = ["as given"] if n == plan.config.shard_features else []
         notes += ["fewest bytes"] if n == best else []
+        notes += ["least time"] if n == fastest else []
         notes += ["does not fit"] if hardware and hardware.memory and other.n_bytes > hardware.memory else []
         print(f"{n:>18,}{other.sent / 1e6:>20,.1f}{other.n_bytes / 1e9:>15.2f}{ms}  {', '.join(notes)}".rstrip())
 
 
 def _titled(title: str, hardware: Hardware | None, width: int = 10) -> str:
     return "" if hardware is None else f"{title:>{width}}"
-
-
-def _of(n: int) -> str:
-    return "one process" if n == 1 else f"{n:,} processes"
 
 
 def _time(seconds: float) -> str:

@@ -14,7 +14,7 @@ from fastsae.machine import free_memory
 from fastsae.train.config import TrainConfig
 
 _BYTES_OF_ENTRY = 40  # index, value, order by feature and gradients of one active feature of a token
-_ROOM_FOR_ENTRIES = 1.5  # rows have room for so many times as many as there are on average
+_ROOM_FOR_ENTRIES = {"cpu": 1.0, "cuda": 1.5}  # a GPU's rows have room for more of them than there are on average
 _BYTES_OF_FEATURE = 12  # of a token and a feature, active or not, where so many are active that the pass is dense
 _LOG_OF_A_TOKEN = 3 * 8  # bytes: token, position and dialogue, which are kept with its activations
 
@@ -87,7 +87,7 @@ def needs(
     """
     weights = [_weights(sae, d_in, device_type, n_processes) for sae in saes]
     # the SAEs are trained one after the other, so that of what a step holds only the largest counts
-    steps = [_step(sae, d_in, bytes_per_number, n_processes) for sae in saes]
+    steps = [_step(sae, d_in, bytes_per_number, device_type, n_processes) for sae in saes]
     step = max(steps, key=lambda found: sum(need.n_bytes for need in found))
     return [*_summed(weights), *_stream(saes, d_in, bytes_per_number, device_type, n_processes), *step]
 
@@ -163,14 +163,14 @@ def _stream(
     ]
 
 
-def _step(config: TrainConfig, d_in: int, bytes_per_number: int, n_processes: int) -> list[Need]:
+def _step(config: TrainConfig, d_in: int, bytes_per_number: int, device_type: str, n_processes: int) -> list[Need]:
     """What a training step holds of a batch, which is that of a whole group of processes."""
     n_shards = config.shard_features
     rows = -(-config.batch_size // n_processes) * n_shards
     narrow = 2 if config.dtype == "bfloat16" else 0
     batch = rows * d_in * (bytes_per_number + 4 + narrow)  # as it came, scaled, and for the products
     results = rows * d_in * 4 * (3 if n_shards > 1 else 2)  # the reconstruction, its error, and a part that travels
-    sparse = _ROOM_FOR_ENTRIES * start_l0(config, d_in) * _BYTES_OF_ENTRY
+    sparse = _ROOM_FOR_ENTRIES[device_type] * start_l0(config, d_in) * _BYTES_OF_ENTRY
     of_token = min(sparse, config.n_features(d_in) * _BYTES_OF_FEATURE) / n_shards
     return [
         Need("batch", "batch_size", batch),

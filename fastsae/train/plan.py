@@ -6,7 +6,7 @@ Nothing is allocated and no model is loaded, so that a run on many machines can 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fastsae.errors import UsageError, shown
@@ -97,20 +97,25 @@ class Plan:
     """What a run takes, of the process that has most.
 
     Attributes:
-        config: The run.
+        saes: The options of the run's SAEs.
         model: Its language model.
         n_processes: Its processes.
         memory: What a process holds in a step.
-        parts: What it computes in a step.
+        parts: What it computes in a step, for each SAE.
         exchanges: What it sends in a step.
     """
 
-    config: TrainConfig
+    saes: Sequence[TrainConfig]
     model: Model
     n_processes: int
     memory: list[Need]
     parts: list[Part]
     exchanges: list[Exchange]
+
+    @property
+    def config(self) -> TrainConfig:
+        """The options that all SAEs share, and those of the first."""
+        return self.saes[0]
 
     @property
     def n_bytes(self) -> int:
@@ -136,25 +141,33 @@ class Plan:
         return computed + sent - self.hidden(hardware)
 
 
-def make_plan(config: TrainConfig, model: Model, n_processes: int = 1, device_type: str = "cuda") -> Plan:
-    """The plan of a run of one SAE.
+def make_plan(saes: Sequence[TrainConfig], model: Model, n_processes: int = 1, device_type: str = "cuda") -> Plan:
+    """The plan of a run.
 
     Args:
-        config: The run.
-        model: Its language model.
-        n_processes: Its processes.
+        saes: The options of the run's SAEs, which share all that the stream of activations decides.
+        model: Its language model, up to the deepest layer.
+        n_processes: Its processes; more than one for one SAE alone.
         device_type: Where it computes, `cpu` or `cuda`.
 
     Raises:
         UsageError: The processes do not fit the options.
     """
+    if n_processes > 1 and len(saes) > 1:
+        raise UsageError(
+            f"processes: expected 1 for the {len(saes)} SAEs of the run, got {shown(n_processes)}; plan each alone"
+        )
+    config = saes[0]
     check_processes(config, n_processes)
     d_in, d_sae = model.d_in, config.n_features(model.d_in)
     of_model = Need("weights of the language model", "model", model.n_weights * model.bytes_per_number)
-    memory = [of_model, *needs([config], d_in, model.bytes_per_number, device_type, n_processes)]
+    memory = [of_model, *needs(saes, d_in, model.bytes_per_number, device_type, n_processes)]
+    parts = [_forward(config, model, n_processes)]
+    for sae in saes:
+        parts += _step(sae, d_in, n_processes, device_type)
     traffic = step_traffic(config, d_in, d_sae, n_processes, model.bytes_per_number)
     exchanges = [_exchange(name, n, config, n_processes) for name, n in traffic.items()]
-    return Plan(config, model, n_processes, memory, _parts(config, model, n_processes, device_type), exchanges)
+    return Plan(saes, model, n_processes, memory, parts, exchanges)
 
 
 def check_processes(config: TrainConfig, n_processes: int) -> None:
@@ -247,30 +260,26 @@ def expected_l0(config: TrainConfig, d_in: int) -> float:
     return min(config.expected_l0 or start_l0(config, d_in), config.n_features(d_in))
 
 
-def _parts(config: TrainConfig, model: Model, n_processes: int, device_type: str) -> list[Part]:
-    """What a process computes in a step."""
-    d_in, n_shards = model.d_in, config.shard_features
-    own = config.batch_size / n_processes  # tokens that it reads
-    rows = own * n_shards  # tokens that it trains on
-    matrix = shard(config, d_in) * d_in
-    is_narrow = config.dtype == "bfloat16"
-    size = 2 if is_narrow else 4
+def _forward(config: TrainConfig, model: Model, n_processes: int) -> Part:
+    """The language model up to the layer, on the tokens that one process reads in a step; none from cached activations."""
+    own = 0.0 if config.activations else config.batch_size / n_processes
+    of_weights = model.n_before * model.bytes_per_number * own / config.forward_tokens
+    return Part("language model", 2 * model.n_before * own, of_weights, model.bytes_per_number == 2)
+
+
+def _step(config: TrainConfig, d_in: int, n_processes: int, device_type: str) -> list[Part]:
+    """What one process computes of an SAE's step."""
+    is_narrow, n_shards = config.dtype == "bfloat16", config.shard_features
+    rows = config.batch_size / n_processes * n_shards
+    matrix, size = shard(config, d_in) * d_in, 2 if is_narrow else 4
     entries = rows * expected_l0(config, d_in) / n_shards
     trained = trained_numbers(config, d_in)
     of_gradient = 4 if sums_gradients(config, device_type, n_processes) else 0
-    n_before = 0 if config.activations else model.n_before
-    passes = own / config.forward_tokens
     return [
-        Part(
-            "language model",
-            2 * n_before * own,
-            n_before * model.bytes_per_number * passes,
-            model.bytes_per_number == 2,
-        ),
         Part("encode", 2 * rows * matrix, matrix * size + rows * d_in * size, is_narrow),
         # of each active feature the decoder's row is read twice; the batch and the errors stay in the cache
         Part("decode, gradients", _PASSES * entries * d_in, 2 * entries * d_in * size + 4 * rows * d_in * 4),
-        # weight and both means are read and written, the gradient where it is a tensor too
+        # weight and both means are read and written, and so is the gradient where it is a tensor
         Part("optimiser", _ADAM * trained, trained * (24 + 2 * of_gradient) + (2 * 2 * matrix if is_narrow else 0)),
     ]
 
@@ -284,6 +293,6 @@ def divisors(n: int) -> list[int]:
 def alternatives(plan: Plan, device_type: str) -> Mapping[int, Plan]:
     """The same run on as many processes, by the number of those that share the features."""
     return {
-        n: make_plan(replace(plan.config, shard_features=n), plan.model, plan.n_processes, device_type)
+        n: make_plan([replace(plan.config, shard_features=n)], plan.model, plan.n_processes, device_type)
         for n in divisors(plan.n_processes)
     }
