@@ -33,7 +33,7 @@ MEANINGS = {
     "b_dec": "gradient of b_dec",
     "candidates": "values among which the largest of a token are chosen",
     "histogram": "counts of values, among which the largest of the batch are chosen",
-    "gradients": "gradients, and how often features fired",
+    "gradients": "sums of the gradients, over processes with the same features",
 }
 ASSUMPTIONS = """\
 Assumed: every device computes, reads and sends at its full rate, and nothing but the sum of reconstructions is hidden, with

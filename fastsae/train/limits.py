@@ -115,7 +115,7 @@ def trained_numbers(config: TrainConfig, d_in: int) -> int:
 def sums_gradients(config: TrainConfig, device_type: str, n_processes: int = 1) -> bool:
     """Whether the optimiser gets the gradients of the weights as tensors, and does not sum them row by row."""
     is_averaged = n_processes > config.shard_features
-    is_chosen_from = config.k is not None and config.shard_features > 1
+    is_chosen_from = config.is_topk and config.shard_features > 1
     is_rescaled = config.is_topk and not config.normalize_decoder
     is_clipped = device_type == "cpu" and config.clip_norm > 0
     return is_averaged or is_chosen_from or is_rescaled or is_clipped

@@ -178,6 +178,11 @@ def check_processes(config: TrainConfig, n_processes: int) -> None:
         raise UsageError(
             f"shard_features: expected a divisor of the {shown(n_processes)} processes, got {config.shard_features:,}"
         )
+    if config.shard_features > 1 and config.k is not None and not config.is_topk:
+        raise UsageError(
+            f"k: expected none where processes share the features of a {config.architecture} SAE, got {config.k:,}; topk and "
+            "batchtopk SAEs can be shared"
+        )
     if config.batch_size < n_processes:
         raise UsageError(
             f"batch_size: expected at least one token for each of {shown(n_processes)} processes, got {config.batch_size:,}"
@@ -190,7 +195,8 @@ def step_traffic(
     """Bytes that the first process sends in a training step, by the names of `Group.traffic`; what is not sent has no name.
 
     Collectives are counted as rings send them: a gather of `S` equal parts `S - 1` times a part, a sum `2 (S - 1) / S` times the
-    whole. What the logs sum is left out.
+    whole. Numbers of tokens and means for the logs are left out, some 40 bytes, and so is a second look at the candidates of TopK
+    where one process holds most of the largest.
 
     Args:
         config: The run.
@@ -198,32 +204,46 @@ def step_traffic(
         d_sae: Number of features.
         n_processes: The processes of the run.
         bytes_of_acts: Size of a number of the activations.
-        with_dead: Whether it is a step of the TopK family in which dead features learn (AuxK).
+        with_dead: Whether it is a step of the TopK family in which more than `d_in // 2` dead features learn (AuxK).
     """
-    n_shards = config.shard_features
-    n_groups, of_process = n_processes // n_shards, -(-config.batch_size // n_processes)
-    rows = _rows_of_first_group(config.batch_size, n_processes, n_shards)
+    n_shards, n_groups = config.shard_features, n_processes // config.shard_features
+    rows = rows_of_first_group(config.batch_size, n_processes, n_shards)
     summed = 2 * (n_shards - 1) / n_shards
-    size = 2 if config.reduce_dtype == "bfloat16" else 4
     found: dict[str, float] = {}
     if n_shards > 1:
-        found["rows"] = (n_shards - 1) * of_process * d_in * bytes_of_acts
-        found["reconstruction"] = summed * rows * d_in * size * (2 if with_dead else 1)
-        found["penalty"] = summed * rows * 4 * (1 if _counts_features(config) else 2)
+        found["rows"] = (n_shards - 1) * -(-config.batch_size // n_processes) * d_in * bytes_of_acts
+        found["reconstruction"] = summed * d_in * _sent_rows(config, rows, with_dead) * _bytes_of_parts(config)
+        found["penalty"] = summed * rows * 4 * ((1 if _counts_features(config) else 2) + with_dead)
         found["norm"] = summed * 8 if config.clip_norm > 0 else 0
-        found["b_dec"] = summed * d_in * 4 if config.subtracts_b_dec else 0
-        found["candidates"] = _candidates(config, d_in, d_sae, rows, with_dead)
+        found["b_dec"] = summed * d_in * 4 * (1 + with_dead) if config.subtracts_b_dec else 0
+        chosen = [config.k] if config.architecture == "topk" and config.k else []
+        chosen += [max(1, d_in // 2)] if with_dead else []
+        found["candidates"] = sum((n_shards - 1) * rows * 4 * _candidates(k, d_sae, n_shards) for k in chosen)
     if config.architecture == "batchtopk":
         found["histogram"] = 2 * 2 * (n_processes - 1) / n_processes * BINS * 4
-    if n_groups > 1:
-        found["gradients"] = 2 * (n_groups - 1) / n_groups * 4 * _averaged_numbers(config, d_in, d_sae)
+    found["gradients"] = 2 * (n_groups - 1) / n_groups * 4 * trained_numbers(config, d_in)
     return {name: float(n) for name, n in found.items() if n}
 
 
-def _rows_of_first_group(batch_size: int, n_processes: int, n_shards: int) -> int:
+def rows_of_first_group(batch_size: int, n_processes: int, n_shards: int) -> int:
     """Rows that the first `n_shards` of the processes serve, of which the first ones have one more."""
     each, more = divmod(batch_size, n_processes)
     return n_shards * each + min(n_shards, more)
+
+
+def _bytes_of_parts(config: TrainConfig) -> int:
+    return 2 if config.reduce_dtype == "bfloat16" else 4
+
+
+def _sent_rows(config: TrainConfig, rows: int, with_dead: bool) -> int:
+    """Rows of reconstructions that are summed; in 16 bits each process sums a share of them, so that all shares are as long."""
+    size = rows if config.architecture == "batchtopk" else -(-rows // config.overlap_chunks)
+    parts = [min(size, rows - start) for start in range(0, rows, size)]
+    if with_dead:  # a pass of its own, in as many parts
+        again = -(-rows // config.overlap_chunks)
+        parts += [min(again, rows - start) for start in range(0, rows, again)]
+    n = config.shard_features if _bytes_of_parts(config) == 2 else 1
+    return sum(-(-part // n) * n for part in parts)
 
 
 def _counts_features(config: TrainConfig) -> bool:
@@ -231,21 +251,9 @@ def _counts_features(config: TrainConfig) -> bool:
     return config.is_topk or (config.architecture == "jumprelu" and config.sparsity != "tanh")
 
 
-def _candidates(config: TrainConfig, d_in: int, d_sae: int, rows: int, with_dead: bool) -> float:
-    """Bytes of the values among which the largest of a token are chosen."""
-    n_shards = config.shard_features
-    chosen = [] if config.k is None or config.architecture == "batchtopk" else [config.k]
-    chosen += [max(1, d_in // 2)] if with_dead else []
-    width = -(-d_sae // n_shards)
-    return sum((n_shards - 1) * rows * 4 * min(k, width, -(-_ROOM_FOR_CANDIDATES * k // n_shards)) for k in chosen)
-
-
-def _averaged_numbers(config: TrainConfig, d_in: int, d_sae: int) -> int:
-    """Numbers of one process that are summed over those with the same features: gradients, and the counts of firings."""
-    features = -(-d_sae // config.shard_features)
-    matrices = 2 if config.frozen is None else 1
-    vectors = 3 if config.architecture == "jumprelu" else 2  # of b_enc, of the counts, and of the threshold
-    return features * (matrices * d_in + vectors) + d_in
+def _candidates(k: int, d_sae: int, n_shards: int) -> int:
+    """Values of a token that each process sends, so that the `k` largest of all are found."""
+    return min(k, -(-d_sae // n_shards), -(-_ROOM_FOR_CANDIDATES * k // n_shards))
 
 
 def _exchange(name: str, n_bytes: float, config: TrainConfig, n_processes: int) -> Exchange:
@@ -291,8 +299,11 @@ def divisors(n: int) -> list[int]:
 
 
 def alternatives(plan: Plan, device_type: str) -> Mapping[int, Plan]:
-    """The same run on as many processes, by the number of those that share the features."""
+    """The same run on as many processes, by the number of those that share the features, where they can be shared."""
+    config = plan.config
+    can_be_shared = config.is_topk or config.k is None
     return {
-        n: make_plan([replace(plan.config, shard_features=n)], plan.model, plan.n_processes, device_type)
+        n: make_plan([replace(config, shard_features=n)], plan.model, plan.n_processes, device_type)
         for n in divisors(plan.n_processes)
+        if n == 1 or can_be_shared
     }

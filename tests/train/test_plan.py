@@ -54,6 +54,9 @@ def test_sharding_moves_fewer_bytes_than_averaging(
         # 18 rows over 6 processes, of which 3 share the features: 9 rows of a group, 4 / 3 times in a sum of 3
         ({}, {"rows": 2 * 3 * 64 * 2, "reconstruction": 9 * 64 * 4 * 4 / 3, "penalty": 9 * 4 * 4 / 3, "norm": 8 * 4 / 3}),
         ({"reduce_dtype": "bfloat16"}, {"reconstruction": 9 * 64 * 2 * 4 / 3}),
+        # 11 rows in parts of 3, 3, 3 and 2: in 16 bits as if of 3, 3, 3 and 3, as 3 processes sum equal shares of each
+        ({"overlap_chunks": 4, "batch_size": 20}, {"reconstruction": 11 * 64 * 4 * 4 / 3}),
+        ({"overlap_chunks": 4, "batch_size": 20, "reduce_dtype": "bfloat16"}, {"reconstruction": 12 * 64 * 2 * 4 / 3}),
         ({"clip_norm": 0}, {"norm": None}),
         ({"sparsity": "tanh"}, {"penalty": 9 * 2 * 4 * 4 / 3}),
         ({"sparsity": "quadratic"}, {"penalty": 9 * 4 * 4 / 3}),
@@ -63,13 +66,12 @@ def test_sharding_moves_fewer_bytes_than_averaging(
         ({"architecture": "topk", "k": 8}, {"candidates": 2 * 9 * 6 * 4, "penalty": 9 * 4 * 4 / 3, "b_dec": 64 * 4 * 4 / 3}),
         ({"architecture": "topk", "k": 2}, {"candidates": 2 * 9 * 2 * 4}),
         ({"architecture": "topk", "k": 90}, {"candidates": 2 * 9 * 34 * 4}),
-        ({"k": 8}, {"candidates": 2 * 9 * 6 * 4}),
         # two histograms of 2^16 counts over all 6 processes
         ({"architecture": "batchtopk", "k": 8}, {"histogram": 2 * 2**16 * 4 * 2 * 5 / 6, "candidates": None}),
-        # W_enc, W_dec, b_enc, the threshold and the counts of 34 features, and b_dec, over the 2 groups
-        ({}, {"gradients": (34 * (2 * 64 + 3) + 64) * 4, "histogram": None}),
-        ({"architecture": "relu"}, {"gradients": (34 * (2 * 64 + 2) + 64) * 4}),
-        ({"frozen": "decoder"}, {"gradients": (34 * (64 + 3) + 64) * 4}),
+        # W_enc, W_dec, b_enc and the threshold of 34 features, and b_dec, over the 2 groups
+        ({}, {"gradients": (34 * (2 * 64 + 2) + 64) * 4, "histogram": None}),
+        ({"architecture": "relu"}, {"gradients": (34 * (2 * 64 + 1) + 64) * 4}),
+        ({"frozen": "decoder"}, {"gradients": (34 * (64 + 2) + 64) * 4}),
         # 20 rows: the first 2 of 6 processes have 4, so that all of the first group send as if they had 4
         ({"batch_size": 20}, {"rows": 2 * 4 * 64 * 2, "reconstruction": 11 * 64 * 4 * 4 / 3}),
     ],
@@ -87,6 +89,8 @@ def test_dead_features_send_a_second_reconstruction() -> None:
     usual, more = (step_traffic(run, 64, 100, 2, 4, with_dead=dead) for dead in (False, True))
     assert more.pop("reconstruction") == 2 * usual.pop("reconstruction")
     assert more.pop("candidates") - usual.pop("candidates") == 16 * 32 * 4  # d_in // 2 of each token
+    assert more.pop("penalty") == 2 * usual.pop("penalty")
+    assert more.pop("b_dec") == 2 * usual.pop("b_dec")
     assert more == usual
     assert step_traffic(replace(run, shard_features=1), 64, 100, 1, 4, with_dead=True) == {}
 
@@ -224,6 +228,11 @@ def test_operations_are_those_that_torch_counts(tiny_model: Path) -> None:
     [
         ({"shard_features": 4}, 6, r"^shard_features: expected a divisor of the 6 processes, got 4"),
         ({"shard_features": 4}, 1, r"^shard_features: expected a divisor of the 1 processes, got 4"),
+        (
+            {"shard_features": 2, "k": 8},
+            2,
+            r"^k: expected none where processes share the features of a jumprelu SAE, got 8",
+        ),
         ({}, 17, r"^batch_size: expected at least one token for each of 17 processes, got 16"),
         ({}, 0, r"^processes: expected a whole number from 1 to 1,000,000, got 0"),
         ({}, 10**30, r"^processes: expected .*, got a number of about 31 digits"),
@@ -241,6 +250,7 @@ def test_every_division_of_the_features_is_compared() -> None:
     found = alternatives(plan, "cuda")
     assert list(found) == [1, 2, 3, 4, 6, 12]
     assert found[3].sent == plan.sent > 0
+    assert list(alternatives(make_plan([config(k=8)], MODEL, 12), "cuda")) == [1]  # a choice beside a threshold
 
 
 def test_the_command_plans_and_writes_nothing(
