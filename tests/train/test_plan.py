@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from meter import Meter
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastsae import cli
@@ -134,6 +135,17 @@ def test_a_step_holds_what_the_plan_says(options: dict[str, Any]) -> None:
     assert found.get("gradients of the weights", 0) == pytest.approx(of_weights, rel=0.05)
     copies = 0 if optimizer._copies is None else sum(copy.nbytes for copy in optimizer._copies._copies.values())
     assert found.get("copies of the weights in bfloat16", 0) == copies
+
+
+def test_a_first_step_holds_no_more_than_the_plan_says() -> None:
+    run = config(d_sae=40_000, init_l0=20.0)
+    trainer = Trainer(build_sae(run, 64, torch.device("cpu")), iter(()), run)
+    acts, nothing = torch.randn(2048, 64), torch.zeros(16, dtype=torch.int64)
+    trainer.initialize(acts)
+    with Meter() as meter:
+        trainer.train_step(ActivationBatch(acts[:16], nothing, nothing, nothing))
+    new = sum(need.n_bytes for need in needs([run], 64, 4, "cpu") if need.what != "weights of the SAE")
+    assert 0.9 * new < meter.peak < 1.1 * new
 
 
 def test_each_process_holds_its_share() -> None:
