@@ -213,10 +213,13 @@ class FusedSAEAdam(torch.optim.Adam):
             if p in self._pending and p not in self._kept:
                 self._kept[p] = torch.empty_like(self._by_feature(p, p))
             kept = self._kept[p] if p in self._pending else None
-            for rows, grad in self._gradients(p):
+            # one tensor for all chunks: small ones in between would break up the memory that the next chunks could use again
+            norms = torch.empty(-(-len(self.matrices[1]) // self._chunk), dtype=torch.float64, device=p.device)
+            for i, (rows, grad) in enumerate(self._gradients(p)):
                 if kept is not None:
                     kept[rows] = grad
-                squares.append(torch.linalg.vector_norm(grad).double().square())
+                norms[i] = torch.linalg.vector_norm(grad)
+            squares += norms.square().unbind()
         norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
         assert self.max_grad_norm is not None
         dtype = torch.promote_types(self.sae.dtype, torch.float32)
