@@ -158,8 +158,8 @@ def _new(arguments: Namespace, given: dict[str, Any]) -> tuple[dict[str, TrainCo
 def _source(name: str) -> tuple[Path, dict[str, Any]]:
     """Where the SAE is that training goes on from, and the options that follow from it."""
     from fastsae.peers import formats
+    from fastsae.train.evaluation import load_sae
     from fastsae.train.init_from import options_of
-    from fastsae.train.run import load_sae
 
     if problem := name_problem(name):
         raise UsageError(f"init_from: expected {problem}, got {shown(name)}")
