@@ -15,8 +15,8 @@ ROOM = 2  # times its fair share of the k largest: so many candidates each proce
 def among_topk(acts: SparseActs, k: int, features: Group) -> Tensor:
     """`[nnz]` bool: which of this process's entries are among the `k` largest of their token; ties go to the lower feature.
 
-    Each process sends the values of its `2 k / P` largest entries of a token. Where one of them turns out to hold more of
-    the `k` largest than that, which all processes see alike, the others are sent too. So the choice is exact.
+    Each process sends the values of its `2 k / P` largest entries of a token. Of the few tokens of which one process may hold
+    more of the `k` largest than that, which all processes see alike, the others are sent too. So the choice is exact.
 
     Args:
         acts: The `k` largest of this process's features for each token, packed.
@@ -32,10 +32,12 @@ def among_topk(acts: SparseActs, k: int, features: Group) -> Tensor:
     found = features.gather(padded[:, :sent].contiguous(), "candidates")
     cutoff = _kth_largest(found, k)
     last = found[:, :, -1]
-    if sent < k and ((last >= cutoff.t()) & (last > 0)).any():  # that process may have more of them
-        rest = features.gather(padded[:, sent:].contiguous(), "candidates")
-        found = torch.cat([found, rest], dim=2)
-        cutoff = _kth_largest(found, k)
+    may_have_more = ((last >= cutoff.t()) & (last > 0)).any(0).nonzero().squeeze(1)
+    if sent < k and len(may_have_more):
+        rest = features.gather(padded[may_have_more, sent:].contiguous(), "candidates")
+        found = torch.nn.functional.pad(found, (0, k - sent))
+        found[:, may_have_more, sent:] = rest
+        cutoff[may_have_more] = _kth_largest(found[:, may_have_more], k)
     room = k - (found > cutoff).sum((0, 2)) - (found[: features.rank] == cutoff).sum((0, 2))
     limit = cutoff[rows, 0]
     ties = values == limit
