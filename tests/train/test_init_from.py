@@ -59,7 +59,7 @@ def first_step(config: TrainConfig, output: Path) -> tuple[torch.Tensor, float, 
 
     def train_step(self: Trainer, batch: Any) -> Any:
         found = original(self, batch)
-        steps.append((batch.acts.float(), self.scale, found))
+        steps.append((batch.float(), self.scale, found))
         return found
 
     with pytest.MonkeyPatch.context() as patch:
