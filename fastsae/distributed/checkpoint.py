@@ -132,4 +132,5 @@ def _alone_or_together(group: Group, what: str) -> Iterator[None]:
         if own is not None:
             raise own[0] from None
         rank, (first, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        raise OtherProcessError(f"process {number(group, rank)} could not {what} its part: {first}") from None
+        process = number(group, rank)
+        raise OtherProcessError(process, f"process {process} could not {what} its part: {first}") from None
