@@ -97,7 +97,7 @@ def _described(part: Tensor, dim: int | None, size: int, group: Group) -> Tensor
     Raises:
         ValueError: It is no part as `torch.chunk` cuts them.
     """
-    if dim is None or group.processes is None:
+    if dim is None or group.size == 1 or group.processes is None:
         return part
     start, end = bounds(size, group.size, group.rank)
     if part.shape[dim] != end - start:

@@ -28,7 +28,8 @@ from fastsae.distributed.sharding import SLICED
 from fastsae.distributed.together import gather_objects, of_first, together
 from fastsae.fields import read_json
 from fastsae.train import checkpoint
-from fastsae.train.repartition import repartition
+from fastsae.train.config import TrainConfig
+from fastsae.train.repartition import Share, repartition
 from fastsae.train.trainer import Trainer
 
 SHARDS, FILES = "shards", "files"
@@ -191,24 +192,26 @@ class Saved:
                 if digest(folder / name) != files[name]:
                     raise ValueError(f"{name} is not the file that {checkpoint.STATE} describes")
 
-    def state(self, dims: Mapping[str, int], capacity: int) -> dict[str, Any]:
+    def state(self, dims: Mapping[str, int], config: TrainConfig, capacity: int) -> dict[str, Any]:
         """This process's state of a session.
 
         Args:
             dims: See `sliced_dims`.
+            config: The run.
             capacity: Rows that this process's mixing buffers hold.
 
         Raises:
             FastsaeError: The checkpoint does not hold the state of a session.
         """
         world, features = self.groups.world, self.groups.features
+        share = Share(config.batch_size, world.size, world.rank)
         if self._whole is not None:
             if world.size == 1:
                 return self._whole
             with _reading(self.folder, world):
                 divided, rest = _parted(self._whole, Group())
                 parts = {name: _own_part(tensor, dims.get(name), features) for name, tensor in divided.items()}
-                return checkpoint.unflatten(parts, repartition([rest], world.size, world.rank, capacity))
+                return checkpoint.unflatten(parts, repartition([rest], share, config.order_seed, capacity))
         from fastsae.distributed.checkpoint import load_sharded
 
         with _reading(self.folder, world):
@@ -217,7 +220,7 @@ class Saved:
                 rest = self._of_process(world.rank)
             else:
                 every = [self._of_process(rank) for rank in range(n_before)]
-                rest = repartition(every, world.size, world.rank, capacity)
+                rest = repartition(every, share, config.order_seed, capacity)
         with _reading(self.folder, world):
             return checkpoint.unflatten(load_sharded(self.folder / SHARDS, dims.get, features), rest)
 

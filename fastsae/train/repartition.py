@@ -48,33 +48,31 @@ class Share:
         return rank * even + min(rank, rest)
 
 
-def repartition(states: Sequence[State], n_processes: int, rank: int, capacity: int) -> State:
-    """What process `rank` of the new ones goes on with.
+def repartition(states: Sequence[State], share: Share, seed: int, capacity: int) -> State:
+    """What one of the new processes goes on with.
 
     Args:
         states: Of all processes that saved, in their order: those parts of a session's state that are not divided by features.
-        n_processes: How many processes there are now.
-        rank: Which of them this is.
+        share: Which of the new processes this is.
+        seed: Of the order of the data; the shuffles of a new process are drawn from it, the step and the process.
         capacity: Rows that this process's mixing buffers hold.
 
     Raises:
         KeyError: They are no states of a session; or another error of Python's that the wrong kind of value causes.
     """
     first = states[0]
-    options, trainers = next(iter(first["options"].values())), first["trainers"]
-    step = next(iter(trainers.values()))["step"]
-    share = Share(options["batch_size"], n_processes, rank)
-    seed = [options["order_seed"], step, n_processes, rank]
+    step = next(iter(first["trainers"].values()))["step"]
+    generator_seed = [seed, step, share.n_processes, share.rank]
     return {
         **first,
         "streams": {layer: _stream([state["streams"][layer] for state in states], share) for layer in first["streams"]},
         "buffers": {
-            layer: _buffer([state["buffers"][layer] for state in states], share, step, capacity, seed)
+            layer: _buffer([state["buffers"][layer] for state in states], share, step, capacity, generator_seed)
             for layer in first["buffers"]
         },
         "trainers": {
             i: {**trainer, "sums": _sums([state["trainers"][i]["sums"] for state in states], share.batch_size)}
-            for i, trainer in trainers.items()
+            for i, trainer in first["trainers"].items()
         },
     }
 
@@ -110,8 +108,8 @@ def _buffer(buffers: Sequence[State], share: Share, step: int, capacity: int, se
     later = [_cut(buffer["rows"], buffer["to_serve"], _length(buffer["rows"])) for buffer in holding]
     n_soon, total = sum(map(_length, soon)), sum(_length(buffer["rows"]) for buffer in holding)
     start, end = share.of(total)
-    # of the first `n` rows, `ceil(n * n_soon / total)` are to be served soon: spread evenly, and never more than there are
-    first, last = (-(-n * n_soon // max(total, 1)) for n in (start, end))
+    # of the first `n` rows, `floor(n * n_soon / total)` are to be served soon: so no process gets more of these than rows
+    first, last = (n * n_soon // max(total, 1) for n in (start, end))
     generator = torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2**63)))
     order = torch.randperm(last - first, generator=generator)  # rows of one old process shall not be served in a block
     own_soon = {name: tensor[order] for name, tensor in _taken(soon, first, last).items()}

@@ -11,7 +11,7 @@ import torch
 from fastsae.data.buffer import ActivationBatch, MixingBuffer
 from fastsae.train.repartition import Share, repartition
 
-BATCH, STEPS, CAPACITY = 7, 12, 40
+BATCH, STEPS, CAPACITY, SEED = 7, 12, 40, 3
 
 
 def source(start: int, piece: int) -> Iterator[ActivationBatch]:
@@ -29,7 +29,7 @@ def buffer_of(share: Share, pieces: Iterator[ActivationBatch]) -> MixingBuffer:
 
 def state_of(buffer: MixingBuffer, step: int, rank: int) -> dict[str, Any]:
     return {
-        "options": {"0": {"batch_size": BATCH, "order_seed": 3}},
+        "options": {"0": {}},
         "streams": {
             "4": {
                 "sequencer": {"epoch": 1, "window": rank % 2, "batch": 5 - rank},
@@ -42,6 +42,10 @@ def state_of(buffer: MixingBuffer, step: int, rank: int) -> dict[str, Any]:
         "failures": {},
         "seconds": 2.5,
     }
+
+
+def shares(n_processes: int) -> list[Share]:
+    return [Share(BATCH, n_processes, rank) for rank in range(n_processes)]
 
 
 def saved(n_processes: int, step: int) -> tuple[list[dict[str, Any]], list[int]]:
@@ -71,8 +75,8 @@ def test_no_row_is_lost_or_comes_twice(before: int, after: int, step: int) -> No
     old = [state["buffers"]["4"] for state in states]
     every = sorted(row for buffer in old for row in held(buffer) + waiting(buffer))
     buffers = [
-        repartition(states, after, rank, buffer_of(Share(BATCH, after, rank), source(0, 1)).capacity)["buffers"]["4"]
-        for rank in range(after)
+        repartition(states, share, SEED, buffer_of(share, source(0, 1)).capacity)["buffers"]["4"]
+        for share in shares(after)
     ]
     assert sorted(row for buffer in buffers for row in held(buffer) + waiting(buffer)) == every
     soon = [buffer["to_serve"] for buffer in buffers]
@@ -81,8 +85,7 @@ def test_no_row_is_lost_or_comes_twice(before: int, after: int, step: int) -> No
     assert sum(buffer["taken"] for buffer in buffers) + sum(len(waiting(b)) for b in buffers) == (
         sum(buffer["taken"] for buffer in old) + n_waiting
     )
-    for rank, state in enumerate(buffers):
-        share = Share(BATCH, after, rank)
+    for share, state in zip(shares(after), buffers, strict=True):
         assert state["taken"] == step * share.rows + len(held(state)) <= STEPS * share.rows
         assert state["to_serve"] <= len(held(state))
         goes_on(state, share, step, set(served))
@@ -101,7 +104,7 @@ def goes_on(state: dict[str, Any], share: Share, step: int, served: set[int]) ->
 @pytest.mark.parametrize("after", [1, 2, 3, 5])
 def test_what_is_counted(after: int) -> None:
     states, _ = saved(3, 4)
-    found = [repartition(states, after, rank, CAPACITY) for rank in range(after)]
+    found = [repartition(states, share, SEED, CAPACITY) for share in shares(after)]
     for name, total in (("computed", 3003), ("sinks", 3)):
         assert sum(state["streams"]["4"]["counts"][name] for state in found) == total
     for state in found:
@@ -114,14 +117,14 @@ def test_what_is_counted(after: int) -> None:
 
 
 def test_rows_of_all_old_processes_are_mixed() -> None:
-    states, _ = saved(2, 1)
+    states, _ = saved(2, 0)
     buffer = MixingBuffer(source(10**6, 4), CAPACITY, BATCH, seed=1)
-    buffer.load_state_dict(repartition(states, 1, 0, CAPACITY)["buffers"]["4"])
+    buffer.load_state_dict(repartition(states, Share(BATCH, 1, 0), SEED, CAPACITY)["buffers"]["4"])
     assert {row // 1000 for row in next(buffer).token_ids.tolist()} == {0, 1}
 
 
 def test_a_run_that_has_not_begun() -> None:
     states = [state_of(buffer_of(Share(BATCH, 2, rank), source(0, 4)), 0, rank) for rank in range(2)]
-    found = repartition(states, 3, 2, CAPACITY)["buffers"]["4"]
+    found = repartition(states, Share(BATCH, 3, 2), SEED, CAPACITY)["buffers"]["4"]
     assert found["rows"] is found["pending"] is None
     assert (found["to_serve"], found["taken"], found["served_any"]) == (0, 0, False)
