@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from fastsae.commands import cache, compare, convert, evaluate, interpret, pages, steer, train
 from fastsae.environment import bound_product_caches, is_first, n_processes, rank
@@ -64,10 +65,18 @@ COMMANDS = {
 log = logging.getLogger("fastsae")
 
 
-def build_parser() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are told by one of several processes that `torchrun` has started with the same arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        wait_for_the_first()
+        super().error(message)
+
+
+def build_parser() -> Parser:
     """The whole command line."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("fastsae", description=DESCRIPTION, formatter_class=formatter, allow_abbrev=False)
+    parser = Parser("fastsae", description=DESCRIPTION, formatter_class=formatter, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"fastsae {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS.values():
@@ -101,19 +110,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def fail(error: BaseException, message: str, status: int = 1) -> int:
-    """Prints why the program ends, and returns its exit status.
-
-    Of several processes that end together, one prints it. Those that failed before they could agree on one wait for the first
-    of them: as soon as it has ended, `torchrun` ends the others.
-    """
+    """Prints why the program ends, and returns its exit status; of several processes that end together, one prints it."""
     teller = getattr(error, "teller", None)
-    if teller is None and not is_first():
-        time.sleep(_PAUSE)
-    elif teller not in (None, rank()):
+    if teller is None:
+        wait_for_the_first()
+    elif teller != rank():
         message = f"ended, for the reason that process {teller} tells"
     who = "" if n_processes() == 1 else f" process {rank()}:"
     print(f"fastsae:{who} {message}", file=sys.stderr)
     return status
+
+
+def wait_for_the_first() -> None:
+    """Before processes know of each other they often fail alike: `torchrun` ends the others as soon as the first has ended."""
+    if not is_first():
+        time.sleep(_PAUSE)
 
 
 def show_log() -> None:

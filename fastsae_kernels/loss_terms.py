@@ -97,8 +97,8 @@ def weighted_sum(weights: Tensor | None, rows: Tensor) -> Tensor:
         return torch.stack([weighted_sum(w.float(), r.float()) for w, r in blocks]).sum(0)
     weights, whole = weights.to(rows.dtype), len(rows) // SUMMED_ROWS * SUMMED_ROWS
     with torch.autocast(rows.device.type, enabled=False):  # a backward may run under it, and a compiled one does
-        blocks = whole // SUMMED_ROWS, SUMMED_ROWS  # none of them where there are no rows
-        products = weights[:whole].unflatten(0, blocks)[:, None] @ rows[:whole].unflatten(0, blocks)
+        shape = (whole // SUMMED_ROWS, SUMMED_ROWS)  # which also tells that there are none where there are no rows
+        products = weights[:whole].unflatten(0, shape)[:, None] @ rows[:whole].unflatten(0, shape)
         rest = weights[whole:] @ rows[whole:]
     return torch.cat([products.squeeze(1), rest[None]]).sum(0, dtype=torch.float64).to(rows.dtype)
 

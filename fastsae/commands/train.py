@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsae.disk import local_path
+from fastsae.environment import is_first, is_restart
 from fastsae.errors import FastsaeError, UsageError, shown
 from fastsae.flags import (
     Commands,
@@ -68,7 +69,7 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: Namespace) -> None:
     """Runs the command."""
     from fastsae.interpret.run import PAGE_FILE
-    from fastsae.train.folder import REPORT_FILE
+    from fastsae.train.folder import REPORT_FILE, is_new
     from fastsae.train.run import train, train_many
     from fastsae.train.trainer import SAE_CLASSES
 
@@ -77,11 +78,17 @@ def run(arguments: Namespace) -> None:
     for config in configs.values():
         if unused := without_effect(config, given):
             log.warning("without effect on a %s run: %s", config.architecture, ", ".join(map(flag, unused)))
-    options = {"resume": arguments.resume, "progress": not arguments.quiet}
+    # torchrun starts all processes again when one of them has failed: they go on with what was saved
+    resume = arguments.resume or (is_restart() and not is_new(output))
+    options: dict[str, Any] = {"resume": resume, "progress": not arguments.quiet}
     if "" not in configs:
-        print_table(train_many(configs, output, **options), output)
+        metrics = train_many(configs, output, **options)
+        if is_first():
+            print_table(metrics, output)
         return
     metrics = train(configs[""], output, pages=arguments.pages, **options)
+    if not is_first():
+        return
     print(f"\n{output}: {cost([metrics])}")
     print_summary(metrics)
     name = SAE_CLASSES[configs[""].architecture].__name__

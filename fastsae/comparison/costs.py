@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastsae.comparison.arms import Plan
 from fastsae.data.activations import read_layers
-from fastsae.data.buffer import ActivationBatch
 from fastsae.data.texts import load_texts
 from fastsae.data.tokens import TokenRows
 from fastsae.errors import UsageError
@@ -100,8 +99,7 @@ def _measure(pipeline: Pipeline, config: TrainConfig) -> tuple[float, float, tup
         parts.append(acts[batch.attention_mask.bool().to(acts.device)])
         seconds += time.perf_counter() - started
     acts = torch.cat(parts)
-    nothing = torch.zeros(config.batch_size, dtype=torch.int64)
-    taken = ActivationBatch(acts[-config.batch_size :], *(nothing for _ in fields(ActivationBatch)[1:]))
+    taken = acts[-config.batch_size :]
     trainer = Trainer(build_sae(config, residual.d_in, residual.device), iter(()), config)
     trainer.initialize(acts)
     trainer.train_step(taken)

@@ -228,8 +228,11 @@ class Sequencer(Iterator[TokenBatch], ABC):
 
     def _same_place(self, state: dict[str, Any]) -> int:
         """The first window of this part that holds no dialogue that the parts of `state` have served."""
+        at_once = WINDOW * state["parts"]  # dialogues of a window of each part
         n_begun = state["window"] + (state["batch"] > 0)
-        n_served = min(n_begun * WINDOW * state["parts"], len(self.indices))
+        if n_begun > -(-len(self.indices) // at_once):
+            raise ValueError(f"sequencer: there is no batch {state['batch']} of window {state['window']}")
+        n_served = min(n_begun * at_once, len(self.indices))
         return min(-(-n_served // (WINDOW * self.part[1])), self.n_windows)
 
     def _nothing_to_serve(self) -> FastsaeError:

@@ -68,7 +68,8 @@ class _Residual(torch.autograd.Function):
             rows, grad_b_dec = residual * weights[:, None].to(residual.dtype), weighted_sum(weights, residual)
         if grad_residual is not None:
             rows, grad_b_dec = rows + grad_residual, grad_b_dec + weighted_sum(None, grad_residual)
-        assert isinstance(rows, Tensor) and isinstance(grad_b_dec, Tensor)
+        assert isinstance(rows, Tensor)
+        assert isinstance(grad_b_dec, Tensor)
         return rows, grad_b_dec.to(bias_dtype), -rows.to(target_dtype) if ctx.needs_input_grad[2] else None, None
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 class Traffic(Counter[str]):
     """Bytes that this process has sent, by the name of what they were, as ring collectives among `P` processes send them.
 
-        gather  (P - 1) times what each process holds
-        sum     2 (P - 1) / P times the tensor
+    gather  (P - 1) times what each process holds
+    sum     2 (P - 1) / P times the tensor
     """
 
 

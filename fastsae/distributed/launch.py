@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from datetime import timedelta
 from itertools import count
 from types import TracebackType
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fastsae.distributed.faults import Witness, named
 from fastsae.distributed.groups import Group
+from fastsae.distributed.mesh import Groups
 from fastsae.errors import FastsaeError, UsageError, shown
 
 _starts = count()  # keeps apart what several runs of one program write into the store
@@ -67,6 +69,20 @@ class Processes:
         self._witness: Witness | None = None
         self._is_interrupted = False
         self._control = self.world = self.features = self.data = Group()
+
+    @property
+    def groups(self) -> Groups:
+        """The groups of this process."""
+        return Groups(self.features, self.data, self.world)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what one alone is to write."""
+        return self.rank == 0
+
+    def wait_for_all(self) -> None:
+        """Returns once every process has called it."""
+        self.agree(0)
 
     @property
     def part(self) -> tuple[int, int]:
@@ -125,6 +141,14 @@ class Processes:
         number = -int(self._control.smallest_(torch.tensor([-number]), "signal"))
         self._is_interrupted = number != 0
         return number
+
+    def from_all(self, value: Any) -> list[Any]:
+        """What each process has called this with, a value of JSON."""
+        return [value] if self.size == 1 else [json.loads(text) for text in self._from_all(json.dumps(value).encode())]
+
+    def of_first(self, value: Any) -> Any:
+        """What the first process has called this with, a value of JSON."""
+        return value if self.size == 1 else json.loads(self._from_all(json.dumps(value).encode())[0])
 
     def _from_all(self, text: bytes) -> list[bytes]:
         """The bytes that each process has called this with."""
@@ -206,21 +230,28 @@ def _device(name: str, local_rank: int) -> torch.device:
 def _open_store(place: Place, timeout: float) -> Store:
     """A connection to the store of the run, which `torchrun` keeps, or else process 0."""
     keeps = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    seconds = timedelta(seconds=timeout)
-    try:
-        return TCPStore(
-            place.host, place.port, None, keeps, timeout=seconds, wait_for_workers=False, multi_tenant=keeps
-        )
-    except RuntimeError as error:
-        where = f"{place.host}:{place.port} (MASTER_ADDR, MASTER_PORT)"
-        if "EADDRINUSE" in str(error) or "in use" in str(error).lower():
-            raise UsageError(
-                f"MASTER_PORT: expected a free port, but another program uses {where}; choose another"
-            ) from None
-        raise FastsaeError(
-            f"process {place.rank} could not reach the store of the run at {where} within {timeout:g} seconds "
-            f"(--process-timeout): process 0 has not started there, or the address is wrong"
-        ) from None
+    where = f"{place.host}:{place.port} (MASTER_ADDR, MASTER_PORT)"
+    found: list[Store | RuntimeError] = []
+
+    def connect() -> None:
+        seconds, options = timedelta(seconds=timeout), {"wait_for_workers": False, "multi_tenant": keeps}
+        try:
+            found.append(TCPStore(place.host, place.port, None, keeps, seconds, **options))
+        except RuntimeError as error:
+            found.append(error)
+
+    # A program of another kind that listens there may never answer, for which PyTorch would wait without an end
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout + 1)
+    if found and isinstance(found[0], Store):
+        return found[0]
+    if found and any(word in str(found[0]).lower() for word in ("eaddrinuse", "in use")):
+        raise UsageError(f"MASTER_PORT: expected a free port, but another program uses {where}; choose another")
+    raise FastsaeError(
+        f"the store of the run at {where} was not reached within {timeout:g} seconds (--process-timeout): process 0 has not "
+        "started there, or the address is wrong"
+    )
 
 
 def _agree(found: list[dict[str, Any]], name: str) -> bool:

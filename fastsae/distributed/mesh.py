@@ -25,18 +25,17 @@ class Groups(NamedTuple):
         return cls(Group(), Group(), Group())
 
     def rows_of_batch(self, batch_size: int) -> list[int]:
-        """How many rows of a batch each process of `features` serves: its part of the batch is as even as can be."""
+        """How many rows of a batch each process of `world` serves: as even as can be, the first ones one more."""
         share, rest = divmod(batch_size, self.world.size)
-        first = self.data.rank * self.features.size
-        return [share + (first + i < rest) for i in range(self.features.size)]
+        return [share + (rank < rest) for rank in range(self.world.size)]
 
 
 def groups_of(mesh: Any) -> Groups:
     """The groups of a mesh.
 
     Args:
-        mesh: `Groups`; a `torch.distributed.device_mesh.DeviceMesh` with the dimensions `data` and `feature`, or one of them alone; or a
-            `ProcessGroup`, whose processes share the features.
+        mesh: `Groups`; a DeviceMesh of PyTorch with the dimensions `data` and `feature`, or with one of them; or a process
+            group, whose processes share the features.
 
     Raises:
         UsageError: It is none of these, or has other dimensions.

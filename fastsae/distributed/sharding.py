@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastsae_kernels as kernels
 from fastsae.distributed.exchange import residual_of, shared, start_sum, summed
-from fastsae.distributed.groups import Group, Pending
+from fastsae.distributed.groups import Pending
 from fastsae.distributed.mesh import Groups
 from fastsae.distributed.selection import among_batch_topk, among_topk
 from fastsae_kernels import ActivityHint, AutoencodeOutput, AutoencodeSpec, SparseActs
@@ -70,6 +70,11 @@ class Sharding:
     def is_shared(self) -> bool:
         """Whether other processes hold some of the features."""
         return self.features.size > 1
+
+    @staticmethod
+    def sliced_dim(name: str) -> int | None:
+        """The dimension of the features in the parameter of a name; None where every process holds all of it."""
+        return SLICED.get(name)
 
     def own_part(self, name: str, whole: Tensor) -> Tensor:
         """The part of a tensor, by its parameter's name, that this process holds; a view."""
@@ -143,7 +148,14 @@ class Sharding:
         weights = (W_enc, b_enc, threshold, W_dec)
         if self.features.size == 1 and not (spec.batch_topk and self.data.size > 1):
             return kernels.autoencode(
-                x, *weights, b_dec, spec=spec, target=target, feature_scale=feature_scale, hint=hint, collector=collector
+                x,
+                *weights,
+                b_dec,
+                spec=spec,
+                target=target,
+                feature_scale=feature_scale,
+                hint=hint,
+                collector=collector,
             )
         rows = self.share(x.reshape(-1, x.shape[-1]), "x")
         targets = None if target is None else target.reshape(-1, W_dec.shape[1])

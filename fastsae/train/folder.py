@@ -26,7 +26,11 @@ CONFIG_FILE, METRICS_FILE, REPORT_FILE = "config.json", "metrics.json", "report.
 _SINCE_EVER = ("model", "dataset", "architecture", "batch_size", "tokens")  # options that every run has written
 SAES_FILE = "saes.json"  # names of the SAEs of a run that trains several
 # options that a resumed run may be given anew: places, and what changes no result
-PROCESSES = ("shard_features", "overlap_chunks", "process_timeout")  # another number of them changes the last digits of sums
+PROCESSES = (
+    "shard_features",
+    "overlap_chunks",
+    "process_timeout",
+)  # another number of them changes the last digits of sums
 MAY_MOVE = ("model", "dataset", "text", "activations", "device", "prefetch", *PROCESSES)
 FILES = (
     CONFIG_FILE,

@@ -7,7 +7,8 @@ import shlex
 import signal
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from fastsae.data.activations import ResidualStream, decoder_layers
 from fastsae.data.chat import Dialogue
 from fastsae.data.dropped import Dropped
 from fastsae.data.hooks import place_of
+from fastsae.data.stream import StreamCounts
 from fastsae.disk import local_path, write_json
+from fastsae.distributed import launch
+from fastsae.distributed.launch import Processes
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate import Evaluation, evaluate_many, write_report
 from fastsae.fields import read_json
@@ -26,7 +30,7 @@ from fastsae.interrupt import Interrupted
 from fastsae.sae import SparseAutoencoder, files
 from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig
-from fastsae.train.curves import Curves, check_loggers
+from fastsae.train.curves import Curves, Row, check_loggers
 from fastsae.train.folder import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -43,7 +47,7 @@ from fastsae.train.folder import (
 from fastsae.train.gradients import Measure, measure_gradients
 from fastsae.train.init_from import load_source, with_options_of
 from fastsae.train.l0_control import l0_metrics
-from fastsae.train.pipeline import Given, Pipeline, build_pipeline
+from fastsae.train.pipeline import Given, Pipeline, build_pipeline, resolve_device
 from fastsae.train.session import Session
 
 logger = logging.getLogger(__name__)
@@ -61,7 +65,7 @@ def train(
     progress: bool = True,
     pages: bool = False,
 ) -> dict[str, Any]:
-    """Trains, evaluates and saves an SAE; returns the metrics.
+    """Trains, evaluates and saves an SAE; returns the metrics, of several processes in the first.
 
     Writes to `output`: SAELens' `cfg.json`, `sae_weights.safetensors` and `sparsity.safetensors`, `config.json`,
     `metrics.json`, `report.html`, and, while it runs, `metrics.jsonl` with the curves and a checkpoint; with
@@ -84,7 +88,7 @@ def train(
         FastsaeError: The run failed for a reason the message names.
     """
     given = Given(model, tokenizer, dialogues, texts)
-    return _until_interrupted({"": config}, local_path(output), given, resume, progress, pages)[""]
+    return _until_interrupted({"": config}, local_path(output), given, resume, progress, pages).get("", {})
 
 
 def train_many(
@@ -126,33 +130,47 @@ def _until_interrupted(
     configs: dict[str, TrainConfig], output: Path, given: Given, resume: bool, progress: bool, pages: bool = False
 ) -> dict[str, dict[str, Any]]:
     named = {name: given.named(config) for name, config in configs.items()}
+    first = next(iter(named.values()))
+    device = resolve_device(first.device)
     try:
-        return _train(named, output, given, resume, progress, pages)
+        with launch.start(first.shard_features, first.process_timeout, device) as processes:
+            progress = progress and processes.is_first
+            return _train(named, output, given, resume, progress, pages, processes)
     except KeyboardInterrupt as interruption:
         message = how_to_go_on(output, next(iter(configs.values())))
         raise Interrupted(message, getattr(interruption, "number", signal.SIGINT)) from None
 
 
 def _train(
-    configs: dict[str, TrainConfig], output: Path, given: Given, resume: bool, progress: bool, pages: bool
+    configs: dict[str, TrainConfig],
+    output: Path,
+    given: Given,
+    resume: bool,
+    progress: bool,
+    pages: bool,
+    processes: Processes,
 ) -> dict[str, dict[str, Any]]:
     started = time.perf_counter()
+    check_processes(configs, output, resume, processes)
     configs = {name: located_config(config) for name, config in configs.items()}
     check_loggers(configs.values())
     if resume:
         configs = {name: resumed_config(output / name, config) for name, config in configs.items()}
-    prepare(output, resume=resume)
+    if processes.is_first:
+        prepare(output, resume=resume)
+    processes.wait_for_all()
     saved = checkpoint.load_latest(output) if resume else None
     begin = configs if saved is None else {}
     sources = {name: load_source(config) for name, config in begin.items() if config.init_from is not None}
     configs |= {name: with_options_of(configs[name], source.sae) for name, source in sources.items()}
-    pipeline = build_pipeline(next(iter(configs.values())), list(configs.values()), progress=progress, given=given)
+    pipeline = _build_pipeline(configs, given, progress, processes)
     configs = {name: pipeline.resolved(config) for name, config in configs.items()}
     fingerprints = pipeline.fingerprints()
+    processes.check_same({**fingerprints, "eval_dialogues": pipeline.config.eval_dialogues})
     if resume:
         for name, config in configs.items():
             check_fingerprints(output / name, config, fingerprints)
-    session = Session(pipeline, configs, progress)
+    session = Session(pipeline, configs, progress, processes)
     if saved is not None:
         seconds_before = session.restore(saved, output)
         session.origins = {name: read_origin(output / name) for name in configs}
@@ -161,20 +179,33 @@ def _train(
         session.initialize(sources)
         sources.clear()  # their weights are the run's now
     # a resumed run writes them again: model and dataset may have moved
-    write_configs(output, configs, fingerprints, session.origins)
+    if processes.is_first:
+        write_configs(output, configs, fingerprints, session.origins)
 
     def seconds() -> float:
         return seconds_before + time.perf_counter() - started
 
     history = {name: trainer.history for name, trainer in session.trainers.items()}
-    curves = Curves({name: output / name for name in configs}, configs, history)
-    try:
-        session.train(lambda: _save(output, session, seconds()), curves.add)
-    finally:
-        curves.close()
+    with ExitStack() as stack:
+        add = ignored
+        if session.writes:
+            curves = Curves({name: output / name for name in history}, configs, history)
+            stack.callback(curves.close)
+            add = curves.add
+        session.train(lambda: _save(output, session, seconds()), add)
     speeds = session.speeds()
     session.calibrate()
-    metrics = _finish(output, session, speeds, seconds, progress)
+    counts = {layer: session.supply.counts(layer) for layer in session.supply.streams}
+    if processes.data.rank > 0 and not session.is_placed:
+        return {}  # the processes of the first group have the whole SAE
+    metrics = _finish(output, session, counts, speeds, seconds, progress)
+    if session.is_placed:
+        for other in processes.from_all({"metrics": metrics, "failures": session.failures}):
+            metrics |= other["metrics"]
+            session.failures |= other["failures"]
+        metrics = {name: metrics[name] for name in configs if name in metrics}
+    if not processes.is_first:
+        return {}
     if "" not in configs:
         write_json(output / METRICS_FILE, {"saes": metrics, "failures": session.failures, "seconds": seconds()})
     checkpoint.discard(output)
@@ -183,9 +214,46 @@ def _train(
             f"{len(session.failures)} of {len(configs)} SAEs failed, the others are complete. "
             + " ".join(f"{name}: {text}." for name, text in session.failures.items())
         )
-    if pages:
+    if pages and not processes.features.size > 1:
         _write_pages(output, session, progress)
     return metrics
+
+
+def _build_pipeline(configs: dict[str, TrainConfig], given: Given, progress: bool, processes: Processes) -> Pipeline:
+    """Model and data; all processes compute the model in the format that is fastest where the first one is."""
+    options: dict[str, Any] = {"progress": progress, "given": given, "part": processes.part}
+    pipeline = build_pipeline(next(iter(configs.values())), list(configs.values()), **options)
+    wanted = processes.of_first(pipeline.config.model_dtype)
+    if wanted == pipeline.config.model_dtype:
+        return pipeline
+    configs = {name: replace(config, model_dtype=wanted) for name, config in configs.items()}
+    return build_pipeline(next(iter(configs.values())), list(configs.values()), **options)
+
+
+def check_processes(configs: Mapping[str, TrainConfig], output: Path, resume: bool, processes: Processes) -> None:
+    """Checks what a run on several processes wants of its options.
+
+    Raises:
+        UsageError: They are not the same in all processes, or do not fit several of them.
+    """
+    if processes.size == 1:
+        return
+    first = next(iter(configs.values()))
+    alike = {name: value for name, value in asdict(first).items() if name not in ("device", "log")}
+    others = {name: asdict(config) for name, config in configs.items() if config is not first}
+    processes.check_same({**alike, **others, "output": str(output), "resume": resume})
+    if first.batch_size < processes.size:
+        raise UsageError(
+            f"batch_size: expected at least one token for each of the {processes.size} processes, got {first.batch_size}"
+        )
+    if first.keep_checkpoints is not None and first.shard_features > 1:
+        raise UsageError(
+            f"keep_checkpoints: expected none where processes share the features of an SAE, got {first.keep_checkpoints}"
+        )
+
+
+def ignored(rows: dict[str, Row]) -> None:
+    """Takes points of the curves in a process that does not write them."""
 
 
 def _write_pages(output: Path, session: Session, progress: bool) -> None:
@@ -219,7 +287,12 @@ def _save(output: Path, session: Session, seconds: float) -> None:
 
 
 def _finish(
-    output: Path, session: Session, speeds: dict[str, float | None], seconds: Callable[[], float], progress: bool
+    output: Path,
+    session: Session,
+    counts: Mapping[int, StreamCounts],
+    speeds: dict[str, float | None],
+    seconds: Callable[[], float],
+    progress: bool,
 ) -> dict[str, dict[str, Any]]:
     """Evaluates the SAEs and writes their files; what a killed run has finished already is read again."""
     places = {name: output / name / METRICS_FILE for name in session.trainers}
@@ -231,14 +304,14 @@ def _finish(
     trained_in = seconds()
     saes = {name: (trainer.sae, session.view(name).residual) for name, trainer in left.items()}
     options: dict[str, Any] = {"progress": progress, "on_failure": session.drop}
-    results = evaluate_saes(saes, session.pipeline, session.forward.drops, **options) if saes else {}
+    results = evaluate_saes(saes, session.pipeline, session.supply.forward.drops, **options) if saes else {}
     cost = {"seconds": seconds(), "seconds_of_evaluation": seconds() - trained_in}
     for name, result in results.items():
         config = session.configs[name]
         metrics = {
             **result.metrics,
             **l0_metrics(config, result.metrics["l0"], left[name].history[-1]["l0"]),
-            **session.counts(name).metrics(),
+            **counts[session.view(name).residual.layer].metrics(),
             **speeds,
             "tokens": config.steps * config.batch_size,
             "tokens_evaluated": result.metrics["tokens"],
@@ -287,7 +360,7 @@ def save_sae(output: Path, session: Session, name: str, sae: SparseAutoencoder, 
         max_norm_multiple=config.max_norm_multiple,
         sparsity_coefficient=None if coefficient is None else float(coefficient),
         activation_scale=trainer.scale,
-        median_norm=session.streams[pipeline.residual.layer].rule.median_norm,
+        median_norm=session.supply.streams[pipeline.residual.layer].rule.median_norm,
         **metadata,
     )
 
@@ -305,6 +378,8 @@ def write_sparsity(output: Path, result: Evaluation) -> None:
 def write_run(output: Path, session: Session, name: str, result: Evaluation, metrics: dict[str, Any]) -> None:
     """Writes the files of an SAE, the metrics last: where they are, it is complete."""
     save_sae(output, session, name, session.trainers[name].sae, l0=metrics["l0"])
+    if not session.writes:
+        return
     write_sparsity(output, result)
     result.dialogues.save(output)
     settings, history = described(session.configs[name]), session.trainers[name].history

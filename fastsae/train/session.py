@@ -5,32 +5,29 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
-from fastsae.data.activations import ResidualStream, read_layers
-from fastsae.data.buffer import ActivationBatch, MixingBuffer
 from fastsae.data.progress import bar
-from fastsae.data.sequencing import TokenBatch
-from fastsae.data.shared_forward import SharedForward
-from fastsae.data.stream import ActivationStream, StreamCounts
+from fastsae.distributed import Group, Groups
+from fastsae.distributed.launch import Processes
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.fields import Fields, is_finite
 from fastsae.interrupt import Interrupted, Postponed
 from fastsae.sae import FusedBatchTopKSAE, SparseAutoencoder
 from fastsae.train import checkpoint
-from fastsae.train.caching import open_cache
 from fastsae.train.config import TrainConfig
 from fastsae.train.curves import Row
 from fastsae.train.folder import kept_options
 from fastsae.train.init_from import Source
-from fastsae.train.initialize import SAMPLE
 from fastsae.train.pipeline import Pipeline
+from fastsae.train.placement import placed
 from fastsae.train.saved_state import check_buffer, check_options, check_stream, check_trainer
+from fastsae.train.supply import Supply
 from fastsae.train.trainer import Trainer, build_sae
 
 logger = logging.getLogger(__name__)
@@ -46,7 +43,7 @@ class Session:
         pipeline: Model and data.
         configs: The SAEs' options by name, resolved; they agree in all that the stream decides.
         progress: Show progress bars.
-        agree: With several processes, agrees on the signal that one of them has got; see `Postponed`.
+        processes: Those of the run. Each has its own dialogues, its own buffer, and its part of each batch.
 
     Attributes:
         trainers: Of the SAEs that have not failed.
@@ -59,88 +56,65 @@ class Session:
         pipeline: Pipeline,
         configs: Mapping[str, TrainConfig],
         progress: bool = False,
-        agree: Callable[[int], int] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.pipeline, self.configs, self._progress = pipeline, dict(configs), progress
+        self.processes = processes
+        self.groups = Groups.alone() if processes is None else processes.groups
         self.common = next(iter(self.configs.values()))
-        self.postponed = Postponed(agree)
+        self.postponed = Postponed(None if self.groups.world.size == 1 or processes is None else processes.agree)
         self.failures: dict[str, str] = {}
         self.origins: dict[str, list[dict[str, str]]] = {}
-        model, own = pipeline.residual.model, pipeline.residual
         layers = sorted({_layer(config) for config in configs.values()})
-        self.residuals = {
-            layer: own if layer == own.layer else ResidualStream(model, layer, self.common.hook) for layer in layers
-        }
-        self._cache = open_cache(pipeline, layers)
-        self.forward = SharedForward(self._read, pipeline.sequencer(), layers, self.postponed.at_once)
-        self.streams = {
-            layer: ActivationStream(
-                source.residual, source, self.common.drop_first_position, self.common.max_norm_multiple
-            )
-            for layer, source in self.forward.layers.items()
-        }
-        self.buffers = {layer: self._buffer(stream) for layer, stream in self.streams.items()}
-        self.trainers = {name: self._trainer(config) for name, config in configs.items()}
-        self._stream_states = {layer: stream.state_dict() for layer, stream in self.streams.items()}
-        self._batches: dict[int, ActivationBatch] = {}
+        self._owners = self._placed()
+        together = self.groups.features if not self.is_placed else self.groups.world
+        self.supply = Supply(pipeline, layers, self.groups, together, self.postponed.at_once, progress)
+        self.trainers = {name: self._trainer(config) for name, config in configs.items() if self.is_here(name)}
+        self.step = 0
         self._started = (0, 0.0, 0.0)  # tokens trained on, the time and how long was waited when training began
 
+    def _placed(self) -> dict[str, int] | None:
+        """Which row of processes trains each SAE, where there are enough SAEs for all; else all rows train every SAE."""
+        n_groups, d_in = self.groups.data.size, self.pipeline.residual.d_in
+        if n_groups == 1 or len(self.configs) < n_groups:
+            return None
+        return placed({name: config.n_features(d_in) for name, config in self.configs.items()}, n_groups)
+
+    def is_here(self, name: str) -> bool:
+        """Whether this process trains an SAE."""
+        return self._owners is None or self._owners[name] == self.groups.data.rank
+
     @property
-    def step(self) -> int:
-        """Steps that were made."""
-        return next(iter(self.trainers.values())).step
+    def is_placed(self) -> bool:
+        """Whether each SAE is trained by one row of the processes, and not by all of them."""
+        return self._owners is not None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the files of the SAEs that it trains."""
+        return self.groups.features.rank == 0 and (self.is_placed or self.groups.data.rank == 0)
 
     @property
     def checkpoint_is_due(self) -> bool:
         """Whether this step ends with a checkpoint."""
-        return next(iter(self.trainers.values())).checkpoint_is_due
+        every = self.common.checkpoint_every
+        return every > 0 and (self.step % every == 0 or self.step == self.common.steps)
 
     def sae_now(self, name: str) -> SparseAutoencoder:
         """A copy of an SAE in training, on activations as the model gives them, a BatchTopK one calibrated by the last batch."""
         trainer = self.trainers[name]
         sae = copy.deepcopy(trainer.sae)
         if isinstance(sae, FusedBatchTopKSAE):
-            acts = self._batches[_layer(trainer.config)].acts
+            acts = self.supply.batches[_layer(trainer.config)]
             sae.calibrate_threshold_(acts.to(sae.device, sae.dtype) * trainer.scale)
         sae.fold_activation_scale_(trainer.scale)
         return sae
 
-    def _buffer(self, stream: ActivationStream) -> MixingBuffer:
-        config = self.common
-        n_wanted = config.steps * config.batch_size
-        device = self.pipeline.residual.device
-        return MixingBuffer(
-            stream, config.buffer_tokens, config.batch_size, config.order_seed, device, self._progress, n_wanted
-        )
-
     def _trainer(self, config: TrainConfig) -> Trainer:
-        sae = build_sae(config, self.pipeline.residual.d_in, self.pipeline.residual.device)
-        return Trainer(sae, self._batches_of(_layer(config)), config)
-
-    def _read(self, batch: TokenBatch) -> dict[int, Tensor]:
-        """The activations of each layer; another thread may call this while training runs."""
-        if self._cache is not None:
-            return dict(zip(self._cache.layers, self._cache.read(batch), strict=True))
-        positions = (batch.positions,) if batch.is_packed else ()
-        acts = read_layers(list(self.residuals.values()), batch.input_ids, batch.attention_mask, *positions)
-        return dict(zip(self.residuals, acts, strict=True))
-
-    def _run_ahead(self) -> None:
-        """Lets the model compute while the SAEs are trained."""
-        device = self.pipeline.residual.device
-        if n_ahead := self.common.batches_ahead(device.type):
-            self.forward.start(n_ahead, {layer: buffer.n_missing for layer, buffer in self.buffers.items()}, device)
-
-    def _batches_of(self, layer: int) -> Iterator[ActivationBatch]:
-        while True:
-            yield self._batches[layer]
-
-    def _serve(self) -> None:
-        """Takes the next batch of each layer, or none of any."""
-        for layer, buffer in self.buffers.items():
-            buffer.prepare()
-            self._stream_states[layer] = self.streams[layer].state_dict()
-        self._batches = {layer: next(buffer) for layer, buffer in self.buffers.items()}
+        # processes that train different SAEs have no tokens to average over
+        groups = self.groups if not self.is_placed else self.groups._replace(data=Group(), world=self.groups.features)
+        sae = build_sae(config, self.pipeline.residual.d_in, self.pipeline.residual.device, groups)
+        return Trainer(sae, self.supply.of(_layer(config)), config, groups)
 
     def initialize(self, sources: Mapping[str, Source] | None = None) -> None:
         """Fills the buffers, and gives each SAE its start from what they hold, or from the source of its name.
@@ -159,9 +133,11 @@ class Session:
                 )
         n_first = min(self.common.buffer_tokens, self.common.steps * self.common.batch_size)
         logger.info("filling the buffer with the activations of %d tokens", n_first)
-        for name, trainer in self.trainers.items():
-            start = sources[name].sae if name in sources else None
-            trainer.initialize(self.buffers[_layer(trainer.config)].sample(SAMPLE), start)
+        for layer in self.supply.buffers:
+            sample = self.supply.sample(layer)
+            for name, trainer in self.trainers.items():
+                if _layer(trainer.config) == layer:
+                    trainer.initialize(sample, sources[name].sae if name in sources else None)
 
     def train(self, save: Callable[[], None], on_rows: Callable[[dict[str, Row]], object]) -> None:
         """Trains to the last step; nothing else may use the model meanwhile.
@@ -176,16 +152,16 @@ class Session:
         """
         with self.postponed:
             try:
-                self._run_ahead()
+                self.supply.run_ahead()
                 self._train(save, on_rows)
                 self.postponed.check()
             except Interrupted:
-                self.forward.stop()
+                self.supply.forward.stop()
                 if self.common.checkpoint_every:
                     save()
                 raise
             finally:
-                self.forward.stop()
+                self.supply.forward.stop()
         self.drop_what_is_not_finite()
 
     def _train(self, save: Callable[[], None], on_rows: Callable[[dict[str, Row]], object]) -> None:
@@ -193,12 +169,13 @@ class Session:
         for trainer in self.trainers.values():
             trainer.start_clock()
         done, total = self.step * size, steps * size
-        self._started = done, time.perf_counter(), self.forward.times.waited
+        self._started = done, time.perf_counter(), self.supply.forward.times.waited
         with bar(
             "training", "tok", total=total, progress=self._progress, done=done, delay=0
         ) as advance:  # rarely called
             while self.step < steps:
-                self._serve()
+                self.supply.serve()
+                self.step += 1
                 rows = {name: row for name in list(self.trainers) if (row := self._advance(name)) is not None}
                 if rows:
                     for row in rows.values():
@@ -215,7 +192,7 @@ class Session:
 
         Without a thread that runs ahead the two take turns. With one, the run is as fast as the slower of them.
         """
-        times, (done, began, waited_before) = self.forward.times, self._started
+        times, (done, began, waited_before) = self.supply.forward.times, self._started
         seconds = time.perf_counter() - began - (times.waited - waited_before)
         trained = self.step * self.common.batch_size - done
         return {
@@ -252,17 +229,11 @@ class Session:
 
     def _drop_unused_layers(self) -> None:
         """Computes nothing for a layer all of whose SAEs have failed."""
-        unused = self.buffers.keys() - {_layer(trainer.config) for trainer in self.trainers.values()}
-        if not unused:
-            return
-        ran_ahead = self.forward.stop()
-        for layer in unused:
-            del self.residuals[layer], self.streams[layer], self.buffers[layer], self._stream_states[layer]
-            self.forward.drop(layer)
-        if self._cache is not None:
-            self._cache.layers = list(self.residuals)
-        if ran_ahead:
-            self._run_ahead()
+        if self.is_placed:
+            return  # other processes may train on them
+        unused = self.supply.buffers.keys() - {_layer(trainer.config) for trainer in self.trainers.values()}
+        if unused:
+            self.supply.drop(list(unused))
 
     def drop_what_is_not_finite(self) -> None:
         """No file shall hold NaN or infinity.
@@ -271,30 +242,24 @@ class Session:
             FastsaeError: The only SAE that is left does.
         """
         for name, trainer in list(self.trainers.items()):
-            if (bad := _not_finite(trainer)) is not None:
-                self.drop(name, bad)
+            bad = _not_finite(trainer)
+            n_bad = torch.tensor([bad is not None], dtype=torch.int32, device=trainer.sae.device)
+            if int(trainer.groups.world.sum_(n_bad, "counts")):
+                self.drop(name, bad or checkpoint.not_finite(trainer.step, "another process holds NaN or infinity"))
 
     def calibrate(self) -> None:
         """Sets the thresholds of BatchTopK SAEs after the last step, by activations that no step has seen."""
-        learners = [trainer for trainer in self.trainers.values() if trainer.config.architecture == "batchtopk"]
-        for layer in dict.fromkeys(_layer(trainer.config) for trainer in learners):
-            stream = self.streams[layer]
-            pieces = [next(stream)]
-            while sum(map(len, pieces)) < SAMPLE:
-                pieces.append(next(stream))
-            sample = ActivationBatch.joined(pieces).acts[:SAMPLE]
-            for trainer in learners:
+        learners = [config for config in self.configs.values() if config.architecture == "batchtopk"]
+        for layer in dict.fromkeys(_layer(config) for config in learners):
+            sample = self.supply.unseen(layer)
+            for trainer in self.trainers.values():
                 if _layer(trainer.config) == layer:
                     trainer.calibrate(sample)
 
     def view(self, name: str) -> Pipeline:
         """The pipeline as one SAE sees it: its options, its layer."""
         config = self.configs[name]
-        return replace(self.pipeline, config=config, residual=self.residuals[_layer(config)])
-
-    def counts(self, name: str) -> StreamCounts:
-        """What was computed and left out until the last batch that an SAE was trained on."""
-        return StreamCounts(**self._stream_states[_layer(self.configs[name])]["counts"])
+        return replace(self.pipeline, config=config, residual=self.supply.residuals[_layer(config)])
 
     def save(self, output: Path, seconds: float) -> None:
         """Writes a checkpoint of the whole session."""
@@ -305,8 +270,7 @@ class Session:
         }  # a name may have dots, which part names of tensors
         state = {
             "options": {numbers[name]: kept_options(config) for name, config in self.configs.items()},
-            "streams": {str(layer): state for layer, state in self._stream_states.items()},
-            "buffers": {str(layer): buffer.state_dict() for layer, buffer in self.buffers.items()},
+            **self.supply.state_dict(),
             "trainers": {numbers[name]: trainer.state_dict() for name, trainer in self.trainers.items()},
             "failures": {numbers[name]: text for name, text in self.failures.items()},
             "seconds": seconds,
@@ -328,15 +292,11 @@ class Session:
                     self.failures[name] = saved["failures"][str(i)]
                     del self.trainers[name]
             self._drop_unused_layers()
-            for layer, stream in self.streams.items():
-                stream.load_state_dict(saved["streams"][str(layer)])
-                self._stream_states[layer] = stream.state_dict()
-            self.forward.rewind()  # finds out whether there are such batches, before anything else is changed
-            for layer, buffer in self.buffers.items():
-                buffer.load_state_dict(saved["buffers"][str(layer)])
+            self.supply.load_state_dict(saved)
             for i, name in enumerate(self.configs):
                 if name in self.trainers:
                     self.trainers[name].load_state_dict(saved["trainers"][str(i)])
+                    self.step = self.trainers[name].step
             return float(saved["seconds"])
         except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise checkpoint.corrupt(output / checkpoint.FOLDER, error) from None
@@ -365,8 +325,10 @@ class Session:
             parts[what].check_names([str(layer) for layer in sorted(layers)])
         for layer in layers:
             n_rows = len(self.pipeline.trained_on)
-            check_buffer(parts["buffers"].fields(str(layer)), self.buffers[layer], self.pipeline.residual.d_in, n_rows)
-            check_stream(parts["streams"].fields(str(layer)), self.streams[layer])
+            check_buffer(
+                parts["buffers"].fields(str(layer)), self.supply.buffers[layer], self.pipeline.residual.d_in, n_rows
+            )
+            check_stream(parts["streams"].fields(str(layer)), self.supply.streams[layer])
 
 
 def _layer(config: TrainConfig) -> int:

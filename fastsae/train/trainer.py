@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsae.data.buffer import ActivationBatch
 from fastsae.distributed import Groups
 from fastsae.fields import DTYPES
 from fastsae.optim import FusedSAEAdam
@@ -37,9 +36,7 @@ SAE_CLASSES: dict[str, type[SparseAutoencoder]] = {
 DEAD_MASK_EVERY = 25  # steps; looking who is dead waits for the device
 
 
-def build_sae(
-    config: TrainConfig, d_in: int, device: torch.device, groups: Groups | None = None
-) -> SparseAutoencoder:
+def build_sae(config: TrainConfig, d_in: int, device: torch.device, groups: Groups | None = None) -> SparseAutoencoder:
     """A fresh SAE of the configured architecture, drawn from `config.seed`; of several processes, this one's part of it."""
     torch.manual_seed(config.seed)
     options: dict[str, Any] = {"k": config.k, "apply_b_dec_to_input": config.subtracts_b_dec, "device": device}
@@ -62,11 +59,12 @@ def build_sae(
 
 
 class Trainer:
-    """Trains an SAE on an iterator of `ActivationBatch`.
+    """Trains an SAE on batches of activations.
 
     Args:
         sae: Fresh, on its device; of several processes, this one's part.
-        batches: Endless, or long enough for `config.steps`; of several processes, this one's part of each batch.
+        batches: Activations `[b, d_in]`, endless or long enough for `config.steps`: those of the whole batch, or of the part that
+            the processes see which share this SAE's features.
         config: The run.
         groups: The processes of the run.
     """
@@ -74,13 +72,13 @@ class Trainer:
     def __init__(
         self,
         sae: SparseAutoencoder,
-        batches: Iterator[ActivationBatch],
+        batches: Iterator[Tensor],
         config: TrainConfig,
         groups: Groups | None = None,
     ) -> None:
         self.sae, self.batches, self.config = sae, batches, config
+        self._n_tokens = 0  # of the last batch
         self.groups = groups or Groups.alone()
-        self._rows = self.groups.rows_of_batch(config.batch_size)
         self.step, self.scale = 0, 1.0
         self.optimizer = FusedSAEAdam(
             sae,
@@ -157,12 +155,11 @@ class Trainer:
         """The weight of the penalty behind its warm-up, on activations times `scale`; None for the TopK family."""
         return self.config.sparsity_coefficient if self.l0_control is None else self.l0_control.coefficient
 
-    def train_step(self, batch: ActivationBatch) -> TrainOutput:
-        """One step of Adam on one batch."""
+    def train_step(self, acts: Tensor) -> TrainOutput:
+        """One step of Adam on one batch, `[b, d_in]`."""
         config, sae = self.config, self.sae
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, config)
-        acts = self.groups.features.gather_rows(batch.acts, self._rows, "rows")
         x = acts.to(sae.device, sae.dtype) * self.scale
         with torch.autocast(sae.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
             output = self._forward(x, sparsity_share(self.step, config))
@@ -171,6 +168,7 @@ class Trainer:
         if sae.sharding is not None:
             sae.sharding.average_gradients(sae.parameters(), len(x))
         self.optimizer.step()
+        self._n_tokens = len(x)
         self.silent_tokens = torch.where(output.feature_counts > 0, 0, self.silent_tokens + config.batch_size)
         if self.l0_control is not None:
             self.l0_control.update(self.step, self._of_batch(output.l0.reshape(1), len(x))[0])
@@ -222,7 +220,7 @@ class Trainer:
     def _log(self) -> dict[str, float | None]:
         config = self.config
         n_steps = self.step - (int(self.history[-1]["step"] or 0) if self.history else 0)
-        totals = self._of_batch(torch.stack(list(self._sums.values())), sum(self._rows))
+        totals = self._of_batch(torch.stack(list(self._sums.values())), self._n_tokens)
         sums = dict(zip(self._sums, totals.tolist(), strict=True))
         n_fvu = sums.pop("fvu_steps")
         means: dict[str, float | None] = {name: total / n_steps for name, total in sums.items()}

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 WORKER = Path(__file__).with_name("worker.py")
 LIMIT = 60  # seconds for a run, of which the start takes most
 
@@ -53,10 +54,15 @@ def processes(
     finally:
         for process in started:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def ends(started: list[subprocess.Popen[str]]) -> list[Ended]:
+    """What became of them, once all have ended.
+
+    Raises:
+        subprocess.TimeoutExpired: One has not within a minute.
+    """
     end = time.monotonic() + LIMIT
     found = []
     for process in started:

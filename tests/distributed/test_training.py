@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from processes import run
-from torch import distributed
+from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 import fastsae
-from fastsae.data.buffer import ActivationBatch
 from fastsae.distributed import Groups, groups_of
 from fastsae.train.config import TrainConfig
 from fastsae.train.trainer import Trainer, build_sae
@@ -38,20 +37,18 @@ CONFIGS = {
 }
 
 
-def batches(rows: slice) -> Iterator[ActivationBatch]:
+def batches(rows: slice) -> Iterator[Tensor]:
     """Sums of a few directions out of 40, the given rows of each batch."""
     generator = torch.Generator().manual_seed(5)
     directions = torch.randn(40, D_IN, generator=generator)
     while True:
         weights = torch.rand(BATCH, 40, generator=generator) * (torch.rand(BATCH, 40, generator=generator) < 0.1)
-        acts = (weights @ directions)[rows]
-        ids = torch.zeros(len(acts), dtype=torch.int64)
-        yield ActivationBatch(acts, ids, ids, ids)
+        yield (weights @ directions)[rows]
 
 
 def train(config: TrainConfig, groups: Groups | None, rows: slice, steps: int = STEPS) -> Trainer:
     trainer = Trainer(build_sae(config, D_IN, torch.device("cpu"), groups), batches(rows), config, groups)
-    trainer.initialize(torch.cat([next(batches(slice(None))).acts] * 4))
+    trainer.initialize(torch.cat([next(batches(slice(None)))] * 4))
     while trainer.step < steps:
         trainer.advance()
     return trainer
@@ -59,9 +56,7 @@ def train(config: TrainConfig, groups: Groups | None, rows: slice, steps: int = 
 
 def described(trainer: Trainer) -> dict[str, Any]:
     state: dict[str, Any] = dict(trainer.sae.state_dict())
-    history = [
-        {name: value for name, value in row.items() if name != "tokens_per_second"} for row in trainer.history
-    ]
+    history = [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in trainer.history]
     return {"state": state, "history": history}
 
 
@@ -70,11 +65,10 @@ def grid(shape: tuple[int, int]) -> Groups:
 
 
 def own_rows(groups: Groups) -> slice:
-    """This process's part of a batch."""
-    share, rest = divmod(BATCH, groups.world.size)
-    rank = groups.world.rank
-    start = rank * share + min(rank, rest)
-    return slice(start, start + share + (rank < rest))
+    """The rows of a batch that the processes see which share the features."""
+    rows, first = groups.rows_of_batch(BATCH), groups.data.rank * groups.features.size
+    start = sum(rows[:first])
+    return slice(start, start + sum(rows[first : first + groups.features.size]))
 
 
 def together(names: list[str], shape: tuple[int, int], steps: int) -> dict[str, Any]:

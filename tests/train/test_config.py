@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from fastsae.data.buffer import ActivationBatch
 from fastsae.errors import UsageError
 from fastsae.train.config import TrainConfig
 from fastsae.train.presets import PRESETS
@@ -116,7 +115,7 @@ def test_whole_numbers_are_numbers_too() -> None:
     )
     config = TrainConfig(d_sae=8, **{**options, "beta1": 0, "beta2": 0, "decay": 0})
     sae = build_sae(config, 4, torch.device("cpu"))
-    batch = ActivationBatch(torch.randn(16, 4), *torch.zeros(3, 16, dtype=torch.int64))
+    batch = torch.randn(16, 4)
     trainer = Trainer(sae, iter([batch]), config)
-    trainer.initialize(batch.acts)
+    trainer.initialize(batch)
     assert trainer.train_step(batch).loss.isfinite()

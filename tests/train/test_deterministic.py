@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import fastsae_kernels as kernels
-from fastsae.data.buffer import ActivationBatch
 from fastsae.train.config import TrainConfig
 from fastsae.train.trainer import Trainer, build_sae
 from tests.kernels.gpu_helpers import DEVICE, few_programs_here, needs_kernels
@@ -29,11 +28,10 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def batches(config: TrainConfig, device: str) -> Iterator[ActivationBatch]:
+def batches(config: TrainConfig, device: str) -> Iterator[Tensor]:
     g = torch.Generator().manual_seed(3)
-    nothing = torch.zeros(BATCH, dtype=torch.int64)
     for _ in range(config.steps):
-        yield ActivationBatch(torch.randn(BATCH, D_IN, generator=g).to(device), nothing, nothing, nothing)
+        yield torch.randn(BATCH, D_IN, generator=g).to(device)
 
 
 def final_state(config: TrainConfig, device: str) -> dict[str, Tensor]:

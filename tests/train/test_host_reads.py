@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import fastsae
-from fastsae.data.buffer import ActivationBatch
 from fastsae.train.config import TrainConfig
 from fastsae.train.trainer import DEAD_MASK_EVERY, Trainer, build_sae
 from fastsae_kernels.activity import MAX_DENSITY
@@ -21,17 +21,16 @@ SPARSE: dict[str, Any] = {"d_sae": 131072}  # so many that a GPU's steps take th
 PACKAGE = str(Path(fastsae.__file__).parent)
 
 
-def batches(device: str, n: int = 64, d_in: int = 16) -> Iterator[ActivationBatch]:
+def batches(device: str, n: int = 64, d_in: int = 16) -> Iterator[Tensor]:
     g = torch.Generator().manual_seed(0)
     while True:
-        numbers = [torch.zeros(n, dtype=torch.int64) for _ in range(3)]
-        yield ActivationBatch(torch.randn(n, d_in, generator=g).to(device), *numbers)
+        yield torch.randn(n, d_in, generator=g).to(device)
 
 
 def trainer(device: str, **options: Any) -> Trainer:
     config = TrainConfig(**{"d_sae": 64, "batch_size": 64, "tokens": 64 * 100, **options})
     found = Trainer(build_sae(config, 16, torch.device(device)), batches(device), config)
-    found.initialize(next(batches(device, 1024)).acts)
+    found.initialize(next(batches(device, 1024)))
     return found
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastsae import FusedBatchTopKSAE, FusedJumpReLUSAE, FusedReLUSAE
-from fastsae.data.buffer import ActivationBatch
 from fastsae.train.config import TrainConfig
 from fastsae.train.l0_control import L0Control, l0_metrics
 from fastsae.train.trainer import Trainer, build_sae
@@ -17,17 +17,16 @@ from fastsae.train.trainer import Trainer, build_sae
 D_IN, D_SAE, BATCH = 32, 256, 256
 
 
-def batches(scale: float) -> Iterator[ActivationBatch]:
+def batches(scale: float) -> Iterator[Tensor]:
     """Sums of four entries of a dictionary, twice as long in some directions as in others, beside a constant vector."""
     g = torch.Generator().manual_seed(0)
     dictionary = torch.randn(D_SAE, D_IN, generator=g) * torch.linspace(1, 2, D_IN)
     offset = torch.randn(D_IN, generator=g)
-    nothing = torch.zeros(BATCH, dtype=torch.int64)
     while True:
         chosen = torch.rand(BATCH, D_SAE, generator=g).topk(4, dim=1).indices
         weights = 0.5 + torch.rand(BATCH, 4, generator=g)
         acts = torch.zeros(BATCH, D_SAE).scatter_(1, chosen, weights) @ dictionary + offset
-        yield ActivationBatch(scale * acts, nothing, nothing, nothing)
+        yield scale * acts
 
 
 def trained(scale: float = 1.0, **options: Any) -> tuple[Trainer, float]:
@@ -35,10 +34,10 @@ def trained(scale: float = 1.0, **options: Any) -> tuple[Trainer, float]:
     config = TrainConfig(**{"tokens": 250 * BATCH, "batch_size": BATCH, "d_sae": D_SAE, "init_l0": 40.0, **options})
     source = batches(scale)
     trainer = Trainer(build_sae(config, D_IN, torch.device("cpu")), source, config)
-    trainer.initialize(torch.cat([next(source).acts for _ in range(8)]))
+    trainer.initialize(torch.cat([next(source) for _ in range(8)]))
     trainer.run()
-    trainer.calibrate(torch.cat([next(source).acts for _ in range(8)]))
-    held_out = torch.cat([next(source).acts for _ in range(16)])
+    trainer.calibrate(torch.cat([next(source) for _ in range(8)]))
+    held_out = torch.cat([next(source) for _ in range(16)])
     with torch.no_grad():
         acts = trainer.sae.encode_sparse(held_out * trainer.scale).active()
     return trainer, acts.l0().double().mean().item()
