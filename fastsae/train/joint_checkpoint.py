@@ -1,16 +1,18 @@
 """Checkpoints of a run on several processes: one folder that all of them write, and that any number of them loads.
 
 step-000000100/
-    shards/*.safetensors        weights, moments and counts of the features, which are divided among the processes
+    shards/00000/*.safetensors  weights, moments and counts of the features, which the processes of a row divide among them
     rank-00002.safetensors      what process 2 had of the data, and
     rank-00002.json             what is no tensor of it
     state.json                  how many processes there were, and a digest of each file
+
+All rows of processes train the same SAEs, on different tokens, and the first one writes them; or each row trains other SAEs.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,14 +31,14 @@ from fastsae.distributed.together import gather_objects, of_first, together
 from fastsae.fields import read_json
 from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig
-from fastsae.train.repartition import Share, repartition
+from fastsae.train.repartition import Share, pooled_failures, pooled_trainers, repartition
 from fastsae.train.trainer import Trainer
 
-SHARDS, FILES = "shards", "files"
+SHARDS, FILES, ROWS = "shards", "files", "rows"
 DIVIDED = ("sae", "optimizer", "silent_tokens", "dead_mask")  # of a trainer's state, what is saved as `shards`
 
 
-def sliced_dims(trainers: Mapping[str, Trainer]) -> dict[str, int]:
+def _sliced_dims(trainers: Mapping[str, Trainer]) -> dict[str, int]:
     """In which dimension the tensors of a session's state are divided by features, by their dotted names.
 
     Args:
@@ -56,14 +58,14 @@ def sliced_dims(trainers: Mapping[str, Trainer]) -> dict[str, int]:
     return dims
 
 
-def save(run: Path, step: int, state: dict[str, Any], dims: Mapping[str, int], groups: Groups) -> None:
+def save(run: Path, step: int, state: dict[str, Any], trainers: Mapping[str, Trainer], groups: Groups) -> None:
     """Writes a checkpoint of `step` under `run`, then removes older ones; does nothing where it is there already.
 
     Args:
         run: The folder of the run, which all processes reach.
         step: What names the checkpoint.
         state: This process's state of a session.
-        dims: See `sliced_dims`.
+        trainers: Those of this process, by the numbers that they have in the state.
         groups: The processes, which all call this.
 
     Raises:
@@ -73,16 +75,30 @@ def save(run: Path, step: int, state: dict[str, Any], dims: Mapping[str, int], g
     final = run / checkpoint.FOLDER / f"step-{step:09d}"
     if of_first(groups.world, final.exists()):
         return
-    divided, rest = _parted(state, groups.data)
+    rows = _rows(list(trainers), groups)
+    # a feature is silent for as long as it is in the tokens of all processes that hold it
+    divided, rest = _parted(state, Group() if len(rows) > 1 else groups.data)
     with together(groups.world, "write a checkpoint"):
         for name, value in (*divided.items(), *rest.items()):
             if not checkpoint.all_finite(value):
                 raise checkpoint.not_finite(step, f"{name} holds NaN or infinity")
-    write_folder(final, groups.world, partial(_write, divided=divided, rest=rest, dims=dims, groups=groups))
+    dims = _sliced_dims(trainers)
+    write_folder(final, groups.world, partial(_write, divided=divided, rest=rest, dims=dims, rows=rows, groups=groups))
     if groups.world.rank == 0:
         for old in checkpoint.whole(run):
             if old != final:
                 checkpoint.remove(old)
+
+
+def _rows(own: list[str], groups: Groups) -> dict[str, list[str]]:
+    """Which trainers each row of processes writes: those that no earlier row has."""
+    found: dict[str, list[str]] = {}
+    written = set[str]()
+    for row, numbers in sorted(gather_objects(groups.world, (groups.data.rank, own))):
+        if left := [i for i in numbers if i not in written]:
+            found[f"{row:05d}"] = left
+            written.update(left)
+    return found
 
 
 def keep(run: Path, step: int, most: int, write: Callable[[Path], None], world: Group) -> None:
@@ -121,10 +137,10 @@ def _parted(state: dict[str, Any], data: Group) -> tuple[dict[str, Tensor], dict
     """What is divided by features, as tensors by dotted names, and all else."""
     divided, trainers = dict[str, Tensor](), dict[str, Any]()
     for i, trainer in state["trainers"].items():
-        # a feature is silent for as long as it is in the tokens of all processes that hold it
         silent = data.smallest_(trainer["silent_tokens"].clone(), "checkpoint")
-        own = {**{name: trainer[name] for name in DIVIDED}, "silent_tokens": silent}
-        divided |= dict(_named(own, f"trainers.{i}."))
+        divided |= dict(
+            _named({**{name: trainer[name] for name in DIVIDED}, "silent_tokens": silent}, f"trainers.{i}.")
+        )
         trainers[i] = {name: value for name, value in trainer.items() if name not in DIVIDED}
     return divided, {**state, "trainers": trainers}
 
@@ -137,31 +153,43 @@ def _named(nested: dict[str, Any], prefix: str) -> Iterator[tuple[str, Tensor]]:
             yield prefix + name, value
 
 
+def _is_of(numbers: Collection[str], name: str) -> bool:
+    """Whether a tensor of that dotted name belongs to one of the trainers."""
+    return name.split(".")[1] in numbers
+
+
 def _write(
-    folder: Path, divided: dict[str, Tensor], rest: dict[str, Any], dims: Mapping[str, int], groups: Groups
+    folder: Path,
+    divided: dict[str, Tensor],
+    rest: dict[str, Any],
+    dims: Mapping[str, int],
+    rows: dict[str, list[str]],
+    groups: Groups,
 ) -> None:
     from fastsae.distributed.checkpoint import save_sharded  # its import takes a second
 
-    world, features, is_first_row = groups.world, groups.features, groups.data.rank == 0
-    own = f"rank-{world.rank:05d}"
+    world, features = groups.world, groups.features
+    rank, row = f"rank-{world.rank:05d}", f"{groups.data.rank:05d}"
     with together(world, "write a checkpoint"):
         tensors, others = checkpoint.flatten(rest)
-        write_tensors(folder / f"{own}.safetensors", tensors)
-        write_json(folder / f"{own}.json", others)
+        write_tensors(folder / f"{rank}.safetensors", tensors)
+        write_json(folder / f"{rank}.json", others)
     with together(world, "write a checkpoint"):
-        if is_first_row:  # the other rows hold the same features
-            save_sharded(folder / SHARDS, divided, dims.get, features)
+        if row in rows:
+            parts = {name: tensor for name, tensor in divided.items() if _is_of(rows[row], name)}
+            save_sharded(folder / SHARDS / row, parts, dims.get, features)
     digests = dict[str, str]()
     with together(world, "write a checkpoint"):
-        shards = sorted((folder / SHARDS).iterdir())[features.rank :: features.size] if is_first_row else []
-        for path in (folder / f"{own}.safetensors", folder / f"{own}.json", *shards):
+        shards = sorted((folder / SHARDS / row).iterdir())[features.rank :: features.size] if row in rows else []
+        for path in (folder / f"{rank}.safetensors", folder / f"{rank}.json", *shards):
             sync(path)
             digests[path.relative_to(folder).as_posix()] = digest(path)
-    found = {name: value for each in gather_objects(world, digests) for name, value in each.items()}
+    files = {name: value for each in gather_objects(world, digests) for name, value in each.items()}
     with together(world, "write a checkpoint"):
         if world.rank == 0:
-            sync(folder / SHARDS)
-            state = {"processes": world.size, "shard_features": features.size, FILES: found}
+            for place in (folder / SHARDS, *(folder / SHARDS / row for row in rows)):
+                sync(place)
+            state = {"processes": world.size, "shard_features": features.size, ROWS: rows, FILES: files}
             write_json(folder / checkpoint.STATE, {**state, checkpoint.STATE_DIGEST: checkpoint.digest_of(state)})
 
 
@@ -192,37 +220,60 @@ class Saved:
                 if digest(folder / name) != files[name]:
                     raise ValueError(f"{name} is not the file that {checkpoint.STATE} describes")
 
-    def state(self, dims: Mapping[str, int], config: TrainConfig, capacity: int) -> dict[str, Any]:
+    def state(self, trainers: Mapping[str, Trainer], config: TrainConfig, capacity: int) -> dict[str, Any]:
         """This process's state of a session.
 
         Args:
-            dims: See `sliced_dims`.
+            trainers: Those of this process, by the numbers that they have in the state.
             config: The run.
             capacity: Rows that this process's mixing buffers hold.
 
         Raises:
             FastsaeError: The checkpoint does not hold the state of a session.
         """
-        world, features = self.groups.world, self.groups.features
-        share = Share(config.batch_size, world.size, world.rank)
-        if self._whole is not None:
-            if world.size == 1:
-                return self._whole
-            with _reading(self.folder, world):
+        world = self.groups.world
+        if self._whole is not None and world.size == 1:
+            return self._whole
+        share, dims = Share(config.batch_size, world.size, world.rank), _sliced_dims(trainers)
+        with _reading(self.folder, world):
+            if self._whole is not None:
                 divided, rest = _parted(self._whole, Group())
-                parts = {name: _own_part(tensor, dims.get(name), features) for name, tensor in divided.items()}
-                return checkpoint.unflatten(parts, repartition([rest], share, config.order_seed, capacity))
+                rest = repartition([rest], share, config.order_seed, capacity)
+            else:
+                rest = self._rest(share, config.order_seed, capacity)
+            rest["trainers"] = {i: trainer for i, trainer in rest["trainers"].items() if i in trainers}
+        with _reading(self.folder, world):
+            if self._whole is not None:
+                parts = {
+                    name: _own_part(tensor, dims.get(name), self.groups.features)
+                    for name, tensor in divided.items()
+                    if _is_of(trainers, name)
+                }
+            else:
+                parts = self._parts(trainers, dims)
+            return checkpoint.unflatten(parts, rest)
+
+    def _rest(self, share: Share, seed: int, capacity: int) -> dict[str, Any]:
+        """What is not divided by features."""
+        n_before, world = self._index["processes"], self.groups.world
+        if (n_before, self._index["shard_features"]) == (world.size, self.groups.features.size):
+            return self._of_process(world.rank)
+        every = [self._of_process(rank) for rank in range(n_before)]
+        if n_before != world.size:
+            return repartition(every, share, seed, capacity)
+        pooled = {"trainers": pooled_trainers(every, share.batch_size), "failures": pooled_failures(every)}
+        return {**every[world.rank], **pooled}
+
+    def _parts(self, trainers: Collection[str], dims: Mapping[str, int]) -> dict[str, Tensor]:
+        """What is divided by features, of whatever row of processes has written it."""
         from fastsae.distributed.checkpoint import load_sharded
 
-        with _reading(self.folder, world):
-            n_before = self._index["processes"]
-            if n_before == world.size:
-                rest = self._of_process(world.rank)
-            else:
-                every = [self._of_process(rank) for rank in range(n_before)]
-                rest = repartition(every, share, config.order_seed, capacity)
-        with _reading(self.folder, world):
-            return checkpoint.unflatten(load_sharded(self.folder / SHARDS, dims.get, features), rest)
+        parts = dict[str, Tensor]()
+        for row, numbers in sorted(self._index[ROWS].items()):
+            if not {*numbers}.isdisjoint(trainers):
+                place = self.folder / SHARDS / row
+                parts |= load_sharded(place, dims.get, self.groups.features, partial(_is_of, trainers))
+        return parts
 
     def _of_process(self, rank: int) -> dict[str, Any]:
         path = self.folder / f"rank-{rank:05d}"

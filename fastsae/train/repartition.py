@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsae.data.dropped import Dropped
+
 Rows: TypeAlias = dict[str, Tensor]  # the four tensors of an `ActivationBatch`
 State: TypeAlias = dict[str, Any]
 
@@ -61,20 +63,57 @@ def repartition(states: Sequence[State], share: Share, seed: int, capacity: int)
         KeyError: They are no states of a session; or another error of Python's that the wrong kind of value causes.
     """
     first = states[0]
-    step = next(iter(first["trainers"].values()))["step"]
+    trainers = pooled_trainers(states, share.batch_size)
+    step = next(iter(trainers.values()))["step"]
     generator_seed = [seed, step, share.n_processes, share.rank]
+    place = _place(states, share)
     return {
         **first,
-        "streams": {layer: _stream([state["streams"][layer] for state in states], share) for layer in first["streams"]},
+        "streams": {
+            layer: {**_stream([state["streams"][layer] for state in states], share), "sequencer": place}
+            for layer in first["streams"]
+        },
         "buffers": {
             layer: _buffer([state["buffers"][layer] for state in states], share, step, capacity, generator_seed)
             for layer in first["buffers"]
         },
-        "trainers": {
-            i: {**trainer, "sums": _sums([state["trainers"][i]["sums"] for state in states], share.batch_size)}
-            for i, trainer in first["trainers"].items()
-        },
+        "trainers": trainers,
+        "failures": pooled_failures(states),
     }
+
+
+def pooled_trainers(states: Sequence[State], batch_size: int) -> dict[str, State]:
+    """What each trainer has that is not divided by features; the sums for its curves are those over the whole batch."""
+    found = dict[str, State]()
+    for i in sorted({i for state in states for i in state["trainers"]}):
+        own = [state["trainers"][i] for state in states if i in state["trainers"]]
+        # where some processes train other SAEs, the others have the sums over the whole batch
+        sums = _sums([trainer["sums"] for trainer in own], batch_size) if len(own) == len(states) else own[0]["sums"]
+        found[i] = {**own[0], "sums": sums}
+    return found
+
+
+def pooled_failures(states: Sequence[State]) -> dict[str, str]:
+    """What went wrong with the SAEs that any process has dropped."""
+    return {i: text for state in states for i, text in state["failures"].items()}
+
+
+def _place(states: Sequence[State], share: Share) -> State:
+    """Where all layers of a process go on: where the furthest layer of the furthest process was, so that no dialogue comes again.
+
+    The first process tells of the dialogues that all have dropped.
+    """
+    furthest = [
+        max((stream["sequencer"]["at"] for stream in state["streams"].values()), key=_progress) for state in states
+    ]
+    drops = [Dropped.from_state(at["dropped"]) for at in furthest] if share.rank == 0 else []
+    dropped = sum(drops, Dropped()).state_dict()
+    place: State = max(furthest, key=_progress)
+    return {"at": {**place, "dropped": dropped}, "taken": 0}
+
+
+def _progress(at: State) -> tuple[int, int, int]:
+    return at["epoch"], at["window"], at["batch"]
 
 
 def _stream(streams: Sequence[State], share: Share) -> State:
@@ -83,16 +122,7 @@ def _stream(streams: Sequence[State], share: Share) -> State:
         start, end = share.of(sum(stream["counts"][name] for stream in streams))
         counts[name] = end - start
     norms = [stream["median_norm"] for stream in streams if stream["median_norm"]]
-    return {
-        "sequencer": _sequencer([stream["sequencer"] for stream in streams]),
-        "median_norm": statistics.median(norms) if norms else 0.0,
-        "counts": counts,
-    }
-
-
-def _sequencer(sequencers: Sequence[State]) -> State:
-    """That of the process that was furthest in the dialogues: no dialogue before its place comes again."""
-    return max(sequencers, key=lambda state: (state["epoch"], state["window"], state["batch"]))
+    return {"median_norm": statistics.median(norms) if norms else 0.0, "counts": counts}
 
 
 def _buffer(buffers: Sequence[State], share: Share, step: int, capacity: int, seed: Sequence[int]) -> State:

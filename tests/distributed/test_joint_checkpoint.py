@@ -7,7 +7,8 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ import pytest
 import torch
 import torch.multiprocessing
 from processes import run
-from torch import distributed
+from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 import fastsae
 from fastsae import FusedTopKSAE
 from fastsae.data.buffer import ActivationBatch, MixingBuffer
-from fastsae.distributed import Groups, groups_of
+from fastsae.distributed import Group, Groups, groups_of
 from fastsae.distributed.together import OtherProcessError
 from fastsae.errors import FastsaeError
 from fastsae.train import checkpoint, joint_checkpoint
@@ -43,6 +44,7 @@ CONFIG = TrainConfig(
     dead_tokens=BATCH,
     log_every=4,
 )
+CONFIGS = {"0": CONFIG, "1": replace(CONFIG, d_sae=5, seed=7), "2": replace(CONFIG, d_sae=3, seed=8)}
 NOT_COMPARED = ("tokens_per_second",)
 
 
@@ -62,58 +64,79 @@ class Source(Iterator[ActivationBatch]):
 
 
 class Run:
-    """What a session has of one SAE."""
+    """What a session has of its SAEs: each trained by all processes, or, where they are placed, by one row of processes."""
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, groups: Groups, numbers: Sequence[str] = ("0",), placed: bool = False) -> None:
         rank, size = groups.world.rank, groups.world.size
-        rows = groups.rows_of_batch(BATCH)[groups.features.rank]
-        self.groups, self.capacity = groups, CONFIG.buffer_tokens // size
+        self.rows = groups.rows_of_batch(BATCH)
+        self.groups, self.capacity = groups, -(-CONFIG.buffer_tokens // size)
         self.source = Source(rank)
-        self.buffer = MixingBuffer(self.source, self.capacity, rows, rank, n_wanted=CONFIG.steps * rows)
-        self.trainer = Trainer(build_sae(CONFIG, D_IN, torch.device("cpu"), groups), self.buffer, CONFIG, groups)
-        self.dims = joint_checkpoint.sliced_dims({"0": self.trainer})
+        n_wanted = CONFIG.steps * self.rows[rank]
+        self.buffer = MixingBuffer(self.source, self.capacity, self.rows[rank], rank, n_wanted=n_wanted)
+        self.together = groups.world if placed else groups.features
+        own = groups._replace(data=Group(), world=groups.features) if placed else groups
+        self.trainers = {
+            i: Trainer(build_sae(CONFIGS[i], D_IN, torch.device("cpu"), own), self.batches(), CONFIGS[i], own)
+            for i in numbers
+            if not placed or int(i) % groups.data.size == groups.data.rank
+        }
+        self.batch = torch.empty(0)
+
+    @property
+    def trainer(self) -> Trainer:
+        return next(iter(self.trainers.values()))
+
+    def batches(self) -> Iterator[Tensor]:
+        while True:
+            yield self.batch
 
     def train(self, steps: int) -> None:
+        first = 0 if self.together is self.groups.world else self.groups.data.rank * self.groups.features.size
+        rows = self.rows[first : first + self.together.size]
         while self.trainer.step < steps:
-            self.trainer.advance()
+            self.batch = self.together.gather_rows(next(self.buffer).acts, rows, "rows")
+            for trainer in self.trainers.values():
+                trainer.advance()
 
     def state(self) -> dict[str, Any]:
-        sequencer = {"seed": 0, "epoch": 0, "window": self.groups.world.rank, "batch": 1}
+        dropped = {"seen": 9, "counts": {"it is long": 1}, "first_rows": {"it is long": 4}}
+        at = {"seed": 0, "epoch": 0, "window": self.groups.world.rank, "batch": 1, "dropped": dropped}
         counts = {"computed": 5}
         return {
-            "options": {"0": kept_options(CONFIG)},
-            "streams": {"4": {"sequencer": sequencer, "median_norm": 1.5, "counts": counts}},
+            "options": {i: kept_options(config) for i, config in CONFIGS.items()},
+            "streams": {"4": {"sequencer": {"at": at, "taken": 2}, "median_norm": 1.5, "counts": counts}},
             "buffers": {"4": self.buffer.state_dict()},
-            "trainers": {"0": self.trainer.state_dict()},
+            "trainers": {i: trainer.state_dict() for i, trainer in self.trainers.items()},
             "failures": {},
             "seconds": 2.5,
         }
 
     def save(self, folder: Path) -> None:
-        joint_checkpoint.save(folder, self.trainer.step, self.state(), self.dims, self.groups)
+        joint_checkpoint.save(folder, self.trainer.step, self.state(), self.trainers, self.groups)
 
     def restore(self, folder: Path) -> dict[str, Any]:
         saved = joint_checkpoint.find(folder, self.groups)
         assert saved is not None
-        state = saved.state(self.dims, CONFIG, self.capacity)
-        self.trainer.load_state_dict(state["trainers"]["0"])
+        state = saved.state(self.trainers, CONFIG, self.capacity)
+        assert state["trainers"].keys() == self.trainers.keys()
+        for i, trainer in self.trainers.items():
+            trainer.load_state_dict(state["trainers"][i])
         self.buffer.load_state_dict(state["buffers"]["4"])
         return state
 
-    def whole(self) -> dict[str, Any]:
-        """The whole SAE and moments, which all processes have the same."""
-        trainer, sharding = self.trainer, self.trainer.sae.sharding
+    def whole(self, i: str = "0") -> dict[str, Any]:
+        """The whole SAE and moments, which all processes of a row have the same."""
+        trainer, sharding = self.trainers[i], self.trainers[i].sae.sharding
         found = dict((trainer.sae if sharding is None else fastsae.unshard(trainer.sae)).state_dict())
         parameters = dict(trainer.sae.named_parameters())
         for name, parameter in parameters.items():
             for moment, value in trainer.optimizer.state[parameter].items():
                 is_part = value.shape == parameter.shape and sharding is not None
                 found[f"{name}.{moment}"] = (sharding.whole(name, value) if is_part else value).clone()
-        silent = self.groups.data.smallest_(trainer.silent_tokens.clone(), "test")
+        silent = trainer.groups.data.smallest_(trainer.silent_tokens.clone(), "test")
         found["silent_tokens"] = silent if sharding is None else sharding.whole("b_enc", silent)
-        mask = trainer.dead_mask
-        assert mask is not None
-        found["dead_mask"] = mask if sharding is None else sharding.whole("b_enc", mask.int()).bool()
+        mask = torch.zeros_like(trainer.silent_tokens) if trainer.dead_mask is None else trainer.dead_mask
+        found["dead_mask"] = mask.bool() if sharding is None else sharding.whole("b_enc", mask.int()).bool()
         return found
 
     def history(self) -> list[dict[str, Any]]:
@@ -136,6 +159,7 @@ def save_and_go_on(folder: str, shape: tuple[int, int]) -> dict[str, Any]:
     groups = grid(shape)
     first, second = Run(groups), Run(groups)
     first.train(STEPS)
+    assert first.trainer.dead_mask is not None
     first.save(Path(folder))
     saved = first.whole()
     second.restore(Path(folder))
@@ -190,6 +214,42 @@ def test_resumed_by_as_many_by_others_and_by_one(
             same(each[number]["whole"], saved[0])
         assert sorted(torch.cat([each[number]["rows"] for each in found]).tolist()) == rows_in(joint)
     one.train(STEPS + 5)
+
+
+def save_placed(folder: str, shape: tuple[int, int]) -> dict[str, Any]:
+    """Each row of processes has SAEs of its own, and goes on with them; returns the whole ones as they are saved."""
+    groups = grid(shape)
+    first, second = (Run(groups, [*CONFIGS], placed=True) for _ in range(2))
+    first.train(STEPS)
+    first.save(Path(folder))
+    saved = {i: first.whole(i) for i in first.trainers}
+    second.restore(Path(folder))
+    second.source.n_served = first.source.n_served
+    for each in (first, second):
+        each.train(STEPS + 5)
+    for i in first.trainers:
+        same(second.whole(i), first.whole(i))
+    return saved
+
+
+def load_placed(folder: str, shape: tuple[int, int], placed: bool) -> dict[str, Any]:
+    own = Run(grid(shape), [*CONFIGS], placed)
+    own.restore(Path(folder))
+    return {i: own.whole(i) for i in own.trainers}
+
+
+def test_saes_of_which_each_row_of_processes_has_its_own(tmp_path: Path) -> None:
+    first, second = run(save_placed, 2, tmp_path, str(tmp_path), (2, 1))
+    assert first.keys() == {"0", "2"}
+    assert second.keys() == {"1"}
+    for shape, placed in (((1, 2), False), ((3, 1), True)):
+        for found in run(load_placed, math.prod(shape), tmp_path, str(tmp_path), shape, placed):
+            for i, whole in found.items():
+                same(whole, (first | second)[i])
+    one = Run(Groups.alone(), [*CONFIGS])
+    one.restore(tmp_path)
+    for i in CONFIGS:
+        same(one.whole(i), (first | second)[i])
 
 
 def full(*_: object) -> None:
@@ -305,7 +365,7 @@ def flip(path: Path) -> None:
 
 
 def flip_shard(step: Path) -> None:
-    flip(max((step / joint_checkpoint.SHARDS).iterdir()))
+    flip(max((step / joint_checkpoint.SHARDS).rglob("*.safetensors")))
 
 
 def flip_rank(step: Path) -> None:
@@ -318,11 +378,11 @@ def edit_state(step: Path) -> None:
 
 
 def lose(step: Path) -> None:
-    max((step / joint_checkpoint.SHARDS).iterdir()).unlink()
+    max((step / joint_checkpoint.SHARDS).rglob("*.safetensors")).unlink()
 
 
 def add(step: Path) -> None:
-    shutil.copy(step / "rank-00001.safetensors", step / joint_checkpoint.SHARDS / "more.safetensors")
+    shutil.copy(step / "rank-00001.safetensors", step / joint_checkpoint.SHARDS / "00000" / "more.safetensors")
 
 
 def kept(folder: str) -> list[str]:
@@ -344,4 +404,5 @@ def test_dims_are_those_of_the_shapes() -> None:
     own.train(1)
     tensors, _ = checkpoint.flatten({"trainers": {"0": own.trainer.state_dict()}})
     divided = {name: tensor.shape.index(D_SAE) for name, tensor in tensors.items() if D_SAE in tensor.shape}
-    assert {name: dim for name, dim in own.dims.items() if name in tensors and tensors[name].numel()} == divided
+    dims = joint_checkpoint._sliced_dims(own.trainers)
+    assert {name: dim for name, dim in dims.items() if name in tensors and tensors[name].numel()} == divided

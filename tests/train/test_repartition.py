@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastsae.data.buffer import ActivationBatch, MixingBuffer
+from fastsae.distributed import Groups
 from fastsae.train.repartition import Share, repartition
 
 BATCH, STEPS, CAPACITY, SEED = 7, 12, 40, 3
@@ -27,15 +28,21 @@ def buffer_of(share: Share, pieces: Iterator[ActivationBatch]) -> MixingBuffer:
     return MixingBuffer(pieces, capacity, share.rows, seed=1, n_wanted=STEPS * share.rows)
 
 
+def at(window: int, batch: int, seen: int) -> dict[str, Any]:
+    dropped = {"seen": seen, "counts": {"it is long": 1}, "first_rows": {"it is long": window}}
+    return {"epoch": 1, "window": window, "batch": batch, "dropped": dropped}
+
+
 def state_of(buffer: MixingBuffer, step: int, rank: int) -> dict[str, Any]:
     return {
         "options": {"0": {}},
         "streams": {
-            "4": {
-                "sequencer": {"epoch": 1, "window": rank % 2, "batch": 5 - rank},
+            str(4 - layer): {
+                "sequencer": {"at": at(rank % 2, 5 - rank + layer, seen=10 + layer), "taken": 7 + rank},
                 "median_norm": 0.1 if rank else 0.3,
                 "counts": {"computed": 1000 + rank, "sinks": rank},
             }
+            for layer in (0, 1)
         },
         "buffers": {"4": buffer.state_dict()},
         "trainers": {"0": {"step": step, "history": [], "sums": {"loss": torch.tensor(1.0 + rank)}}},
@@ -108,12 +115,25 @@ def test_what_is_counted(after: int) -> None:
     for name, total in (("computed", 3003), ("sinks", 3)):
         assert sum(state["streams"]["4"]["counts"][name] for state in found) == total
     for state in found:
-        assert state["streams"]["4"]["sequencer"] == {"epoch": 1, "window": 1, "batch": 4}  # the furthest
+        for layer in ("4", "3"):  # both where the furthest was
+            sequencer = state["streams"][layer]["sequencer"]
+            assert {**sequencer["at"], "dropped": None} == {"epoch": 1, "window": 1, "batch": 5, "dropped": None}
+            assert sequencer["taken"] == 0
         assert state["streams"]["4"]["median_norm"] == 0.1
         assert state["trainers"]["0"]["sums"]["loss"].item() == pytest.approx((3 * 1 + 2 * 2 + 2 * 3) / 7)
         assert state["seconds"] == 2.5
+    dropped = [state["streams"]["3"]["sequencer"]["at"]["dropped"] for state in found]
+    assert dropped[0] == {"seen": 33, "counts": {"it is long": 3}, "first_rows": {"it is long": 0}}
+    assert all(each == {"seen": 0, "counts": {}, "first_rows": {}} for each in dropped[1:])
     generators = {bytes(state["buffers"]["4"]["generator"].tolist()) for state in found}
     assert len(generators) == after
+
+
+def test_a_share_is_what_a_process_serves_of_a_batch() -> None:
+    for n in (1, 2, 3, 7):
+        groups = Groups.alone()
+        groups.world.size = n
+        assert [share.rows for share in shares(n)] == groups.rows_of_batch(BATCH)
 
 
 def test_rows_of_all_old_processes_are_mixed() -> None:
