@@ -127,7 +127,8 @@ class Run:
     def whole(self, i: str = "0") -> dict[str, Any]:
         """The whole SAE and moments, which all processes of a row have the same."""
         trainer, sharding = self.trainers[i], self.trainers[i].sae.sharding
-        found = dict((trainer.sae if sharding is None else fastsae.unshard(trainer.sae)).state_dict())
+        sae = trainer.sae if sharding is None else fastsae.unshard(trainer.sae)
+        found = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
         parameters = dict(trainer.sae.named_parameters())
         for name, parameter in parameters.items():
             for moment, value in trainer.optimizer.state[parameter].items():
