@@ -190,7 +190,9 @@ class FusedSAEAdam(torch.optim.Adam):
     @property
     def _chunk(self) -> int:
         """Features that are updated together: few on a CPU, whose cache holds them, all on a GPU."""
-        return max(1, CHUNK_ELEMENTS // self.sae.d_in) if self.sae.device.type == "cpu" else len(self.matrices[1])
+        return (
+            max(1, CHUNK_ELEMENTS // self.sae.d_in) if self.sae.device.type == "cpu" else max(1, len(self.matrices[1]))
+        )
 
     def _by_feature(self, p: nn.Parameter, tensor: Tensor) -> Tensor:
         """A tensor like the weight matrix `p`, as `[d_sae, d_in]`."""
@@ -214,11 +216,16 @@ class FusedSAEAdam(torch.optim.Adam):
                 norms = adam_on_gpu.row_norms(sums[p], self._by_feature(p, p.detach()), project=self._on_sphere(p))
                 squares.append(norms.sum(dtype=torch.float64))
                 continue
-            kept = self._kept.setdefault(p, torch.empty_like(self._by_feature(p, p))) if p in self._pending else None
-            for rows, grad in self._gradients(p):
+            if p in self._pending and p not in self._kept:
+                self._kept[p] = torch.empty_like(self._by_feature(p, p))
+            kept = self._kept[p] if p in self._pending else None
+            # one tensor for all chunks: small ones in between would break up the memory that the next chunks could use again
+            norms = torch.empty(-(-len(self.matrices[1]) // self._chunk), dtype=torch.float64, device=p.device)
+            for i, (rows, grad) in enumerate(self._gradients(p)):
                 if kept is not None:
                     kept[rows] = grad
-                squares.append(torch.linalg.vector_norm(grad).double().square())
+                norms[i] = torch.linalg.vector_norm(grad)
+            squares += norms.square().unbind()
         norm = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=self.sae.device)
         if sharding is not None:
             sharding.features.sum_(norm, "norm")
@@ -370,7 +377,8 @@ class FusedSAEAdam(torch.optim.Adam):
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-            state |= self._laid_out(p, torch.zeros_like(p), torch.zeros_like(p))
+            zero = torch.zeros((), dtype=p.dtype, device=p.device)  # written to both without a tensor of their size
+            state |= self._laid_out(p, zero, zero)
         return state["exp_avg"], state["exp_avg_sq"]
 
     def _laid_out(self, p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, Tensor]:

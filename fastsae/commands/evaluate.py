@@ -62,8 +62,8 @@ def run(arguments: Namespace) -> None:
     from fastsae.disk import write_json
     from fastsae.evaluate import write_report
     from fastsae.evaluate.gradient_sections import summary_lines
+    from fastsae.train.evaluation import evaluate_saved
     from fastsae.train.folder import check_writable, described
-    from fastsae.train.run import evaluate_saved
 
     given = given_options(arguments)
     for option, file in (("--json", arguments.json), ("--report", arguments.report)):

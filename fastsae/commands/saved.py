@@ -30,8 +30,8 @@ def saved_sae(name: str, given: dict[str, Any]) -> tuple[SparseAutoencoder, Trai
     """
     from fastsae.data.hooks import place_of
     from fastsae.peers import formats
+    from fastsae.train.evaluation import load_sae
     from fastsae.train.folder import CONFIG_FILE, read_config
-    from fastsae.train.run import load_sae
 
     folder = formats.find(name, formats.wanted_files())
     found = formats.recognise(folder)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastsae.commands import plan
 from fastsae.disk import local_path
 from fastsae.environment import is_first, is_restart
 from fastsae.errors import FastsaeError, UsageError, shown
@@ -63,6 +64,7 @@ def add_parser(commands: Commands) -> None:
         help="at the end write features.html: where features fire, and what they do to the logits; not for several SAEs",
     )
     parser.add_argument("--quiet", action="store_true", help="show no progress bars")
+    plan.add_flags(parser)
     add_config_flags(parser, several=[name for name in OF_ONE_SAE if name != "init_from"])
 
 
@@ -73,11 +75,15 @@ def run(arguments: Namespace) -> None:
     from fastsae.train.run import train, train_many
     from fastsae.train.trainer import SAE_CLASSES
 
+    plan.check_flags(arguments)
     given = given_options(arguments)
     configs, output = _resumed(arguments, given) or _new(arguments, given)
     for config in configs.values():
         if unused := without_effect(config, given):
             log.warning("without effect on a %s run: %s", config.architecture, ", ".join(map(flag, unused)))
+    if arguments.dry_run:
+        plan.run(arguments, list(configs.values()))
+        return
     # torchrun starts all processes again when one of them has failed: they go on with what was saved
     resume = arguments.resume or (is_restart() and not is_new(output))
     options: dict[str, Any] = {"resume": resume, "progress": not arguments.quiet}
@@ -152,8 +158,8 @@ def _new(arguments: Namespace, given: dict[str, Any]) -> tuple[dict[str, TrainCo
 def _source(name: str) -> tuple[Path, dict[str, Any]]:
     """Where the SAE is that training goes on from, and the options that follow from it."""
     from fastsae.peers import formats
+    from fastsae.train.evaluation import load_sae
     from fastsae.train.init_from import options_of
-    from fastsae.train.run import load_sae
 
     if problem := name_problem(name):
         raise UsageError(f"init_from: expected {problem}, got {shown(name)}")

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastsae.data.model_dtype import choose_dtype, count_weights, stored_dtype
+from fastsae.data.model_dtype import choose_dtype, count_weights, empty_model, stored_dtype
 from fastsae.disk import local_path
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.fields import DTYPES
@@ -56,6 +56,60 @@ def load_model(
         FastsaeError: The hub cannot be reached, a download was interrupted, or a file or a package is missing or damaged.
     """
     target_dtype, target_device = _dtype(dtype), _device(device)
+    source, config = _configured(name, options)
+    import transformers
+
+    auto: Any = transformers
+    tokenizer: Any = source.load("tokenizer", auto.AutoTokenizer.from_pretrained, config=config)
+    if len(tokenizer.get_vocab()) <= max(len(tokenizer.added_tokens_decoder), len(tokenizer.all_special_ids)):
+        # transformers 5 makes a tokenizer without words for some models when the tokenizer's files are missing.
+        raise UsageError(_NO_TOKENIZER.format(name=name, reason="its vocabulary is empty"))
+    n_weights = count_weights(config)
+    if target_dtype is None:
+        target_dtype = _dtype_of(source, config, n_weights, target_device)
+    if source.is_gguf or n_weights * 4 > _LARGE:
+        logger.info("loading the language model")
+        if progress:
+            transformers.utils.logging.enable_progress_bar()
+    model = _load_weights(source, config, target_dtype, progress)
+    if target_dtype is None:  # only the weights themselves told their dtype
+        target_dtype = choose_dtype(config, model.dtype, n_weights, target_device)
+        if target_dtype not in (None, model.dtype):
+            model = _load_weights(source, config, target_dtype, progress)
+    if not source.places_weights:
+        model = model.to(target_device)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def load_without_weights(
+    name: str,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    options: dict[str, Any] | None = None,
+) -> Any:
+    """The model as `load_model` gives it, but on PyTorch's device `meta`: its sizes, from its configuration alone.
+
+    Args:
+        name: As for `load_model`, and so are the next three.
+        dtype: Where nothing else tells it, float32 is taken.
+        device: Where the model would go; a GPU need not be there.
+        options: More arguments of `from_pretrained`.
+
+    Raises:
+        UsageError: No such model, it is no causal language model, or a bad dtype or option.
+        FastsaeError: The hub cannot be reached, or a file or a package is missing or damaged.
+    """
+    target_dtype = _dtype(dtype)
+    source, config = _configured(name, options)
+    model = _loaded(name, "model", lambda: empty_model(config))
+    n_weights = sum(parameter.numel() for parameter in model.parameters())
+    target_dtype = target_dtype or _dtype_of(source, config, n_weights, torch.device(device)) or torch.float32
+    return model.to(target_dtype).eval().requires_grad_(False)
+
+
+def _configured(name: str, options: dict[str, Any] | None) -> tuple[_Source, Any]:
+    """Where a model is, and its configuration, which says that it is a causal language model."""
     source = _find(name).with_options(options or {})
     try:
         import transformers
@@ -71,27 +125,14 @@ def load_model(
             f"model {name!r}: expected a causal language model, which is a decoder alone, got one of type "
             f"{config.model_type!r}, which has an encoder and a decoder"
         )
-    tokenizer: Any = source.load("tokenizer", auto.AutoTokenizer.from_pretrained, config=config)
-    if len(tokenizer.get_vocab()) <= max(len(tokenizer.added_tokens_decoder), len(tokenizer.all_special_ids)):
-        # transformers 5 makes a tokenizer without words for some models when the tokenizer's files are missing.
-        raise UsageError(_NO_TOKENIZER.format(name=name, reason="its vocabulary is empty"))
-    n_weights = count_weights(config)
-    if target_dtype is None and not source.is_gguf:
-        target_dtype = choose_dtype(config, stored_dtype(config), n_weights, target_device)
-    elif target_dtype is None:
-        target_dtype = torch.float32  # the numbers of a GGUF file are unpacked, which other dtypes would round
-    if source.is_gguf or n_weights * 4 > _LARGE:
-        logger.info("loading the language model")
-        if progress:
-            transformers.utils.logging.enable_progress_bar()
-    model = _load_weights(source, config, target_dtype, progress)
-    if target_dtype is None:  # only the weights themselves told their dtype
-        target_dtype = choose_dtype(config, model.dtype, n_weights, target_device)
-        if target_dtype not in (None, model.dtype):
-            model = _load_weights(source, config, target_dtype, progress)
-    if not source.places_weights:
-        model = model.to(target_device)
-    return model.eval().requires_grad_(False), tokenizer
+    return source, config
+
+
+def _dtype_of(source: _Source, config: Any, n_weights: int, device: torch.device) -> torch.dtype | None:
+    """The dtype of a model for which nobody names one; None where only its weights tell."""
+    if source.is_gguf:
+        return torch.float32  # the numbers of a GGUF file are unpacked, which other dtypes would round
+    return choose_dtype(config, stored_dtype(config), n_weights, device)
 
 
 @dataclass(frozen=True)

@@ -109,15 +109,19 @@ def stored_dtype(config: Any) -> torch.dtype | None:
     return None
 
 
-def count_weights(config: Any) -> int:
-    """Returns the number of weights of a model, without making them; 0 where transformers cannot tell."""
+def empty_model(config: Any) -> Any:
+    """Returns a causal language model on PyTorch's device `meta`, where weights have sizes and no numbers."""
     import transformers
 
     auto: Any = transformers
+    with torch.device("meta"):
+        return auto.AutoModelForCausalLM.from_config(config)
+
+
+def count_weights(config: Any) -> int:
+    """Returns the number of weights of a model, without making them; 0 where transformers cannot tell."""
     try:
-        with torch.device("meta"):
-            model = auto.AutoModelForCausalLM.from_config(config)
-        return sum(parameter.numel() for parameter in model.parameters())
+        return sum(parameter.numel() for parameter in empty_model(config).parameters())
     except Exception:
         return 0  # loading it will say what is wrong
 

@@ -269,7 +269,7 @@ def build_pipeline(
         check_memory(trained or [config], residual.d_in, model.dtype.itemsize, residual.device)
         for sae in trained or [config]:
             check_layer(model, layer if sae.layer is None else sae.layer)
-            _check_k(sae, residual.d_in)
+            check_k(sae, residual.d_in)
     elif evaluated.d_in != residual.d_in:
         raise UsageError(
             f"model {config.model!r}: expected activations of the SAE's width d_in = {evaluated.d_in}, got "
@@ -313,7 +313,8 @@ def build_pipeline(
     return Pipeline(config, residual, tokenizer, max_length, dialogues, train, held_out, special_tokens, texts, part)
 
 
-def _check_k(config: TrainConfig, d_in: int) -> None:
+def check_k(config: TrainConfig, d_in: int) -> None:
+    """Raises UsageError where more features are to be active than there are."""
     d_sae = config.n_features(d_in)
     if config.k is not None and config.k > d_sae:
         raise UsageError(

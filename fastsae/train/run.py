@@ -3,40 +3,30 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import signal
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastsae.data.activations import ResidualStream, decoder_layers
 from fastsae.data.chat import Dialogue
-from fastsae.data.dropped import Dropped
-from fastsae.data.hooks import place_of
 from fastsae.data.stream import StreamCounts
 from fastsae.disk import local_path, write_json
 from fastsae.distributed import launch
 from fastsae.distributed.launch import Processes
 from fastsae.errors import FastsaeError, UsageError
-from fastsae.evaluate import Evaluation, evaluate_many, write_report
 from fastsae.fields import read_json
-from fastsae.interpret.examine import Subject
-from fastsae.interpret.run import write_pages
 from fastsae.interrupt import Interrupted
-from fastsae.sae import SparseAutoencoder, files
 from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig
 from fastsae.train.curves import Curves, Row, check_loggers
+from fastsae.train.evaluation import evaluate_saes
 from fastsae.train.folder import (
     CONFIG_FILE,
     METRICS_FILE,
-    REPORT_FILE,
     check_fingerprints,
-    described,
     how_to_go_on,
     located_config,
     prepare,
@@ -44,10 +34,10 @@ from fastsae.train.folder import (
     resumed_config,
     write_configs,
 )
-from fastsae.train.gradients import Measure, measure_gradients
 from fastsae.train.init_from import load_source, with_options_of
 from fastsae.train.l0_control import l0_metrics
 from fastsae.train.pipeline import Given, Pipeline, build_pipeline, resolve_device
+from fastsae.train.results import save_sae, write_features_pages, write_run
 from fastsae.train.session import Session
 
 logger = logging.getLogger(__name__)
@@ -215,7 +205,7 @@ def _train(
             + " ".join(f"{name}: {text}." for name, text in session.failures.items())
         )
     if pages and not processes.features.size > 1:
-        _write_pages(output, session, progress)
+        write_features_pages(output, session, progress)
     return metrics
 
 
@@ -254,21 +244,6 @@ def check_processes(configs: Mapping[str, TrainConfig], output: Path, resume: bo
 
 def ignored(rows: dict[str, Row]) -> None:
     """Takes points of the curves in a process that does not write them."""
-
-
-def _write_pages(output: Path, session: Session, progress: bool) -> None:
-    """Writes the page of each SAE's features. The run is complete, so what goes wrong here is told and does not end it."""
-    for name, trainer in session.trainers.items():
-        folder = output / name
-        data, seed = partial(session.view, name), session.configs[name].seed
-        subject = Subject(folder.resolve().name, trainer.sae, data, folder, seed)
-        try:
-            write_pages([subject], folder, progress=progress)
-        except (FastsaeError, OSError) as error:
-            again = f"fastsae pages {shlex.quote(str(folder))}"
-            logger.warning(
-                "the page of features was not written: %s. The run is complete; %s tries again", error, again
-            )
 
 
 def _save(output: Path, session: Session, seconds: float) -> None:
@@ -321,130 +296,3 @@ def _finish(
         write_run(output / name, session, name, result, metrics)
         found[name] = metrics
     return {name: found[name] for name in session.trainers}
-
-
-def place_metadata(residual: ResidualStream) -> dict[str, Any]:
-    """What the metadata say of the place that an SAE reads: that module of transformers whose output it is.
-
-    The stream before the first block is no module's output: SAELens' tools find it in a model of TransformerLens alone.
-    """
-    place = residual.place
-    found = {"hook_layer": place.layer, "hook": place.hook}
-    at = place.as_output
-    if at.hook == "resid_pre":
-        return {**found, "model_class_name": "HookedTransformer", "hook_name": at.lens_name}
-    wanted = residual.module if at == place else decoder_layers(residual.model)[at.layer]
-    name = next(name for name, module in residual.model.named_modules() if module is wanted)
-    # SAELens' word for a model of transformers, as it is
-    return {**found, "model_class_name": "AutoModelForCausalLM", "hook_name": name}
-
-
-def save_sae(output: Path, session: Session, name: str, sae: SparseAutoencoder, **metadata: Any) -> None:
-    """Saves an SAE with what SAELens' tools want to know of the model, of its place in it, and of the data."""
-    pipeline, config = session.view(name), session.configs[name]
-    is_block, trainer = config.sequencing == "block", session.trainers[name]
-    coefficient = trainer.sparsity_coefficient
-    if origin := session.origins.get(name):
-        metadata["init_from"] = {"path": config.init_from, "files": origin}
-    sae.save(
-        output,
-        model_name=config.model,
-        **place_metadata(pipeline.residual),
-        dataset_path=config.dataset if config.text is None else config.text,
-        context_size=config.block_length if is_block else pipeline.max_length,
-        prepend_bos=pipeline.begins_with_bos(),
-        seqpos_slice=[1, None] if config.drop_first_position else None,
-        exclude_special_tokens=False,
-        disable_concat_sequences=not is_block,  # each dialogue is a context of its own
-        sequencing=config.sequencing,
-        max_norm_multiple=config.max_norm_multiple,
-        sparsity_coefficient=None if coefficient is None else float(coefficient),
-        activation_scale=trainer.scale,
-        median_norm=session.supply.streams[pipeline.residual.layer].rule.median_norm,
-        **metadata,
-    )
-
-
-def write_sparsity(output: Path, result: Evaluation) -> None:
-    """Writes SAELens' `sparsity.safetensors`: log10 of the share of held-out tokens on which each feature fires.
-
-    Attention sinks are left out, as in every figure. 1e-10 is added to each share, as SAELens does.
-    """
-    tokens = (result.metrics["tokens"] or 0) - (result.metrics["sinks"] or 0)
-    share = result.feature_counts.float() / max(tokens, 1)
-    files.save_sparsity((share + 1e-10).log10(), len(share), output)
-
-
-def write_run(output: Path, session: Session, name: str, result: Evaluation, metrics: dict[str, Any]) -> None:
-    """Writes the files of an SAE, the metrics last: where they are, it is complete."""
-    save_sae(output, session, name, session.trainers[name].sae, l0=metrics["l0"])
-    if not session.writes:
-        return
-    write_sparsity(output, result)
-    result.dialogues.save(output)
-    settings, history = described(session.configs[name]), session.trainers[name].history
-    write_report(output / REPORT_FILE, config=settings, metrics=metrics, history=history, evaluation=result)
-    write_json(output / METRICS_FILE, metrics)
-
-
-def load_sae(folder: Path) -> SparseAutoencoder:
-    """The SAE of a folder.
-
-    Raises:
-        UsageError: The folder holds none.
-        FastsaeError: It is corrupt, or none that this library runs.
-    """
-    try:
-        return SparseAutoencoder.load(folder)
-    except FileNotFoundError as error:
-        raise UsageError(str(error)) from None
-    except ValueError as error:
-        raise FastsaeError(str(error)) from None
-
-
-def evaluate_folder(
-    folder: Path, config: TrainConfig, measures: Collection[Measure] = (), *, progress: bool = True
-) -> Evaluation:
-    """Evaluates the SAE of a folder on the held-out dialogues of `config`; raises as `load_sae` and `evaluate_saved` do."""
-    return evaluate_saved(load_sae(folder), config, measures, progress=progress)
-
-
-def evaluate_saved(
-    sae: SparseAutoencoder, config: TrainConfig, measures: Collection[Measure] = (), *, progress: bool = True
-) -> Evaluation:
-    """Evaluates a loaded SAE on the held-out dialogues of `config`; with `measures`, those of `fastsae.train.gradients` too.
-
-    Raises:
-        UsageError: The SAE does not fit the model.
-    """
-    sae.store_by_feature_()
-    pipeline = build_pipeline(config, progress=progress, evaluated=sae)
-    trained_on, own = sae.metadata.get("hook_name"), pipeline.residual.place
-    place = place_of(sae.metadata)
-    if trained_on is not None and (place is None or place.as_output != own.as_output):
-        logger.warning("this SAE was trained on %s, not on %s of layer %d", trained_on, own.hook, own.layer)
-    sae = sae.to(pipeline.residual.device)
-    (result,) = evaluate_saes({"": (sae, pipeline.residual)}, pipeline, progress=progress).values()
-    gradients = measure_gradients(sae, pipeline, measures, progress=progress)
-    return replace(result, metrics=result.metrics | gradients)
-
-
-def evaluate_saes(
-    saes: Mapping[str, tuple[SparseAutoencoder, ResidualStream]],
-    pipeline: Pipeline,
-    *trained_on: Dropped,
-    **options: Any,
-) -> dict[str, Evaluation]:
-    """Evaluates SAEs on the held-out dialogues of a pipeline; the metrics tell of dialogues dropped since loading."""
-    held_out = pipeline.held_out_batches()
-    results = evaluate_many(
-        saes,
-        pipeline.tokenizer,
-        held_out,
-        special_tokens=pipeline.special_tokens,
-        n_dialogues=len(pipeline.held_out),
-        max_norm_multiple=pipeline.max_norm_multiple,
-        **options,
-    )
-    of_the_data = pipeline.all_drops(held_out.drops, *trained_on).metrics() | {"unknown_roles": pipeline.unknown_roles}
-    return {name: replace(result, metrics=result.metrics | of_the_data) for name, result in results.items()}

@@ -90,7 +90,7 @@ def main(model: str, chats: str, folder: Path, moments: str, architecture: str, 
         sequencing=sequencing, block_length=16, architecture=architecture, k=4 if architecture in TOPK_FAMILY else None,
     )  # fmt: skip
     pipeline = run.build_pipeline(config)
-    run.build_pipeline = lambda *configs, progress, given: pipeline  # the model is loaded once
+    run.build_pipeline = lambda *configs, **_: pipeline  # the model is loaded once
     trainers: list[Trainer] = []
     made = Trainer.__init__
 

@@ -17,7 +17,7 @@ from fastsae.cli import main
 from fastsae.data import cache
 from fastsae.data.cache import CachedActivations, Manifest
 from fastsae.interrupt import Interrupted
-from fastsae.train import caching, initialize, session
+from fastsae.train import caching, initialize, supply
 from fastsae.train.caching import cache_activations, options_of
 from fastsae.train.config import TrainConfig
 from fastsae.train.run import train, train_many
@@ -50,7 +50,7 @@ def test_a_run_that_reads_them_is_the_one_that_computes_them(
     trained = [
         replace(config, activations=str(tmp_path / "acts"), **changes) for changes in ({"layer": 0}, {"layer": 1})
     ]
-    monkeypatch.setattr(session, "read_layers", None)  # the model runs for the evaluation alone
+    monkeypatch.setattr(supply, "read_layers", None)  # the model runs for the evaluation alone
     for layer, run in enumerate(trained):
         train(run, tmp_path / f"cached{layer}", progress=False)
         assert outcome(tmp_path / f"cached{layer}") == outcome(tmp_path / "live" / str(layer))
@@ -80,7 +80,7 @@ def test_blocks_and_texts_are_cached_as_they_are_read(
     train(config, tmp_path / "live", progress=False)
     cached = replace(config, activations=str(tmp_path / "acts"))
     with monkeypatch.context() as patch:
-        patch.setattr(session, "read_layers", None)
+        patch.setattr(supply, "read_layers", None)
         train(cached, tmp_path / "cached", progress=False)
     assert outcome(tmp_path / "cached") == outcome(tmp_path / "live")
     other = replace(cached, forward_tokens=96)

@@ -14,8 +14,8 @@ from stopped_runs import make_config, stopped_run, without_times
 from fastsae import FastsaeError, UsageError
 from fastsae.data.language_model import load_model
 from fastsae.train import TrainConfig, train
+from fastsae.train.evaluation import evaluate_folder
 from fastsae.train.folder import read_config
-from fastsae.train.run import evaluate_folder
 
 
 @pytest.fixture

@@ -17,8 +17,10 @@ from fastsae.data.activations import ResidualStream
 from fastsae.data.language_model import load_model
 from fastsae.train.caching import cache_activations
 from fastsae.train.config import TrainConfig
+from fastsae.train.evaluation import evaluate_folder
 from fastsae.train.folder import read_config
-from fastsae.train.run import evaluate_folder, place_metadata, train, train_many
+from fastsae.train.results import place_metadata
+from fastsae.train.run import train, train_many
 
 HOOKS = ("resid_pre", "attn_out", "mlp_out")
 

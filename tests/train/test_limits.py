@@ -18,12 +18,17 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        # 3 (weights and two means) * 2 matrices * 64 * 2e9 * 4 bytes
-        ({"d_sae": 2_000_000_000}, r"^d_sae: .* 8\.0 GB of free memory, got 2,000,000,000, which alone takes 3,072\.0 GB"),
-        ({"expansion": 1_000_000}, r"^expansion: .* got 1,000,000, which alone takes 98\.3 GB"),  # 3 * 2 * 64 * 64e6 * 4
+        # 4 (weights, two means, and gradients that are clipped) * (2 matrices * 64 + b_enc + threshold) * 2e9 * 4 bytes
+        ({"d_sae": 2_000_000_000}, r"^d_sae: .* 8\.0 GB of free memory, got 2,000,000,000, which alone takes 4,160\.0 GB"),
+        ({"d_sae": 2_000_000_000, "clip_norm": 0}, r"^d_sae: .* which alone takes 3,120\.0 GB"),
+        ({"expansion": 1_000_000}, r"^expansion: .* got 1,000,000, which alone takes 133\.1 GB"),  # 4 * 130 * 64e6 * 4
         ({"buffer_tokens": 10**9}, r"^buffer_tokens: .* which alone takes 280\.0 GB"),  # 1e9 * (64 * 4 + 24)
         ({"prefetch": 10**6, "tokens": 10**9}, r"^prefetch: .* got 1,000,000, which alone takes 280\.0 GB"),  # all tokens
-        ({"batch_size": 10**8, "buffer_tokens": 2 * 10**8, "tokens": 10**9}, r"^buffer_tokens: .* 56\.0 GB of the 107\.2 GB"),
+        # the batch as it came, scaled, its reconstruction and its error: 4 * 64 * 1e8 * 4 bytes, and 32 entries of 40
+        (
+            {"batch_size": 10**8, "buffer_tokens": 2 * 10**8, "tokens": 10**9, "init_l0": 32.0},
+            r"^batch_size: .* 230\.4 GB of the 286\.4 GB",
+        ),
         ({"forward_tokens": 10**12, "max_length": 10**6}, r"^forward_tokens: .* which alone takes 524\.3 GB"),
     ],
 )  # fmt: skip
@@ -52,8 +57,8 @@ def test_what_fits_or_is_not_known_passes(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_saes_that_are_trained_together_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    saes = [TrainConfig(d_sae=4_000_000, layer=layer, buffer_tokens=2048) for layer in (0, 1)]
+    saes = [TrainConfig(d_sae=3_000_000, layer=layer, buffer_tokens=2048) for layer in (0, 1)]
     monkeypatch.setattr(limits, "free_memory", lambda device: 8_000_000_000)
     limits.check_memory(saes[:1], 64, 4, CPU)
-    with pytest.raises(UsageError, match=r"^d_sae: .* which alone takes 12\.3 GB"):  # 2 * 3 * 2 * 64 * 4e6 * 4 bytes
+    with pytest.raises(UsageError, match=r"^d_sae: .* which alone takes 12\.5 GB"):  # 2 * 4 * 130 * 3e6 * 4 bytes
         limits.check_memory(saes, 64, 4, CPU)

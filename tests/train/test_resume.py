@@ -17,8 +17,9 @@ from fastsae import UsageError, cli
 from fastsae.disk import write_json
 from fastsae.train import checkpoint, fingerprint
 from fastsae.train.config import TrainConfig
+from fastsae.train.evaluation import evaluate_folder
 from fastsae.train.folder import CONFIG_FILE, described, is_new, located, read_config, resumed_config
-from fastsae.train.run import evaluate_folder, train
+from fastsae.train.run import train
 
 
 def rewritten(chats: Path, change: Callable[[list[str]], list[str]]) -> None:

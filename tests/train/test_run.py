@@ -24,8 +24,9 @@ from fastsae import (
 )
 from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig
+from fastsae.train.evaluation import evaluate_folder
 from fastsae.train.folder import read_config
-from fastsae.train.run import evaluate_folder, train
+from fastsae.train.run import train
 from fastsae.train.trainer import Trainer
 
 KEYS = (
@@ -155,13 +156,13 @@ def test_killed_run_resumes_bit_for_bit(
 def test_failed_evaluation_does_not_cost_the_training(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastsae.train import run
+    from fastsae.train import evaluation
 
     def fail(*_: Any, **__: Any) -> None:
         raise FastsaeError("evaluation failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate_many", fail)
+        patch.setattr(evaluation, "evaluate_many", fail)
         with pytest.raises(FastsaeError, match="evaluation failed"):
             train(config, tmp_path / "run", progress=False)
     SparseAutoencoder.load(tmp_path / "run")
@@ -262,10 +263,10 @@ def test_diverging_run_names_the_step(config: TrainConfig, tmp_path: Path, monke
 def test_evaluating_on_another_layer_is_said(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastsae.train import run
+    from fastsae.train import evaluation
 
     warnings: list[str] = []
-    monkeypatch.setattr(run.logger, "warning", lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(evaluation.logger, "warning", lambda text, *values: warnings.append(text % values))
     FusedJumpReLUSAE(16, 32).save(tmp_path, hook_name="blocks.0.hook_resid_post")
     evaluate_folder(tmp_path, replace(config, layer=0), progress=False)
     FusedJumpReLUSAE(16, 32).save(tmp_path, hook_name="model.layers.0")

@@ -171,7 +171,7 @@ def test_buffer_of_another_dtype_is_refused(saved: tuple[run.Session, dict[str, 
     parts, state = saved
     parts.restore(changed(state, "buffers.1.rows.acts", lambda tensor: tensor.bfloat16()), Path("run"))
     with pytest.raises(UsageError, match=r"acts of the checkpoint's buffer are torch\.bfloat16, .* torch\.float32"):
-        list(itertools.islice(parts.buffers[1], 10))  # until the buffer is filled up again
+        list(itertools.islice(parts.supply.buffers[1], 10))  # until the buffer is filled up again
 
 
 JSON_VALUES = (
@@ -233,7 +233,7 @@ def test_any_state_is_refused_or_trains_on(saved: tuple[run.Session, dict[str, A
             raise
         with contextlib.suppress(FastsaeError):  # such as a loss that is not finite
             for _ in range(3):  # what it took it can use
-                parts._serve()
+                parts.supply.serve()
                 parts.trainers[""].advance()
             parts.trainers[""]._log()
 

@@ -17,9 +17,10 @@ from stopped_runs import make_config, stopped_run, without_times
 from fastsae import UsageError, cli
 from fastsae.data import stream
 from fastsae.train.config import TrainConfig
+from fastsae.train.evaluation import evaluate_folder
 from fastsae.train.folder import read_config
 from fastsae.train.pipeline import build_pipeline
-from fastsae.train.run import evaluate_folder, train
+from fastsae.train.run import train
 
 SEQUENCINGS = ("fast", "packed", "block")
 

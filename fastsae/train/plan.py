@@ -1,0 +1,309 @@
+"""What a run will take, computed and not measured: memory, arithmetic, bytes between processes, and the time of a step.
+
+Nothing is allocated and no model is loaded, so that a run on many machines can be planned on any.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from fastsae.errors import UsageError, shown
+from fastsae.train.config import TrainConfig
+from fastsae.train.hardware import Hardware
+from fastsae.train.limits import Need, needs, shard, start_l0, sums_gradients, trained_numbers
+
+MOST_PROCESSES = 10**6
+BINS = 2**16  # of the histogram by which BatchTopK chooses
+_ROOM_FOR_CANDIDATES = 2  # times its fair share of the k largest: so many each process sends
+_ADAM = 16  # operations for a weight: moments, update, projection and norm
+_PASSES = 8  # operations for an active feature and dimension: the decoder, its gradient, and those of both matrices
+
+
+@dataclass(frozen=True)
+class Model:
+    """The language model, as far as a plan must know it.
+
+    Attributes:
+        d_in: Width of the activations.
+        n_before: Weights of the blocks up to the layer, which every token goes through.
+        n_weights: All of them.
+        bytes_per_number: Size of a weight and of an activation.
+    """
+
+    d_in: int
+    n_before: int
+    n_weights: int
+    bytes_per_number: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a step that one process computes.
+
+    Attributes:
+        name: What it does.
+        flops: Its operations.
+        n_bytes: What it reads from memory and writes to it.
+        is_narrow: Whether its products are in 16 bits.
+    """
+
+    name: str
+    flops: float
+    n_bytes: float
+    is_narrow: bool = False
+
+    def seconds(self, hardware: Hardware) -> float:
+        """The longer of computing and of reading and writing, each at its full rate."""
+        rate = hardware.flops_16 if self.is_narrow else hardware.flops_32
+        return max(self.flops / rate, self.n_bytes / hardware.memory_bandwidth)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What one process sends in a step for one purpose, in a ring of processes.
+
+    Attributes:
+        name: As the traffic of `fastsae.distributed.groups.Group` names it.
+        n_bytes: What it sends to its neighbour in the ring.
+        size: Processes of the ring.
+        stride: The difference of their numbers.
+    """
+
+    name: str
+    n_bytes: float
+    size: int
+    stride: int
+
+    def by_link(self, hardware: Hardware) -> tuple[float, float]:
+        """Bytes that one device sends inside of its machine, and by its network card.
+
+        Where `m` members of a ring share a machine, the ring's data leave it by the cards of all `m`.
+        """
+        m = min(self.size, max(1, hardware.per_machine // self.stride))
+        if m == self.size:
+            return self.n_bytes, 0.0
+        return self.n_bytes if m > 1 else 0.0, self.n_bytes / m
+
+    def seconds(self, hardware: Hardware) -> float:
+        """The time of the slower link; the latency is left out."""
+        inside, outside = self.by_link(hardware)
+        return max(inside / hardware.link, outside / hardware.network)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes, of the process that has most.
+
+    Attributes:
+        saes: The options of the run's SAEs.
+        model: Its language model.
+        n_processes: Its processes.
+        memory: What a process holds in a step.
+        parts: What it computes in a step, for each SAE.
+        exchanges: What it sends in a step.
+    """
+
+    saes: Sequence[TrainConfig]
+    model: Model
+    n_processes: int
+    memory: list[Need]
+    parts: list[Part]
+    exchanges: list[Exchange]
+
+    @property
+    def config(self) -> TrainConfig:
+        """The options that all SAEs share, and those of the first."""
+        return self.saes[0]
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory of a process."""
+        return sum(need.n_bytes for need in self.memory)
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a process sends in a step."""
+        return sum(exchange.n_bytes for exchange in self.exchanges)
+
+    def hidden(self, hardware: Hardware) -> float:
+        """Seconds of a step in which reconstructions travel while the next part of the batch is encoded."""
+        n_parts = 1 if self.config.architecture == "batchtopk" else self.config.overlap_chunks
+        travels = sum(e.seconds(hardware) for e in self.exchanges if e.name == "reconstruction")
+        encoded = sum(part.seconds(hardware) for part in self.parts if part.name == "encode")
+        return min(travels, encoded) * (n_parts - 1) / n_parts
+
+    def seconds(self, hardware: Hardware) -> float:
+        """The time of a step."""
+        computed = sum(part.seconds(hardware) for part in self.parts)
+        sent = sum(exchange.seconds(hardware) for exchange in self.exchanges)
+        return computed + sent - self.hidden(hardware)
+
+
+def make_plan(saes: Sequence[TrainConfig], model: Model, n_processes: int = 1, device_type: str = "cuda") -> Plan:
+    """The plan of a run.
+
+    Args:
+        saes: The options of the run's SAEs, which share all that the stream of activations decides.
+        model: Its language model, up to the deepest layer.
+        n_processes: Its processes; more than one for one SAE alone.
+        device_type: Where it computes, `cpu` or `cuda`.
+
+    Raises:
+        UsageError: The processes do not fit the options.
+    """
+    if n_processes > 1 and len(saes) > 1:
+        raise UsageError(
+            f"processes: expected 1 for the {len(saes)} SAEs of the run, got {shown(n_processes)}; plan each alone"
+        )
+    config = saes[0]
+    check_processes(config, n_processes)
+    d_in, d_sae = model.d_in, config.n_features(model.d_in)
+    of_model = Need("weights of the language model", "model", model.n_weights * model.bytes_per_number)
+    memory = [of_model, *needs(saes, d_in, model.bytes_per_number, device_type, n_processes)]
+    parts = [_forward(config, model, n_processes)]
+    for sae in saes:
+        parts += _step(sae, d_in, n_processes, device_type)
+    traffic = step_traffic(config, d_in, d_sae, n_processes, model.bytes_per_number)
+    exchanges = [_exchange(name, n, config, n_processes) for name, n in traffic.items()]
+    return Plan(saes, model, n_processes, memory, parts, exchanges)
+
+
+def check_processes(config: TrainConfig, n_processes: int) -> None:
+    """Raises UsageError unless so many processes can share the run."""
+    if not 1 <= n_processes <= MOST_PROCESSES:
+        raise UsageError(f"processes: expected a whole number from 1 to {MOST_PROCESSES:,}, got {shown(n_processes)}")
+    if n_processes % config.shard_features:
+        raise UsageError(
+            f"shard_features: expected a divisor of the {shown(n_processes)} processes, got {config.shard_features:,}"
+        )
+    if config.shard_features > 1 and config.k is not None and not config.is_topk:
+        raise UsageError(
+            f"k: expected none where processes share the features of a {config.architecture} SAE, got {config.k:,}; topk and "
+            "batchtopk SAEs can be shared"
+        )
+    if config.batch_size < n_processes:
+        raise UsageError(
+            f"batch_size: expected at least one token for each of {shown(n_processes)} processes, got {config.batch_size:,}"
+        )
+
+
+def step_traffic(
+    config: TrainConfig, d_in: int, d_sae: int, n_processes: int, bytes_of_acts: int, *, with_dead: bool = False
+) -> dict[str, float]:
+    """Bytes that the first process sends in a training step, by the names of `Group.traffic`; what is not sent has no name.
+
+    Collectives are counted as rings send them: a gather of `S` equal parts `S - 1` times a part, a sum `2 (S - 1) / S` times the
+    whole. Numbers of tokens and means for the logs are left out, some 40 bytes, and so is a second look at the candidates of TopK
+    where one process holds most of the largest.
+
+    Args:
+        config: The run.
+        d_in: Width of the activations.
+        d_sae: Number of features.
+        n_processes: The processes of the run.
+        bytes_of_acts: Size of a number of the activations.
+        with_dead: Whether it is a step of the TopK family in which more than `d_in // 2` dead features learn (AuxK).
+    """
+    n_shards, n_groups = config.shard_features, n_processes // config.shard_features
+    rows = rows_of_first_group(config.batch_size, n_processes, n_shards)
+    summed = 2 * (n_shards - 1) / n_shards
+    found: dict[str, float] = {}
+    if n_shards > 1:
+        found["rows"] = (n_shards - 1) * -(-config.batch_size // n_processes) * d_in * bytes_of_acts
+        found["reconstruction"] = summed * d_in * _sent_rows(config, rows, with_dead) * _bytes_of_parts(config)
+        found["penalty"] = summed * rows * 4 * ((1 if _counts_features(config) else 2) + with_dead)
+        found["norm"] = summed * 8 if config.clip_norm > 0 else 0
+        found["b_dec"] = summed * d_in * 4 * (1 + with_dead) if config.subtracts_b_dec else 0
+        chosen = [config.k] if config.architecture == "topk" and config.k else []
+        chosen += [max(1, d_in // 2)] if with_dead else []
+        found["candidates"] = sum((n_shards - 1) * rows * 4 * _candidates(k, d_sae, n_shards) for k in chosen)
+    if config.architecture == "batchtopk":
+        found["histogram"] = 2 * 2 * (n_processes - 1) / n_processes * BINS * 4
+    found["gradients"] = 2 * (n_groups - 1) / n_groups * 4 * trained_numbers(config, d_in)
+    return {name: float(n) for name, n in found.items() if n}
+
+
+def rows_of_first_group(batch_size: int, n_processes: int, n_shards: int) -> int:
+    """Rows that the first `n_shards` of the processes serve, of which the first ones have one more."""
+    each, more = divmod(batch_size, n_processes)
+    return n_shards * each + min(n_shards, more)
+
+
+def _bytes_of_parts(config: TrainConfig) -> int:
+    return 2 if config.reduce_dtype == "bfloat16" else 4
+
+
+def _sent_rows(config: TrainConfig, rows: int, with_dead: bool) -> int:
+    """Rows of reconstructions that are summed; in 16 bits each process sums a share of them, so that all shares are as long."""
+    size = rows if config.architecture == "batchtopk" else -(-rows // config.overlap_chunks)
+    parts = [min(size, rows - start) for start in range(0, rows, size)]
+    if with_dead:  # a pass of its own, in as many parts
+        again = -(-rows // config.overlap_chunks)
+        parts += [min(again, rows - start) for start in range(0, rows, again)]
+    n = config.shard_features if _bytes_of_parts(config) == 2 else 1
+    return sum(-(-part // n) * n for part in parts)
+
+
+def _counts_features(config: TrainConfig) -> bool:
+    """Whether the penalty is L0, so that one number per token tells both."""
+    return config.is_topk or (config.architecture == "jumprelu" and config.sparsity != "tanh")
+
+
+def _candidates(k: int, d_sae: int, n_shards: int) -> int:
+    """Values of a token that each process sends, so that the `k` largest of all are found."""
+    return min(k, -(-d_sae // n_shards), -(-_ROOM_FOR_CANDIDATES * k // n_shards))
+
+
+def _exchange(name: str, n_bytes: float, config: TrainConfig, n_processes: int) -> Exchange:
+    n_shards = config.shard_features
+    if name == "gradients":
+        return Exchange(name, n_bytes, n_processes // n_shards, n_shards)
+    return Exchange(name, n_bytes, n_processes if name == "histogram" else n_shards, 1)
+
+
+def expected_l0(config: TrainConfig, d_in: int) -> float:
+    """Active features per token of a step in the middle of the run; those of the start where nothing says more."""
+    return min(config.expected_l0 or start_l0(config, d_in), config.n_features(d_in))
+
+
+def _forward(config: TrainConfig, model: Model, n_processes: int) -> Part:
+    """The language model up to the layer, on the tokens that one process reads in a step; none from cached activations."""
+    own = 0.0 if config.activations else config.batch_size / n_processes
+    of_weights = model.n_before * model.bytes_per_number * own / config.forward_tokens
+    return Part("language model", 2 * model.n_before * own, of_weights, model.bytes_per_number == 2)
+
+
+def _step(config: TrainConfig, d_in: int, n_processes: int, device_type: str) -> list[Part]:
+    """What one process computes of an SAE's step."""
+    is_narrow, n_shards = config.dtype == "bfloat16", config.shard_features
+    rows = config.batch_size / n_processes * n_shards
+    matrix, size = shard(config, d_in) * d_in, 2 if is_narrow else 4
+    entries = rows * expected_l0(config, d_in) / n_shards
+    trained = trained_numbers(config, d_in)
+    of_gradient = 4 if sums_gradients(config, device_type, n_processes) else 0
+    return [
+        Part("encode", 2 * rows * matrix, matrix * size + rows * d_in * size, is_narrow),
+        # of each active feature the decoder's row is read twice; the batch and the errors stay in the cache
+        Part("decode, gradients", _PASSES * entries * d_in, 2 * entries * d_in * size + 4 * rows * d_in * 4),
+        # weight and both means are read and written, and so is the gradient where it is a tensor
+        Part("optimiser", _ADAM * trained, trained * (24 + 2 * of_gradient) + (2 * 2 * matrix if is_narrow else 0)),
+    ]
+
+
+def divisors(n: int) -> list[int]:
+    """The numbers that `n` is a multiple of, in order."""
+    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+    return sorted({*small, *(n // i for i in small)})
+
+
+def alternatives(plan: Plan, device_type: str) -> Mapping[int, Plan]:
+    """The same run on as many processes, by the number of those that share the features, where they can be shared."""
+    config = plan.config
+    can_be_shared = config.is_topk or config.k is None
+    return {
+        n: make_plan([replace(config, shard_features=n)], plan.model, plan.n_processes, device_type)
+        for n in divisors(plan.n_processes)
+        if n == 1 or can_be_shared
+    }
