@@ -206,7 +206,7 @@ class Saved:
 
     def __init__(self, folder: Path, groups: Groups) -> None:
         self.folder, self.groups = folder, groups
-        with _reading(folder, groups.world):
+        with reading(folder, groups.world):
             self._index = checkpoint.read_state(folder)
             self._whole: dict[str, Any] | None = None
             if FILES not in self._index:
@@ -235,14 +235,14 @@ class Saved:
         if self._whole is not None and world.size == 1:
             return self._whole
         share, dims = Share(config.batch_size, world.size, world.rank), _sliced_dims(trainers)
-        with _reading(self.folder, world):
+        with reading(self.folder, world):
             if self._whole is not None:
                 divided, rest = _parted(self._whole, Group())
                 rest = repartition([rest], share, config.order_seed, capacity)
             else:
                 rest = self._rest(share, config.order_seed, capacity)
             rest["trainers"] = {i: trainer for i, trainer in rest["trainers"].items() if i in trainers}
-        with _reading(self.folder, world):
+        with reading(self.folder, world):
             if self._whole is not None:
                 parts = {
                     name: _own_part(tensor, dims.get(name), self.groups.features)
@@ -299,7 +299,7 @@ def _own_part(tensor: Tensor, dim: int | None, features: Group) -> Tensor:
 
 
 @contextmanager
-def _reading(folder: Path, world: Group) -> Iterator[None]:
+def reading(folder: Path, world: Group) -> Iterator[None]:
     """Calls whatever goes wrong a corrupt checkpoint, in all processes; the connection between them is another matter."""
     with together(world, "read a checkpoint"):
         try:
