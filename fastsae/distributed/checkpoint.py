@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,8 +66,16 @@ def save_sharded(folder: Path, tensors: Mapping[str, Tensor], sliced_dim: Sliced
         )
 
 
-def load_sharded(folder: Path, sliced_dim: SlicedDim, group: Group) -> dict[str, Tensor]:
+def load_sharded(
+    folder: Path, sliced_dim: SlicedDim, group: Group, wants: Callable[[str], bool] = lambda name: True
+) -> dict[str, Tensor]:
     """This process's parts of the tensors that `save_sharded` has written, whose processes may have been more or fewer.
+
+    Args:
+        folder: Where they are.
+        sliced_dim: As for `save_sharded`.
+        group: The processes that load them, in the order of their parts.
+        wants: Whether the tensor of a name is loaded; the same in all processes.
 
     Raises:
         OSError: A file cannot be read; in the process that has found it so.
@@ -77,6 +85,8 @@ def load_sharded(folder: Path, sliced_dim: SlicedDim, group: Group) -> dict[str,
     reader = HuggingFaceStorageReader(str(folder))
     parts, described = dict[str, Tensor](), dict[str, Tensor]()
     for name, kind in reader.read_metadata().state_dict_metadata.items():
+        if not wants(name):
+            continue
         assert isinstance(kind, TensorStorageMetadata)
         if sum(math.prod(chunk.sizes) for chunk in kind.chunks) != math.prod(kind.size):
             raise ValueError(f"{name}: expected all parts of a tensor {list(kind.size)}, but some are missing")
@@ -97,7 +107,7 @@ def _described(part: Tensor, dim: int | None, size: int, group: Group) -> Tensor
     Raises:
         ValueError: It is no part as `torch.chunk` cuts them.
     """
-    if dim is None or group.processes is None:
+    if dim is None or group.size == 1 or group.processes is None:
         return part
     start, end = bounds(size, group.size, group.rank)
     if part.shape[dim] != end - start:
@@ -132,4 +142,5 @@ def _alone_or_together(group: Group, what: str) -> Iterator[None]:
         if own is not None:
             raise own[0] from None
         rank, (first, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        raise OtherProcessError(f"process {number(group, rank)} could not {what} its part: {first}") from None
+        process = number(group, rank)
+        raise OtherProcessError(process, f"process {process} could not {what} its part: {first}") from None

@@ -95,6 +95,8 @@ class Witness:
 
     def _own(self, error: BaseException) -> BaseException:
         """Tells the others of an error of this process; the same one in all of them is told once."""
+        if getattr(error, "teller", None) is not None:
+            return error  # it came with the name of the process that failed
         text = str(error) if isinstance(error, FastsaeError) else f"{type(error).__name__}: {error}"
         verdict = self._settle(f"process {self.rank} failed: {text}", text)
         is_the_same = verdict["of"] == text

@@ -8,12 +8,22 @@ from typing import Any
 
 from torch import distributed
 
+from fastsae.distributed.faults import is_of_an_exchange
 from fastsae.distributed.groups import Group
 from fastsae.errors import FastsaeError
 
 
 class OtherProcessError(FastsaeError):
-    """Another process failed; its own error is raised there."""
+    """Another process failed; its own error is raised there.
+
+    Args:
+        process: The number of that process among all, which tells the user.
+        text: The message, for whoever catches this one.
+    """
+
+    def __init__(self, process: int, text: str) -> None:
+        super().__init__(text)
+        self.teller = self.process = process
 
 
 @contextmanager
@@ -33,17 +43,27 @@ def together(group: Group, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as caught:
+        if is_of_an_exchange(caught):  # the processes cannot tell each other anything more
+            raise
         error = caught
-    # an error that only tells of another process's is the last to be told of
-    told = None if error is None else (isinstance(error, OtherProcessError), str(error) or type(error).__name__)
-    failures = [
-        (found[0], rank, found[1]) for rank, found in enumerate(gather_objects(group, told)) if found is not None
-    ]
+    failures = [(*found, rank) for rank, found in enumerate(gather_objects(group, _told(error))) if found is not None]
     if error is not None:
         raise error
     if failures:
-        is_told, rank, text = min(failures)
-        raise OtherProcessError(text if is_told else f"process {number(group, rank)} could not {what}: {text}")
+        is_of_another, text, teller, rank = min(failures)  # an error of a process's own part comes first
+        process = number(group, rank)
+        if is_of_another:
+            raise OtherProcessError(teller, text)
+        raise OtherProcessError(process, f"process {process} could not {what}: {text}")
+
+
+def _told(error: Exception | None) -> tuple[bool, str, int] | None:
+    """What a process tells the others: whether the error is of another one, its text, and who tells the user."""
+    if error is None:
+        return None
+    if isinstance(error, OtherProcessError):
+        return True, str(error), error.process
+    return False, str(error) or type(error).__name__, -1
 
 
 def number(group: Group, rank: int) -> int:

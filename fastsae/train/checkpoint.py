@@ -71,18 +71,18 @@ def save(run: Path, step: int, state: dict[str, Any]) -> None:
         return
     tensors, rest = flatten(state)
     for name, value in (*tensors.items(), *rest.items()):
-        if not _all_finite(value):
+        if not all_finite(value):
             raise not_finite(step, f"{name} holds NaN or infinity")
 
     def write(temporary: Path) -> None:
         write_tensors(temporary / TENSORS, tensors)
         rest[DIGEST] = digest(temporary / TENSORS)
-        write_json(temporary / STATE, {**rest, STATE_DIGEST: _digest_of(rest)})
+        write_json(temporary / STATE, {**rest, STATE_DIGEST: digest_of(rest)})
 
-    _write_folder(final, write)
-    for old in _whole(run):
+    write_folder(final, write)
+    for old in whole(run):
         if old != final:
-            _remove(old)
+            remove(old)
 
 
 def keep(run: Path, step: int, most: int, write: Callable[[Path], None]) -> None:
@@ -99,24 +99,39 @@ def keep(run: Path, step: int, most: int, write: Callable[[Path], None]) -> None
     """
     final = run / FOLDER / f"{KEPT}{step:09d}"
     if not final.exists():
-        _write_folder(final, write)
-    for old in sorted(_whole(run, KEPT))[:-most]:
-        _remove(old)
+        write_folder(final, write)
+    for old in sorted(whole(run, KEPT))[:-most]:
+        remove(old)
 
 
-def _write_folder(final: Path, write: Callable[[Path], None]) -> None:
+def write_folder(final: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a folder, which has its name once it is whole."""
-    temporary = final.with_name(f".{final.name}")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_of(final)
     try:
-        temporary.mkdir()
+        begin_folder(temporary)
         write(temporary)
-        sync(temporary)
-        temporary.rename(final)
-        sync(final.parent)  # the new one is safely there before an older one goes
+        end_folder(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def temporary_of(final: Path) -> Path:
+    """The name of a folder that is not whole yet."""
+    return final.with_name(f".{final.name}")
+
+
+def begin_folder(temporary: Path) -> None:
+    """Makes it anew."""
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+
+
+def end_folder(temporary: Path, final: Path) -> None:
+    """Gives a whole folder its name."""
+    sync(temporary)
+    temporary.rename(final)
+    sync(final.parent)  # the new one is safely there before an older one goes
 
 
 def load_latest(run: Path) -> dict[str, Any] | None:
@@ -129,19 +144,40 @@ def load_latest(run: Path) -> dict[str, Any] | None:
     if newest is None:
         return None
     try:
-        rest = read_json(newest / STATE)
-        if not isinstance(rest, dict) or rest.pop(STATE_DIGEST, None) != _digest_of(rest):
-            raise corrupt(newest, f"{STATE} is not as it was written")
-        if rest.pop(DIGEST, None) != digest(newest / TENSORS):
-            raise corrupt(newest, f"{TENSORS} is not the file that {STATE} describes")
-        return unflatten(load_file(newest / TENSORS), rest)
+        return load(newest, read_state(newest))
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise corrupt(newest, error) from None
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside its tensors.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is not what was written.
+    """
+    rest = read_json(folder / STATE)
+    if not isinstance(rest, dict) or rest.pop(STATE_DIGEST, None) != digest_of(rest):
+        raise ValueError(f"{STATE} is not as it was written")
+    return rest
+
+
+def load(folder: Path, rest: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint, nested as it was saved; `rest` is what `read_state` has found in it.
+
+    Raises:
+        OSError: It cannot be read.
+        SafetensorError: The file of the tensors is none.
+        ValueError: They are not what was written.
+    """
+    if rest.pop(DIGEST, None) != digest(folder / TENSORS):
+        raise ValueError(f"{TENSORS} is not the file that {STATE} describes")
+    return unflatten(load_file(folder / TENSORS), rest)
+
+
 def latest(run: Path) -> Path | None:
     """The folder of the newest checkpoint under `run`."""
-    return max(_whole(run), key=step_of, default=None)
+    return max(whole(run), key=step_of, default=None)
 
 
 def step_of(folder: Path) -> int:
@@ -149,7 +185,8 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _whole(run: Path, prefix: str = "step-") -> list[Path]:
+def whole(run: Path, prefix: str = "step-") -> list[Path]:
+    """The folders under `run` that have their name."""
     return [path for path in (run / FOLDER).glob(f"{prefix}*") if re.fullmatch(prefix + "[0-9]{9,18}", path.name)]
 
 
@@ -164,12 +201,12 @@ def sweep(run: Path) -> None:
 
 def discard(run: Path) -> None:
     """Removes the checkpoints of a finished run, but not the SAEs that are kept."""
-    for path in _whole(run):
-        _remove(path)
+    for path in whole(run):
+        remove(path)
     sweep(run)
 
 
-def _remove(whole: Path) -> None:
+def remove(whole: Path) -> None:
     """Takes a checkpoint's name first: a kill must not leave half of it under that."""
     doomed = whole.with_name(f".{whole.name}.old")
     try:
@@ -180,17 +217,19 @@ def _remove(whole: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _all_finite(value: Any) -> bool:
+def all_finite(value: Any) -> bool:
+    """Whether a state holds neither NaN nor infinity."""
     if isinstance(value, Tensor):
         return is_finite(value)
     if isinstance(value, dict):
-        return all(map(_all_finite, value.values()))
+        return all(map(all_finite, value.values()))
     if isinstance(value, list):
-        return all(map(_all_finite, value))
+        return all(map(all_finite, value))
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def _digest_of(rest: dict[str, Any]) -> str:
+def digest_of(rest: dict[str, Any]) -> str:
+    """SHA-256 of what a checkpoint holds beside its tensors."""
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 

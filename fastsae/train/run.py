@@ -19,7 +19,7 @@ from fastsae.distributed.launch import Processes
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.fields import read_json
 from fastsae.interrupt import Interrupted
-from fastsae.train import checkpoint
+from fastsae.train import checkpoint, joint_checkpoint
 from fastsae.train.config import TrainConfig
 from fastsae.train.curves import Curves, Row, check_loggers
 from fastsae.train.evaluation import evaluate_saes
@@ -149,7 +149,7 @@ def _train(
     if processes.is_first:
         prepare(output, resume=resume)
     processes.wait_for_all()
-    saved = checkpoint.load_latest(output) if resume else None
+    saved = joint_checkpoint.find(output, processes.groups) if resume else None
     begin = configs if saved is None else {}
     sources = {name: load_source(config) for name, config in begin.items() if config.init_from is not None}
     configs |= {name: with_options_of(configs[name], source.sae) for name, source in sources.items()}
@@ -162,7 +162,7 @@ def _train(
             check_fingerprints(output / name, config, fingerprints)
     session = Session(pipeline, configs, progress, processes)
     if saved is not None:
-        seconds_before = session.restore(saved, output)
+        seconds_before = session.resume(saved, output)
         session.origins = {name: read_origin(output / name) for name in configs}
     else:
         seconds_before = 0.0

@@ -64,11 +64,11 @@ def check_trainer(found: Fields, trainer: Trainer) -> None:
     found.check_names(like)
     step = found.integer("step", 0, config.steps)
     found.number("scale", 0, above=True)
-    found.tensor("silent_tokens", (sae.d_sae,), (torch.int64,))
+    found.tensor("silent_tokens", (sae.d_shard,), (torch.int64,))
     _check_range(found, "silent_tokens", 0, step * config.batch_size)
     found.tensor("dead_mask", (None,), (torch.bool,))
-    if len(found.get("dead_mask")) not in (0, sae.d_sae):
-        raise found.wrong("dead_mask", f"a tensor bool [0] or [{sae.d_sae}]")
+    if len(found.get("dead_mask")) not in (0, sae.d_shard):
+        raise found.wrong("dead_mask", f"a tensor bool [0] or [{sae.d_shard}]")
     _check_optimizer(found.fields("optimizer"), trainer, step)
     last = _check_history(found, config.batch_size, step)
     sums = found.fields("sums")

@@ -19,11 +19,12 @@ from fastsae.errors import FastsaeError, UsageError
 from fastsae.fields import Fields, is_finite
 from fastsae.interrupt import Interrupted, Postponed
 from fastsae.sae import FusedBatchTopKSAE, SparseAutoencoder
-from fastsae.train import checkpoint
+from fastsae.train import checkpoint, joint_checkpoint
 from fastsae.train.config import TrainConfig
 from fastsae.train.curves import Row
 from fastsae.train.folder import kept_options
 from fastsae.train.init_from import Source
+from fastsae.train.joint_checkpoint import Saved, reading
 from fastsae.train.pipeline import Pipeline
 from fastsae.train.placement import placed
 from fastsae.train.saved_state import check_buffer, check_options, check_stream, check_trainer
@@ -265,17 +266,36 @@ class Session:
         """Writes a checkpoint of the whole session."""
         if len(self.trainers) > 1:
             self.drop_what_is_not_finite()
-        numbers = {
-            name: str(i) for i, name in enumerate(self.configs)
-        }  # a name may have dots, which part names of tensors
         state = {
-            "options": {numbers[name]: kept_options(config) for name, config in self.configs.items()},
+            "options": {number: kept_options(self.configs[name]) for name, number in self._numbers.items()},
             **self.supply.state_dict(),
-            "trainers": {numbers[name]: trainer.state_dict() for name, trainer in self.trainers.items()},
-            "failures": {numbers[name]: text for name, text in self.failures.items()},
+            "trainers": {number: trainer.state_dict() for number, trainer in self._numbered_trainers.items()},
+            "failures": {self._numbers[name]: text for name, text in self.failures.items()},
             "seconds": seconds,
         }
-        checkpoint.save(output, self.step, state)
+        if self.groups.world.size == 1:
+            checkpoint.save(output, self.step, state)
+        else:
+            joint_checkpoint.save(output, self.step, state, self._numbered_trainers, self.groups)
+
+    @property
+    def _numbers(self) -> dict[str, str]:
+        """What stands for each SAE in a checkpoint: a name may have dots, which part names of tensors."""
+        return {name: str(i) for i, name in enumerate(self.configs)}
+
+    @property
+    def _numbered_trainers(self) -> dict[str, Trainer]:
+        return {self._numbers[name]: trainer for name, trainer in self.trainers.items()}
+
+    def resume(self, saved: Saved, output: Path) -> float:
+        """Goes on where a checkpoint was saved, by this many processes or by others; returns as `restore`.
+
+        Raises:
+            UsageError: It was made with other options.
+            FastsaeError: It is corrupt.
+        """
+        capacity = next(iter(self.supply.buffers.values())).capacity
+        return self.restore(saved.state(self._numbered_trainers, self.common, capacity), output)
 
     def restore(self, saved: dict[str, Any], output: Path) -> float:
         """Goes on where `saved` was taken; returns the seconds that the run had taken until then.
@@ -284,22 +304,19 @@ class Session:
             UsageError: It was made with other options.
             FastsaeError: It is corrupt.
         """
-        try:
-            found = Fields(saved)
-            self._check(found)
-            for i, name in enumerate(self.configs):
-                if str(i) in saved["failures"]:
-                    self.failures[name] = saved["failures"][str(i)]
-                    del self.trainers[name]
+        with reading(output / checkpoint.FOLDER, self.groups.world):
+            self._check(Fields(saved))
+            for name, number in self._numbers.items():
+                if number in saved["failures"]:
+                    self.failures[name] = saved["failures"][number]
+                    self.trainers.pop(name, None)
             self._drop_unused_layers()
             self.supply.load_state_dict(saved)
-            for i, name in enumerate(self.configs):
-                if name in self.trainers:
-                    self.trainers[name].load_state_dict(saved["trainers"][str(i)])
-                    self.step = self.trainers[name].step
+        with reading(output / checkpoint.FOLDER, self.groups.world):
+            for number, trainer in self._numbered_trainers.items():
+                trainer.load_state_dict(saved["trainers"][number])
+                self.step = trainer.step
             return float(saved["seconds"])
-        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-            raise checkpoint.corrupt(output / checkpoint.FOLDER, error) from None
 
     def _check(self, found: Fields) -> None:
         """Raises ValueError unless `found` is a state of this session."""
@@ -312,13 +329,15 @@ class Session:
         for i, text in parts["failures"].values.items():
             if not isinstance(text, str):
                 raise parts["failures"].wrong(i, "a text")
-        parts["trainers"].check_names([i for i in numbers if i not in parts["failures"]])
+        here = [number for number in self._numbered_trainers if number not in parts["failures"]]
+        parts["trainers"].check_names(here)
         for i, (name, config) in zip(numbers, self.configs.items(), strict=True):
             check_options(parts["options"].fields(i), kept_options(config))
-            if i not in parts["failures"]:
+            if i in here:
                 check_trainer(parts["trainers"].fields(i), self.trainers[name])
         configs = zip(numbers, self.configs.values(), strict=True)
-        layers = {_layer(config) for i, config in configs if i not in parts["failures"]}
+        # where SAEs are placed, other processes may train on a layer
+        layers = {_layer(config) for i, config in configs if self.is_placed or i not in parts["failures"]}
         if not layers:
             raise found.wrong("failures", "one SAE at least that has not failed")
         for what in ("streams", "buffers"):

@@ -268,5 +268,6 @@ class Trainer:
             self.l0_control.load_state_dict(state["l0_control"])
         device = self.sae.device
         self.silent_tokens = state["silent_tokens"].to(device)
-        self.dead_mask = state["dead_mask"].to(device) if state["dead_mask"].numel() else None
+        mask = state["dead_mask"].to(device)  # of this process's features, of which it may have none
+        self.dead_mask = mask if self._n_features(mask) else None
         self._sums = {name: total.to(device) for name, total in state["sums"].items()}
