@@ -351,3 +351,11 @@ def test_given_rates_replace_those_of_the_data_sheet(tiny_model: Path, capsys: p
     assert times[0]
     if not torch.cuda.is_available():  # a CPU holds the gradients as tensors, as an average over processes does
         assert times[0] == times[1]
+
+
+def test_the_table_of_the_documentation_is_what_the_plan_says() -> None:
+    pytest.importorskip("transformers")
+    from benchmarks.plans import table
+
+    page = Path(__file__).parents[2] / "docs" / "distributed.md"
+    assert f"\n{table()}\n" in page.read_text(encoding="utf-8")
