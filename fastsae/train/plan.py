@@ -212,8 +212,7 @@ def step_traffic(
     """Bytes that the first process sends in a training step, by the names of `Group.traffic`; what is not sent has no name.
 
     Collectives are counted as rings send them: a gather of `S` equal parts `S - 1` times a part, a sum `2 (S - 1) / S` times the
-    whole. Numbers of tokens and means for the logs are left out, some 40 bytes, and so is a second look at the candidates of TopK
-    where one process holds most of the largest.
+    whole. Numbers of tokens and means for the logs are left out, some 40 bytes.
 
     Args:
         config: The run.
@@ -235,7 +234,7 @@ def step_traffic(
         found["b_dec"] = summed * d_in * 4 * (1 + with_dead) if config.subtracts_b_dec else 0
         chosen = [config.k] if config.architecture == "topk" and config.k else []
         chosen += [max(1, d_in // 2)] if with_dead else []
-        found["candidates"] = sum((n_shards - 1) * rows * 4 * _candidates(k, d_sae, n_shards) for k in chosen)
+        found["candidates"] = sum((n_shards - 1) * rows * 4 * _candidates(k, d_sae, n_shards, rows) for k in chosen)
     if config.architecture == "batchtopk":
         found["histogram"] = 2 * 2 * (n_processes - 1) / n_processes * BINS * 4
     found["gradients"] = 2 * (n_groups - 1) / n_groups * 4 * trained_numbers(config, d_in)
@@ -273,9 +272,19 @@ def _counts_features(config: TrainConfig) -> bool:
     return config.is_topk or (config.architecture == "jumprelu" and config.sparsity != "tanh")
 
 
-def _candidates(k: int, d_sae: int, n_shards: int) -> int:
-    """Values of a token that each process sends, so that the `k` largest of all are found."""
-    return min(k, -(-d_sae // n_shards), -(-_ROOM_FOR_CANDIDATES * k // n_shards))
+def _candidates(k: int, d_sae: int, n_shards: int, rows: int) -> int:
+    """Values of a token that each process sends, so that the `k` largest of all are found.
+
+    At first it sends twice its fair share, and the others where a process holds more than that of some token's `k` largest. It
+    is taken to be so where it is more likely than not for features that lie in the processes at random.
+    """
+    most = min(k, -(-d_sae // n_shards))
+    sent = min(most, -(-_ROOM_FOR_CANDIDATES * k // n_shards))
+    if sent == most:
+        return most
+    mean, deviation = k / n_shards, math.sqrt(k * (n_shards - 1)) / n_shards
+    share = math.erfc((sent - 0.5 - mean) / deviation / math.sqrt(2)) / 2  # of tokens and processes, as if normal
+    return most if rows * n_shards * share > 0.5 else sent
 
 
 def _exchange(name: str, n_bytes: float, config: TrainConfig, n_processes: int) -> Exchange:

@@ -63,7 +63,10 @@ def test_sharding_moves_fewer_bytes_than_averaging(
         ({"sparsity": "quadratic"}, {"penalty": 9 * 4 * 4 / 3}),
         ({"architecture": "relu"}, {"penalty": 9 * 2 * 4 * 4 / 3, "candidates": None, "b_dec": None}),
         ({"apply_b_dec_to_input": True}, {"b_dec": 64 * 4 * 4 / 3}),
-        # twice the fair share of 8 is 6; of 2 it is 2; no process has more than 34 of 100 features
+        # twice the fair share of 30 is 20, more than a process holds by chance; of 8 it is 6, which with
+        # 15 tokens one holds more by chance, and with 9 none; of 2 it is 2; no process has more than 34 of 100 features
+        ({"architecture": "topk", "k": 30}, {"candidates": 2 * 9 * 20 * 4}),
+        ({"architecture": "topk", "k": 8, "batch_size": 30}, {"candidates": 2 * 15 * 8 * 4}),
         ({"architecture": "topk", "k": 8}, {"candidates": 2 * 9 * 6 * 4, "penalty": 9 * 4 * 4 / 3, "b_dec": 64 * 4 * 4 / 3}),
         ({"architecture": "topk", "k": 2}, {"candidates": 2 * 9 * 2 * 4}),
         ({"architecture": "topk", "k": 90}, {"candidates": 2 * 9 * 34 * 4}),
