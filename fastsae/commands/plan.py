@@ -160,7 +160,12 @@ def print_plan(plan: Plan, hardware: Hardware | None, device_type: str) -> None:
     if n > 1:
         n_groups = n // config.shard_features
         groups = f"{n_groups:,} group{'s' if n_groups > 1 else ''} of {config.shard_features:,}"
-        print(f"on {n:,} processes: {groups}; those of a group share the features, each group trains on other tokens")
+        divided = (
+            "trains other SAEs; the figures are those of the one with most"
+            if plan.is_placed
+            else "trains on other tokens"
+        )
+        print(f"on {n:,} processes: {groups}; those of a group share the features, each group {divided}")
     print("computed, not measured\n")
     _print_memory(plan, hardware)
     _print_work(plan, hardware)
@@ -209,11 +214,14 @@ def _print_work(plan: Plan, hardware: Hardware | None) -> None:
 def _print_exchanges(plan: Plan, hardware: Hardware | None) -> None:
     links = "" if hardware is None else f"{'of it by network':>20}"
     print(f"\n{'a process sends in a step':34}{'MB':>10}{links}{_titled('ms', hardware)}")
-    for exchange in plan.exchanges:
-        more = ""
+    for name in dict.fromkeys(exchange.name for exchange in plan.exchanges):
+        exchanges, more = [exchange for exchange in plan.exchanges if exchange.name == name], ""
         if hardware is not None:
-            more = f"{exchange.by_link(hardware)[1] / 1e6:>20,.3f}{1e3 * exchange.seconds(hardware):>10.2f}"
-        print(f"  {exchange.name:32}{exchange.n_bytes / 1e6:>10,.3f}{more}  {MEANINGS[exchange.name]}")
+            by_network = sum(exchange.by_link(hardware)[1] for exchange in exchanges)
+            seconds = sum(exchange.seconds(hardware) for exchange in exchanges)
+            more = f"{by_network / 1e6:>20,.3f}{1e3 * seconds:>10.2f}"
+        n_bytes = sum(exchange.n_bytes for exchange in exchanges)
+        print(f"  {name:32}{n_bytes / 1e6:>10,.3f}{more}  {MEANINGS[name]}")
     if hardware is not None and (hidden := plan.hidden(hardware)):
         print(f"  {'hidden behind the encoder':62}{-1e3 * hidden:>10.2f}")
 

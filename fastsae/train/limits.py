@@ -12,6 +12,7 @@ from fastsae.data.sequencing import WINDOW
 from fastsae.errors import UsageError
 from fastsae.machine import free_memory
 from fastsae.train.config import TrainConfig
+from fastsae.train.placement import placed
 
 _BYTES_OF_ENTRY = 40  # index, value, order by feature and gradients of one active feature of a token
 _ROOM_FOR_ENTRIES = {"cpu": 1.0, "cuda": 1.5}  # a GPU's rows have room for more of them than there are on average
@@ -85,11 +86,41 @@ def needs(
         device_type: `cpu` or `cuda`.
         n_processes: The processes of the run, a multiple of `shard_features`.
     """
-    weights = [_weights(sae, d_in, device_type, n_processes) for sae in saes]
+    own, n_sharing_batches = trained_by_one(saes, d_in, n_processes)
+    weights = [_weights(sae, d_in, device_type, n_sharing_batches) for sae in own]
     # the SAEs are trained one after the other, so that of what a step holds only the largest counts
-    steps = [_step(sae, d_in, bytes_per_number, device_type, n_processes) for sae in saes]
+    steps = [_step(sae, d_in, device_type, n_sharing_batches) for sae in own]
     step = max(steps, key=lambda found: sum(need.n_bytes for need in found))
-    return [*_summed(weights), *_stream(saes, d_in, bytes_per_number, device_type, n_processes), *step]
+    batches = Need(
+        "batches as they come",
+        "batch_size",
+        n_layers(saes) * _rows(saes[0], n_sharing_batches) * d_in * bytes_per_number,
+    )
+    return [*_summed(weights), *_stream(saes, d_in, bytes_per_number, device_type, n_processes), batches, *step]
+
+
+def trained_by_one(saes: Sequence[TrainConfig], d_in: int, n_processes: int) -> tuple[list[TrainConfig], int]:
+    """The SAEs of the group of processes that has most to train, and how many processes share each of their batches.
+
+    Where there are enough SAEs for all groups, each group trains its own on whole batches; else all groups train every SAE, each
+    on a part of the batches.
+    """
+    n_groups = n_processes // saes[0].shard_features
+    if n_groups == 1 or len(saes) < n_groups:
+        return list(saes), n_processes
+    groups = placed({str(i): sae.n_features(d_in) for i, sae in enumerate(saes)}, n_groups)
+    of_groups = [[sae for i, sae in enumerate(saes) if groups[str(i)] == group] for group in range(n_groups)]
+    return max(of_groups, key=lambda own: sum(sae.n_features(d_in) for sae in own)), saes[0].shard_features
+
+
+def n_layers(saes: Sequence[TrainConfig]) -> int:
+    """How many layers the SAEs read."""
+    return len({sae.layer for sae in saes})
+
+
+def _rows(config: TrainConfig, n_processes: int) -> int:
+    """Rows of a batch that a process trains on, of those that so many processes share."""
+    return -(-config.batch_size // n_processes) * config.shard_features
 
 
 def _summed(parts: Sequence[Sequence[Need]]) -> list[Need]:
@@ -147,28 +178,27 @@ def _stream(
     saes: Sequence[TrainConfig], d_in: int, bytes_per_number: int, device_type: str, n_processes: int
 ) -> list[Need]:
     """What holds activations of the language model before the SAEs see them."""
-    config, n_layers = saes[0], len({sae.layer for sae in saes})
-    row = n_layers * (d_in * bytes_per_number + _LOG_OF_A_TOKEN)
+    config = saes[0]
+    row = n_layers(saes) * (d_in * bytes_per_number + _LOG_OF_A_TOKEN)
     n_batches = config.batches_ahead(device_type)
     if config.prefetch is None:  # half of a buffer, of which each process has its share
         n_batches = -(-n_batches // n_processes)
     ahead = min(n_batches * config.forward_tokens, -(-config.tokens // n_processes)) * row
+    of_batch = -(-config.batch_size // n_processes)
     longest_row = config.block_length if config.sequencing == "block" else 0
     longest_batch = max(min(config.forward_tokens, WINDOW * config.max_length), longest_row)
     return [
-        Need("mixing buffer", "buffer_tokens", -(-config.buffer_tokens // n_processes) * row),
+        Need("mixing buffer", "buffer_tokens", max(-(-config.buffer_tokens // n_processes), 2 * of_batch) * row),
         Need("activations computed ahead", "buffer_tokens" if config.prefetch is None else "prefetch", ahead),
         # the input and the output of a block
         Need("pass of the language model", "forward_tokens", longest_batch * d_in * bytes_per_number * 2),
     ]
 
 
-def _step(config: TrainConfig, d_in: int, bytes_per_number: int, device_type: str, n_processes: int) -> list[Need]:
+def _step(config: TrainConfig, d_in: int, device_type: str, n_processes: int) -> list[Need]:
     """What a training step holds of a batch, which is that of a whole group of processes."""
-    n_shards = config.shard_features
-    rows = -(-config.batch_size // n_processes) * n_shards
-    narrow = 2 if config.dtype == "bfloat16" else 0
-    batch = rows * d_in * (bytes_per_number + 4 + narrow)  # as it came, scaled, and for the products
+    n_shards, rows = config.shard_features, _rows(config, n_processes)
+    batch = rows * d_in * (4 + (2 if config.dtype == "bfloat16" else 0))  # scaled, and for the products
     results = rows * d_in * 4 * (3 if n_shards > 1 else 2)  # the reconstruction, its error, and a part that travels
     sparse = _ROOM_FOR_ENTRIES[device_type] * start_l0(config, d_in) * _BYTES_OF_ENTRY
     of_token = min(sparse, config.n_features(d_in) * _BYTES_OF_FEATURE) / n_shards

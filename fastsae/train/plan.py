@@ -12,7 +12,16 @@ from dataclasses import dataclass, replace
 from fastsae.errors import UsageError, shown
 from fastsae.train.config import TrainConfig
 from fastsae.train.hardware import Hardware
-from fastsae.train.limits import Need, needs, shard, start_l0, sums_gradients, trained_numbers
+from fastsae.train.limits import (
+    Need,
+    n_layers,
+    needs,
+    shard,
+    start_l0,
+    sums_gradients,
+    trained_by_one,
+    trained_numbers,
+)
 
 MOST_PROCESSES = 10**6
 BINS = 2**16  # of the histogram by which BatchTopK chooses
@@ -118,6 +127,11 @@ class Plan:
         return self.saes[0]
 
     @property
+    def is_placed(self) -> bool:
+        """Whether each group of processes trains other SAEs."""
+        return trained_by_one(self.saes, self.model.d_in, self.n_processes)[1] < self.n_processes
+
+    @property
     def n_bytes(self) -> int:
         """Memory of a process."""
         return sum(need.n_bytes for need in self.memory)
@@ -129,10 +143,11 @@ class Plan:
 
     def hidden(self, hardware: Hardware) -> float:
         """Seconds of a step in which reconstructions travel while the next part of the batch is encoded."""
-        n_parts = 1 if self.config.architecture == "batchtopk" else self.config.overlap_chunks
-        travels = sum(e.seconds(hardware) for e in self.exchanges if e.name == "reconstruction")
-        encoded = sum(part.seconds(hardware) for part in self.parts if part.name == "encode")
-        return min(travels, encoded) * (n_parts - 1) / n_parts
+        own, _ = trained_by_one(self.saes, self.model.d_in, self.n_processes)
+        n_parts = [1 if sae.architecture == "batchtopk" else sae.overlap_chunks for sae in own]
+        encoded = [part.seconds(hardware) for part in self.parts if part.name == "encode"]
+        travels = [e.seconds(hardware) for e in self.exchanges if e.name == "reconstruction"] or [0.0] * len(own)
+        return sum(min(a, b) * (n - 1) / n for a, b, n in zip(encoded, travels, n_parts, strict=True))
 
     def seconds(self, hardware: Hardware) -> float:
         """The time of a step."""
@@ -147,26 +162,28 @@ def make_plan(saes: Sequence[TrainConfig], model: Model, n_processes: int = 1, d
     Args:
         saes: The options of the run's SAEs, which share all that the stream of activations decides.
         model: Its language model, up to the deepest layer.
-        n_processes: Its processes; more than one for one SAE alone.
+        n_processes: Its processes.
         device_type: Where it computes, `cpu` or `cuda`.
 
     Raises:
         UsageError: The processes do not fit the options.
     """
-    if n_processes > 1 and len(saes) > 1:
-        raise UsageError(
-            f"processes: expected 1 for the {len(saes)} SAEs of the run, got {shown(n_processes)}; plan each alone"
-        )
-    config = saes[0]
-    check_processes(config, n_processes)
-    d_in, d_sae = model.d_in, config.n_features(model.d_in)
+    config, d_in = saes[0], model.d_in
+    for sae in saes:
+        check_processes(sae, n_processes)
     of_model = Need("weights of the language model", "model", model.n_weights * model.bytes_per_number)
     memory = [of_model, *needs(saes, d_in, model.bytes_per_number, device_type, n_processes)]
-    parts = [_forward(config, model, n_processes)]
-    for sae in saes:
-        parts += _step(sae, d_in, n_processes, device_type)
-    traffic = step_traffic(config, d_in, d_sae, n_processes, model.bytes_per_number)
-    exchanges = [_exchange(name, n, config, n_processes) for name, n in traffic.items()]
+    own, n_sharing_batches = trained_by_one(saes, d_in, n_processes)
+    parts, exchanges = [_forward(config, model, n_processes)], list[Exchange]()
+    for sae in own:
+        parts += _step(sae, d_in, n_sharing_batches, device_type)
+        traffic = step_traffic(sae, d_in, sae.n_features(d_in), n_sharing_batches, model.bytes_per_number)
+        exchanges += [_exchange(name, n, sae, n_sharing_batches) for name, n in traffic.items() if name != "rows"]
+    # once for each layer: from all processes where each group trains other SAEs, which see the whole batch
+    n_together = n_processes if n_sharing_batches < n_processes else config.shard_features
+    rows = rows_traffic(config, d_in, n_processes, n_together, model.bytes_per_number) * n_layers(saes)
+    if rows:
+        exchanges.insert(0, Exchange("rows", rows, n_together, 1))
     return Plan(saes, model, n_processes, memory, parts, exchanges)
 
 
@@ -195,8 +212,7 @@ def step_traffic(
     """Bytes that the first process sends in a training step, by the names of `Group.traffic`; what is not sent has no name.
 
     Collectives are counted as rings send them: a gather of `S` equal parts `S - 1` times a part, a sum `2 (S - 1) / S` times the
-    whole. Numbers of tokens and means for the logs are left out, some 40 bytes, and so is a second look at the candidates of TopK
-    where one process holds most of the largest.
+    whole. Numbers of tokens and means for the logs are left out, some 40 bytes.
 
     Args:
         config: The run.
@@ -211,18 +227,23 @@ def step_traffic(
     summed = 2 * (n_shards - 1) / n_shards
     found: dict[str, float] = {}
     if n_shards > 1:
-        found["rows"] = (n_shards - 1) * -(-config.batch_size // n_processes) * d_in * bytes_of_acts
+        found["rows"] = rows_traffic(config, d_in, n_processes, n_shards, bytes_of_acts)
         found["reconstruction"] = summed * d_in * _sent_rows(config, rows, with_dead) * _bytes_of_parts(config)
         found["penalty"] = summed * rows * 4 * ((1 if _counts_features(config) else 2) + with_dead)
         found["norm"] = summed * 8 if config.clip_norm > 0 else 0
         found["b_dec"] = summed * d_in * 4 * (1 + with_dead) if config.subtracts_b_dec else 0
         chosen = [config.k] if config.architecture == "topk" and config.k else []
         chosen += [max(1, d_in // 2)] if with_dead else []
-        found["candidates"] = sum((n_shards - 1) * rows * 4 * _candidates(k, d_sae, n_shards) for k in chosen)
+        found["candidates"] = sum((n_shards - 1) * rows * 4 * _candidates(k, d_sae, n_shards, rows) for k in chosen)
     if config.architecture == "batchtopk":
         found["histogram"] = 2 * 2 * (n_processes - 1) / n_processes * BINS * 4
     found["gradients"] = 2 * (n_groups - 1) / n_groups * 4 * trained_numbers(config, d_in)
     return {name: float(n) for name, n in found.items() if n}
+
+
+def rows_traffic(config: TrainConfig, d_in: int, n_processes: int, n_together: int, bytes_of_acts: int) -> float:
+    """Bytes of the activations of one layer that a process sends, of which so many put theirs together."""
+    return float((n_together - 1) * -(-config.batch_size // n_processes) * d_in * bytes_of_acts)
 
 
 def rows_of_first_group(batch_size: int, n_processes: int, n_shards: int) -> int:
@@ -251,9 +272,19 @@ def _counts_features(config: TrainConfig) -> bool:
     return config.is_topk or (config.architecture == "jumprelu" and config.sparsity != "tanh")
 
 
-def _candidates(k: int, d_sae: int, n_shards: int) -> int:
-    """Values of a token that each process sends, so that the `k` largest of all are found."""
-    return min(k, -(-d_sae // n_shards), -(-_ROOM_FOR_CANDIDATES * k // n_shards))
+def _candidates(k: int, d_sae: int, n_shards: int, rows: int) -> int:
+    """Values of a token that each process sends, so that the `k` largest of all are found.
+
+    At first it sends twice its fair share, and the others where a process holds more than that of some token's `k` largest. It
+    is taken to be so where it is more likely than not for features that lie in the processes at random.
+    """
+    most = min(k, -(-d_sae // n_shards))
+    sent = min(most, -(-_ROOM_FOR_CANDIDATES * k // n_shards))
+    if sent == most:
+        return most
+    mean, deviation = k / n_shards, math.sqrt(k * (n_shards - 1)) / n_shards
+    share = math.erfc((sent - 0.5 - mean) / deviation / math.sqrt(2)) / 2  # of tokens and processes, as if normal
+    return most if rows * n_shards * share > 0.5 else sent
 
 
 def _exchange(name: str, n_bytes: float, config: TrainConfig, n_processes: int) -> Exchange:
@@ -300,10 +331,9 @@ def divisors(n: int) -> list[int]:
 
 def alternatives(plan: Plan, device_type: str) -> Mapping[int, Plan]:
     """The same run on as many processes, by the number of those that share the features, where they can be shared."""
-    config = plan.config
-    can_be_shared = config.is_topk or config.k is None
+    can_be_shared = all(sae.is_topk or sae.k is None for sae in plan.saes)
     return {
-        n: make_plan([replace(config, shard_features=n)], plan.model, plan.n_processes, device_type)
+        n: make_plan([replace(sae, shard_features=n) for sae in plan.saes], plan.model, plan.n_processes, device_type)
         for n in divisors(plan.n_processes)
         if n == 1 or can_be_shared
     }

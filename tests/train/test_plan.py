@@ -63,7 +63,10 @@ def test_sharding_moves_fewer_bytes_than_averaging(
         ({"sparsity": "quadratic"}, {"penalty": 9 * 4 * 4 / 3}),
         ({"architecture": "relu"}, {"penalty": 9 * 2 * 4 * 4 / 3, "candidates": None, "b_dec": None}),
         ({"apply_b_dec_to_input": True}, {"b_dec": 64 * 4 * 4 / 3}),
-        # twice the fair share of 8 is 6; of 2 it is 2; no process has more than 34 of 100 features
+        # twice the fair share of 30 is 20, more than a process holds by chance; of 8 it is 6, which with
+        # 15 tokens one holds more by chance, and with 9 none; of 2 it is 2; no process has more than 34 of 100 features
+        ({"architecture": "topk", "k": 30}, {"candidates": 2 * 9 * 20 * 4}),
+        ({"architecture": "topk", "k": 8, "batch_size": 30}, {"candidates": 2 * 15 * 8 * 4}),
         ({"architecture": "topk", "k": 8}, {"candidates": 2 * 9 * 6 * 4, "penalty": 9 * 4 * 4 / 3, "b_dec": 64 * 4 * 4 / 3}),
         ({"architecture": "topk", "k": 2}, {"candidates": 2 * 9 * 2 * 4}),
         ({"architecture": "topk", "k": 90}, {"candidates": 2 * 9 * 34 * 4}),
@@ -219,6 +222,35 @@ def test_the_work_of_a_process_is_its_share() -> None:
     assert [part.name for part in two.parts[1:4]] == [part.name for part in two.parts[4:]]
 
 
+def test_each_group_trains_saes_of_its_own_where_there_are_enough() -> None:
+    saes = [config(d_sae=100, layer=1), config(d_sae=300, layer=2), config(d_sae=250, layer=1)]
+    plan = make_plan(saes, MODEL, 2)  # 300 in one process, 250 and 100 in the other
+    assert plan.is_placed
+    weights = sum(2 * 64 * n + 2 * n + 64 for n in (250, 100))
+    found = {need.what: need.n_bytes for need in plan.memory}
+    assert found["weights of the SAE"] == 4 * weights
+    assert found["batches as they come"] == 2 * 16 * 64 * 2  # of both layers, the rows of both processes
+    assert [part.flops for part in plan.parts if part.name == "encode"] == [2 * 16 * 64 * n for n in (100, 250)]
+    assert [(e.name, e.n_bytes, e.size) for e in plan.exchanges] == [("rows", 2 * 8 * 64 * 2, 2)]
+    shared = make_plan([replace(sae, shard_features=2) for sae in saes], MODEL, 4)
+    assert [(e.name, e.n_bytes) for e in shared.exchanges if e.name == "rows"] == [("rows", 2 * 3 * 4 * 64 * 2)]
+    parts = [e.n_bytes for e in shared.exchanges if e.name == "reconstruction"]
+    assert parts == [16 * 64 * 4] * 2  # the two SAEs of a group, on the whole batch
+    assert "gradients" not in {e.name for e in shared.exchanges}
+
+
+def test_every_group_trains_all_saes_where_there_are_too_few() -> None:
+    saes = [config(d_sae=100, layer=1), config(d_sae=300, layer=2)]
+    plan = make_plan(saes, MODEL, 4)
+    assert not plan.is_placed
+    assert [e.n_bytes for e in plan.exchanges] == [2 * 3 / 4 * 4 * (130 * n + 64) for n in (100, 300)]
+    chunked = [replace(sae, shard_features=4, overlap_chunks=n) for sae, n in zip(saes, (1, 4), strict=True)]
+    last = make_plan(chunked, MODEL, 4)
+    alone = make_plan(chunked[1:], MODEL, 4)
+    assert last.hidden(SLOW) == alone.hidden(SLOW) > 0
+    assert [e.name for e in last.exchanges].count("rows") == 1
+
+
 def test_operations_are_those_that_torch_counts(tiny_model: Path) -> None:
     found, sizes = read_model([TrainConfig(model=str(tiny_model), model_dtype="float32", layer=1)], "cpu")
     model, _ = load_model(str(tiny_model), "float32")
@@ -300,6 +332,8 @@ def test_the_command_plans_and_writes_nothing(
     ):
         assert text in out
     assert not list(tmp_path.iterdir())
+    assert cli.main([*arguments, "--processes", "2", "--target-l0", "4,8"]) == 0
+    assert "each group trains other SAEs" in capsys.readouterr().out
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert cli.main(arguments) == 0
     assert "on 4 processes" in capsys.readouterr().out
@@ -316,7 +350,6 @@ def test_the_command_plans_and_writes_nothing(
         (["--dry-run", "--flops", "1"], "--flops: expected --hardware, or all of"),
         (["--dry-run", "--processes", "3", "--shard-features", "2"], "--shard-features: expected a divisor of the 3"),
         (["--dry-run", "--processes", "0"], "processes: expected a whole number from 1"),
-        (["--dry-run", "--processes", "2", "--target-l0", "4,8"], "processes: expected 1 for the 2 SAEs of the run, got 2"),
         (["--dry-run", "--layer", "99"], "--layer: expected 0 to 1"),
         (["--dry-run", "--k", "1000000"], "--k: expected at most the"),
         (["--dry-run", "--model", "/no/such/folder"], "no folder"),
@@ -351,3 +384,11 @@ def test_given_rates_replace_those_of_the_data_sheet(tiny_model: Path, capsys: p
     assert times[0]
     if not torch.cuda.is_available():  # a CPU holds the gradients as tensors, as an average over processes does
         assert times[0] == times[1]
+
+
+def test_the_table_of_the_documentation_is_what_the_plan_says() -> None:
+    pytest.importorskip("transformers")
+    from benchmarks.plans import table
+
+    page = Path(__file__).parents[2] / "docs" / "distributed.md"
+    assert f"\n{table()}\n" in page.read_text(encoding="utf-8")
