@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from fastsae.interrupt import Postponed
 BEAT = 0.5  # seconds from one sign of life to the next
 SILENCE = 5.0  # seconds without one after which a process counts as gone
 _LOOK = 0.1  # seconds between two looks into the store
-_WAITING = "waiting"
+_WAITING, _INTERRUPTED = "waiting", "interrupted"
+_ON = "run again, with --resume if training had begun; torchrun --max-restarts N does so by itself"
 # where a process is while it waits for others: these frames of its main thread are skipped in favour of this word
 _EXCHANGES = (str(Path("fastsae", "distributed", "groups.py")), str(Path("torch", "distributed")))
 
@@ -78,12 +80,13 @@ class Witness:
         Its attribute `teller` is the number of the process that tells the user.
         """
         try:
+            self._store.set_timeout(timedelta(seconds=SILENCE))
             with Postponed():  # torchrun ends the others as soon as the first has ended
                 broken = next((link for link in _chain(error) if is_of_an_exchange(link)), None)
                 if broken is not None:
                     return self._after_a_broken_exchange(broken)
-                if isinstance(error, KeyboardInterrupt) and (verdict := self._verdict()) is not None:
-                    return self._of_another(verdict)
+                if isinstance(error, KeyboardInterrupt):
+                    return self._interrupted(error)
                 return self._own(error)
         except (RuntimeError, ValueError):  # the store is gone as well
             gone = FastsaeError(
@@ -94,11 +97,19 @@ class Witness:
             return gone if is_of_an_exchange(error) else error
 
     def _own(self, error: BaseException) -> BaseException:
-        """Tells the others of an error of this process; the same one in all of them is told once."""
-        text = str(error) if isinstance(error, FastsaeError) else f"{type(error).__name__}: {error}"
+        """Tells the others of an error of this process; the same one in all of them, or what tells of it, is told once."""
+        text = str(error) or type(error).__name__
         verdict = self._settle(f"process {self.rank} failed: {text}", text)
-        is_the_same = verdict["of"] == text
-        error.teller = verdict["teller"] if is_the_same else self.rank  # type: ignore[attr-defined]
+        is_known = text in verdict["text"] or verdict["of"] in text
+        error.teller = verdict["teller"] if is_known else self.rank  # type: ignore[attr-defined]
+        return error
+
+    def _interrupted(self, error: KeyboardInterrupt) -> BaseException:
+        """Tells the others of a signal, of which the first process tells the user, unless it comes of a failure of another."""
+        verdict = self._settle(f"process {self.rank} was interrupted; {_ON}", _INTERRUPTED, teller=0)
+        if verdict["of"] != _INTERRUPTED:
+            return self._of_another(verdict)
+        error.teller = 0  # type: ignore[attr-defined]
         return error
 
     def _after_a_broken_exchange(self, error: BaseException) -> BaseException:
@@ -119,18 +130,17 @@ class Witness:
 
     def _explanation(self, error: BaseException, gone: Sequence[int], late: dict[int, str]) -> str:
         """A message about the processes that give no sign of life, or those that others waited for and what they were doing."""
-        on = "run again, with --resume if training had begun; torchrun --max-restarts N does so by itself"
         if gone:
-            return f"{named(gone)} no longer {_answer(gone)}: killed, or cut off from the others; {on}"
+            return f"{named(gone)} no longer {_answer(gone)}: killed, or cut off from the others; {_ON}"
         reason = " ".join(str(error).split()).partition(". This is typically")[0]
         if "timed out" not in reason.lower() and "timeout" not in reason.lower():
-            return f"the connection between the processes failed, though all of them live ({reason[-200:]}); {on}"
+            return f"the connection between the processes failed, though all of them live ({reason[-200:]}); {_ON}"
         if not late:
-            return f"all processes waited for each other for {self.timeout:g} seconds (--process-timeout); {on}"
+            return f"all processes waited for each other for {self.timeout:g} seconds (--process-timeout); {_ON}"
         where = "; ".join(f"process {other} was at {place}" for other, place in list(late.items())[:4])
         return (
             f"{named(list(late))} did not come to an exchange within {self.timeout:g} seconds, and the others waited ({where}); "
-            f"raise --process-timeout if it is only slow, and {on}"
+            f"raise --process-timeout if it is only slow, and {_ON}"
         )
 
     def _of_another(self, verdict: dict[str, Any]) -> FastsaeError:
@@ -138,9 +148,9 @@ class Witness:
         error.teller = verdict["teller"]
         return error
 
-    def _settle(self, text: str, of: str) -> dict[str, Any]:
+    def _settle(self, text: str, of: str, teller: int | None = None) -> dict[str, Any]:
         """Writes the verdict, unless there is one; returns the one that holds."""
-        own = json.dumps({"teller": self.rank, "text": text, "of": of})
+        own = json.dumps({"teller": self.rank if teller is None else teller, "text": text, "of": of})
         verdict: dict[str, Any] = json.loads(self._store.compare_set("verdict", "", own))
         return verdict
 

@@ -63,6 +63,23 @@ def test_the_same_error_in_all_processes_is_told_once() -> None:
     assert the_message(found).endswith("--model: expected a model, got none")
 
 
+@pytest.mark.parametrize("order", [{}, {"LATER": "1"}])
+def test_a_failure_that_the_others_speak_of_is_told_once(order: dict[str, str]) -> None:
+    found = run("told_by_both", 3, **order)
+    assert [one.status for one in found] == [1] * 3
+    assert "no space left" in the_message(found)
+    assert "process 1" in the_message(found)
+
+
+def test_a_signal_that_cannot_wait_ends_all() -> None:
+    found = run("interrupted", 2)
+    assert [one.status for one in found] == [1, 128 + signal.SIGTERM]
+    assert the_message(found).startswith("fastsae: process 0: process 1 was interrupted")
+    found = run("interrupted", 2, ALL="1")
+    assert [one.status for one in found] == [128 + signal.SIGTERM] * 2
+    assert the_message(found) == "fastsae: process 0: interrupted"
+
+
 def test_a_bug_of_one_process_keeps_its_traceback() -> None:
     found = run("bug", 2)
     assert [one.status for one in found] == [1, 1]

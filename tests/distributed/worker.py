@@ -104,6 +104,24 @@ def same_error(processes: Processes) -> None:
     raise UsageError("model: expected a model, got none")
 
 
+def told_by_both(processes: Processes) -> None:
+    """Process 1 fails, and the others learn of it and say so."""
+    exchanges(processes, 3)
+    if processes.rank == 1:
+        time.sleep(0.5 * ("LATER" in os.environ))
+        raise OSError("no space left")
+    time.sleep(0.5 * ("LATER" not in os.environ))
+    raise FastsaeError("process 1 could not write the checkpoint: no space left")
+
+
+def interrupted(processes: Processes) -> None:
+    """A signal comes where nothing is postponed: to process 1 alone, or to all of them."""
+    exchanges(processes, 3)
+    if processes.rank == 1 or "ALL" in os.environ:
+        os.kill(os.getpid(), signal.SIGTERM)
+    exchanges(processes)
+
+
 def bug(processes: Processes) -> None:
     if processes.rank == 1:
         raise RuntimeError("shapes do not match")
@@ -149,7 +167,8 @@ def twice(processes: Processes) -> None:
 SCENARIOS: dict[str, Callable[[Processes], None]] = {
     action.__name__: action
     for action in (
-        places, same, only_there, exits, killed, killed0, killed_at_work, slow, stopped, full_disk, same_error, bug, signalled,
+        places, same, only_there, exits, killed, killed0, killed_at_work, slow, stopped, full_disk, same_error,
+        told_by_both, interrupted, bug, signalled,
         fails_once, twice,
     )
 }  # fmt: skip
