@@ -114,8 +114,7 @@ def _check_history(found: Fields, batch_size: int, step: int) -> int:
 
 def check_stream(found: Fields, stream: ActivationStream) -> None:
     """Raises ValueError unless `found` is a state of `stream`."""
-    place = found.fields("sequencer").fields("at")
-    place.values.setdefault("parts", 1)  # earlier versions did not write it
+    found.fields("sequencer").fields("at").values.setdefault("parts", 1)  # earlier versions did not write it
     check_alike(found, stream.state_dict())
     found.number("median_norm", 0)
 

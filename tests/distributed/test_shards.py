@@ -87,9 +87,7 @@ def trained(sae: SparseAutoencoder, name: str, x: Tensor, dead: Tensor | None) -
     x = x.clone().requires_grad_()
     output = sae.training_forward(x, **options)  # type: ignore[operator]
     output.loss.backward()
-    found = {f"grad {key}": p.grad for key, p in sae.named_parameters()} | {
-        f"loss {k}": v for k, v in output.losses.items()
-    }
+    found = {f"grad {key}": p.grad for key, p in sae.named_parameters()} | {f"loss {k}": v for k, v in output.losses.items()}
     found |= {"grad x": x.grad, "residual": output.residual, "loss": output.loss, "l0": output.l0, "fvu": output.fvu}
     found["counts"] = output.feature_counts
     if isinstance(sae, FusedBatchTopKSAE):
