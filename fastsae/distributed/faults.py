@@ -4,7 +4,7 @@ The processes leave notes in the store that `torchrun` keeps beside them, which 
 
     here/R     process R has started
     beat/R     changes twice a second while process R lives, and says where it computes
-    stopped/R  an exchange of process R failed
+    ended/R    process R has ended, or is about to, and knows of it
     verdict    what ended the run, and which process tells it: written once, by whoever is first
 """
 
@@ -71,8 +71,10 @@ class Witness:
         threading.Thread(target=self._live, daemon=True).start()
 
     def close(self) -> None:
-        """Ends the signs of life."""
+        """Ends the signs of life; this process ends, and knows of it."""
         self._over.set()
+        with suppress(RuntimeError):  # the store may have ended before
+            self._end()
 
     def judged(self, error: BaseException) -> BaseException:
         """What this process ends with: `error` itself, or what another process did that caused it.
@@ -105,7 +107,14 @@ class Witness:
         return error
 
     def _interrupted(self, error: KeyboardInterrupt) -> BaseException:
-        """Tells the others of a signal, of which the first process tells the user, unless it comes of a failure of another."""
+        """Tells the others of a signal, of which the first process tells the user, unless it comes of a failure of another.
+
+        When a process has died `torchrun` ends the others by a signal.
+        """
+        before = self._signs()
+        self._end()
+        if gone := self._silent(before):
+            return self._of_another(self._settle(_of_gone(gone)))
         verdict = self._settle(f"process {self.rank} was interrupted; {_ON}", _INTERRUPTED, teller=0)
         if verdict["of"] != _INTERRUPTED:
             return self._of_another(verdict)
@@ -114,26 +123,32 @@ class Witness:
 
     def _after_a_broken_exchange(self, error: BaseException) -> BaseException:
         before = self._signs()
-        late = [
-            other for other in self._others if not self._has_stopped(other) and not before[other].endswith(_WAITING)
-        ]
-        self._store.set(f"stopped/{self.rank}", "1")
-        end = time.monotonic() + SILENCE
-        while time.monotonic() < end:
-            if (verdict := self._verdict()) is not None:
-                return self._of_another(verdict)
+        late = [o for o in self._others if not self._has_ended(o) and not before[o].endswith(_WAITING)]
+        self._end()
+        gone = self._silent(before)
+        end = time.monotonic() + (0 if gone or _is_late(error) else SILENCE)
+        while time.monotonic() < end and self._verdict() is None:  # of a process that knows more
             time.sleep(_LOOK)
-        after = self._signs()
-        gone = [other for other in self._others if after[other] == before[other] and not self._has_stopped(other)]
+        if (verdict := self._verdict()) is not None:
+            return self._of_another(verdict)
         text = self._explanation(error, gone, {other: before[other].partition(" ")[2] for other in late})
-        return self._of_another(self._settle(text, text))
+        return self._of_another(self._settle(text))
+
+    def _silent(self, before: dict[int, str]) -> list[int]:
+        """The processes that give no sign of life for a while since `before`; none as soon as there is a verdict."""
+        end, silent = time.monotonic() + SILENCE, list(self._others)
+        while silent and time.monotonic() < end and self._verdict() is None:
+            time.sleep(_LOOK)
+            signs = self._signs()
+            silent = [other for other in silent if signs[other] == before[other] and not self._has_ended(other)]
+        return silent if self._verdict() is None else []
 
     def _explanation(self, error: BaseException, gone: Sequence[int], late: dict[int, str]) -> str:
         """A message about the processes that give no sign of life, or those that others waited for and what they were doing."""
         if gone:
-            return f"{named(gone)} no longer {_answer(gone)}: killed, or cut off from the others; {_ON}"
+            return _of_gone(gone)
         reason = " ".join(str(error).split()).partition(". This is typically")[0]
-        if "timed out" not in reason.lower() and "timeout" not in reason.lower():
+        if not _is_late(error):
             return f"the connection between the processes failed, though all of them live ({reason[-200:]}); {_ON}"
         if not late:
             return f"all processes waited for each other for {self.timeout:g} seconds (--process-timeout); {_ON}"
@@ -148,17 +163,20 @@ class Witness:
         error.teller = verdict["teller"]
         return error
 
-    def _settle(self, text: str, of: str, teller: int | None = None) -> dict[str, Any]:
+    def _settle(self, text: str, of: str | None = None, teller: int | None = None) -> dict[str, Any]:
         """Writes the verdict, unless there is one; returns the one that holds."""
-        own = json.dumps({"teller": self.rank if teller is None else teller, "text": text, "of": of})
+        own = json.dumps({"teller": self.rank if teller is None else teller, "text": text, "of": of or text})
         verdict: dict[str, Any] = json.loads(self._store.compare_set("verdict", "", own))
         return verdict
 
     def _verdict(self) -> dict[str, Any] | None:
         return json.loads(self._store.get("verdict")) if self._store.check(["verdict"]) else None
 
-    def _has_stopped(self, other: int) -> bool:
-        return self._store.check([f"stopped/{other}"])
+    def _end(self) -> None:
+        self._store.set(f"ended/{self.rank}", "1")
+
+    def _has_ended(self, other: int) -> bool:
+        return self._store.check([f"ended/{other}"])
 
     def _signs(self) -> dict[int, str]:
         """The newest sign of life of each other process."""
@@ -191,14 +209,19 @@ def is_of_an_exchange(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (isinstance(error, DistError) or "gloo/transport" in str(error))
 
 
+def _is_late(error: BaseException) -> bool:
+    return any(word in str(error).lower() for word in ("timed out", "timeout"))
+
+
 def named(ranks: Sequence[int]) -> str:
     """`process 3`, `processes 1 and 3`."""
     *most, last = map(str, ranks)
     return f"processes {', '.join(most)} and {last}" if most else f"process {last}"
 
 
-def _answer(ranks: Sequence[int]) -> str:
-    return "answer" if len(ranks) > 1 else "answers"
+def _of_gone(ranks: Sequence[int]) -> str:
+    answer = "answer" if len(ranks) > 1 else "answers"
+    return f"{named(ranks)} no longer {answer}: killed, or cut off from the others; {_ON}"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

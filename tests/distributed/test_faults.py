@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 import socket
+import subprocess
 import time
 
 import pytest
-from started import Ended, ends, messages, processes, run
+from started import TORCHRUN, WORKER, Ended, ends, environment, messages, processes, run
 
 from fastsae.distributed.faults import is_of_an_exchange, named
 
@@ -77,6 +78,21 @@ def test_a_signal_that_cannot_wait_ends_all() -> None:
     assert the_message(found).startswith("fastsae: process 0: process 1 was interrupted")
     found = run("interrupted", 2, ALL="1")
     assert [one.status for one in found] == [128 + signal.SIGTERM] * 2
+    assert the_message(found) == "fastsae: process 0: interrupted"
+
+
+def test_a_death_is_named_by_those_whom_torchrun_then_ends() -> None:
+    command = [*TORCHRUN, "--nproc-per-node", "3", str(WORKER), "killed_alone"]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=90)
+    assert ended.returncode != 0
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("fastsae:") and "for the reason" not in line]
+    assert len(lines) == 1
+    assert "process 0 no longer answers" in lines[0]
+
+
+def test_a_process_that_has_ended_before_is_not_missed() -> None:
+    found = run("leaves", 2)
+    assert [one.status for one in found] == [128 + signal.SIGTERM, 0]
     assert the_message(found) == "fastsae: process 0: interrupted"
 
 

@@ -65,6 +65,24 @@ def killed(processes: Processes) -> None:
     exchanges(processes)
 
 
+def killed_alone(processes: Processes) -> None:
+    """Process 0 is killed while the others exchange nothing, and torchrun ends them by a signal."""
+    exchanges(processes, 3)
+    if processes.rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def leaves(processes: Processes) -> None:
+    """Process 1 ends before process 0, which a signal interrupts later."""
+    exchanges(processes, 3)
+    if processes.rank == 1:
+        return
+    time.sleep(2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
 def killed0(processes: Processes) -> None:
     if processes.rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -167,9 +185,8 @@ def twice(processes: Processes) -> None:
 SCENARIOS: dict[str, Callable[[Processes], None]] = {
     action.__name__: action
     for action in (
-        places, same, only_there, exits, killed, killed0, killed_at_work, slow, stopped, full_disk, same_error,
-        told_by_both, interrupted, bug, signalled,
-        fails_once, twice,
+        places, same, only_there, exits, killed, killed_alone, leaves, killed0, killed_at_work, slow, stopped, full_disk,
+        same_error, told_by_both, interrupted, bug, signalled, fails_once, twice,
     )
 }  # fmt: skip
 
