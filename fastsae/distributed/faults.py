@@ -57,17 +57,21 @@ class Witness:
         """Waits until all processes have started.
 
         Raises:
-            FastsaeError: Some have not within the time-out.
+            FastsaeError: Some have not within the time-out, or before a signal came.
         """
         self._store.set(f"here/{self.rank}", "1")
         began = time.monotonic()
-        while missing := [other for other in self._others if not self._store.check([f"here/{other}"])]:
+        missing = self._others
+        while missing := [other for other in missing if not self._store.check([f"here/{other}"])]:
             if time.monotonic() - began > self.timeout:
                 raise FastsaeError(
                     f"{named(missing)} did not start within {self.timeout:g} seconds (--process-timeout); start as many "
                     "processes as WORLD_SIZE says"
                 )
-            time.sleep(_LOOK)  # a signal ends it, which it would not do within an exchange
+            try:
+                time.sleep(_LOOK)  # a signal ends it, which it would not do within an exchange
+            except KeyboardInterrupt:
+                raise FastsaeError(f"ended by a signal before {named(missing)} had started") from None
         threading.Thread(target=self._live, daemon=True).start()
 
     def close(self) -> None:

@@ -9,8 +9,10 @@ import time
 
 import pytest
 from started import TORCHRUN, WORKER, Ended, ends, environment, messages, processes, run
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from fastsae.distributed.faults import is_of_an_exchange, named
+from fastsae.distributed.faults import Witness, is_of_an_exchange, named
+from fastsae.errors import FastsaeError
 
 
 def the_message(found: list[Ended]) -> str:
@@ -119,14 +121,15 @@ def test_a_process_that_fails_before_the_others_know_it() -> None:
     assert found[1].err == "fastsae: process 1: failed before the start\n"
 
 
-def test_a_signal_in_the_start_ends_a_process_that_waits_for_others() -> None:
-    with processes("places", 2) as started:
-        started[1].send_signal(signal.SIGSTOP)  # before it has come to the others
-        time.sleep(6)
-        started[0].send_signal(signal.SIGTERM)
-        _, err = started[0].communicate(timeout=20)
-    assert started[0].returncode in (128 + signal.SIGTERM, -signal.SIGTERM)  # the latter where it still imports
-    assert "Traceback" not in err
+def test_a_signal_while_others_have_not_started_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupted)
+    store = HashStore()
+    store.set("here/2", "1")
+    with pytest.raises(FastsaeError, match="ended by a signal before processes 1 and 3 had started"):
+        Witness(lambda: store, 0, 4, 60).meet()
 
 
 def test_errors_of_this_process_are_no_broken_exchange() -> None:
