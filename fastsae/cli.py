@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fail(error: BaseException, message: str, status: int = 1) -> int:
     """Prints why the program ends, and returns its exit status; of several processes that end together, one prints it."""
-    teller = getattr(error, "teller", None)
+    teller = getattr(error, "teller", 0 if isinstance(error, KeyboardInterrupt) else None)
     if teller is None:
         wait_for_the_first()
     elif teller != rank():

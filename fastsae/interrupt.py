@@ -141,6 +141,9 @@ def _watch(seen: socket.socket) -> None:
                     pass
                 return
             except TimeoutError:
+                if n_signals == 1 and Postponed.active is not None:  # it has begun to end
+                    seen.settimeout(None)
+                    continue
                 message = (
                     "\nfastsae: interrupted in the middle of a computation; --resume goes on if training had begun\n"
                 )

@@ -4,7 +4,7 @@ The processes leave notes in the store that `torchrun` keeps beside them, which 
 
     here/R     process R has started
     beat/R     changes twice a second while process R lives, and says where it computes
-    stopped/R  an exchange of process R failed
+    ended/R    process R has ended, or is about to, and knows of it
     verdict    what ended the run, and which process tells it: written once, by whoever is first
 """
 
@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from fastsae.interrupt import Postponed
 BEAT = 0.5  # seconds from one sign of life to the next
 SILENCE = 5.0  # seconds without one after which a process counts as gone
 _LOOK = 0.1  # seconds between two looks into the store
-_WAITING = "waiting"
+_WAITING, _INTERRUPTED = "waiting", "interrupted"
+_ON = "run again, with --resume if training had begun; torchrun --max-restarts N does so by itself"
 # where a process is while it waits for others: these frames of its main thread are skipped in favour of this word
 _EXCHANGES = (str(Path("fastsae", "distributed", "groups.py")), str(Path("torch", "distributed")))
 
@@ -55,22 +57,28 @@ class Witness:
         """Waits until all processes have started.
 
         Raises:
-            FastsaeError: Some have not within the time-out.
+            FastsaeError: Some have not within the time-out, or before a signal came.
         """
         self._store.set(f"here/{self.rank}", "1")
         began = time.monotonic()
-        while missing := [other for other in self._others if not self._store.check([f"here/{other}"])]:
+        missing = self._others
+        while missing := [other for other in missing if not self._store.check([f"here/{other}"])]:
             if time.monotonic() - began > self.timeout:
                 raise FastsaeError(
                     f"{named(missing)} did not start within {self.timeout:g} seconds (--process-timeout); start as many "
                     "processes as WORLD_SIZE says"
                 )
-            time.sleep(_LOOK)  # a signal ends it, which it would not do within an exchange
+            try:
+                time.sleep(_LOOK)  # a signal ends it, which it would not do within an exchange
+            except KeyboardInterrupt:
+                raise FastsaeError(f"ended by a signal before {named(missing)} had started") from None
         threading.Thread(target=self._live, daemon=True).start()
 
     def close(self) -> None:
-        """Ends the signs of life."""
+        """Ends the signs of life; this process ends, and knows of it."""
         self._over.set()
+        with suppress(RuntimeError):  # the store may have ended before
+            self._end()
 
     def judged(self, error: BaseException) -> BaseException:
         """What this process ends with: `error` itself, or what another process did that caused it.
@@ -78,12 +86,13 @@ class Witness:
         Its attribute `teller` is the number of the process that tells the user.
         """
         try:
+            self._store.set_timeout(timedelta(seconds=SILENCE))
             with Postponed():  # torchrun ends the others as soon as the first has ended
                 broken = next((link for link in _chain(error) if is_of_an_exchange(link)), None)
                 if broken is not None:
                     return self._after_a_broken_exchange(broken)
-                if isinstance(error, KeyboardInterrupt) and (verdict := self._verdict()) is not None:
-                    return self._of_another(verdict)
+                if isinstance(error, KeyboardInterrupt):
+                    return self._interrupted(error)
                 return self._own(error)
         except (RuntimeError, ValueError):  # the store is gone as well
             gone = FastsaeError(
@@ -94,45 +103,65 @@ class Witness:
             return gone if is_of_an_exchange(error) else error
 
     def _own(self, error: BaseException) -> BaseException:
-        """Tells the others of an error of this process; the same one in all of them is told once."""
+        """Tells the others of an error of this process; the same one in all of them, or what tells of it, is told once."""
         if getattr(error, "teller", None) is not None:
             return error  # it came with the name of the process that failed
-        text = str(error) if isinstance(error, FastsaeError) else f"{type(error).__name__}: {error}"
+        text = str(error) or type(error).__name__
         verdict = self._settle(f"process {self.rank} failed: {text}", text)
-        is_the_same = verdict["of"] == text
-        error.teller = verdict["teller"] if is_the_same else self.rank  # type: ignore[attr-defined]
+        is_known = text in verdict["text"] or verdict["of"] in text
+        error.teller = verdict["teller"] if is_known else self.rank  # type: ignore[attr-defined]
+        return error
+
+    def _interrupted(self, error: KeyboardInterrupt) -> BaseException:
+        """Tells the others of a signal, of which the first process tells the user, unless it comes of a failure of another.
+
+        When a process has died `torchrun` ends the others by a signal.
+        """
+        before = self._signs()
+        self._end()
+        if gone := self._silent(before):
+            return self._of_another(self._settle(_of_gone(gone)))
+        verdict = self._settle(f"process {self.rank} was interrupted; {_ON}", _INTERRUPTED, teller=0)
+        if verdict["of"] != _INTERRUPTED:
+            return self._of_another(verdict)
+        error.teller = 0  # type: ignore[attr-defined]
         return error
 
     def _after_a_broken_exchange(self, error: BaseException) -> BaseException:
         before = self._signs()
-        late = [
-            other for other in self._others if not self._has_stopped(other) and not before[other].endswith(_WAITING)
-        ]
-        self._store.set(f"stopped/{self.rank}", "1")
-        end = time.monotonic() + SILENCE
-        while time.monotonic() < end:
-            if (verdict := self._verdict()) is not None:
-                return self._of_another(verdict)
+        late = [o for o in self._others if not self._has_ended(o) and not before[o].endswith(_WAITING)]
+        self._end()
+        gone = self._silent(before)
+        end = time.monotonic() + (0 if gone or _is_late(error) else SILENCE)
+        while time.monotonic() < end and self._verdict() is None:  # of a process that knows more
             time.sleep(_LOOK)
-        after = self._signs()
-        gone = [other for other in self._others if after[other] == before[other] and not self._has_stopped(other)]
+        if (verdict := self._verdict()) is not None:
+            return self._of_another(verdict)
         text = self._explanation(error, gone, {other: before[other].partition(" ")[2] for other in late})
-        return self._of_another(self._settle(text, text))
+        return self._of_another(self._settle(text))
+
+    def _silent(self, before: dict[int, str]) -> list[int]:
+        """The processes that give no sign of life for a while since `before`; none as soon as there is a verdict."""
+        end, silent = time.monotonic() + SILENCE, list(self._others)
+        while silent and time.monotonic() < end and self._verdict() is None:
+            time.sleep(_LOOK)
+            signs = self._signs()
+            silent = [other for other in silent if signs[other] == before[other] and not self._has_ended(other)]
+        return silent if self._verdict() is None else []
 
     def _explanation(self, error: BaseException, gone: Sequence[int], late: dict[int, str]) -> str:
         """A message about the processes that give no sign of life, or those that others waited for and what they were doing."""
-        on = "run again, with --resume if training had begun; torchrun --max-restarts N does so by itself"
         if gone:
-            return f"{named(gone)} no longer {_answer(gone)}: killed, or cut off from the others; {on}"
+            return _of_gone(gone)
         reason = " ".join(str(error).split()).partition(". This is typically")[0]
-        if "timed out" not in reason.lower() and "timeout" not in reason.lower():
-            return f"the connection between the processes failed, though all of them live ({reason[-200:]}); {on}"
+        if not _is_late(error):
+            return f"the connection between the processes failed, though all of them live ({reason[-200:]}); {_ON}"
         if not late:
-            return f"all processes waited for each other for {self.timeout:g} seconds (--process-timeout); {on}"
+            return f"all processes waited for each other for {self.timeout:g} seconds (--process-timeout); {_ON}"
         where = "; ".join(f"process {other} was at {place}" for other, place in list(late.items())[:4])
         return (
             f"{named(list(late))} did not come to an exchange within {self.timeout:g} seconds, and the others waited ({where}); "
-            f"raise --process-timeout if it is only slow, and {on}"
+            f"raise --process-timeout if it is only slow, and {_ON}"
         )
 
     def _of_another(self, verdict: dict[str, Any]) -> FastsaeError:
@@ -140,17 +169,20 @@ class Witness:
         error.teller = verdict["teller"]
         return error
 
-    def _settle(self, text: str, of: str) -> dict[str, Any]:
+    def _settle(self, text: str, of: str | None = None, teller: int | None = None) -> dict[str, Any]:
         """Writes the verdict, unless there is one; returns the one that holds."""
-        own = json.dumps({"teller": self.rank, "text": text, "of": of})
+        own = json.dumps({"teller": self.rank if teller is None else teller, "text": text, "of": of or text})
         verdict: dict[str, Any] = json.loads(self._store.compare_set("verdict", "", own))
         return verdict
 
     def _verdict(self) -> dict[str, Any] | None:
         return json.loads(self._store.get("verdict")) if self._store.check(["verdict"]) else None
 
-    def _has_stopped(self, other: int) -> bool:
-        return self._store.check([f"stopped/{other}"])
+    def _end(self) -> None:
+        self._store.set(f"ended/{self.rank}", "1")
+
+    def _has_ended(self, other: int) -> bool:
+        return self._store.check([f"ended/{other}"])
 
     def _signs(self) -> dict[int, str]:
         """The newest sign of life of each other process."""
@@ -183,14 +215,19 @@ def is_of_an_exchange(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (isinstance(error, DistError) or "gloo/transport" in str(error))
 
 
+def _is_late(error: BaseException) -> bool:
+    return any(word in str(error).lower() for word in ("timed out", "timeout"))
+
+
 def named(ranks: Sequence[int]) -> str:
     """`process 3`, `processes 1 and 3`."""
     *most, last = map(str, ranks)
     return f"processes {', '.join(most)} and {last}" if most else f"process {last}"
 
 
-def _answer(ranks: Sequence[int]) -> str:
-    return "answer" if len(ranks) > 1 else "answers"
+def _of_gone(ranks: Sequence[int]) -> str:
+    answer = "answer" if len(ranks) > 1 else "answers"
+    return f"{named(ranks)} no longer {answer}: killed, or cut off from the others; {_ON}"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import signal
 import socket
+import subprocess
 import time
 
 import pytest
-from started import Ended, ends, messages, processes, run
+from started import TORCHRUN, WORKER, Ended, ends, environment, messages, processes, run
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from fastsae.distributed.faults import is_of_an_exchange, named
+from fastsae.distributed.faults import Witness, is_of_an_exchange, named
+from fastsae.errors import FastsaeError
 
 
 def the_message(found: list[Ended]) -> str:
@@ -63,6 +66,38 @@ def test_the_same_error_in_all_processes_is_told_once() -> None:
     assert the_message(found).endswith("--model: expected a model, got none")
 
 
+@pytest.mark.parametrize("order", [{}, {"LATER": "1"}])
+def test_a_failure_that_the_others_speak_of_is_told_once(order: dict[str, str]) -> None:
+    found = run("told_by_both", 3, **order)
+    assert [one.status for one in found] == [1] * 3
+    assert "no space left" in the_message(found)
+    assert "process 1" in the_message(found)
+
+
+def test_a_signal_that_cannot_wait_ends_all() -> None:
+    found = run("interrupted", 2)
+    assert [one.status for one in found] == [1, 128 + signal.SIGTERM]
+    assert the_message(found).startswith("fastsae: process 0: process 1 was interrupted")
+    found = run("interrupted", 2, ALL="1")
+    assert [one.status for one in found] == [128 + signal.SIGTERM] * 2
+    assert the_message(found) == "fastsae: process 0: interrupted"
+
+
+def test_a_death_is_named_by_those_whom_torchrun_then_ends() -> None:
+    command = [*TORCHRUN, "--nproc-per-node", "3", str(WORKER), "killed_alone"]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=90)
+    assert ended.returncode != 0
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("fastsae:") and "for the reason" not in line]
+    assert len(lines) == 1
+    assert "process 0 no longer answers" in lines[0]
+
+
+def test_a_process_that_has_ended_before_is_not_missed() -> None:
+    found = run("leaves", 2)
+    assert [one.status for one in found] == [128 + signal.SIGTERM, 0]
+    assert the_message(found) == "fastsae: process 0: interrupted"
+
+
 def test_a_bug_of_one_process_keeps_its_traceback() -> None:
     found = run("bug", 2)
     assert [one.status for one in found] == [1, 1]
@@ -86,14 +121,15 @@ def test_a_process_that_fails_before_the_others_know_it() -> None:
     assert found[1].err == "fastsae: process 1: failed before the start\n"
 
 
-def test_a_signal_in_the_start_ends_a_process_that_waits_for_others() -> None:
-    with processes("places", 2) as started:
-        started[1].send_signal(signal.SIGSTOP)  # before it has come to the others
-        time.sleep(6)
-        started[0].send_signal(signal.SIGTERM)
-        _, err = started[0].communicate(timeout=20)
-    assert started[0].returncode in (128 + signal.SIGTERM, -signal.SIGTERM)  # the latter where it still imports
-    assert "Traceback" not in err
+def test_a_signal_while_others_have_not_started_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupted)
+    store = HashStore()
+    store.set("here/2", "1")
+    with pytest.raises(FastsaeError, match="ended by a signal before processes 1 and 3 had started"):
+        Witness(lambda: store, 0, 4, 60).meet()
 
 
 def test_errors_of_this_process_are_no_broken_exchange() -> None:

@@ -65,6 +65,24 @@ def killed(processes: Processes) -> None:
     exchanges(processes)
 
 
+def killed_alone(processes: Processes) -> None:
+    """Process 0 is killed while the others exchange nothing, and torchrun ends them by a signal."""
+    exchanges(processes, 3)
+    if processes.rank == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def leaves(processes: Processes) -> None:
+    """Process 1 ends before process 0, which a signal interrupts later."""
+    exchanges(processes, 3)
+    if processes.rank == 1:
+        return
+    time.sleep(2)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+
 def killed0(processes: Processes) -> None:
     if processes.rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -102,6 +120,24 @@ def full_disk(processes: Processes) -> None:
 
 def same_error(processes: Processes) -> None:
     raise UsageError("model: expected a model, got none")
+
+
+def told_by_both(processes: Processes) -> None:
+    """Process 1 fails, and the others learn of it and say so."""
+    exchanges(processes, 3)
+    if processes.rank == 1:
+        time.sleep(0.5 * ("LATER" in os.environ))
+        raise OSError("no space left")
+    time.sleep(0.5 * ("LATER" not in os.environ))
+    raise FastsaeError("process 1 could not write the checkpoint: no space left")
+
+
+def interrupted(processes: Processes) -> None:
+    """A signal comes where nothing is postponed: to process 1 alone, or to all of them."""
+    exchanges(processes, 3)
+    if processes.rank == 1 or "ALL" in os.environ:
+        os.kill(os.getpid(), signal.SIGTERM)
+    exchanges(processes)
 
 
 def bug(processes: Processes) -> None:
@@ -149,8 +185,8 @@ def twice(processes: Processes) -> None:
 SCENARIOS: dict[str, Callable[[Processes], None]] = {
     action.__name__: action
     for action in (
-        places, same, only_there, exits, killed, killed0, killed_at_work, slow, stopped, full_disk, same_error, bug, signalled,
-        fails_once, twice,
+        places, same, only_there, exits, killed, killed_alone, leaves, killed0, killed_at_work, slow, stopped, full_disk,
+        same_error, told_by_both, interrupted, bug, signalled, fails_once, twice,
     )
 }  # fmt: skip
 
