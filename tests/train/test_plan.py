@@ -167,11 +167,11 @@ def test_each_process_holds_its_share() -> None:
     assert own["weights of the SAE"] == (whole["weights of the SAE"] - bias) / 4 + bias
     assert own["Adam's two means"] == 2 * own["weights of the SAE"]
     assert own["mixing buffer"] == whole["mixing buffer"] / 4
-    assert own["batch"] == whole["batch"]  # a group sees the same tokens
+    assert own["batch as the SAE takes it"] == whole["batch as the SAE takes it"]  # a group sees the same tokens
     assert own["active features of the batch"] == whole["active features of the batch"] / 4
     averaged = {need.what: need.n_bytes for need in needs([config(d_sae=4000)], 64, 2, "cuda", 4)}
     assert averaged["gradients of the weights"] == whole["weights of the SAE"]
-    assert averaged["batch"] == whole["batch"] / 4
+    assert averaged["batch as the SAE takes it"] == whole["batch as the SAE takes it"] / 4
 
 
 def test_a_run_of_several_processes_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
