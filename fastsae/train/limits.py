@@ -203,7 +203,7 @@ def _step(config: TrainConfig, d_in: int, device_type: str, n_processes: int) ->
     sparse = _ROOM_FOR_ENTRIES[device_type] * start_l0(config, d_in) * _BYTES_OF_ENTRY
     of_token = min(sparse, config.n_features(d_in) * _BYTES_OF_FEATURE) / n_shards
     return [
-        Need("batch", "batch_size", batch),
+        Need("batch as the SAE takes it", "batch_size", batch),
         Need("reconstruction and its error", "batch_size", results),
         Need("active features of the batch", "batch_size", int(rows * of_token)),
     ]

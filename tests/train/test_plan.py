@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastsae import cli
 from fastsae.commands.plan import read_model
 from fastsae.data.activations import ResidualStream
-from fastsae.data.buffer import ActivationBatch
 from fastsae.data.language_model import load_model
 from fastsae.errors import UsageError
 from fastsae.train import limits
@@ -30,6 +29,14 @@ SLOW = Hardware(flops_16=100.0, flops_32=10.0, memory_bandwidth=1.0, link=4.0, n
 
 def config(**options: Any) -> TrainConfig:
     return TrainConfig(**{"batch_size": 16, "buffer_tokens": 64, "tokens": 160, "d_sae": 100, **options})
+
+
+def train_on(trainer: Trainer, x: torch.Tensor) -> None:
+    """A step on activations as they are."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=trainer.config.dtype == "bfloat16"):
+        loss = trainer._forward(x, 1.0).loss
+    trainer.optimizer.backward(loss)
+    trainer.optimizer.step()
 
 
 @pytest.mark.parametrize(
@@ -117,7 +124,7 @@ def test_dead_features_send_a_second_reconstruction() -> None:
 def test_a_step_holds_what_the_plan_says(options: dict[str, Any]) -> None:
     run = config(d_sae=4096, init_l0=20.0, **options)  # sparse from the first step
     trainer = Trainer(build_sae(run, 64, torch.device("cpu")), iter(()), run)
-    acts, nothing = torch.randn(2048, 64), torch.zeros(16, dtype=torch.int64)
+    acts = torch.randn(2048, 64)
     trainer.initialize(acts)
     optimizer, grads = trainer.optimizer, dict[str, int]()
     step = optimizer.step
@@ -129,7 +136,7 @@ def test_a_step_holds_what_the_plan_says(options: dict[str, Any]) -> None:
             grads[name] = p.nbytes if is_tensor or p in optimizer._kept else 0
 
     optimizer.step = watched  # type: ignore[method-assign]
-    trainer.train_step(ActivationBatch(acts[:16], nothing, nothing, nothing))
+    train_on(trainer, acts[:16])
     found = {need.what: need.n_bytes for need in needs([run], 64, 4, "cpu")}
     assert sum(p.nbytes for p in trainer.sae.parameters()) == found["weights of the SAE"]
     states = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
@@ -143,10 +150,10 @@ def test_a_step_holds_what_the_plan_says(options: dict[str, Any]) -> None:
 def test_a_first_step_holds_no_more_than_the_plan_says() -> None:
     run = config(d_sae=40_000, init_l0=20.0)
     trainer = Trainer(build_sae(run, 64, torch.device("cpu")), iter(()), run)
-    acts, nothing = torch.randn(2048, 64), torch.zeros(16, dtype=torch.int64)
+    acts = torch.randn(2048, 64)
     trainer.initialize(acts)
     with Meter() as meter:
-        trainer.train_step(ActivationBatch(acts[:16], nothing, nothing, nothing))
+        train_on(trainer, acts[:16])
     new = sum(need.n_bytes for need in needs([run], 64, 4, "cpu") if need.what != "weights of the SAE")
     assert 0.9 * new < meter.peak < 1.1 * new
 
@@ -160,11 +167,11 @@ def test_each_process_holds_its_share() -> None:
     assert own["weights of the SAE"] == (whole["weights of the SAE"] - bias) / 4 + bias
     assert own["Adam's two means"] == 2 * own["weights of the SAE"]
     assert own["mixing buffer"] == whole["mixing buffer"] / 4
-    assert own["batch"] == whole["batch"]  # a group sees the same tokens
+    assert own["batch as the SAE takes it"] == whole["batch as the SAE takes it"]  # a group sees the same tokens
     assert own["active features of the batch"] == whole["active features of the batch"] / 4
     averaged = {need.what: need.n_bytes for need in needs([config(d_sae=4000)], 64, 2, "cuda", 4)}
     assert averaged["gradients of the weights"] == whole["weights of the SAE"]
-    assert averaged["batch"] == whole["batch"] / 4
+    assert averaged["batch as the SAE takes it"] == whole["batch as the SAE takes it"] / 4
 
 
 def test_a_run_of_several_processes_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
