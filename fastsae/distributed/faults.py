@@ -19,12 +19,13 @@ from contextlib import suppress
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
-from typing import Any
-
-from torch.distributed import DistError, Store  # type: ignore[attr-defined]
+from typing import TYPE_CHECKING, Any
 
 from fastsae.errors import FastsaeError
 from fastsae.interrupt import Postponed
+
+if TYPE_CHECKING:  # not every PyTorch has it
+    from torch.distributed import Store  # type: ignore[attr-defined]
 
 BEAT = 0.5  # seconds from one sign of life to the next
 SILENCE = 5.0  # seconds without one after which a process counts as gone
@@ -212,6 +213,8 @@ class Witness:
 
 def is_of_an_exchange(error: BaseException) -> bool:
     """Whether the connection to other processes or to the store failed, and not the code of this process."""
+    from torch.distributed import DistError
+
     return isinstance(error, RuntimeError) and (isinstance(error, DistError) or "gloo/transport" in str(error))
 
 

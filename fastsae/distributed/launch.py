@@ -8,17 +8,19 @@ import threading
 from datetime import timedelta
 from itertools import count
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import distributed
-from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.device_mesh import DeviceMesh
 
 from fastsae.distributed.faults import Witness, named
 from fastsae.distributed.groups import Group
 from fastsae.distributed.mesh import Groups
 from fastsae.errors import FastsaeError, UsageError, shown
+
+if TYPE_CHECKING:  # not every PyTorch has them
+    from torch.distributed import Store  # type: ignore[attr-defined]
+    from torch.distributed.device_mesh import DeviceMesh
 
 _starts = count()  # keeps apart what several runs of one program write into the store
 
@@ -91,6 +93,8 @@ class Processes:
 
     def mesh(self) -> DeviceMesh:
         """The grid of the processes, with the dimensions `data` and `feature`; for several processes."""
+        from torch.distributed.device_mesh import DeviceMesh
+
         assert self.data.processes is not None
         assert self.features.processes is not None
         ranks = torch.arange(self.size).view(self._shape)
@@ -104,6 +108,8 @@ class Processes:
             UsageError: Another program uses the port.
             FastsaeError: The others were not found within `timeout` seconds.
         """
+        from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
         prefix = f"fastsae/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_starts)}"
         witness = Witness(lambda: PrefixStore(prefix, _open_store(place, timeout)), place.rank, place.size, timeout)
         witness.meet()
@@ -193,8 +199,8 @@ def start(shard_features: int = 1, timeout: float = 600, device: str = "cpu") ->
         device: `cpu`, or `cuda`: then each process has the GPU of its number on its machine.
 
     Raises:
-        UsageError: The number of processes is no multiple of `shard_features`, this machine has fewer GPUs than processes, or
-            the environment is not as `torchrun` makes it.
+        UsageError: The number of processes is no multiple of `shard_features`, this machine has fewer GPUs than processes, the
+            program has a process group of its own, or the environment is not as `torchrun` makes it.
         FastsaeError: The others were not found in time.
     """
     place = Place.of_environment()
@@ -205,6 +211,13 @@ def start(shard_features: int = 1, timeout: float = 600, device: str = "cpu") ->
         )
     if place.size == 1:
         return Processes(place, torch.device(device))
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        raise UsageError("this PyTorch was built without torch.distributed and gloo: expected one process")
+    if distributed.is_initialized():
+        raise UsageError(
+            "expected a program without a process group of torch.distributed, because the run makes its own; call "
+            "destroy_process_group() before"
+        )
     processes = Processes(place, _device(device, place.local_rank), shard_features)
     try:
         processes.connect(place, timeout)
@@ -229,6 +242,8 @@ def _device(name: str, local_rank: int) -> torch.device:
 
 def _open_store(place: Place, timeout: float) -> Store:
     """A connection to the store of the run, which `torchrun` keeps, or else process 0."""
+    from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+
     keeps = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     where = f"{place.host}:{place.port} (MASTER_ADDR, MASTER_PORT)"
     found: list[Store | RuntimeError] = []

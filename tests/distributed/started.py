@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch import distributed
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 WORKER = Path(__file__).with_name("worker.py")
@@ -35,7 +35,11 @@ def processes(
     scenario: str, size: int, *arguments: str, store: bool = True, **changes: str
 ) -> Iterator[list[subprocess.Popen[str]]]:
     """Starts them beside a store of this process; with `store=False` process 0 keeps it, on MASTER_PORT."""
-    kept = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=LIMIT), wait_for_workers=False) if store else None
+    kept = (
+        distributed.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=LIMIT), wait_for_workers=False)
+        if store
+        else None
+    )
     own = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(kept.port)} if kept is not None else {}
     started = []
     for rank in range(size):

@@ -9,10 +9,14 @@ import time
 
 import pytest
 from started import TORCHRUN, WORKER, Ended, ends, environment, messages, processes, run
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch import distributed
 
 from fastsae.distributed.faults import Witness, is_of_an_exchange, named
 from fastsae.errors import FastsaeError
+
+pytestmark = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()), reason="this PyTorch has no gloo"
+)
 
 
 def the_message(found: list[Ended]) -> str:
@@ -126,7 +130,7 @@ def test_a_signal_while_others_have_not_started_names_them(monkeypatch: pytest.M
         raise KeyboardInterrupt
 
     monkeypatch.setattr(time, "sleep", interrupted)
-    store = HashStore()
+    store = distributed.HashStore()
     store.set("here/2", "1")
     with pytest.raises(FastsaeError, match="ended by a signal before processes 1 and 3 had started"):
         Witness(lambda: store, 0, 4, 60).meet()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from started import TORCHRUN, WORKER, environment, messages, processes, run
+from torch import distributed
 
 from fastsae import cli
 from fastsae.distributed.launch import start
@@ -19,6 +20,9 @@ from fastsae.environment import is_first, is_restart, n_processes, rank
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.interrupt import Interrupted, Postponed
 
+pytestmark = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()), reason="this PyTorch has no gloo"
+)
 PLACE = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 OTHERS = ("TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT")
 
@@ -129,6 +133,17 @@ def test_processes_that_never_start_are_named(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(FastsaeError, match="processes 1, 2 and 3 did not start within 1 seconds"):
         start(1, 1)
     assert not torch.distributed.is_initialized()
+
+
+def test_a_program_with_a_process_group_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        set_place(monkeypatch)
+        with pytest.raises(UsageError, match="a program without a process group"):
+            start(1, 1)
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
