@@ -26,6 +26,12 @@ def n_processes() -> int:
     return int(text) if text.isdecimal() else 1
 
 
+def n_processes_here() -> int:
+    """How many of them `torchrun` has started on this machine."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(text) if text.isdecimal() else n_processes()
+
+
 def rank() -> int:
     """The number of this process in the run."""
     text = os.environ.get("RANK", "")

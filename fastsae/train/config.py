@@ -398,11 +398,11 @@ class TrainConfig:
         """Optimiser steps of the run."""
         return self.tokens // self.batch_size
 
-    def batches_ahead(self, device_type: str) -> int:
-        """`prefetch`, its default resolved: on a GPU as many batches of the model as a refill of the buffer takes."""
+    def batches_ahead(self, device_type: str, n_processes: int = 1) -> int:
+        """`prefetch`, its default resolved: on a GPU as many batches of the model as a refill of a process's buffer takes."""
         if self.prefetch is not None:
             return self.prefetch
-        return 0 if device_type == "cpu" else -(-self.buffer_tokens // (2 * self.forward_tokens))
+        return 0 if device_type == "cpu" else -(-self.buffer_tokens // (2 * n_processes * self.forward_tokens))
 
 
 def field_names() -> list[str]:

@@ -14,7 +14,11 @@ from fastsae.errors import FastsaeError, UsageError, shown
 from fastsae.train.config import TrainConfig
 
 # What the stream of activations decides, and the loop over its batches: the same for all SAEs.
-_SHARED_GROUPS, _ALSO_SHARED, _NOT_SHARED = ("data", "running"), ("tokens", "batch_size"), ("layer", "seed")
+_SHARED_GROUPS, _ALSO_SHARED, _NOT_SHARED = (
+    ("data", "running", "processes"),
+    ("tokens", "batch_size"),
+    ("layer", "seed"),
+)
 OF_ONE_SAE = tuple(
     f.name
     for f in fields(TrainConfig)

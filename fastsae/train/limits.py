@@ -180,9 +180,7 @@ def _stream(
     """What holds activations of the language model before the SAEs see them."""
     config = saes[0]
     row = n_layers(saes) * (d_in * bytes_per_number + _LOG_OF_A_TOKEN)
-    n_batches = config.batches_ahead(device_type)
-    if config.prefetch is None:  # half of a buffer, of which each process has its share
-        n_batches = -(-n_batches // n_processes)
+    n_batches = config.batches_ahead(device_type, n_processes)
     ahead = min(n_batches * config.forward_tokens, -(-config.tokens // n_processes)) * row
     of_batch = -(-config.batch_size // n_processes)
     longest_row = config.block_length if config.sequencing == "block" else 0

@@ -34,6 +34,7 @@ from fastsae.data.splicing import SplicedModel
 from fastsae.data.texts import load_texts
 from fastsae.data.tokens import TokenRows, doubles_bos, render
 from fastsae.disk import name_of
+from fastsae.environment import n_processes_here
 from fastsae.errors import FastsaeError, UsageError, is_out_of_memory
 from fastsae.sae import SparseAutoencoder
 from fastsae.train import fingerprint
@@ -266,7 +267,9 @@ def build_pipeline(
     check_layer(model, layer)
     residual = ResidualStream(model, layer, config.hook)
     if evaluated is None:
-        check_memory(trained or [config], residual.d_in, model.dtype.itemsize, residual.device)
+        n_sharing = n_processes_here() if residual.device.type == "cpu" else 1
+        itemsize = model.dtype.itemsize
+        check_memory(trained or [config], residual.d_in, itemsize, residual.device, part[1], n_sharing)
         for sae in trained or [config]:
             check_layer(model, layer if sae.layer is None else sae.layer)
             check_k(sae, residual.d_in)

@@ -90,7 +90,7 @@ class Supply:
     def run_ahead(self) -> None:
         """Lets the model compute while the SAEs are trained."""
         device = self.pipeline.residual.device
-        if n_ahead := self._config.batches_ahead(device.type):
+        if n_ahead := self._config.batches_ahead(device.type, self._groups.world.size):
             self.forward.start(n_ahead, {layer: buffer.n_missing for layer, buffer in self.buffers.items()}, device)
 
     def serve(self) -> None:

@@ -61,7 +61,9 @@ def newest_step(output: Path) -> int:
     return max(steps, default=0)
 
 
-def killed(arguments: list[str], output: Path, at_step: int, delay: float, rank: int) -> subprocess.CompletedProcess[str]:
+def killed(
+    arguments: list[str], output: Path, at_step: int, delay: float, rank: int
+) -> subprocess.CompletedProcess[str]:
     """Runs the command, and kills one of its processes so long after the checkpoint of a step."""
     process = subprocess.Popen(
         arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
