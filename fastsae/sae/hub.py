@@ -86,6 +86,8 @@ def push(
         ValueError: The SAE cannot be saved; nothing was uploaded.
         FastsaeError: The hub refused or could not be reached, or huggingface_hub is not installed.
     """
+    if getattr(sae, "sharding", None) is not None:
+        raise ValueError("push_to_hub: expected an SAE of one process; save it, load it in one, and push that")
     hub = _huggingface_hub("pushing to the hub")
     api = hub.HfApi(token=token)
     with TemporaryDirectory() as folder:

@@ -85,25 +85,6 @@ def save(run: Path, step: int, state: dict[str, Any]) -> None:
             remove(old)
 
 
-def keep(run: Path, step: int, most: int, write: Callable[[Path], None]) -> None:
-    """Writes the SAE of `step` under `run`, then removes the oldest that are more than `most`.
-
-    Args:
-        run: The folder of the SAE's run.
-        step: What names it; nothing is written where it is there already.
-        most: How many stay.
-        write: Writes it to a folder.
-
-    Raises:
-        OSError: The disk is full, or the folder cannot be written; the older ones stay.
-    """
-    final = run / FOLDER / f"{KEPT}{step:09d}"
-    if not final.exists():
-        write_folder(final, write)
-    for old in sorted(whole(run, KEPT))[:-most]:
-        remove(old)
-
-
 def write_folder(final: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a folder, which has its name once it is whole."""
     temporary = temporary_of(final)

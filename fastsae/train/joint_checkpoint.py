@@ -102,7 +102,18 @@ def _rows(own: list[str], groups: Groups) -> dict[str, list[str]]:
 
 
 def keep(run: Path, step: int, most: int, write: Callable[[Path], None], world: Group) -> None:
-    """As `checkpoint.keep`; all processes call it, and `write`, which raises in all of them where it raises in one."""
+    """Writes the SAE of `step` under `run`, then removes the oldest that are more than `most`.
+
+    Args:
+        run: The folder of the SAE's run.
+        step: What names it; nothing is written where it is there already.
+        most: How many stay.
+        write: Writes this process's files to a folder; raises in all processes where it raises in one.
+        world: The processes that train the SAE, which all call this.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written; the older ones stay.
+    """
     final = run / checkpoint.FOLDER / f"{checkpoint.KEPT}{step:09d}"
     if not of_first(world, final.exists()):
         write_folder(final, world, write)

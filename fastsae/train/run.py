@@ -8,14 +8,16 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastsae.data.chat import Dialogue
 from fastsae.data.stream import StreamCounts
 from fastsae.disk import local_path, write_json
-from fastsae.distributed import launch
+from fastsae.distributed import Group, launch
 from fastsae.distributed.launch import Processes
+from fastsae.distributed.together import together
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.fields import read_json
 from fastsae.interrupt import Interrupted
@@ -236,10 +238,6 @@ def check_processes(configs: Mapping[str, TrainConfig], output: Path, resume: bo
         raise UsageError(
             f"batch_size: expected at least one token for each of the {processes.size} processes, got {first.batch_size}"
         )
-    if first.keep_checkpoints is not None and first.shard_features > 1:
-        raise UsageError(
-            f"keep_checkpoints: expected none where processes share the features of an SAE, got {first.keep_checkpoints}"
-        )
 
 
 def ignored(rows: dict[str, Row]) -> None:
@@ -251,14 +249,19 @@ def _save(output: Path, session: Session, seconds: float) -> None:
     most = session.common.keep_checkpoints
     if most is not None and session.checkpoint_is_due:
         session.drop_what_is_not_finite()
-        for name in session.trainers:
-
-            def write(folder: Path, name: str = name) -> None:
-                save_sae(folder, session, name, session.sae_now(name))
-                write_json(folder / CONFIG_FILE, read_json(output / name / CONFIG_FILE))
-
-            checkpoint.keep(output / name, session.step, most, write)
+        for name, trainer in session.trainers.items():
+            write = partial(_write_kept, output=output, session=session, name=name, world=trainer.groups.world)
+            joint_checkpoint.keep(output / name, session.step, most, write, trainer.groups.world)
     session.save(output, seconds)
+
+
+def _write_kept(folder: Path, output: Path, session: Session, name: str, world: Group) -> None:
+    """Writes the SAE as it is now to a folder, by all processes that train it."""
+    sae = session.sae_now(name)
+    with together(world, f"write {folder}"):
+        save_sae(folder, session, name, sae)
+        if session.writes:
+            write_json(folder / CONFIG_FILE, read_json(output / name / CONFIG_FILE))
 
 
 def _finish(

@@ -24,16 +24,16 @@ pytestmark = [
 ]
 STEPS, BATCH, LIMIT = 60, 32, 240
 OPTIONS = [
-    "--max-length", "64", "--eval-dialogues", "4", "--dedup-words", "0", "--layer", "0", "--model-dtype", "float32", "--d-sae", "30",
-    "--batch-size", f"{BATCH}", "--tokens", f"{STEPS * BATCH}", "--buffer-tokens", f"{4 * BATCH}", "--forward-tokens", "256",
+    "--max-length", "64", "--eval-dialogues", "4", "--dedup-words", "0", "--layer", "0", "--model-dtype", "float32",
+    "--d-sae", "30", "--batch-size", f"{BATCH}", "--tokens", f"{STEPS * BATCH}", "--buffer-tokens", f"{4 * BATCH}", "--forward-tokens", "256",
     "--checkpoint-every", "4", "--log-every", "5", "--target-l0", "4", "--init-l0", "8", "--no-pages", "--quiet",
 ]  # fmt: skip
 
 
 def command(output: Path, model: Path, chats: Path, n_shards: int) -> list[str]:
     return [
-        *TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "3", "-m", "fastsae", "train", "--output", str(output), "--model", str(model),
-        "--dataset", str(chats), "--shard-features", str(n_shards), *OPTIONS,
+        *TORCHRUN, "--nproc-per-node", "2", "--max-restarts", "3", "-m", "fastsae", "train", "--output", str(output),
+        "--model", str(model), "--dataset", str(chats), "--shard-features", str(n_shards), *OPTIONS,
     ]  # fmt: skip
 
 
@@ -99,4 +99,4 @@ def test_a_killed_process_changes_nothing(
         done = killed(command(output, tiny_model, chats, n_shards), output, at_step, draw.random(), draw.randrange(2))
         assert done.returncode == 0, done.stderr
         assert outcome(output) == outcome(whole), f"killed at step {at_step}"
-        assert not list((output / "checkpoints").glob("*")) if (output / "checkpoints").exists() else True
+        assert not (output / "checkpoints").exists()  # a complete run needs none
