@@ -25,7 +25,8 @@ pytestmark = [
 STEPS, BATCH, LIMIT = 60, 32, 240
 OPTIONS = [
     "--max-length", "64", "--eval-dialogues", "4", "--dedup-words", "0", "--layer", "0", "--model-dtype", "float32",
-    "--d-sae", "30", "--batch-size", f"{BATCH}", "--tokens", f"{STEPS * BATCH}", "--buffer-tokens", f"{4 * BATCH}", "--forward-tokens", "256",
+    "--d-sae", "30", "--batch-size", f"{BATCH}", "--tokens", f"{STEPS * BATCH}", "--buffer-tokens", f"{4 * BATCH}",
+    "--forward-tokens", "256",
     "--checkpoint-every", "4", "--log-every", "5", "--target-l0", "4", "--init-l0", "8", "--no-pages", "--quiet",
 ]  # fmt: skip
 

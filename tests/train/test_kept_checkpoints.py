@@ -12,7 +12,8 @@ import torch
 from stopped_runs import Stop, make_config, stopped_run
 
 from fastsae import FusedBatchTopKSAE, SparseAutoencoder, UsageError, cli
-from fastsae.train import checkpoint
+from fastsae.distributed import Group
+from fastsae.train import checkpoint, joint_checkpoint
 from fastsae.train.config import TrainConfig
 from fastsae.train.run import train, train_many
 
@@ -103,7 +104,7 @@ def killed(*_: Any) -> None:
     raise Stop
 
 
-@pytest.mark.parametrize("moment", ["write_json", "_remove", "save"])
+@pytest.mark.parametrize("moment", ["write_json", "remove", "save"])
 def test_a_kill_at_any_moment_leaves_whole_ones_and_goes_on(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -135,16 +136,16 @@ def test_a_full_disk_leaves_the_older_ones(tmp_path: Path) -> None:
         (folder / "file").write_text("half")
         raise OSError(28, "No space left on device")
 
-    checkpoint.keep(tmp_path, 1, 1, write)
+    joint_checkpoint.keep(tmp_path, 1, 1, write, Group())
     with pytest.raises(OSError, match="No space"):
-        checkpoint.keep(tmp_path, 2, 1, full)
+        joint_checkpoint.keep(tmp_path, 2, 1, full, Group())
     assert names(tmp_path) == kept(1)
-    checkpoint.keep(tmp_path, 2, 1, write)
+    joint_checkpoint.keep(tmp_path, 2, 1, write, Group())
     assert names(tmp_path) == kept(2)
     checkpoint.discard(tmp_path)
     assert names(tmp_path) == kept(2)
     (tmp_path / "checkpoints" / "sae-step-1-of-mine").mkdir()
-    checkpoint.keep(tmp_path, 3, 1, write)
+    joint_checkpoint.keep(tmp_path, 3, 1, write, Group())
     assert names(tmp_path) == [*kept(3), "sae-step-1-of-mine"]
 
 
