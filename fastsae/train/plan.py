@@ -234,7 +234,7 @@ def step_traffic(
         found["b_dec"] = summed * d_in * 4 * (1 + with_dead) if config.subtracts_b_dec else 0
         chosen = [config.k] if config.architecture == "topk" and config.k else []
         chosen += [max(1, d_in // 2)] if with_dead else []
-        found["candidates"] = sum((n_shards - 1) * rows * 4 * _candidates(k, d_sae, n_shards, rows) for k in chosen)
+        found["candidates"] = sum((n_shards - 1) * rows * 4 * _candidates(k, n_shards) for k in chosen)
     if config.architecture == "batchtopk":
         found["histogram"] = 2 * 2 * (n_processes - 1) / n_processes * BINS * 4
     found["gradients"] = 2 * (n_groups - 1) / n_groups * 4 * trained_numbers(config, d_in)
@@ -272,19 +272,18 @@ def _counts_features(config: TrainConfig) -> bool:
     return config.is_topk or (config.architecture == "jumprelu" and config.sparsity != "tanh")
 
 
-def _candidates(k: int, d_sae: int, n_shards: int, rows: int) -> int:
+def _candidates(k: int, n_shards: int) -> float:
     """Values of a token that each process sends, so that the `k` largest of all are found.
 
-    At first it sends twice its fair share, and the others where a process holds more than that of some token's `k` largest. It
-    is taken to be so where it is more likely than not for features that lie in the processes at random.
+    At first it sends twice its fair share, and the others for those tokens of whose `k` largest some process holds as many as
+    that. So many tokens are taken to be of this kind as there would be if features lay in the processes at random.
     """
-    most = min(k, -(-d_sae // n_shards))
-    sent = min(most, -(-_ROOM_FOR_CANDIDATES * k // n_shards))
-    if sent == most:
-        return most
+    sent = min(k, -(-_ROOM_FOR_CANDIDATES * k // n_shards))
+    if sent == k:
+        return k
     mean, deviation = k / n_shards, math.sqrt(k * (n_shards - 1)) / n_shards
-    share = math.erfc((sent - 0.5 - mean) / deviation / math.sqrt(2)) / 2  # of tokens and processes, as if normal
-    return most if rows * n_shards * share > 0.5 else sent
+    of_a_process = math.erfc((sent - 0.5 - mean) / deviation / math.sqrt(2)) / 2  # share of the tokens, as if normal
+    return sent + min(1.0, n_shards * of_a_process) * (k - sent)
 
 
 def _exchange(name: str, n_bytes: float, config: TrainConfig, n_processes: int) -> Exchange:
