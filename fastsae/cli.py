@@ -29,6 +29,8 @@ Sparse autoencoders (SAEs) for language models.
   fastsae train --layers 2,3 --target-l0 16,32 --output grid     four SAEs for one pass of the model, each in its folder
   fastsae train --layer 3 --hook mlp_out     what the block's MLP adds to the residual stream
   fastsae train --init-from my-sae --lr 3e-4 --dataset chats.jsonl     train a saved SAE further
+  torchrun --standalone --nproc-per-node 2 -m fastsae train --shard-features 2     on two processes that share the features
+  fastsae train --dry-run --processes 8 --hardware h100     what a run will take of each of eight GPUs
   fastsae train --output my-sae --resume     go on with an interrupted run
   fastsae train --model ./my-model --dataset chats.jsonl     rows like {"messages": [{"role": ..., "content": ...}]}
   fastsae cache acts --layers 2,3     write activations once, for fastsae train --activations acts
@@ -94,6 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         bound_product_caches()
         try:
             with signals_end_the_command():
+                if n_processes() > 1 and arguments.command != "train":
+                    raise UsageError(
+                        f"torchrun: expected fastsae train, which several processes can share, got {arguments.command}; start "
+                        "it without torchrun"
+                    )
                 import_for_good(model=arguments.command != "convert")
                 COMMANDS[arguments.command].run(arguments)
         except FastsaeError as error:

@@ -99,6 +99,8 @@ def run(arguments: Namespace) -> None:
     print_summary(metrics)
     name = SAE_CLASSES[configs[""].architecture].__name__
     pages = f"\npage     {output / PAGE_FILE}" if (output / PAGE_FILE).exists() else ""
+    if arguments.pages and configs[""].shard_features > 1:  # which no process has loaded whole
+        pages = f"\npage     fastsae pages {output}  writes it"
     print(f"\nreport   {output / REPORT_FILE}{pages}\nload it  fastsae.{name}.load({str(output)!r})")
 
 
