@@ -108,7 +108,10 @@ class Sharding:
         for grad in grads:
             # a matrix that is stored by feature is contiguous as its transpose
             flat = (grad if grad.is_contiguous() else grad.t()).view(-1)
-            flat.mul_(n_tokens / n_all) if n_tokens else flat.zero_()
+            if n_tokens:
+                flat.mul_(n_tokens / n_all)
+            else:
+                flat.zero_()  # the mean over no tokens is NaN
             pending += [self.data.start_sum_(piece, "gradients") for piece in flat.split(BUCKET_BYTES // flat.itemsize)]
         for piece in pending:
             piece.wait()
