@@ -13,6 +13,7 @@ from fastsae.distributed.exchange import residual_of, shared, start_sum, summed
 from fastsae.distributed.groups import Pending
 from fastsae.distributed.mesh import Groups
 from fastsae.distributed.selection import among_batch_topk, among_topk
+from fastsae.errors import UsageError
 from fastsae_kernels import ActivityHint, AutoencodeOutput, AutoencodeSpec, SparseActs
 from fastsae_kernels.weight_gradients import PassCollector
 
@@ -36,6 +37,9 @@ class Sharding:
         groups: The processes of a row, those of a column, and all of them.
         reduce_dtype: In which parts of a reconstruction travel: float32 or bfloat16.
         n_chunks: Parts of a batch; the sum of one travels while the next is computed.
+
+    Raises:
+        UsageError: `reduce_dtype` is another one, or `n_chunks` no number of parts.
     """
 
     def __init__(
@@ -46,6 +50,10 @@ class Sharding:
         reduce_dtype: torch.dtype = torch.float32,
         n_chunks: int = 1,
     ) -> None:
+        if reduce_dtype not in (torch.float32, torch.bfloat16):
+            raise UsageError(f"reduce_dtype: expected torch.float32 or torch.bfloat16, got {reduce_dtype}")
+        if not isinstance(n_chunks, int) or n_chunks < 1:
+            raise UsageError(f"overlap_chunks: expected a whole number >= 1, got {n_chunks!r}")
         self.d_sae, (self.features, self.data, self.world) = d_sae, groups
         features = self.features
         self.reduce_dtype, self.n_chunks = reduce_dtype, n_chunks

@@ -41,7 +41,7 @@ def shard(
         overlap_chunks: Parts of a batch; the reconstruction of one is summed while the next is computed.
 
     Raises:
-        UsageError: `mesh` is neither.
+        UsageError: `mesh` is neither, `reduce_dtype` another one, or `overlap_chunks` no number of parts.
         ValueError: The SAE is shared already, or is no TopK SAE and has a `k`.
     """
     if sae.sharding is not None:

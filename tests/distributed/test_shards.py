@@ -203,17 +203,27 @@ def test_sixteen_bits(name: str, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_shared(tmp_path: Path) -> None:
-    assert run(refused, 2, tmp_path) == [[True] * 5] * 2
+    assert run(refused, 2, tmp_path) == [[True] * 7] * 2
 
 
 def refused() -> list[bool]:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("feature",))
     other = init_device_mesh("cpu", (2,), mesh_dim_names=("layers",))
-    shared = fastsae.shard(made("step", torch.float32), mesh)
+    shared, whole = fastsae.shard(made("step", torch.float32), mesh), made("step", torch.float32)
     attempts: list[tuple[type[Exception], str, Any]] = [
         (ValueError, "k: expected None", lambda: fastsae.shard(FusedJumpReLUSAE(4, 8, k=2), mesh)),
         (ValueError, "k: expected None", lambda: FusedReLUSAE(4, 8, k=2, mesh=mesh)),
-        (fastsae.UsageError, "mesh: expected", lambda: fastsae.shard(made("step", torch.float32), other)),
+        (fastsae.UsageError, "mesh: expected", lambda: fastsae.shard(whole, other)),
+        (
+            fastsae.UsageError,
+            "reduce_dtype: expected",
+            lambda: fastsae.shard(whole, mesh, reduce_dtype=torch.half),
+        ),
+        (
+            fastsae.UsageError,
+            "overlap_chunks: expected",
+            lambda: fastsae.shard(whole, mesh, overlap_chunks=0),
+        ),
         (ValueError, "shared already", lambda: fastsae.shard(shared, mesh)),
         (ValueError, "feature_weights: expected", lambda: shared.feature_weights([0])),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,23 @@ def test_two_hundred_steps_are_those_of_one_process(shape: tuple[int, int], name
                 if shape[0] > 1:
                     row, want = {**row, "fvu": None}, {**want, "fvu": None}
                 assert row == pytest.approx(want, rel=0.02, abs=0.02), f"{name}: step {want['step']}"
+
+
+def in_sixteen_bits() -> dict[str, Any]:
+    config = replace(CONFIGS["jumprelu"], dtype="bfloat16", reduce_dtype="bfloat16", overlap_chunks=2)
+    groups = grid((1, 2))
+    trainer = train(config, groups, own_rows(groups), 60)
+    return {**described(trainer), "state": dict(fastsae.unshard(trainer.sae).state_dict())}
+
+
+def test_products_and_parts_in_sixteen_bits(tmp_path: Path) -> None:
+    """With the optimiser's 16-bit copies of the weights, and parts that travel in 16 bits: as one process within rounding."""
+    ranks = run(in_sixteen_bits, 2, tmp_path)
+    alone = described(train(replace(CONFIGS["jumprelu"], dtype="bfloat16"), None, slice(None), 60))
+    for key, value in alone["state"].items():
+        assert torch.equal(ranks[0]["state"][key], ranks[1]["state"][key])
+        assert (ranks[0]["state"][key] - value).norm() <= 0.05 * value.norm(), key
+    assert ranks[0]["history"][-1]["fvu"] == pytest.approx(alone["history"][-1]["fvu"], rel=0.05)
 
 
 def twice(name: str, shape: tuple[int, int]) -> list[Any]:
