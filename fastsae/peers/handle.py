@@ -67,6 +67,7 @@ class State:
     spare: Spare = field(default_factory=Spare)  # the memory of the last dense activations, once they are gone
     in_peer: bool = False  # inside of a call that was left to the peer
     sharding: Sharding | None = None  # which features of the SAE this process holds, where several share them
+    has_compared: bool = False  # the tokens of a step with those of the others
 
 
 class Accelerated:

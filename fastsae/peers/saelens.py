@@ -282,6 +282,8 @@ def _accelerate_sae(sae: SAE, handle: Handle, optimizers: Callable[[], Iterable[
     handle.swap(sae, cls)
     handle.share(sae, sae.cfg.d_sae, optimizers)
     stored = handle.store_transposed(sae, "W_enc", optimizers)
+    if sae.sharding is not None:
+        name += f", of which this process has the features from {sae.sharding.start} to {sae.sharding.end - 1}"
     handle.changes.append(name + (", with W_enc stored feature by feature" if stored else ""))
     return True
 

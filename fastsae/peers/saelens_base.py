@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 import fastsae_kernels as kernels
-from fastsae.distributed import Sharding
-from fastsae.errors import UsageError
 from fastsae.peers import entries
-from fastsae.peers.handle import Accelerated, store_transposed
+from fastsae.peers.handle import store_transposed
 from fastsae.peers.hooks import hook_on, in_transform
 from fastsae.peers.lazy import Lazy
+from fastsae.peers.shared import MaybeShared
 from fastsae.sae.inference import from_sparse_tensor
 from fastsae_kernels import AutoencodeOutput, AutoencodeSpec, Collector, SparseActs
 from fastsae_kernels.memory import version_of
@@ -51,44 +50,10 @@ class FusedStepOutput(TrainStepOutput):
     l0: Tensor  # [N] int64, active features of each token
 
 
-class FusedSAE(SAE, Accelerated):
+class FusedSAE(SAE, MaybeShared):
     """What every SAE of SAELens has: `encode`, `decode` and `forward` on the ops."""
 
     activation: type = nn.ReLU  # what `activation_fn` must be
-
-    @property
-    def sharding(self) -> Sharding | None:
-        """Which features this process holds, where several share them; averages gradients, and clips them."""
-        return self._fastsae.sharding
-
-    @property
-    def _is_shared(self) -> bool:
-        """Whether other processes take part in every call."""
-        return self.sharding is not None and self.sharding.world.size > 1
-
-    @property
-    def _ops(self) -> Any:
-        """Who runs autoencode, encode and decode: the kernels, or several processes on their parts of the features."""
-        return self.sharding if self._is_shared else kernels
-
-    def _is_fused(self, method: str, reason: str | None) -> bool:
-        if reason is not None:
-            self._check_whole(method, reason)
-        return super()._is_fused(method, reason)
-
-    def _check_whole(self, method: str, reason: str) -> None:
-        if self._is_shared:
-            raise UsageError(
-                f"{method}: expected a call that the fused ops cover, since this process has a part of the SAE alone, but "
-                f"{reason}; handle.undo() in every process puts the whole SAE together"
-            )
-
-    def _is_compiled(self, method: str) -> bool:
-        """Whether a call is traced by `torch.compile`, which takes the peer's code."""
-        if torch.compiler.is_compiling():
-            self._check_whole(method, "torch.compile is around it")
-            return True
-        return False
 
     def _gate(self) -> Tensor:
         """`[d_sae]`, >= 0: a feature is active strictly above it."""
@@ -154,10 +119,6 @@ class FusedSAE(SAE, Accelerated):
         if self.cfg.apply_b_dec_to_input:
             x, b_enc = kernels.subtract_pre_bias(x, self._pre_bias(), self.W_enc, b_enc)
         return x, self.W_enc, b_enc
-
-    def _pre_bias(self) -> Tensor:
-        """`b_dec` where it is subtracted from x: each process then has the gradient of its own features alone."""
-        return self.b_dec if self.sharding is None else self.sharding.share(self.b_dec)
 
     def _autoencode(
         self, x: Tensor, spec: AutoencodeSpec, rank_scale: Tensor | None = None, **options: Any
@@ -295,6 +256,7 @@ class FusedTrainingSAE(FusedSAE):
     def _step_outside_of_graphs(self, step_input: TrainStepInput) -> TrainStepOutput:
         reason, step = self._why_not(step_input.sae_in) or self._why_not_step(step_input), None
         if reason is None and not self._fastsae.in_peer:
+            self._check_same_tokens(step_input.sae_in)
             step = self._finite(lambda: self._step(step_input))
             reason = None if step is not None else "the input or a weight is NaN or Inf"
         if not self._is_fused("training_forward_pass", reason) or step is None:
@@ -323,20 +285,12 @@ class FusedTrainingSAE(FusedSAE):
         x = step_input.sae_in
         return self._autoencode(x, spec, target=x.to(self.dtype), collector=collector, **options)
 
-    def _own(self, mask: Tensor) -> Tensor:
-        """The part of a mask of all features that this process holds."""
-        return mask if self.sharding is None else self.sharding.own_part("b_enc", mask)
-
     def _sae_in(self, x: Tensor) -> Tensor:
         """What the encoder multiplies; each process has the gradient of its own features alone."""
         if self.sharding is None:
             return self.process_sae_in(x)
         x = self.sharding.share(x.to(self.dtype), "x")
         return x - self._pre_bias() if self.cfg.apply_b_dec_to_input else x
-
-    def _sum_of_parts(self, part: Tensor, x: Tensor) -> Tensor:
-        """What the features of all processes give from `x`, whose gradient they exchange even where some give nothing."""
-        return part if self.sharding is None else self.sharding.sum_of_parts(part + x[:0].sum())
 
     def _output(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,8 +54,20 @@ class FusedSAETrainer(SAETrainer, Accelerated):
             and self.sae.sharding is not None
         ):
             output = copy.copy(output)  # with as many active entries of each token, which is all that is read of them
-            output.feature_acts = torch.arange(self.sae.d_sae, device=output.l0.device) < output.l0[:, None]
+            output.feature_acts = torch.arange(int(output.l0.max()), device=output.l0.device) < output.l0[:, None]
         return super().build_train_step_log_dict(output, n_training_samples)
+
+    def save_trainer_state(self, checkpoint_path: Path) -> None:
+        self._check_whole("save_trainer_state")
+        super().save_trainer_state(checkpoint_path)
+
+    def load_trainer_state(self, checkpoint_path: Path | str) -> None:
+        self._check_whole("load_trainer_state")
+        super().load_trainer_state(checkpoint_path)
+
+    def _check_whole(self, method: str) -> None:
+        if isinstance(self.sae, FusedTrainingSAE):
+            self.sae._check_whole(method, "a checkpoint holds the moments of all features")
 
     @torch.no_grad()
     def _count_firing(self, counts: Tensor) -> None:

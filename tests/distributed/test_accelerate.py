@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from processes import run
-from saelens_problem import D_SAE, TRAINED, TrainStepInput, activations, training_sae
+from saelens_problem import (
+    D_SAE,
+    TRAINED,
+    TrainStepInput,
+    activations,
+    assert_same_losses,
+    inference_sae,
+    sae_lens,
+    steps,
+    trainer_of,
+    training_sae,
+)  # fmt: skip
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
 
 import fastsae
 
@@ -54,9 +67,8 @@ def shared_steps(kinds: list[str]) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("n_processes", [2, 3])
-def test_a_step_is_that_of_the_whole_sae(n_processes: int, tmp_path: Path) -> None:
-    ranks = run(shared_steps, n_processes, tmp_path, KINDS)
+def test_a_step_is_that_of_the_whole_sae(tmp_path: Path) -> None:
+    ranks = run(shared_steps, 2, tmp_path, KINDS)
     for kind in KINDS:
         for amount, dead in DEAD.items():
             want = trained(training_sae(kind, dtype="float64"), dead)
@@ -71,3 +83,202 @@ def test_a_step_is_that_of_the_whole_sae(n_processes: int, tmp_path: Path) -> No
                     torch.testing.assert_close(
                         got[name], value, rtol=rtol, atol=atol, msg=lambda t, text=text: f"{text}: {t}"
                     )
+
+
+RUNS = {
+    "jumprelu tanh": True,
+    "jumprelu": False,
+    "standard": False,
+    "topk": True,
+    "batchtopk": False,
+}  # with FusedSAEAdam?
+N_STEPS = 6
+
+
+def numbers(trainer: Any) -> dict[str, Tensor]:
+    """Weights, moments and counts of a trainer, all whole."""
+    found = {name: value.detach() for name, value in trainer.sae.state_dict().items()}
+    names = dict(trainer.sae.named_parameters())
+    state = {name: trainer.optimizer.state[p] for name, p in names.items()}
+    found |= {f"{key} of {name}": value for name, of_p in state.items() for key, value in of_p.items()}
+    counts = {"act_freq_scores": trainer.act_freq_scores, "passes": trainer.n_forward_passes_since_fired}
+    return {name: value.clone().contiguous() for name, value in (found | counts).items()}
+
+
+def logged(trainer: Any, seed: int) -> dict[str, float]:
+    output = trainer.step(activations(seed))
+    return dict(trainer.build_train_step_log_dict(output, n_training_samples=1))
+
+
+def trained_by_trainer(kind: str, mesh: Any, optimizer: bool) -> dict[str, Any]:
+    trainer = trainer_of(training_sae(kind, dtype="float64"))
+    losses = steps(trainer, 1)  # moments that are there before
+    if mesh is None:
+        losses += steps(trainer, N_STEPS, start=1)
+        log = logged(trainer, 99)
+    else:
+        with fastsae.accelerate(trainer, mesh=mesh, optimizer=optimizer) as handle:
+            assert trainer.sae.W_dec.shape[0] < D_SAE
+            losses += steps(trainer, N_STEPS, start=1)
+            assert trainer.dead_neurons.shape == (D_SAE,)
+            log = logged(trainer, 99)
+        assert handle.tally.fused["training_forward_pass"] == N_STEPS + 1
+        assert not handle.tally.left
+        assert "this process has the features from" in handle.report()
+    losses += steps(trainer, 1, start=50)  # by SAELens alone again
+    return {"losses": losses, "log": log, "numbers": numbers(trainer)}
+
+
+def trained_by_trainers() -> dict[str, Any]:
+    return {kind: trained_by_trainer(kind, distributed.group.WORLD, optimizer) for kind, optimizer in RUNS.items()}
+
+
+def test_a_trainer_goes_on_as_without_and_undo_gives_back_the_whole(tmp_path: Path) -> None:
+    ranks = run(trained_by_trainers, 3, tmp_path)
+    for kind in RUNS:
+        want = trained_by_trainer(kind, None, False)
+        for got in (rank[kind] for rank in ranks):
+            assert_same_losses(got["losses"], want["losses"])
+            for name, value in want["log"].items():
+                assert got["log"][name] == pytest.approx(value, rel=1e-6, abs=1e-9), f"{kind}: {name}"
+            assert got["numbers"].keys() == want["numbers"].keys()
+            for name, value in want["numbers"].items():
+                text = f"{kind}: {name}"
+                torch.testing.assert_close(
+                    got["numbers"][name], value, rtol=1e-5, atol=1e-7, msg=lambda t, text=text: f"{text}: {t}"
+                )
+
+
+def inferred(name: str, mesh: Any) -> dict[str, Tensor]:
+    sae = inference_sae(name, dtype="float64", **({"rescale_acts_by_decoder_norm": True} if name == "TopK" else {}))
+    x = activations(5).double().reshape(2, -1, 64)
+    handle = None if mesh is None else fastsae.accelerate(sae, mesh=mesh)
+    with torch.no_grad():
+        acts = sae.encode(x)
+        edited = acts.clone()
+        edited[..., 7] = 3.0  # a feature is steered
+        found = {"encode": acts, "decode": sae.decode(acts), "edited": sae.decode(edited), "empty": sae.encode(x[:0])}
+    x.requires_grad_()
+    found["forward"] = sae(x)
+    found["forward"].square().sum().backward()
+    found["grad x"], found["grad b_dec"] = x.grad, sae.b_dec.grad.clone()
+    if handle is not None:
+        handle.undo()
+    return {key: value.detach() for key, value in (found | dict(sae.named_parameters())).items()}
+
+
+def all_inferred() -> dict[str, dict[str, Tensor]]:
+    return {name: inferred(name, distributed.group.WORLD) for name in ("JumpReLU", "Standard", "TopK")}
+
+
+def test_inference_is_that_of_the_whole_sae(tmp_path: Path) -> None:
+    for rank in run(all_inferred, 2, tmp_path):
+        for name, got in rank.items():
+            for key, value in inferred(name, None).items():
+                text = f"{name}: {key}"
+                torch.testing.assert_close(
+                    got[key], value, rtol=1e-9, atol=1e-11, msg=lambda t, text=text: f"{text}: {t}"
+                )
+
+
+def averaged() -> dict[str, dict[str, Tensor]]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "feature"))
+    found = {}
+    for kind in ("jumprelu", "batchtopk"):
+        sae = training_sae(kind, dtype="float64")
+        fastsae.accelerate(sae, mesh=mesh)
+        sharding, whole = sae.sharding, step_input(sae, 0)
+        whole.sae_in = whole.sae_in[:100] if sharding.data.rank == 0 else whole.sae_in[100:]
+        sae.training_forward_pass(whole).loss.backward()
+        sharding.average_gradients(sae.parameters(), len(whole.sae_in))
+        norm = sharding.clip_grad_norm_(sae.named_parameters(), 1e-3)
+        found[kind] = {name: sharding.whole(name, p.grad) for name, p in sae.named_parameters()} | {"norm": norm}
+    return found
+
+
+def test_processes_that_see_other_tokens_average_and_clip(tmp_path: Path) -> None:
+    ranks = run(averaged, 4, tmp_path)
+    for kind in ("jumprelu", "batchtopk"):
+        sae = training_sae(kind, dtype="float64")
+        sae.training_forward_pass(step_input(sae, 0)).loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), 1e-3)
+        for rank in ranks:
+            torch.testing.assert_close(rank[kind]["norm"], norm.double(), rtol=1e-7, atol=0)
+            for name, p in sae.named_parameters():
+                torch.testing.assert_close(rank[kind][name], p.grad, rtol=1e-5, atol=1e-10)
+
+
+def refused(folder: str) -> int:
+    world, rank = distributed.group.WORLD, distributed.get_rank()
+    hooked, normalised = training_sae("jumprelu"), training_sae("jumprelu", normalize_activations="layer_norm")
+    hooked.hook_sae_acts_post.register_forward_hook(lambda *_: None)
+    twice = training_sae("topk")
+    fastsae.accelerate(twice)
+    matryoshka = sae_lens.MatryoshkaBatchTopKTrainingSAEConfig(d_in=4, d_sae=8, matryoshka_widths=[4, 8])
+    other_p = training_sae("standard", lp_norm=0.5)
+    before: list[tuple[Any, str]] = [
+        (hooked, "a hook is attached to hook_sae_acts_post"),
+        (normalised, "normalize_activations is 'layer_norm'"),
+        ([training_sae("topk"), twice], "it is accelerated already"),
+        (other_p, "lp_norm is not 1"),
+        (training_sae("batchtopk", k=2.5), "k is no number of features"),
+        (
+            sae_lens.MatryoshkaBatchTopKTrainingSAE(matryoshka),
+            "no class that accelerate",
+        ),
+        (sae_lens, "mesh: expected"),
+        (trainer_of(training_sae("topk"), save_final_checkpoint=True), "save_final_checkpoint=False"),
+        (training_sae("topk" if rank == 0 else "jumprelu"), "the same SAE and optimiser in every process"),
+    ]
+    for obj, message in before:
+        objects = obj if isinstance(obj, list) else [obj]
+        classes = [type(item) for item in objects]
+        with pytest.raises(fastsae.UsageError, match=message):
+            fastsae.accelerate(obj, mesh=world)
+        assert [type(item) for item in objects] == classes
+        shapes = {item.W_dec.shape for item in objects if hasattr(item, "W_dec")}
+        assert all(shape[0] in (8, D_SAE) for shape in shapes)
+    with pytest.raises(Exception, match="could not share the SAE" if rank else "a hook"):
+        fastsae.accelerate(training_sae("jumprelu") if rank else hooked, mesh=world)
+
+    sae = training_sae("jumprelu")
+    fastsae.accelerate(sae, mesh=world)
+    other_tokens = step_input(sae, 0)
+    other_tokens.sae_in = activations(rank)
+    other_mask = replace(step_input(sae, 0), dead_neuron_mask=torch.ones(3, dtype=torch.bool))
+    after: list[tuple[Any, str]] = [
+        (lambda: sae.training_forward_pass(other_tokens), "the same tokens"),
+        (
+            lambda: sae.training_forward_pass(other_mask),
+            "not of all features",
+        ),
+        (lambda: sae.training_forward_pass(step_input(sae, 0)).feature_acts, "feature_acts: expected"),
+        (lambda: sae.training_forward_pass(step_input(sae, 0)).hidden_pre, "hidden_pre: expected"),
+        (lambda: sae.encode(activations(3)), "under torch.no_grad"),
+        (lambda: sae.encode_with_hidden_pre(activations(3)), "encode_with_hidden_pre: expected"),
+        (lambda: sae.save_model(folder), "save_model: expected"),
+        (lambda: sae.save_inference_model(folder), "save_inference_model: expected"),
+        (lambda: fastsae.accelerate(sae, mesh=world), "accelerated already"),
+    ]
+    for call, message in after:
+        with pytest.raises(fastsae.UsageError, match=message):
+            call()
+    sae.threshold.data[:] = -1.0 if rank else 1.0
+    with torch.no_grad(), pytest.raises(fastsae.UsageError, match="a threshold is below 0"):
+        sae.encode(activations(3))
+    trainer = trainer_of(training_sae("topk"))
+    handle = fastsae.accelerate(trainer, mesh=world)
+    for method in (trainer.save_trainer_state, trainer.load_trainer_state):
+        with pytest.raises(fastsae.UsageError, match="a checkpoint holds"):
+            method(Path(folder))
+    with pytest.raises(KeyError), handle:  # no process is waited for that knows of no error
+        raise KeyError
+    assert trainer.sae.W_dec.shape[0] < D_SAE
+    handle.undo()
+    assert trainer.sae.W_dec.shape[0] == D_SAE
+    return len(before) + len(after)
+
+
+def test_what_cannot_be_shared_is_refused_by_name(tmp_path: Path) -> None:
+    first, second = run(refused, 2, tmp_path, str(tmp_path / "saved"))
+    assert first == second == 18
