@@ -43,6 +43,7 @@ class MaybeShared(Accelerated):
             self._check_whole(method, reason)
         return super()._is_fused(method, reason)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # which would lose the error
     def _check_whole(self, method: str, reason: str) -> None:
         """Raises UsageError where this process has a part of the SAE, with the reason why that is not enough."""
         if self._is_shared:
@@ -53,10 +54,11 @@ class MaybeShared(Accelerated):
 
     def _is_compiled(self, method: str) -> bool:
         """Whether a call is traced by `torch.compile`, which takes the peer's code."""
-        if torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
+            return False
+        if self._is_shared:  # asked for here, since the check would end a graph
             self._check_whole(method, "torch.compile is around it")
-            return True
-        return False
+        return True
 
     @torch.no_grad()
     def _check_same_tokens(self, x: Tensor) -> None:

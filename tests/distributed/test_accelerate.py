@@ -25,6 +25,7 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 import fastsae
+from fastsae.distributed import Groups
 
 pytestmark = pytest.mark.skipif(
     not (distributed.is_available() and distributed.is_gloo_available()), reason="this PyTorch has no gloo"
@@ -186,6 +187,9 @@ def averaged() -> dict[str, dict[str, Tensor]]:
     found = {}
     for kind in ("jumprelu", "batchtopk"):
         sae = training_sae(kind, dtype="float64")
+        with torch.no_grad():  # the first process that holds a part gives it to the others
+            sae.b_dec += distributed.get_rank()
+            sae.W_dec += mesh.get_local_rank("data")
         fastsae.accelerate(sae, mesh=mesh)
         sharding, whole = sae.sharding, step_input(sae, 0)
         whole.sae_in = whole.sae_in[:100] if sharding.data.rank == 0 else whole.sae_in[100:]
@@ -266,6 +270,8 @@ def refused(folder: str) -> int:
     sae.threshold.data[:] = -1.0 if rank else 1.0
     with torch.no_grad(), pytest.raises(fastsae.UsageError, match="a threshold is below 0"):
         sae.encode(activations(3))
+    with pytest.raises(fastsae.UsageError, match=r"torch\.compile is around it"):
+        torch.compile(sae.forward, backend="eager")(activations(3))
     trainer = trainer_of(training_sae("topk"))
     handle = fastsae.accelerate(trainer, mesh=world)
     for method in (trainer.save_trainer_state, trainer.load_trainer_state):
@@ -282,3 +288,20 @@ def refused(folder: str) -> int:
 def test_what_cannot_be_shared_is_refused_by_name(tmp_path: Path) -> None:
     first, second = run(refused, 2, tmp_path, str(tmp_path / "saved"))
     assert first == second == 18
+
+
+@pytest.mark.parametrize("kind", ["jumprelu", "topk"])
+def test_one_process_computes_as_without_a_mesh(kind: str) -> None:
+    sae, other = training_sae(kind), training_sae(kind)
+    fastsae.accelerate(sae, mesh=Groups.alone())
+    fastsae.accelerate(other)
+    got, want = trained(sae, DEAD["many"]), trained(other, DEAD["many"])
+    assert all(torch.equal(got[name], value) for name, value in want.items())
+
+
+def test_other_peers_and_other_meshes_are_refused() -> None:
+    with pytest.raises(fastsae.UsageError, match="mesh: expected a ProcessGroup"):
+        fastsae.accelerate(training_sae("topk"), mesh="cpu")
+    dictionary = pytest.importorskip("dictionary_learning.trainers.top_k").AutoEncoderTopK(4, 8, 2)
+    with pytest.raises(fastsae.UsageError, match="mesh: expected None for dictionary-learning"):
+        fastsae.accelerate(dictionary, mesh=Groups.alone())
