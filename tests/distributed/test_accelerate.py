@@ -11,16 +11,20 @@ import torch
 from processes import run
 from saelens_problem import (
     D_SAE,
+    N_TOKENS,
     TRAINED,
+    MultiSAETrainer,
+    SAETrainerConfig,
     TrainStepInput,
     activations,
     assert_same_losses,
+    close,
     inference_sae,
     sae_lens,
     steps,
     trainer_of,
     training_sae,
-)  # fmt: skip
+)
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -150,6 +154,31 @@ def test_a_trainer_goes_on_as_without_and_undo_gives_back_the_whole(tmp_path: Pa
                 )
 
 
+def several(mesh: Any = None) -> dict[str, Tensor]:
+    """Weights of two SAEs that one trainer of SAELens has trained to its end."""
+    saes = {"a": training_sae("jumprelu quadratic"), "b": training_sae("topk")}
+    config = SAETrainerConfig(total_training_samples=4 * N_TOKENS, train_batch_size_samples=N_TOKENS, lr_end=1e-4)
+    trainer = MultiSAETrainer(config, saes, dict.fromkeys(saes, "x"), iter([{"x": activations(i)} for i in range(4)]))
+    handle = None if mesh is None else fastsae.accelerate(trainer, mesh=mesh)
+    trainer.fit()
+    if handle is not None:
+        assert all(len(sae.W_dec) < D_SAE for sae in saes.values())
+        handle.undo()
+    return {f"{key} of {name}": value for name, sae in saes.items() for key, value in sae.state_dict().items()}
+
+
+def several_shared() -> dict[str, Tensor]:
+    return several(distributed.group.WORLD)
+
+
+def test_several_saes_are_shared_at_once(tmp_path: Path) -> None:
+    want = several()
+    for got in run(several_shared, 2, tmp_path):
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert close(got[name], value, 2e-5), name
+
+
 def inferred(name: str, mesh: Any) -> dict[str, Tensor]:
     sae = inference_sae(name, dtype="float64", **({"rescale_acts_by_decoder_norm": True} if name == "TopK" else {}))
     x = activations(5).double().reshape(2, -1, 64)
@@ -234,6 +263,9 @@ def refused(folder: str) -> int:
         (trainer_of(training_sae("topk"), save_final_checkpoint=True), "save_final_checkpoint=False"),
         (training_sae("topk" if rank == 0 else "jumprelu"), "the same SAE and optimiser in every process"),
     ]
+    trainer, two = trainer_of(training_sae("topk")), init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "feature"))
+    with pytest.raises(fastsae.UsageError, match="no processes that see other tokens"):
+        fastsae.accelerate(trainer, mesh=two)
     for obj, message in before:
         objects = obj if isinstance(obj, list) else [obj]
         classes = [type(item) for item in objects]
@@ -272,7 +304,6 @@ def refused(folder: str) -> int:
         sae.encode(activations(3))
     with pytest.raises(fastsae.UsageError, match=r"torch\.compile is around it"):
         torch.compile(sae.forward, backend="eager")(activations(3))
-    trainer = trainer_of(training_sae("topk"))
     handle = fastsae.accelerate(trainer, mesh=world)
     for method in (trainer.save_trainer_state, trainer.load_trainer_state):
         with pytest.raises(fastsae.UsageError, match="a checkpoint holds"):
