@@ -190,9 +190,7 @@ class FusedSAEAdam(torch.optim.Adam):
     @property
     def _chunk(self) -> int:
         """Features that are updated together: few on a CPU, whose cache holds them, all on a GPU."""
-        return (
-            max(1, CHUNK_ELEMENTS // self.sae.d_in) if self.sae.device.type == "cpu" else max(1, len(self.matrices[1]))
-        )
+        return max(1, CHUNK_ELEMENTS // self.sae.d_in) if self.sae.device.type == "cpu" else max(1, len(self.matrices[1]))
 
     def _by_feature(self, p: nn.Parameter, tensor: Tensor) -> Tensor:
         """A tensor like the weight matrix `p`, as `[d_sae, d_in]`."""

@@ -115,11 +115,11 @@ def _accelerate(obj: Any, handle: Handle) -> None:
 def _check_shareable(obj: Any, groups: Groups) -> None:
     for item in _items(obj):
         peer = _peer_of(item)
-        _check_version(peer)
         if peer.module != "saelens":
             raise UsageError(
                 f"mesh: expected None for {peer.distribution}; SAEs of sae-lens and of fastsae can be shared"
             )
+        _check_version(peer)
         import_module(f"fastsae.peers.{peer.module}").check_shareable(item, groups)
 
 

@@ -235,16 +235,11 @@ def _check_same(sharding: Sharding, module: nn.Module, optimizers: Iterable[Any]
     }
     own = {name: f"{tuple(value.shape)} {value.dtype}" for name, value in tensors.items() if isinstance(value, Tensor)}
     for rank, other in enumerate(gather_objects(sharding.world, own)):
-        if other != own:
-            differs = ", ".join(
-                sorted(
-                    f"{name}: {own.get(name)} and {other.get(name)}"
-                    for name in own.keys() | other.keys()
-                    if own.get(name) != other.get(name)
-                )
-            )
+        names = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
+        if names:
             raise UsageError(
-                f"obj: expected the same SAE and optimiser in every process, got here and in process {rank} {differs}"
+                f"obj: expected the same SAE and optimiser in every process, got {names[0]}: {own.get(names[0])} here and "
+                f"{other.get(names[0])} in process {rank}"
             )
 
 

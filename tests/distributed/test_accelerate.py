@@ -333,6 +333,7 @@ def test_one_process_computes_as_without_a_mesh(kind: str) -> None:
 def test_other_peers_and_other_meshes_are_refused() -> None:
     with pytest.raises(fastsae.UsageError, match="mesh: expected a ProcessGroup"):
         fastsae.accelerate(training_sae("topk"), mesh="cpu")
-    dictionary = pytest.importorskip("dictionary_learning.trainers.top_k").AutoEncoderTopK(4, 8, 2)
-    with pytest.raises(fastsae.UsageError, match="mesh: expected None for dictionary-learning"):
-        fastsae.accelerate(dictionary, mesh=Groups.alone())
+    for package, peer in (("sparsify", "eai-sparsify"), ("dictionary_learning", "dictionary-learning")):
+        of_package = type("Coder", (), {"__module__": f"{package}.coder"})()
+        with pytest.raises(fastsae.UsageError, match=f"mesh: expected None for {peer}"):
+            fastsae.accelerate(of_package, mesh=Groups.alone())
