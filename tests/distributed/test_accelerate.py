@@ -57,9 +57,9 @@ def trained(sae: Any, dead: int) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in found.items()}
 
 
-def shared_steps(kinds: list[str]) -> dict[str, dict[str, Tensor]]:
+def shared_steps() -> dict[str, dict[str, Tensor]]:
     found = {}
-    for kind in kinds:
+    for kind in KINDS:
         for amount, dead in DEAD.items():
             sae = training_sae(kind, dtype="float64")
             with fastsae.accelerate(sae, mesh=distributed.group.WORLD):
@@ -72,13 +72,22 @@ def shared_steps(kinds: list[str]) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def test_a_step_is_that_of_the_whole_sae(tmp_path: Path) -> None:
-    ranks = run(shared_steps, 2, tmp_path, KINDS)
+def in_two_processes() -> dict[str, Any]:
+    return {"steps": shared_steps(), "inferred": all_inferred(), "several": several(distributed.group.WORLD)}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes has found; they are started once, since importing SAELens takes most of their time."""
+    return run(in_two_processes, 2, tmp_path_factory.mktemp("two"))
+
+
+def test_a_step_is_that_of_the_whole_sae(ranks: list[dict[str, Any]]) -> None:
     for kind in KINDS:
         for amount, dead in DEAD.items():
             want = trained(training_sae(kind, dtype="float64"), dead)
             for rank in ranks:
-                got = rank[f"{kind}, {amount}"]
+                got = rank["steps"][f"{kind}, {amount}"]
                 assert got.keys() == want.keys()
                 for name, value in want.items():
                     rtol, atol = (
@@ -167,13 +176,9 @@ def several(mesh: Any = None) -> dict[str, Tensor]:
     return {f"{key} of {name}": value for name, sae in saes.items() for key, value in sae.state_dict().items()}
 
 
-def several_shared() -> dict[str, Tensor]:
-    return several(distributed.group.WORLD)
-
-
-def test_several_saes_are_shared_at_once(tmp_path: Path) -> None:
+def test_several_saes_are_shared_at_once(ranks: list[dict[str, Any]]) -> None:
     want = several()
-    for got in run(several_shared, 2, tmp_path):
+    for got in (rank["several"] for rank in ranks):
         assert got.keys() == want.keys()
         for name, value in want.items():
             assert close(got[name], value, 2e-5), name
@@ -201,9 +206,9 @@ def all_inferred() -> dict[str, dict[str, Tensor]]:
     return {name: inferred(name, distributed.group.WORLD) for name in ("JumpReLU", "Standard", "TopK")}
 
 
-def test_inference_is_that_of_the_whole_sae(tmp_path: Path) -> None:
-    for rank in run(all_inferred, 2, tmp_path):
-        for name, got in rank.items():
+def test_inference_is_that_of_the_whole_sae(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for name, got in rank["inferred"].items():
             for key, value in inferred(name, None).items():
                 text = f"{name}: {key}"
                 torch.testing.assert_close(
