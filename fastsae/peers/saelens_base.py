@@ -22,7 +22,7 @@ from fastsae.peers import entries
 from fastsae.peers.handle import store_transposed
 from fastsae.peers.hooks import hook_on, in_transform
 from fastsae.peers.lazy import Lazy
-from fastsae.peers.shared import MaybeShared
+from fastsae.peers.saelens_shared import MaybeShared
 from fastsae.sae.inference import from_sparse_tensor
 from fastsae_kernels import AutoencodeOutput, AutoencodeSpec, Collector, SparseActs
 from fastsae_kernels.memory import version_of

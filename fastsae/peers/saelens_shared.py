@@ -1,4 +1,4 @@
-"""An accelerated SAE of which this process may hold a part: the ops of all that hold one, and no call of the peer's code."""
+"""An accelerated SAE of SAELens of which this process may hold a part: the ops of all that hold one."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from fastsae.errors import UsageError
 from fastsae.peers.handle import Accelerated
 
 N_COMPARED = 256  # numbers of a step's tokens that processes compare
-MAX_DIFFERENCE = (
-    0.1  # of their norm: the same tokens differ by rounding alone where each process ran the language model
-)
+MAX_DIFFERENCE = 0.1  # of their norm; the same tokens differ by rounding, where each process ran the language model
 
 
 class MaybeShared(Accelerated):
-    """An accelerated SAE with SAELens' parameter names, whole or a part of one."""
+    """An accelerated SAE of SAELens, whole or a part of one."""
 
     b_dec: Any
 
