@@ -105,3 +105,24 @@ def _first_ties(acts: SparseActs, ties: Tensor, most: int, features: Group, data
     own_before = of_row.cumsum(0) - of_row
     place = before - own_before[rows] + (before_row + by_process[: features.rank].sum(0))[rows]
     return place < most
+
+
+def among_largest(values: Tensor, k: int, features: Group) -> Tensor:
+    """`[N, n]` bool: which of this process's numbers, of any sign, are among the `k` largest of their row; ties go to the first.
+
+    Args:
+        values: `[N, n]`, of this process's features.
+        k: How many survive, where all processes together have as many.
+        features: The processes, in the order of their features.
+    """
+    sent = min(
+        k, max(features.gather(torch.tensor([values.shape[1]], device=values.device), "counts").flatten().tolist())
+    )
+    own = values.sort(dim=1, descending=True, stable=True)
+    candidates = values.new_full((len(values), sent), -torch.inf)
+    candidates[:, : values.shape[1]] = own.values[:, :sent]
+    found = features.gather(candidates, "candidates")
+    cutoff = _kth_largest(found, k)
+    room = k - (found > cutoff).sum((0, 2)) - (found[: features.rank] == cutoff).sum((0, 2))
+    ties = values == cutoff
+    return (values > cutoff) | (ties & (ties.cumsum(1) <= room[:, None]))

@@ -88,6 +88,12 @@ class Sharding:
         """The part of a tensor, by its parameter's name, that this process holds; a view."""
         return whole.narrow(SLICED[name], self.start, self.end - self.start) if name in SLICED else whole
 
+    @torch.no_grad()
+    def part_of_first(self, name: str, whole: Tensor) -> Tensor:
+        """This process's part of a tensor that every process has: where they differ, that of the first one with this part."""
+        first = self.data if name in SLICED else self.world
+        return first.broadcast_(self.own_part(name, whole).clone(memory_format=torch.contiguous_format), "weights")
+
     def whole(self, name: str, part: Tensor) -> Tensor:
         """The whole of a tensor, by its parameter's name, in every process."""
         if name not in SLICED:
@@ -123,6 +129,25 @@ class Sharding:
             pending += [self.data.start_sum_(piece, "gradients") for piece in flat.split(BUCKET_BYTES // flat.itemsize)]
         for piece in pending:
             piece.wait()
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, named_parameters: Iterable[tuple[str, Tensor]], max_norm: float) -> Tensor:
+        """As `torch.nn.utils.clip_grad_norm_`, by the norm of the gradients of all features; returns that norm.
+
+        Args:
+            named_parameters: Of the SAE; those without a gradient are left out, in every process alike.
+            max_norm: The largest norm that is left as it is.
+        """
+        grads = [(name, p.grad) for name, p in named_parameters if p.grad is not None]
+        # the first process counts those that all have
+        own = [grad for name, grad in grads if name in SLICED or self.features.rank == 0]
+        squares = [torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in own]
+        zero = torch.zeros((), dtype=torch.float64, device=grads[0][1].device if grads else None)
+        norm = self.features.sum_(torch.stack([zero, *squares]).sum(), "norm").sqrt()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for _, grad in grads:
+            grad.mul_(scale.to(grad.dtype))
+        return norm
 
     def mean_over_data(self, values: Tensor, n_tokens: int) -> Tensor:
         """Means `[n]` over this process's tokens, as means over those of all processes."""

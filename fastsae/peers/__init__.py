@@ -6,14 +6,17 @@ A peer's module is imported only when one of its objects is handed in, so that n
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module, metadata
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from fastsae.distributed import Groups, groups_of
+from fastsae.distributed.together import together
 from fastsae.errors import UsageError
 from fastsae.peers.handle import Handle, Options
 from fastsae.sae import SparseAutoencoder
+from fastsae.sae.shards import shard
 
 __all__ = ["Handle", "accelerate"]
 
@@ -33,7 +36,9 @@ _PEERS = {
 }
 
 
-def accelerate(obj: Any, *, optimizer: bool = False, layout: bool = True, fix_auxk: bool = False) -> Handle:
+def accelerate(
+    obj: Any, *, optimizer: bool = False, layout: bool = True, fix_auxk: bool = False, mesh: Any = None
+) -> Handle:
     """Makes an object of SAELens, sparsify or dictionary_learning run on the fused ops, with the peer's numbers.
 
     The object stays what it is: same class for `isinstance`, same parameters, state dict, files and hooks. Each call
@@ -60,17 +65,25 @@ def accelerate(obj: Any, *, optimizer: bool = False, layout: bool = True, fix_au
             made steps must be reachable from `obj`, as a trainer's is, or be made afterwards. `torch.randn_like` and its kind
             fill a tensor in the order of its storage, so that weights drawn with a seed afterwards are others than without.
         fix_auxk: Let sparsify's AuxK loss reach the encoder, whose gradient the peer drops: not the peer's numbers.
+        mesh: Processes that share the features of SAEs of SAELens, as in `fastsae.shard`: each keeps its part of the weights,
+            and every call is made in all of them, `undo` too, which gives each of them the whole weights. What the peer's
+            code cannot do with a part raises a UsageError.
 
     Returns:
         A handle with `report()` and `undo()`; a context manager that undoes at its end.
 
     Raises:
-        UsageError: `obj` is of no peer and names no SAE, the peer's version is not known, or an option does not apply.
+        UsageError: `obj` is of no peer and names no SAE, the peer's version is not known, an option does not apply, or there
+            is something in `obj` that processes cannot share. Then nothing was changed.
     """
-    handle = Handle(obj, Options(optimizer=optimizer, layout=layout, fix_auxk=fix_auxk))
+    groups = None if mesh is None else groups_of(mesh)
+    handle = Handle(obj, Options(optimizer=optimizer, layout=layout, fix_auxk=fix_auxk, mesh=groups))
     if isinstance(obj, str | os.PathLike):
         _load(obj, handle)
         return handle
+    if groups is not None:
+        with together(groups.world, "share the SAE"):
+            _check_shareable(obj, groups)
     try:
         _accelerate(obj, handle)
     except BaseException:
@@ -87,21 +100,40 @@ def _load(name: str | os.PathLike[str], handle: Handle) -> None:
         raise UsageError(
             f"obj: expected an object of {names}, or a folder or hub id that holds an SAE, got {name!r}: {error}"
         ) from None
+    if handle.options.mesh is not None:
+        shard(handle.accelerated, handle.options.mesh)
     handle.changes.append(f"{type(handle.accelerated).__name__} of {name}, as handle.accelerated")
 
 
 def _accelerate(obj: Any, handle: Handle) -> None:
+    for item in _items(obj):
+        peer = _peer_of(item)
+        _check_version(peer)
+        import_module(f"fastsae.peers.{peer.module}").accelerate(item, handle)
+
+
+def _check_shareable(obj: Any, groups: Groups) -> None:
+    for item in _items(obj):
+        peer = _peer_of(item)
+        if peer.module != "saelens":
+            raise UsageError(
+                f"mesh: expected None for {peer.distribution}; SAEs of sae-lens and of fastsae can be shared"
+            )
+        _check_version(peer)
+        import_module(f"fastsae.peers.{peer.module}").check_shareable(item, groups)
+
+
+def _items(obj: Any) -> Iterator[Any]:
+    """The objects in lists and dicts."""
     if isinstance(obj, Mapping):
         obj = list(obj.values())
-    if isinstance(obj, list | tuple):
-        if not obj:
-            raise UsageError("obj: expected an object of a peer, got none at all")
-        for item in obj:
-            _accelerate(item, handle)
+    if not isinstance(obj, list | tuple):
+        yield obj
         return
-    peer = _peer_of(obj)
-    _check_version(peer)
-    import_module(f"fastsae.peers.{peer.module}").accelerate(obj, handle)
+    if not obj:
+        raise UsageError("obj: expected an object of a peer, got none at all")
+    for item in obj:
+        yield from _items(item)
 
 
 def _peer_of(obj: Any) -> _Peer:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastsae.distributed import Groups, Sharding
+from fastsae.distributed.together import gather_objects
+from fastsae.errors import UsageError
 from fastsae_kernels import ActivityHint, Collector
 from fastsae_kernels.memory import Spare
 
@@ -23,6 +27,7 @@ class Options:
     optimizer: bool = False
     layout: bool = True
     fix_auxk: bool = False
+    mesh: Groups | None = None
 
 
 class Tally:
@@ -61,6 +66,8 @@ class State:
     collector: Collector = field(default_factory=Collector)  # of weight gradients, for `FusedSAEAdam`
     spare: Spare = field(default_factory=Spare)  # the memory of the last dense activations, once they are gone
     in_peer: bool = False  # inside of a call that was left to the peer
+    sharding: Sharding | None = None  # which features of the SAE this process holds, where several share them
+    has_compared: bool = False  # the tokens of a step with those of the others
 
 
 class Accelerated:
@@ -111,8 +118,10 @@ class Handle:
     def __enter__(self) -> Handle:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.undo()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # the other processes, which may not know of an error here, would be waited for
+        if kind is None or self.options.mesh is None:
+            self.undo()
 
     def __repr__(self) -> str:
         fused, left = self.tally.fused.total(), self.tally.left.total()
@@ -179,6 +188,32 @@ class Handle:
         self._undo.append(lambda: _store(module, name, optimizers(), back=True))
         return True
 
+    def share(self, module: nn.Module, d_sae: int, optimizers: Callable[[], Iterable[Any]]) -> None:
+        """Leaves this process its part of the features of an accelerated object, and of the moments of optimisers.
+
+        Gradients are dropped, then and in `undo`, which puts the parts of all processes together: each of them calls it.
+
+        Args:
+            module: Whose parameters have SAELens' names; the first process's are taken where they differ.
+            d_sae: Number of features of the whole.
+            optimizers: Those that may have moments of it, now and at the time of `undo`.
+        """
+        if self.options.mesh is None:
+            return
+        sharding = Sharding(d_sae, self.options.mesh)
+        _check_same(sharding, module, optimizers())
+        getattr(module, STATE).sharding = sharding
+        for buffer in module.buffers():
+            sharding.world.broadcast_(buffer, "weights")
+
+        def change_all(change: Callable[[str, Tensor], Tensor]) -> None:
+            for name, p in module.named_parameters():
+                p.grad = None
+                _replace(p, optimizers(), partial(change, name))
+
+        change_all(sharding.part_of_first)
+        self._undo.append(lambda: change_all(sharding.whole))
+
     def subclass(self, cls: Any, prepare: Callable[[Any], object]) -> type:
         """A fast class whose objects are accelerated from birth; `prepare` stores the matrices of each."""
         tally, options = self.tally, self.options
@@ -190,6 +225,22 @@ class Handle:
                 prepare(self)
 
         return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def _check_same(sharding: Sharding, module: nn.Module, optimizers: Iterable[Any]) -> None:
+    """Raises UsageError unless all processes have tensors of the same sizes and dtypes, which they are about to exchange."""
+    states = [(name, optimizer.state.get(p, {})) for optimizer in optimizers for name, p in module.named_parameters()]
+    tensors = dict(module.named_parameters()) | {
+        f"{key} of {name}": value for name, state in states for key, value in state.items()
+    }
+    own = {name: f"{tuple(value.shape)} {value.dtype}" for name, value in tensors.items() if isinstance(value, Tensor)}
+    for rank, other in enumerate(gather_objects(sharding.world, own)):
+        names = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
+        if names:
+            raise UsageError(
+                f"obj: expected the same SAE and optimiser in every process, got {names[0]}: {own.get(names[0])} here and "
+                f"{other.get(names[0])} in process {rank}"
+            )
 
 
 def store_transposed(module: nn.Module, name: str, optimizers: Iterable[Any] = ()) -> bool:
@@ -209,11 +260,18 @@ def _store(module: nn.Module, name: str, optimizers: Iterable[Any], *, back: boo
     def laid_out(tensor: Tensor) -> Tensor:
         return tensor.contiguous() if back else tensor.t().contiguous().t()
 
-    p.data = laid_out(p.data)
     if p.grad is not None:
         p.grad = laid_out(p.grad)
+    _replace(p, optimizers, laid_out)
+
+
+@torch.no_grad()
+def _replace(p: Tensor, optimizers: Iterable[Any], change: Callable[[Tensor], Tensor]) -> None:
+    """Changes a parameter, and the moments that optimisers have of it."""
+    shape = p.shape
+    p.data = change(p.data)
     for optimizer in optimizers:
         state = optimizer.state.get(p, {})
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == p.shape:
-                state[key] = laid_out(value)
+            if isinstance(value, Tensor) and value.shape == shape:
+                state[key] = change(value)

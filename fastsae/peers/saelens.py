@@ -1,7 +1,4 @@
-"""SAELens: its SAEs and trainers on the fused ops, by a class of ours in the place of theirs.
-
-`SAETrainer._train_step` is ours too: theirs reads the activations densely in every step, for counts that the pass has anyway.
-"""
+"""SAELens: its SAEs and trainers on the fused ops, by a class of ours in the place of theirs."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import torch
 from sae_lens import llm_sae_training_runner, registry
 from sae_lens.saes.batchtopk_sae import BatchTopK, BatchTopKTrainingSAE
 from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUTrainingSAE
-from sae_lens.saes.sae import SAE, TrainingSAE, TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import SAE, TrainStepInput, TrainStepOutput
 from sae_lens.saes.standard_sae import StandardSAE, StandardTrainingSAE
 from sae_lens.saes.topk_sae import TopK, TopKSAE, TopKTrainingSAE
 from sae_lens.training import multi_sae_trainer, sae_trainer
@@ -21,11 +18,12 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
+from fastsae.distributed import Groups
+from fastsae.distributed.selection import among_largest
 from fastsae.errors import UsageError
-from fastsae.optim import FusedSAEAdam
-from fastsae.peers.handle import Accelerated, Handle, store_transposed
+from fastsae.peers.handle import Accelerated, Handle, Options, store_transposed
 from fastsae.peers.saelens_base import FusedSAE, FusedStepOutput, FusedTrainingSAE
-from fastsae.peers.updates import fused
+from fastsae.peers.saelens_trainer import MAX_GRAD_NORM, FusedSAETrainer, ScheduledAdam
 from fastsae_kernels import AutoencodeOutput, AutoencodeSpec
 from fastsae_kernels.pre_act import pre_act_loss
 
@@ -56,7 +54,10 @@ class FusedJumpReLUTrainingSAE(FusedTrainingSAE, JumpReLUTrainingSAE):
         return None if 0 < self.bandwidth < float("inf") else "the bandwidth is not above 0"
 
     def _why_not_now(self) -> str | None:
-        return "a threshold is below 0" if bool((self.threshold < 0).any()) else None  # until the next step
+        n_below = int((self.threshold < 0).sum())
+        if self.sharding is not None:  # where one process raises, all do
+            n_below = self.sharding.total(n_below, self.threshold.device)
+        return "a threshold is below 0" if n_below else None  # until the next step
 
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         with torch.no_grad():
@@ -89,9 +90,9 @@ class FusedJumpReLUTrainingSAE(FusedTrainingSAE, JumpReLUTrainingSAE):
         mask = step_input.dead_neuron_mask
         if mask is None or not mask.any():
             return norms.new_zeros(())
-        x = self.process_sae_in(step_input.sae_in)
-        loss = pre_act_loss(x, self.W_enc, self.b_enc, self._gate(), norms, mask)
-        return self.cfg.pre_act_loss_coefficient * loss
+        x = self._sae_in(step_input.sae_in)
+        loss = pre_act_loss(x, self.W_enc, self.b_enc, self._gate(), norms, self._own(mask))
+        return self.cfg.pre_act_loss_coefficient * self._sum_of_parts(loss, x)
 
 
 class FusedStandardTrainingSAE(FusedTrainingSAE, StandardTrainingSAE):
@@ -142,21 +143,30 @@ class FusedTopKTrainingSAE(_LargestFeatures, FusedTrainingSAE, TopKTrainingSAE):
         It fills up with negative pre-activations where few are positive, as SAELens does, which the ops cannot.
         """
         mask = step_input.dead_neuron_mask
-        dead = residual.new_empty(0) if mask is None else mask.nonzero().squeeze(1)
-        if len(dead) == 0:
+        n_dead = 0 if mask is None else int(mask.sum())
+        if mask is None or n_dead == 0:
             return residual.new_zeros(())
+        dead = self._own(mask).nonzero().squeeze(1)
         k_aux = step_input.sae_in.shape[-1] // 2
         W_dec = self.W_dec.index_select(0, dead)
         W_enc = self.W_enc.t().index_select(0, dead)
-        hidden_pre = self.process_sae_in(step_input.sae_in) @ W_enc.t() + self.b_enc.index_select(0, dead)
-        acts = hidden_pre
-        if len(dead) > k_aux:
-            ranked = hidden_pre.detach() if rescaling is None else hidden_pre.detach() * rescaling[dead]
-            chosen = ranked.topk(k_aux, sorted=False).indices
-            acts = torch.zeros_like(hidden_pre).scatter(-1, chosen, hidden_pre.gather(-1, chosen))
+        x = self._sae_in(step_input.sae_in)
+        acts = x @ W_enc.t() + self.b_enc.index_select(0, dead)
+        if n_dead > k_aux:
+            ranked = acts.detach() if rescaling is None else acts.detach() * rescaling[dead]
+            acts = self._largest(acts, ranked, k_aux)
         wide = self._wide()  # under autocast a sum in 16 bits would be off by half a per cent
-        loss = ((acts @ W_dec).to(wide) - residual.to(wide)).pow(2).sum(-1).mean()
-        return self.cfg.aux_loss_coefficient * min(len(dead) / k_aux, 1.0) * loss
+        recons = self._sum_of_parts((acts @ W_dec).to(wide), x)
+        loss = (recons - residual.to(wide)).pow(2).sum(-1).mean()
+        return self.cfg.aux_loss_coefficient * min(n_dead / k_aux, 1.0) * loss
+
+    def _largest(self, acts: Tensor, ranked: Tensor, k: int) -> Tensor:
+        """`acts` where `ranked` is among the `k` largest of its row, in all processes, and 0 elsewhere."""
+        if self._is_shared:
+            assert self.sharding is not None
+            return acts * among_largest(ranked, k, self.sharding.features)
+        chosen = ranked.topk(k, sorted=False).indices
+        return torch.zeros_like(acts).scatter(-1, chosen, acts.gather(-1, chosen))
 
 
 class FusedBatchTopKTrainingSAE(FusedTopKTrainingSAE, BatchTopKTrainingSAE):
@@ -185,70 +195,6 @@ class FusedBatchTopKTrainingSAE(FusedTopKTrainingSAE, BatchTopKTrainingSAE):
         moved = (1 - rate) * before + rate * smallest
         self.topk_threshold: Tensor = torch.where(torch.isfinite(smallest), moved, before)
 
-
-class FusedSAETrainer(SAETrainer, Accelerated):
-    """`SAETrainer` with counts of firing features from the pass."""
-
-    def __class_getitem__(cls, parameters: Any) -> type[FusedSAETrainer]:
-        """The class itself: who imports it in the place of theirs may annotate with `SAETrainer[...]`."""
-        return cls
-
-    def _train_step(self, sae: TrainingSAE, sae_in: Tensor) -> TrainStepOutput:
-        sae.train()
-        with self.autocast_if_enabled:
-            step = self.sae.training_forward_pass(
-                step_input=TrainStepInput(
-                    sae_in=sae_in,
-                    coefficients=self.get_coefficients(),
-                    dead_neuron_mask=self.dead_neurons,
-                    n_training_steps=self.n_training_steps,
-                    is_logging_step=self._is_logging_step(),
-                )
-            )
-        is_fused = isinstance(step, FusedStepOutput)
-        self._fastsae.tally.count("_train_step", None if is_fused else "the SAE's step was left to the peer")
-        self._count_firing(step.feature_counts if is_fused else _firing_counts(step.feature_acts))
-        self._update(sae, step.loss)
-        self.lr_scheduler.step()
-        for scheduler in self.coefficient_schedulers.values():
-            scheduler.step()
-        return step
-
-    @torch.no_grad()
-    def _count_firing(self, counts: Tensor) -> None:
-        self.n_forward_passes_since_fired += 1
-        self.n_forward_passes_since_fired[counts > 0] = 0
-        self.act_freq_scores += counts
-        self.n_frac_active_samples += self.cfg.train_batch_size_samples
-
-    def _update(self, sae: TrainingSAE, loss: Tensor) -> None:
-        if isinstance(self.optimizer, FusedSAEAdam):  # which clips
-            self.optimizer.backward(loss)
-        else:
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), MAX_GRAD_NORM)
-        with fused(self.optimizer):
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
-class _ScheduledAdam(FusedSAEAdam):
-    """`FusedSAEAdam` under a scheduler that was made for another optimiser, and asks whether `step` tells it of its calls."""
-
-    def step(self, closure: Any = None) -> Any:
-        self._opt_called = True
-        return super().step(closure)
-
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-
-
-def _firing_counts(feature_acts: Tensor) -> Tensor:
-    """`[d_sae]`, of dense or sparse activations."""
-    counts = feature_acts.bool().float().sum(0)
-    return counts.to_dense() if counts.is_sparse else counts
-
-
-MAX_GRAD_NORM = 1.0  # theirs, a constant in `_train_step`
 
 CLASSES: dict[type, type] = {
     JumpReLUSAE: FusedJumpReLUSAE,
@@ -281,6 +227,48 @@ def accelerate(obj: Any, handle: Handle) -> None:
         raise UsageError(f"obj: expected an SAE or a trainer of sae-lens, got {type(obj).__qualname__}")
 
 
+def check_shareable(obj: Any, groups: Groups) -> None:
+    """Raises UsageError where processes cannot share the SAEs of an object of SAELens; nothing is changed."""
+    trainers = list(obj.trainers.values()) if isinstance(obj, MultiSAETrainer) else [obj] * isinstance(obj, SAETrainer)
+    saes = [trainer.sae for trainer in trainers] or list(getattr(obj, "acts_to_saes", {}).values()) or [obj]
+    for sae in saes:
+        reason = _why_not_shareable(sae)
+        if reason is not None:
+            raise UsageError(f"mesh: expected an SAE that processes can share, got {type(sae).__qualname__}: {reason}")
+    for trainer in trainers:
+        if type(trainer) is not SAETrainer:
+            raise UsageError(f"mesh: expected SAELens' own SAETrainer, got {type(trainer).__qualname__}")
+        if groups.data.size > 1:
+            raise UsageError(
+                f"mesh: expected no processes that see other tokens with an SAETrainer, got {groups.data.size} of them; share "
+                "its SAE, and write the loop"
+            )
+    for trainer in [obj] * bool(trainers):
+        if trainer.cfg.n_checkpoints or trainer.cfg.save_final_checkpoint:
+            raise UsageError(
+                "mesh: expected n_checkpoints=0 and save_final_checkpoint=False, since a process has a part of the SAE; save "
+                "the trainer after handle.undo()"
+            )
+
+
+def _why_not_shareable(sae: Any) -> str | None:
+    if isinstance(sae, Accelerated):
+        return "it is accelerated already"
+    if type(sae) not in CLASSES:
+        return "no class that accelerate() knows"
+    if any(type(p.data) is not Tensor or p.is_meta for p in sae.parameters()):
+        return "its parameters are no plain tensors in memory"
+    if set(dict(sae.named_parameters())) != sae._parameters.keys():
+        return "its parameters are made of others"
+    with Handle(sae, Options()) as trial:  # in its fast class it knows what that covers
+        trial.swap(sae, CLASSES[type(sae)])
+        x = sae.b_dec.new_zeros(0, sae.cfg.d_in)
+        reason: str | None = sae._why_not(x)
+        if reason is None and isinstance(sae, FusedTrainingSAE):
+            reason = sae._why_not_step(TrainStepInput(x, {}, None, n_training_steps=0, is_logging_step=False))
+    return reason
+
+
 def _accelerate_sae(sae: SAE, handle: Handle, optimizers: Callable[[], Iterable[Any]]) -> bool:
     """Whether the SAE is of a class that was known."""
     cls = CLASSES.get(type(sae))
@@ -292,7 +280,10 @@ def _accelerate_sae(sae: SAE, handle: Handle, optimizers: Callable[[], Iterable[
         handle.left_alone.append(f"{name}: no class that accelerate() knows")
         return False
     handle.swap(sae, cls)
+    handle.share(sae, sae.cfg.d_sae, optimizers)
     stored = handle.store_transposed(sae, "W_enc", optimizers)
+    if sae.sharding is not None:
+        name += f", of which this process has the features from {sae.sharding.start} to {sae.sharding.end - 1}"
     handle.changes.append(name + (", with W_enc stored feature by feature" if stored else ""))
     return True
 
@@ -315,7 +306,7 @@ def _replace_optimizer(trainer: SAETrainer, handle: Handle) -> None:
     theirs = trainer.optimizer
     if type(theirs) is not torch.optim.Adam or len(theirs.param_groups) != 1:
         raise UsageError(f"optimizer: expected the trainer's own Adam to replace, got {type(theirs).__qualname__}")
-    ours = _ScheduledAdam(trainer.sae, max_grad_norm=MAX_GRAD_NORM)
+    ours = ScheduledAdam(trainer.sae, max_grad_norm=MAX_GRAD_NORM)
 
     def use(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         optimizer.load_state_dict(state)

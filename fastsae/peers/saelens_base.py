@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from transformer_lens.hook_points import HookPoint
 
 import fastsae_kernels as kernels
 from fastsae.peers import entries
-from fastsae.peers.handle import Accelerated, store_transposed
+from fastsae.peers.handle import store_transposed
 from fastsae.peers.hooks import hook_on, in_transform
 from fastsae.peers.lazy import Lazy
+from fastsae.peers.saelens_shared import MaybeShared
+from fastsae.sae.inference import from_sparse_tensor
 from fastsae_kernels import AutoencodeOutput, AutoencodeSpec, Collector, SparseActs
 from fastsae_kernels.memory import version_of
 
@@ -44,16 +47,17 @@ class FusedStepOutput(TrainStepOutput):
     feature_acts: Any = Lazy()
     hidden_pre: Any = Lazy()
     feature_counts: Tensor  # [d_sae] int64, tokens on which each feature is active
+    l0: Tensor  # [N] int64, active features of each token
 
 
-class FusedSAE(SAE, Accelerated):
+class FusedSAE(SAE, MaybeShared):
     """What every SAE of SAELens has: `encode`, `decode` and `forward` on the ops."""
 
     activation: type = nn.ReLU  # what `activation_fn` must be
 
     def _gate(self) -> Tensor:
         """`[d_sae]`, >= 0: a feature is active strictly above it."""
-        return torch.zeros(self.cfg.d_sae, dtype=self._wide(), device=self.W_enc.device)
+        return torch.zeros(len(self.W_dec), dtype=self._wide(), device=self.W_enc.device)
 
     def _spec(self) -> AutoencodeSpec:
         return AutoencodeSpec()
@@ -91,7 +95,8 @@ class FusedSAE(SAE, Accelerated):
             return f"normalize_activations is {self.cfg.normalize_activations!r}"
         if self.W_enc.device.type not in ("cpu", "cuda") or self.W_enc.dtype not in DTYPES:
             return f"the weights are {self.W_enc.dtype} on {self.W_enc.device.type}"
-        if self.W_enc.shape != (self.cfg.d_in, self.cfg.d_sae) or self.W_dec.shape != self.W_enc.shape[::-1]:
+        held = self.cfg.d_sae if self.sharding is None else self.sharding.end - self.sharding.start
+        if self.W_enc.shape != (self.cfg.d_in, held) or self.W_dec.shape != self.W_enc.shape[::-1]:
             return "the weights are of other sizes than cfg says"  # as SAEDashboard leaves a few features in place
         if self.W_enc.dtype != self.dtype:
             return "the weights are not of the SAE's dtype"
@@ -112,12 +117,22 @@ class FusedSAE(SAE, Accelerated):
         """What the ops encode, `W_enc` and `b_enc`; only together do they give every gradient."""
         x, b_enc = x.to(self.dtype), self.b_enc
         if self.cfg.apply_b_dec_to_input:
-            x, b_enc = kernels.subtract_pre_bias(x, self.b_dec, self.W_enc, b_enc)
+            x, b_enc = kernels.subtract_pre_bias(x, self._pre_bias(), self.W_enc, b_enc)
         return x, self.W_enc, b_enc
 
-    def _autoencode(self, x: Tensor, spec: AutoencodeSpec, **options: Any) -> AutoencodeOutput:
-        tensors = (*self._encoder_inputs(x), self._gate(), self.W_dec, self.b_dec)
-        return kernels.autoencode(*tensors, spec=spec, hint=self._fastsae.activity, **options)
+    def _autoencode(
+        self, x: Tensor, spec: AutoencodeSpec, rank_scale: Tensor | None = None, **options: Any
+    ) -> AutoencodeOutput:
+        (x, W_enc, b_enc), W_dec = self._encoder_inputs(x), self.W_dec
+        if self._is_shared and rank_scale is not None:  # whose ops choose by pre-activations as they are
+            scale = rank_scale.clamp_min(1e-8)  # a row of zeros stays one
+            W_enc, b_enc = (W_enc * scale).to(self.dtype), (b_enc * scale).to(self.dtype)
+            W_dec = (W_dec / scale[:, None]).to(self.dtype)
+        elif rank_scale is not None:
+            options["rank_scale"] = rank_scale
+        tensors = (x, W_enc, b_enc, self._gate(), W_dec, self.b_dec)
+        output: AutoencodeOutput = self._ops.autoencode(*tensors, spec=spec, hint=self._fastsae.activity, **options)
+        return output
 
     def _list(self, x: Tensor) -> tuple[SparseActs | None, str | None]:
         """The active entries of all tokens, or why there are none."""
@@ -128,15 +143,15 @@ class FusedSAE(SAE, Accelerated):
         if scale is not None:
             W_enc, b_enc = (W_enc * scale).to(self.dtype), (b_enc * scale).to(self.dtype)
         x, gate, spec = x.reshape(-1, self.cfg.d_in), self._gate(), self._spec()
-        if len(x) == 0 or (spec.k is None and entries.is_dense(x, W_enc, b_enc, gate)):
+        if not self._is_shared and (len(x) == 0 or (spec.k is None and entries.is_dense(x, W_enc, b_enc, gate))):
             return None, "too many features are active"
         try:
-            return kernels.encode(x, W_enc, b_enc, gate, k=spec.k, batch_topk=spec.batch_topk), None
+            return self._ops.encode(x, W_enc, b_enc, gate, k=spec.k, batch_topk=spec.batch_topk), None
         except ValueError:  # shapes and options are checked by now
             return None, "the input or a weight is NaN or Inf"
 
     def encode(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if self._is_compiled("encode"):
             return super().encode(x)
         reason, acts = self._why_not(x) or self._why_not_now(), None
         if reason is None and getattr(self.activation_fn, "use_sparse_activations", False):
@@ -148,24 +163,27 @@ class FusedSAE(SAE, Accelerated):
         return entries.to_dense(acts, (*x.shape[:-1], self.cfg.d_sae), self.dtype, self._fastsae.spare)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if self._is_compiled("decode"):
             return super().decode(feature_acts)
         reason, acts = self._why_not(self.b_dec), None
         if reason is None and entries.wants_gradient([feature_acts, self.W_dec, self.b_dec]):
             reason = "a gradient is asked for (call it under torch.no_grad())"
         if reason is None and not self._fastsae.in_peer:
             acts = entries.entries_of(feature_acts)
+            if acts is None and self._is_shared and feature_acts.shape[-1] == self.cfg.d_sae:
+                acts = from_sparse_tensor(feature_acts.to_sparse(), self._wide())
             reason = None if acts is not None else "the activations are not encode's own, or were edited"
         if not self._is_fused("decode", reason) or acts is None:
             return self._by_peer(super().decode, feature_acts)
         scale = self._rescaling()
         if scale is not None:
+            scale = scale if self.sharding is None else self.sharding.whole("b_enc", scale)
             acts = replace(acts, values=acts.values / scale[acts.indices.long()])
-        out = kernels.decode(acts, self.W_dec, self.b_dec).reshape(*feature_acts.shape[:-1], self.cfg.d_in)
+        out: Tensor = self._ops.decode(acts, self.W_dec, self.b_dec).reshape(*feature_acts.shape[:-1], self.cfg.d_in)
         return out.to(torch.promote_types(out.dtype, self.b_dec.dtype))  # under autocast the bias makes it wider
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if self._is_compiled("forward"):
             return super().forward(x)
         reason, out = self._why_not(x) or self._why_not_now(), None
         if reason is None and not self._fastsae.in_peer:
@@ -184,6 +202,10 @@ class FusedSAE(SAE, Accelerated):
             if self._spec().k is None:
                 raise
             return None
+
+    def save_model(self, path: str | Path) -> tuple[Path, Path]:
+        self._check_whole("save_model", "a file holds all features")
+        return super().save_model(path)
 
     def load_state_dict(self, *arguments: Any, **keywords: Any) -> Any:
         result = super().load_state_dict(*arguments, **keywords)
@@ -219,6 +241,14 @@ class FusedTrainingSAE(FusedSAE):
     def store_by_feature_(self) -> None:
         """Nothing: `accelerate` has stored `W_enc` as it was told to."""
 
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        self._check_whole("save_inference_model", "a file holds all features")
+        return super().save_inference_model(path)
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_whole("encode_with_hidden_pre", "it is SAELens' own")
+        return super().encode_with_hidden_pre(x)
+
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         return self._step_outside_of_graphs(step_input)
 
@@ -226,6 +256,7 @@ class FusedTrainingSAE(FusedSAE):
     def _step_outside_of_graphs(self, step_input: TrainStepInput) -> TrainStepOutput:
         reason, step = self._why_not(step_input.sae_in) or self._why_not_step(step_input), None
         if reason is None and not self._fastsae.in_peer:
+            self._check_same_tokens(step_input.sae_in)
             step = self._finite(lambda: self._step(step_input))
             reason = None if step is not None else "the input or a weight is NaN or Inf"
         if not self._is_fused("training_forward_pass", reason) or step is None:
@@ -238,6 +269,8 @@ class FusedTrainingSAE(FusedSAE):
             return "the training input is not 2-D"
         if mask is not None and mask.dtype != torch.bool:
             return "dead_neuron_mask is not bool"
+        if self._is_shared and mask is not None and mask.shape != (self.cfg.d_sae,):
+            return "dead_neuron_mask is not of all features"
         if self.use_error_term:
             return "use_error_term in training"
         return None if self.mse_loss_fn is mse_loss else "mse_loss_fn is replaced on the object"
@@ -252,6 +285,13 @@ class FusedTrainingSAE(FusedSAE):
         x = step_input.sae_in
         return self._autoencode(x, spec, target=x.to(self.dtype), collector=collector, **options)
 
+    def _sae_in(self, x: Tensor) -> Tensor:
+        """What the encoder multiplies; each process has the gradient of its own features alone."""
+        if self.sharding is None:
+            return self.process_sae_in(x)
+        x = self.sharding.share(x.to(self.dtype), "x")
+        return x - self._pre_bias() if self.cfg.apply_b_dec_to_input else x
+
     def _output(
         self,
         step_input: TrainStepInput,
@@ -264,7 +304,8 @@ class FusedTrainingSAE(FusedSAE):
         losses = {"mse_loss": out.squared_error.mean(), **losses}
         again = self._encode_again(x)
         acts: Any = again if out.acts is None else lambda: self._as_theirs(out.acts, rescaling)
-        if out.acts is None and (x.device.type == "cpu" or step_input.is_logging_step):
+        keeps_none = out.acts is None and not self._is_shared
+        if keeps_none and (x.device.type == "cpu" or step_input.is_logging_step):
             acts = again()  # no entries were kept, and after the optimiser's step it is too late
         step = FusedStepOutput(
             sae_in=x,
@@ -274,7 +315,9 @@ class FusedTrainingSAE(FusedSAE):
             loss=sum(losses.values()),
             losses=losses,
         )
-        step.feature_counts = out.feature_counts
+        step.l0, step.feature_counts = out.l0, out.feature_counts
+        if self.sharding is not None:
+            step.feature_counts = self.sharding.features.gather_rows(out.feature_counts, self.sharding.widths, "counts")
         return step
 
     @torch.no_grad()
@@ -296,6 +339,7 @@ class FusedTrainingSAE(FusedSAE):
 
         @torch.no_grad()
         def again(which: int = 0) -> Tensor:
+            self._check_whole(("feature_acts", "hidden_pre")[which], "it is of all features")
             if [version_of(p) for p in self.parameters()] != versions:
                 name = ("feature_acts", "hidden_pre")[which]
                 raise RuntimeError(

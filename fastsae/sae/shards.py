@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 
 from fastsae.distributed import Sharding, groups_of
-from fastsae.distributed.sharding import SLICED
 from fastsae.sae.base import SparseAutoencoder
 
 SAE = TypeVar("SAE", bound=SparseAutoencoder)
@@ -49,9 +48,7 @@ def shard(
     sharding = Sharding(sae.d_sae, groups_of(mesh), reduce_dtype=reduce_dtype, n_chunks=overlap_chunks)
     sae.use_sharding(sharding)
     for name, p in sae.named_parameters():
-        part = sharding.own_part(name, p.data).clone()
-        first = sharding.data if name in SLICED else sharding.world
-        p.data = first.broadcast_(part.contiguous(), "weights")
+        p.data = sharding.part_of_first(name, p.data)
     for buffer in sae.buffers():
         sharding.world.broadcast_(buffer, "weights")
     return sae
