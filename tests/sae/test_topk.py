@@ -16,7 +16,6 @@ from topk_problem import CLASSES, D_IN, D_SAE, dense_pass, randomised
 
 import fastsae_kernels as kernels
 from fastsae import FusedBatchTopKSAE, FusedTopKSAE
-from fastsae.sae import aux_k
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -199,13 +198,13 @@ def test_dead_ids_are_looked_up_once_per_mask(monkeypatch: pytest.MonkeyPatch) -
 
 def test_aux_pass_holds_no_tensor_of_tokens_by_features(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
-    original = aux_k.kernels.autoencode
+    original = kernels.autoencode
 
     def autoencode(x: Any, W_enc: Any, *args: Any, **kwargs: Any) -> Any:
         shapes.append((tuple(W_enc.shape), kwargs["spec"].k, W_enc.t().is_contiguous()))  # type: ignore[arg-type]
         return original(x, W_enc, *args, **kwargs)
 
-    monkeypatch.setattr(aux_k.kernels, "autoencode", autoencode)
+    monkeypatch.setattr(kernels, "autoencode", autoencode)
     sae = randomised(FusedTopKSAE)
     for n_dead in (3, 20):
         sae.training_forward(torch.randn(20, D_IN), dead_mask=torch.arange(D_SAE) < n_dead)
