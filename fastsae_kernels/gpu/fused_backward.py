@@ -111,8 +111,8 @@ def _fused_backward_kernel(
     if not LONG:
         # a feature without entries needs no decoder row
         w_depth = tl.where(count > 0, d_out, 0)
-        w_1 = tl.load(w_row + o_1 * W_dec.stride_column, mask=o_1 < w_depth, other=0.0)
-        w_2 = tl.load(w_row + o_2 * W_dec.stride_column, mask=o_2 < w_depth, other=0.0)
+        w_1 = tl.load(w_row + o_1.to(tl.int64) * W_dec.stride_column, mask=o_1 < w_depth, other=0.0)
+        w_2 = tl.load(w_row + o_2.to(tl.int64) * W_dec.stride_column, mask=o_2 < w_depth, other=0.0)
     dec_1 = tl.zeros((BLOCK_O1,), dtype=tl.float32)
     dec_2 = tl.zeros((BLOCK_O2,), dtype=tl.float32)
     enc_1 = tl.zeros((BLOCK_I1,), dtype=tl.float32)
@@ -122,11 +122,11 @@ def _fused_backward_kernel(
     b_enc_sum = tl.zeros((BLOCK_E,), dtype=tl.float32)
     threshold_sum = tl.zeros((BLOCK_E,), dtype=tl.float32)
     scale_sum = tl.zeros((BLOCK_E,), dtype=tl.float32)
-    # entry, value and token are read one block ahead, for gathers wait for them; as int32 a token takes a register less
+    # entry, value and token are read one block ahead, for gathers wait for them; as uint32 a token takes a register less
     offs_e = tl.arange(0, BLOCK_E)
     entry = tl.load(by_feature.order + start + offs_e, mask=offs_e < count, other=0)
     value = tl.load(values_ptr + entry, mask=offs_e < count, other=0.0).to(tl.float32)
-    next_token = token_of(entry, by_feature.tokens, by_feature.row_length, offs_e < count).to(tl.int32)
+    next_token = token_of(entry, by_feature.tokens, by_feature.row_length, offs_e < count).to(tl.uint32)
     for first in range(0, count, BLOCK_E):
         mask_e = first + offs_e < count
         token = next_token.to(tl.int64)
@@ -148,7 +148,7 @@ def _fused_backward_kernel(
         next_mask = first + BLOCK_E + offs_e < count
         next_entry = tl.load(by_feature.order + start + first + BLOCK_E + offs_e, mask=next_mask, other=0)
         next_value = tl.load(values_ptr + next_entry, mask=next_mask, other=0.0).to(tl.float32)
-        next_token = token_of(next_entry, by_feature.tokens, by_feature.row_length, next_mask).to(tl.int32)
+        next_token = token_of(next_entry, by_feature.tokens, by_feature.row_length, next_mask).to(tl.uint32)
         if LONG:
             grad_acts = _long_product(
                 grad_out, token, w_row, W_dec.stride_column, d_out, mask_e, BLOCK_E, BLOCK_O1

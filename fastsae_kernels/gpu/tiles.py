@@ -66,7 +66,7 @@ def tile_product(
 @triton.jit
 def gather_rows(ptr, rows, stride_b, stride_d, offs_d, depth, used):
     """`[BLOCK_E, BLOCK_D]` fp32: rows of a matrix at some columns; zero where a row is not used, and past the last column."""
-    ptrs = ptr + rows[:, None] * stride_b + offs_d[None, :] * stride_d
+    ptrs = ptr + rows[:, None] * stride_b + offs_d[None, :].to(tl.int64) * stride_d
     return tl.load(ptrs, mask=used[:, None] & (offs_d < depth)[None, :], other=0.0).to(tl.float32)
 
 
@@ -91,7 +91,8 @@ def pieces_of(depth: int) -> tuple[int, int]:
 @triton.jit
 def columns_of_pieces(BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr):
     """The columns of a row's two pieces."""
-    return tl.arange(0, BLOCK_1).to(tl.int64), BLOCK_1 + tl.arange(0, BLOCK_2).to(tl.int64)
+    # int32: a mask is then one comparison, which is made again wherever it is needed and takes no register through a loop
+    return tl.arange(0, BLOCK_1), BLOCK_1 + tl.arange(0, BLOCK_2)
 
 
 class Matrix(NamedTuple):
@@ -111,8 +112,8 @@ def matrix_of(rows: Tensor) -> Matrix:
 def read_row(matrix, row, columns_1, columns_2, depth):
     """Both pieces of a row, fp32; zero from `depth` on."""
     ptrs = matrix.rows + row * matrix.stride_row
-    piece_1 = tl.load(ptrs + columns_1 * matrix.stride_column, mask=columns_1 < depth, other=0.0)
-    piece_2 = tl.load(ptrs + columns_2 * matrix.stride_column, mask=columns_2 < depth, other=0.0)
+    piece_1 = tl.load(ptrs + columns_1.to(tl.int64) * matrix.stride_column, mask=columns_1 < depth, other=0.0)
+    piece_2 = tl.load(ptrs + columns_2.to(tl.int64) * matrix.stride_column, mask=columns_2 < depth, other=0.0)
     return piece_1.to(tl.float32), piece_2.to(tl.float32)
 
 
@@ -121,8 +122,8 @@ def write_row(matrix, row, columns_1, columns_2, depth, piece_1, piece_2):
     """Both pieces of a row, in the matrix's dtype."""
     ptrs = matrix.rows + row * matrix.stride_row
     dtype = matrix.rows.dtype.element_ty
-    tl.store(ptrs + columns_1 * matrix.stride_column, piece_1.to(dtype), mask=columns_1 < depth)
-    tl.store(ptrs + columns_2 * matrix.stride_column, piece_2.to(dtype), mask=columns_2 < depth)
+    tl.store(ptrs + columns_1.to(tl.int64) * matrix.stride_column, piece_1.to(dtype), mask=columns_1 < depth)
+    tl.store(ptrs + columns_2.to(tl.int64) * matrix.stride_column, piece_2.to(dtype), mask=columns_2 < depth)
 
 
 @triton.jit

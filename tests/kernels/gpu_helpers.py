@@ -138,12 +138,18 @@ def reserved(n_elements: int, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     return memory
 
 
-def near_and_far(monkeypatch: pytest.MonkeyPatch) -> tuple[problems.Problem, problems.Problem]:
-    """A problem, and the same with rows 2^30 elements apart: an int32 row * stride would wrap and read elsewhere."""
-    memory = reserved(2**31 + 8, monkeypatch)
-    near = problems.make(3, 2, 3, spec=AutoencodeSpec(bandwidth=0.5), density=0.5).to(torch.float16)
+# rows or columns so far apart that an int32 product of the third one's number with its stride wraps and reads elsewhere
+FAR_ROWS, FAR_COLUMNS = (2**30, 1), (1, 2**30)
+
+
+def near_and_far(
+    monkeypatch: pytest.MonkeyPatch, strides: tuple[int, int] = FAR_ROWS
+) -> tuple[problems.Problem, problems.Problem]:
+    """A problem, and the same in memory with these strides."""
+    memory = reserved(2**31 + 9, monkeypatch)
+    near = problems.make(3, 3, 3, spec=AutoencodeSpec(bandwidth=0.5), density=0.5).to(torch.float16)
     names = ("x", "W_dec", "grad_out")
-    far = {name: memory[2 * i :].as_strided((3, 2), (2**30, 1)) for i, name in enumerate(names)}
+    far = {name: memory[3 * i :].as_strided((3, 3), strides) for i, name in enumerate(names)}
     for name, tensor in far.items():
         tensor.copy_(getattr(near, name))
     return near, replace(near, **far)

@@ -9,7 +9,17 @@ from typing import Any
 import problems
 import pytest
 import torch
-from gpu_helpers import DEVICE, FEW_PROGRAMS, NARROW, launch_table, near_and_far, needs_kernels, on_device
+from gpu_helpers import (
+    DEVICE,
+    FAR_COLUMNS,
+    FAR_ROWS,
+    FEW_PROGRAMS,
+    NARROW,
+    launch_table,
+    near_and_far,
+    needs_kernels,
+    on_device,
+)
 from torch import Tensor
 
 from fastsae_kernels import AutoencodeSpec, SparseActs, reference
@@ -320,11 +330,18 @@ def test_two_runs_are_bit_equal() -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="reserves host memory; the offsets are the same code on a GPU")
-def test_offsets_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
-    near, far = near_and_far(monkeypatch)
+@pytest.mark.parametrize("strides", [FAR_ROWS, FAR_COLUMNS], ids=["rows", "columns"])
+def test_offsets_past_two_to_the_31(strides: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastsae_kernels.gpu.feature_sums import feature_order, feature_sums
+
+    near, far = near_and_far(monkeypatch, strides)
     acts = listed_by(near)
     for got, expected in zip(fused(far, acts), fused(near, acts), strict=True):
         assert got is expected is None or torch.equal(got, expected)
+    expected = torch.zeros(3, 3, dtype=torch.float16)
+    feature_sums(feature_order(acts), acts.values, near.x, expected)
+    feature_sums(feature_order(acts), acts.values, far.x, far.W_dec)
+    assert torch.equal(far.W_dec, expected)
 
 
 @pytest.mark.parametrize(("d_in", "d_out"), [(13, 20), (20, 7), (40, 33)])
