@@ -25,8 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from fastsae.distributed.groups import Group
-from fastsae.distributed.parts import SlicedDim, bounds, lengths
-from fastsae.distributed.together import OtherProcessError, number
+from fastsae.distributed.parts import bounds, lengths
+from fastsae.distributed.together import OtherProcessError
 
 OWN_FILE_BYTES = 2**20  # a tensor of so many has a file of its own in each process: a file is put together in memory
 
@@ -38,13 +38,13 @@ class _Planner(DefaultSavePlanner):
         return object.detach().cpu().contiguous()
 
 
-def save_sharded(folder: Path, tensors: Mapping[str, Tensor], sliced_dim: SlicedDim, group: Group) -> None:
+def save_sharded(folder: Path, tensors: Mapping[str, Tensor], dims: Mapping[str, int], group: Group) -> None:
     """Writes parts of tensors to a folder; every process of the group calls it, and writes its own parts.
 
     Args:
         folder: Is made, and has nothing else in it.
         tensors: This process's parts by name, as `torch.chunk` divides them; of those that all have, the first writes its own.
-        sliced_dim: The dimension in which the tensor of a name is divided; None where all have it.
+        dims: The dimension along which the tensor of a name is divided; tensors without one are whole in every process.
         group: The processes, in the order of their parts.
 
     Raises:
@@ -52,9 +52,9 @@ def save_sharded(folder: Path, tensors: Mapping[str, Tensor], sliced_dim: Sliced
         OtherProcessError: Another process could not write.
         ValueError: The processes' tensors do not fit together; in all of them.
     """
-    sizes = {name: sum(found) for name, found in lengths(tensors, sliced_dim, group).items()}
+    sizes = {name: sum(found) for name, found in lengths(tensors, dims, group).items()}
     described = {
-        name: _described(tensor, sliced_dim(name), sizes.get(name, 0), group) for name, tensor in tensors.items()
+        name: _described(tensor, dims.get(name), sizes.get(name, 0), group) for name, tensor in tensors.items()
     }
     with _alone_or_together(group, "write"):
         save(
@@ -67,13 +67,13 @@ def save_sharded(folder: Path, tensors: Mapping[str, Tensor], sliced_dim: Sliced
 
 
 def load_sharded(
-    folder: Path, sliced_dim: SlicedDim, group: Group, wants: Callable[[str], bool] = lambda name: True
+    folder: Path, dims: Mapping[str, int], group: Group, wants: Callable[[str], bool] = lambda name: True
 ) -> dict[str, Tensor]:
     """This process's parts of the tensors that `save_sharded` has written, whose processes may have been more or fewer.
 
     Args:
         folder: Where they are.
-        sliced_dim: As for `save_sharded`.
+        dims: As for `save_sharded`.
         group: The processes that load them, in the order of their parts.
         wants: Whether the tensor of a name is loaded; the same in all processes.
 
@@ -90,7 +90,7 @@ def load_sharded(
         assert isinstance(kind, TensorStorageMetadata)
         if sum(math.prod(chunk.sizes) for chunk in kind.chunks) != math.prod(kind.size):
             raise ValueError(f"{name}: expected all parts of a tensor {list(kind.size)}, but some are missing")
-        shape, dim = list(kind.size), sliced_dim(name)
+        shape, dim = list(kind.size), dims.get(name)
         if dim is not None:
             start, end = bounds(shape[dim], group.size, group.rank)
             shape[dim] = end - start
@@ -142,5 +142,5 @@ def _alone_or_together(group: Group, what: str) -> Iterator[None]:
         if own is not None:
             raise own[0] from None
         rank, (first, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        process = number(group, rank)
+        process = group.global_rank(rank)
         raise OtherProcessError(process, f"process {process} could not {what} its part: {first}") from None

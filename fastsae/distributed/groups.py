@@ -112,5 +112,25 @@ class Group:
             distributed.broadcast(tensor, group=self.processes, group_src=0)
         return tensor
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The value of each process: small Python objects, which `traffic` does not count."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value, group=self.processes)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The value of process 0: a small Python object, which `traffic` does not count."""
+        if self.size == 1:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values, group=self.processes, group_src=0)
+        return values[0]
+
+    def global_rank(self, rank: int) -> int:
+        """The number in the whole run of the process that is `rank` in this group."""
+        return rank if self.processes is None else distributed.get_global_rank(self.processes, rank)
+
     def _count(self, name: str, n_bytes: float) -> None:
         self.traffic[name] += round(n_bytes)

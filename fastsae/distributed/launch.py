@@ -127,8 +127,7 @@ class Processes:
 
     def check_same(self, what: dict[str, Any]) -> None:
         """Raises UsageError in all processes where one of the named values is not the same in all of them."""
-        every = self._from_all(json.dumps(what, default=str).encode())
-        found = [json.loads(text) for text in every]
+        found = [json.loads(text) for text in self.world.gather_objects(json.dumps(what, default=str))]
         different = [name for name in dict.fromkeys(name for one in found for name in one) if not _agree(found, name)]
         if not different:
             return
@@ -147,21 +146,6 @@ class Processes:
         number = -int(self._control.smallest_(torch.tensor([-number]), "signal"))
         self._is_interrupted = number != 0
         return number
-
-    def from_all(self, value: Any) -> list[Any]:
-        """What each process has called this with, a value of JSON."""
-        return [value] if self.size == 1 else [json.loads(text) for text in self._from_all(json.dumps(value).encode())]
-
-    def of_first(self, value: Any) -> Any:
-        """What the first process has called this with, a value of JSON."""
-        return value if self.size == 1 else json.loads(self._from_all(json.dumps(value).encode())[0])
-
-    def _from_all(self, text: bytes) -> list[bytes]:
-        """The bytes that each process has called this with."""
-        lengths = self._control.gather(torch.tensor([len(text)]), "options").flatten().tolist()
-        padded = torch.frombuffer(bytearray(text.ljust(max(lengths), b" ")), dtype=torch.uint8)
-        rows = self._control.gather(padded, "options")
-        return [row[:length].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
 
     def __enter__(self) -> Processes:
         return self

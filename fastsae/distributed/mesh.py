@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from torch import distributed
 
 from fastsae.distributed.groups import Group
+from fastsae.distributed.parts import first_row
 from fastsae.errors import UsageError
 
 DATA, FEATURE = "data", "feature"  # the dimensions of a mesh
@@ -25,9 +27,9 @@ class Groups(NamedTuple):
         return cls(Group(), Group(), Group())
 
     def rows_of_batch(self, batch_size: int) -> list[int]:
-        """How many rows of a batch each process of `world` serves: as even as can be, the first ones one more."""
-        share, rest = divmod(batch_size, self.world.size)
-        return [share + (rank < rest) for rank in range(self.world.size)]
+        """How many rows of a batch each process of `world` serves."""
+        firsts = [first_row(batch_size, self.world.size, rank) for rank in range(self.world.size + 1)]
+        return [end - start for start, end in pairwise(firsts)]
 
 
 def groups_of(mesh: Any) -> Groups:

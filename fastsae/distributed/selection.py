@@ -9,7 +9,12 @@ from fastsae.distributed.groups import Group
 from fastsae_kernels import SparseActs
 
 RADIX_BITS = 16  # of a value, found by one sum of a histogram
-ROOM = 2  # times its fair share of the k largest: so many candidates each process sends at first
+BINS = 2**RADIX_BITS  # of that histogram
+
+
+def n_candidates(k: int, n_processes: int) -> int:
+    """How many values of a token each process sends at first: twice its even part of the `k` largest."""
+    return min(k, -(-2 * k // n_processes))
 
 
 def among_topk(acts: SparseActs, k: int, features: Group) -> Tensor:
@@ -28,7 +33,7 @@ def among_topk(acts: SparseActs, k: int, features: Group) -> Tensor:
     padded = values.new_zeros(acts.shape[0], k)
     padded[rows, torch.arange(len(values), device=values.device) - starts[rows]] = values
     padded = padded.sort(dim=1, descending=True).values
-    sent = min(k, -(-ROOM * k // features.size))
+    sent = n_candidates(k, features.size)
     found = features.gather(padded[:, :sent].contiguous(), "candidates")
     cutoff = _kth_largest(found, k)
     last = found[:, :, -1]
@@ -76,8 +81,8 @@ def among_batch_topk(
     of_prefix = torch.ones_like(values, dtype=torch.bool)
     top = keys.element_size() * 8 - RADIX_BITS
     for shift in range(top, -1, -RADIX_BITS):
-        digits = (keys >> shift) & (2**RADIX_BITS - 1)
-        counts = torch.bincount(digits[of_prefix], minlength=2**RADIX_BITS).int()
+        digits = (keys >> shift) & (BINS - 1)
+        counts = torch.bincount(digits[of_prefix], minlength=BINS).int()
         counts = world.sum_(counts, "histogram").long()
         if shift == top and int(counts.sum()) <= left:  # all survive
             smallest = values.amin(0, keepdim=True) if len(values) else values.new_full((1,), torch.inf)

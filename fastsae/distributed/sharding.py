@@ -12,13 +12,15 @@ import fastsae_kernels as kernels
 from fastsae.distributed.exchange import residual_of, shared, start_sum, summed
 from fastsae.distributed.groups import Pending
 from fastsae.distributed.mesh import Groups
+from fastsae.distributed.parts import bounds, own_part
 from fastsae.distributed.selection import among_batch_topk, among_topk
 from fastsae.errors import UsageError
 from fastsae_kernels import ActivityHint, AutoencodeOutput, AutoencodeSpec, SparseActs
 from fastsae_kernels.weight_gradients import PassCollector
 
 BUCKET_BYTES = 2**24  # of a gradient that are sent at once
-SLICED = {"W_enc": 1, "b_enc": 0, "threshold": 0, "log_threshold": 0, "W_dec": 0}  # the dimension of the features
+FEATURE_DIMS = {"W_enc": 1, "b_enc": 0, "threshold": 0, "log_threshold": 0, "W_dec": 0}
+"""The dimension of the features of those parameters that have one; the processes divide them along it."""
 
 
 class Sharding:
@@ -55,13 +57,8 @@ class Sharding:
         if not isinstance(n_chunks, int) or n_chunks < 1:
             raise UsageError(f"overlap_chunks: expected a whole number >= 1, got {n_chunks!r}")
         self.d_sae, (self.features, self.data, self.world) = d_sae, groups
-        features = self.features
         self.reduce_dtype, self.n_chunks = reduce_dtype, n_chunks
-        width = -(-d_sae // features.size)
-        ends = [min(d_sae, (rank + 1) * width) for rank in range(features.size)]
-        self.starts = [0, *ends[:-1]]
-        self.widths = [end - start for start, end in zip(self.starts, ends, strict=True)]
-        self.start, self.end = self.starts[features.rank], ends[features.rank]
+        self.start, self.end = bounds(d_sae, self.features.size, self.features.rank)
 
     def __deepcopy__(self, _: dict[int, Any]) -> Sharding:
         return self  # a copy of an SAE works with the same processes
@@ -79,21 +76,18 @@ class Sharding:
         """Whether other processes hold some of the features."""
         return self.features.size > 1
 
-    @staticmethod
-    def sliced_dim(name: str) -> int | None:
-        """The dimension of the features in the parameter of a name; None where every process holds all of it."""
-        return SLICED.get(name)
-
     def own_part(self, name: str, whole: Tensor) -> Tensor:
         """The part of a tensor, by its parameter's name, that this process holds; a view."""
-        return whole.narrow(SLICED[name], self.start, self.end - self.start) if name in SLICED else whole
+        return own_part(whole, FEATURE_DIMS.get(name), self.features)
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         """The whole of a tensor, by its parameter's name, in every process."""
-        if name not in SLICED:
+        if name not in FEATURE_DIMS:
             return part
-        dim = SLICED[name]
-        rows = self.features.gather_rows(part.detach().movedim(dim, 0).contiguous(), self.widths, "weights")
+        dim, n_processes = FEATURE_DIMS[name], self.features.size
+        ends = [bounds(self.d_sae, n_processes, rank) for rank in range(n_processes)]
+        widths = [end - start for start, end in ends]
+        rows = self.features.gather_rows(part.detach().movedim(dim, 0).contiguous(), widths, "weights")
         return rows.movedim(0, dim).contiguous()
 
     @torch.no_grad()

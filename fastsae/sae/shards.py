@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from fastsae.distributed import Sharding, groups_of
-from fastsae.distributed.sharding import SLICED
+from fastsae.distributed.sharding import FEATURE_DIMS
 from fastsae.sae.base import SparseAutoencoder
 
 SAE = TypeVar("SAE", bound=SparseAutoencoder)
@@ -50,7 +50,7 @@ def shard(
     sae.use_sharding(sharding)
     for name, p in sae.named_parameters():
         part = sharding.own_part(name, p.data).clone()
-        first = sharding.data if name in SLICED else sharding.world
+        first = sharding.data if name in FEATURE_DIMS else sharding.world
         p.data = first.broadcast_(part.contiguous(), "weights")
     for buffer in sae.buffers():
         sharding.world.broadcast_(buffer, "weights")

@@ -25,9 +25,9 @@ from torch import Tensor
 from fastsae.disk import digest, sync, write_json, write_tensors
 from fastsae.distributed import Group, Groups
 from fastsae.distributed.faults import is_of_an_exchange
-from fastsae.distributed.parts import bounds
-from fastsae.distributed.sharding import SLICED
-from fastsae.distributed.together import gather_objects, of_first, together
+from fastsae.distributed.parts import own_part
+from fastsae.distributed.sharding import FEATURE_DIMS
+from fastsae.distributed.together import together
 from fastsae.fields import read_json
 from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig
@@ -38,7 +38,7 @@ SHARDS, FILES, ROWS = "shards", "files", "rows"
 DIVIDED = ("sae", "optimizer", "silent_tokens", "dead_mask")  # of a trainer's state, what is saved as `shards`
 
 
-def _sliced_dims(trainers: Mapping[str, Trainer]) -> dict[str, int]:
+def _feature_dims(trainers: Mapping[str, Trainer]) -> dict[str, int]:
     """In which dimension the tensors of a session's state are divided by features, by their dotted names.
 
     Args:
@@ -48,10 +48,10 @@ def _sliced_dims(trainers: Mapping[str, Trainer]) -> dict[str, int]:
     for i, trainer in trainers.items():
         own: dict[str, int] = {"silent_tokens": 0, "dead_mask": 0}
         names = {id(parameter): name for name, parameter in trainer.sae.named_parameters()}
-        for name, dim in SLICED.items():
+        for name, dim in FEATURE_DIMS.items():
             own[f"sae.{name}"] = dim
         for number, parameter in enumerate(trainer.optimizer.param_groups[0]["params"]):
-            dim_of_moments = SLICED.get(names[id(parameter)])
+            dim_of_moments = FEATURE_DIMS.get(names[id(parameter)])
             if dim_of_moments is not None:
                 own |= {f"optimizer.{number}.{moment}": dim_of_moments for moment in ("exp_avg", "exp_avg_sq")}
         dims |= {f"trainers.{i}.{name}": dim for name, dim in own.items()}
@@ -73,7 +73,7 @@ def save(run: Path, step: int, state: dict[str, Any], trainers: Mapping[str, Tra
         OSError: The disk is full, or the folder cannot be written; the older checkpoint stays.
     """
     final = run / checkpoint.FOLDER / f"step-{step:09d}"
-    if of_first(groups.world, final.exists()):
+    if groups.world.broadcast_object(final.exists()):
         return
     rows = _rows(list(trainers), groups)
     # a feature is silent for as long as it is in the tokens of all processes that hold it
@@ -82,7 +82,7 @@ def save(run: Path, step: int, state: dict[str, Any], trainers: Mapping[str, Tra
         for name, value in (*divided.items(), *rest.items()):
             if not checkpoint.all_finite(value):
                 raise checkpoint.not_finite(step, f"{name} holds NaN or infinity")
-    dims = _sliced_dims(trainers)
+    dims = _feature_dims(trainers)
     write_folder(final, groups.world, partial(_write, divided=divided, rest=rest, dims=dims, rows=rows, groups=groups))
     if groups.world.rank == 0:
         for old in checkpoint.whole(run):
@@ -94,7 +94,7 @@ def _rows(own: list[str], groups: Groups) -> dict[str, list[str]]:
     """Which trainers each row of processes writes: those that no earlier row has."""
     found: dict[str, list[str]] = {}
     written = set[str]()
-    for row, numbers in sorted(gather_objects(groups.world, (groups.data.rank, own))):
+    for row, numbers in sorted(groups.world.gather_objects((groups.data.rank, own))):
         if left := [i for i in numbers if i not in written]:
             found[f"{row:05d}"] = left
             written.update(left)
@@ -115,7 +115,7 @@ def keep(run: Path, step: int, most: int, write: Callable[[Path], None], world: 
         OSError: The disk is full, or the folder cannot be written; the older ones stay.
     """
     final = run / checkpoint.FOLDER / f"{checkpoint.KEPT}{step:09d}"
-    if not of_first(world, final.exists()):
+    if not world.broadcast_object(final.exists()):
         write_folder(final, world, write)
     if world.rank == 0:
         for old in sorted(checkpoint.whole(run, checkpoint.KEPT))[:-most]:
@@ -188,14 +188,14 @@ def _write(
     with together(world, "write a checkpoint"):
         if row in rows:
             parts = {name: tensor for name, tensor in divided.items() if _is_of(rows[row], name)}
-            save_sharded(folder / SHARDS / row, parts, dims.get, features)
+            save_sharded(folder / SHARDS / row, parts, dims, features)
     digests = dict[str, str]()
     with together(world, "write a checkpoint"):
         shards = sorted((folder / SHARDS / row).iterdir())[features.rank :: features.size] if row in rows else []
         for path in (folder / f"{rank}.safetensors", folder / f"{rank}.json", *shards):
             sync(path)
             digests[path.relative_to(folder).as_posix()] = digest(path)
-    files = {name: value for each in gather_objects(world, digests) for name, value in each.items()}
+    files = {name: value for each in world.gather_objects(digests) for name, value in each.items()}
     with together(world, "write a checkpoint"):
         if world.rank == 0:
             for place in (folder / SHARDS, *(folder / SHARDS / row for row in rows)):
@@ -245,7 +245,7 @@ class Saved:
         world = self.groups.world
         if self._whole is not None and world.size == 1:
             return self._whole
-        share, dims = Share(config.batch_size, world.size, world.rank), _sliced_dims(trainers)
+        share, dims = Share(config.batch_size, world.size, world.rank), _feature_dims(trainers)
         with reading(self.folder, world):
             if self._whole is not None:
                 divided, rest = _parted(self._whole, Group())
@@ -256,7 +256,7 @@ class Saved:
         with reading(self.folder, world):
             if self._whole is not None:
                 parts = {
-                    name: _own_part(tensor, dims.get(name), self.groups.features)
+                    name: own_part(tensor, dims.get(name), self.groups.features).clone()
                     for name, tensor in divided.items()
                     if _is_of(trainers, name)
                 }
@@ -283,7 +283,7 @@ class Saved:
         for row, numbers in sorted(self._index[ROWS].items()):
             if not {*numbers}.isdisjoint(trainers):
                 place = self.folder / SHARDS / row
-                parts |= load_sharded(place, dims.get, self.groups.features, partial(_is_of, trainers))
+                parts |= load_sharded(place, dims, self.groups.features, partial(_is_of, trainers))
         return parts
 
     def _of_process(self, rank: int) -> dict[str, Any]:
@@ -298,15 +298,8 @@ def find(run: Path, groups: Groups | None = None) -> Saved | None:
         FastsaeError: It is corrupt or truncated.
     """
     groups = groups or Groups.alone()
-    newest = of_first(groups.world, checkpoint.latest(run))
+    newest = groups.world.broadcast_object(checkpoint.latest(run))
     return None if newest is None else Saved(newest, groups)
-
-
-def _own_part(tensor: Tensor, dim: int | None, features: Group) -> Tensor:
-    if dim is None:
-        return tensor
-    start, end = bounds(tensor.shape[dim], features.size, features.rank)
-    return tensor.narrow(dim, start, end - start).clone()
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastsae.data.dropped import Dropped
+from fastsae.distributed.parts import first_row
 
 Rows: TypeAlias = dict[str, Tensor]  # the four tensors of an `ActivationBatch`
 State: TypeAlias = dict[str, Any]
@@ -38,16 +39,15 @@ class Share:
     @property
     def rows(self) -> int:
         """Of each batch."""
-        return self._before(self.rank + 1) - self._before(self.rank)
+        return self._first_row(self.rank + 1) - self._first_row(self.rank)
 
     def of(self, n: int) -> tuple[int, int]:
         """From where to where this process's share of `n` things goes; the shares of all follow each other."""
-        first, end = (n * self._before(rank) // self.batch_size for rank in (self.rank, self.rank + 1))
+        first, end = (n * self._first_row(rank) // self.batch_size for rank in (self.rank, self.rank + 1))
         return first, end
 
-    def _before(self, rank: int) -> int:
-        even, rest = divmod(self.batch_size, self.n_processes)
-        return rank * even + min(rank, rest)
+    def _first_row(self, rank: int) -> int:
+        return first_row(self.batch_size, self.n_processes, rank)
 
 
 def repartition(states: Sequence[State], share: Share, seed: int, capacity: int) -> State:

@@ -192,7 +192,7 @@ def _train(
         return {}  # the processes of the first group have the whole SAE
     metrics = _finish(output, session, counts, speeds, seconds, progress)
     if session.is_placed:
-        for other in processes.from_all({"metrics": metrics, "failures": session.failures}):
+        for other in processes.world.gather_objects({"metrics": metrics, "failures": session.failures}):
             metrics |= other["metrics"]
             session.failures |= other["failures"]
         metrics = {name: metrics[name] for name in configs if name in metrics}
@@ -215,7 +215,7 @@ def _build_pipeline(configs: dict[str, TrainConfig], given: Given, progress: boo
     """Model and data; all processes compute the model in the format that is fastest where the first one is."""
     options: dict[str, Any] = {"progress": progress, "given": given, "part": processes.part}
     pipeline = build_pipeline(next(iter(configs.values())), list(configs.values()), **options)
-    wanted = processes.of_first(pipeline.config.model_dtype)
+    wanted = processes.world.broadcast_object(pipeline.config.model_dtype)
     if wanted == pipeline.config.model_dtype:
         return pipeline
     configs = {name: replace(config, model_dtype=wanted) for name, config in configs.items()}

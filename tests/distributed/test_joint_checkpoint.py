@@ -405,5 +405,5 @@ def test_dims_are_those_of_the_shapes() -> None:
     own.train(1)
     tensors, _ = checkpoint.flatten({"trainers": {"0": own.trainer.state_dict()}})
     divided = {name: tensor.shape.index(D_SAE) for name, tensor in tensors.items() if D_SAE in tensor.shape}
-    dims = joint_checkpoint._sliced_dims(own.trainers)
+    dims = joint_checkpoint._feature_dims(own.trainers)
     assert {name: dim for name, dim in dims.items() if name in tensors and tensors[name].numel()} == divided
