@@ -11,8 +11,7 @@ All rows of processes train the same SAEs, on different tokens, and the first on
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -83,7 +82,8 @@ def save(run: Path, step: int, state: dict[str, Any], trainers: Mapping[str, Tra
             if not checkpoint.all_finite(value):
                 raise checkpoint.not_finite(step, f"{name} holds NaN or infinity")
     dims = _feature_dims(trainers)
-    write_folder(final, groups.world, partial(_write, divided=divided, rest=rest, dims=dims, rows=rows, groups=groups))
+    write = partial(_write, divided=divided, rest=rest, dims=dims, rows=rows, groups=groups)
+    checkpoint.write_folder(final, write, groups.world)
     if groups.world.rank == 0:
         for old in checkpoint.whole(run):
             if old != final:
@@ -99,49 +99,6 @@ def _rows(own: list[str], groups: Groups) -> dict[str, list[str]]:
             found[f"{row:05d}"] = left
             written.update(left)
     return found
-
-
-def keep(run: Path, step: int, most: int, write: Callable[[Path], None], world: Group) -> None:
-    """Writes the SAE of `step` under `run`, then removes the oldest that are more than `most`.
-
-    Args:
-        run: The folder of the SAE's run.
-        step: What names it; nothing is written where it is there already.
-        most: How many stay.
-        write: Writes this process's files to a folder; raises in all processes where it raises in one.
-        world: The processes that train the SAE, which all call this.
-
-    Raises:
-        OSError: The disk is full, or the folder cannot be written; the older ones stay.
-    """
-    final = run / checkpoint.FOLDER / f"{checkpoint.KEPT}{step:09d}"
-    if not world.broadcast_object(final.exists()):
-        write_folder(final, world, write)
-    if world.rank == 0:
-        for old in sorted(checkpoint.whole(run, checkpoint.KEPT))[:-most]:
-            checkpoint.remove(old)
-
-
-def write_folder(final: Path, world: Group, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a folder in all processes; it has its name once all have written and synced.
-
-    Args:
-        final: Its name.
-        world: The processes.
-        write: Writes this process's files to a folder; raises in all of them where it raises in one.
-    """
-    temporary = checkpoint.temporary_of(final)
-    try:
-        with together(world, f"make {temporary}"):
-            if world.rank == 0:
-                checkpoint.begin_folder(temporary)
-        write(temporary)
-        with together(world, f"make {final}"):
-            if world.rank == 0:
-                checkpoint.end_folder(temporary, final)
-    finally:
-        if world.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _parted(state: dict[str, Any], data: Group) -> tuple[dict[str, Tensor], dict[str, Any]]:

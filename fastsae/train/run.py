@@ -188,11 +188,11 @@ def _train(
     speeds = session.speeds()
     session.calibrate()
     counts = {layer: session.supply.counts(layer) for layer in session.supply.streams}
-    if processes.data.rank > 0 and not session.is_placed:
+    if processes.groups.data.rank > 0 and not session.is_placed:
         return {}  # the processes of the first group have the whole SAE
     metrics = _finish(output, session, counts, speeds, seconds, progress)
     if session.is_placed:
-        for other in processes.world.gather_objects({"metrics": metrics, "failures": session.failures}):
+        for other in processes.groups.world.gather_objects({"metrics": metrics, "failures": session.failures}):
             metrics |= other["metrics"]
             session.failures |= other["failures"]
         metrics = {name: metrics[name] for name in configs if name in metrics}
@@ -206,16 +206,16 @@ def _train(
             f"{len(session.failures)} of {len(configs)} SAEs failed, the others are complete. "
             + " ".join(f"{name}: {text}." for name, text in session.failures.items())
         )
-    if pages and not processes.features.size > 1:
+    if pages and not processes.groups.features.size > 1:
         write_features_pages(output, session, progress)
     return metrics
 
 
 def _build_pipeline(configs: dict[str, TrainConfig], given: Given, progress: bool, processes: Processes) -> Pipeline:
     """Model and data; all processes compute the model in the format that is fastest where the first one is."""
-    options: dict[str, Any] = {"progress": progress, "given": given, "part": processes.part}
+    options: dict[str, Any] = {"progress": progress, "given": given, "part": (processes.rank, processes.size)}
     pipeline = build_pipeline(next(iter(configs.values())), list(configs.values()), **options)
-    wanted = processes.world.broadcast_object(pipeline.config.model_dtype)
+    wanted = processes.groups.world.broadcast_object(pipeline.config.model_dtype)
     if wanted == pipeline.config.model_dtype:
         return pipeline
     configs = {name: replace(config, model_dtype=wanted) for name, config in configs.items()}
@@ -251,7 +251,7 @@ def _save(output: Path, session: Session, seconds: float) -> None:
         session.drop_what_is_not_finite()
         for name, trainer in session.trainers.items():
             write = partial(_write_kept, output=output, session=session, name=name, world=trainer.groups.world)
-            joint_checkpoint.keep(output / name, session.step, most, write, trainer.groups.world)
+            checkpoint.keep(output / name, session.step, most, write, trainer.groups.world)
     session.save(output, seconds)
 
 

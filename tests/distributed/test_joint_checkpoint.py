@@ -389,7 +389,7 @@ def add(step: Path) -> None:
 def kept(folder: str) -> list[str]:
     own, place = Run(grid((1, 2))), Path(folder)
     for step in (1, 2, 2, 3):
-        joint_checkpoint.keep(place, step, 2, own.trainer.sae.save, own.groups.world)
+        checkpoint.keep(place, step, 2, own.trainer.sae.save, own.groups.world)
     distributed.barrier()
     return sorted(path.name for path in (place / checkpoint.FOLDER).iterdir())
 
