@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -143,48 +143,14 @@ def _train(
     processes: Processes,
 ) -> dict[str, dict[str, Any]]:
     started = time.perf_counter()
-    check_processes(configs, output, resume, processes)
-    configs = {name: located_config(config) for name, config in configs.items()}
-    check_loggers(configs.values())
-    if resume:
-        configs = {name: resumed_config(output / name, config) for name, config in configs.items()}
-    if processes.is_first:
-        prepare(output, resume=resume)
-    processes.wait_for_all()
-    saved = joint_checkpoint.find(output, processes.groups) if resume else None
-    begin = configs if saved is None else {}
-    sources = {name: load_source(config) for name, config in begin.items() if config.init_from is not None}
-    configs |= {name: with_options_of(configs[name], source.sae) for name, source in sources.items()}
-    pipeline = _build_pipeline(configs, given, progress, processes)
-    configs = {name: pipeline.resolved(config) for name, config in configs.items()}
-    fingerprints = pipeline.fingerprints()
-    processes.check_same({**fingerprints, "eval_dialogues": pipeline.config.eval_dialogues})
-    if resume:
-        for name, config in configs.items():
-            check_fingerprints(output / name, config, fingerprints)
-    session = Session(pipeline, configs, progress, processes)
-    if saved is not None:
-        seconds_before = session.resume(saved, output)
-        session.origins = {name: read_origin(output / name) for name in configs}
-    else:
-        seconds_before = 0.0
-        session.initialize(sources)
-        sources.clear()  # their weights are the run's now
-    # a resumed run writes them again: model and dataset may have moved
-    if processes.is_first:
-        write_configs(output, configs, fingerprints, session.origins)
+    session, seconds_before = _prepared(configs, output, given, resume, progress, processes)
+    configs = session.configs
 
     def seconds() -> float:
         return seconds_before + time.perf_counter() - started
 
-    history = {name: trainer.history for name, trainer in session.trainers.items()}
-    with ExitStack() as stack:
-        add = ignored
-        if session.writes:
-            curves = Curves({name: output / name for name in history}, configs, history)
-            stack.callback(curves.close)
-            add = curves.add
-        session.train(lambda: _save(output, session, seconds()), add)
+    with _curves(output, session) as on_rows:
+        session.train(lambda: _save(output, session, seconds()), on_rows)
     speeds = session.speeds()
     session.calibrate()
     counts = {layer: session.supply.counts(layer) for layer in session.supply.streams}
@@ -206,9 +172,49 @@ def _train(
             f"{len(session.failures)} of {len(configs)} SAEs failed, the others are complete. "
             + " ".join(f"{name}: {text}." for name, text in session.failures.items())
         )
-    if pages and not processes.groups.features.size > 1:
+    if pages and processes.groups.features.size == 1:
         write_features_pages(output, session, progress)
     return metrics
+
+
+def _prepared(
+    configs: dict[str, TrainConfig],
+    output: Path,
+    given: Given,
+    resume: bool,
+    progress: bool,
+    processes: Processes,
+) -> tuple[Session, float]:
+    """The SAEs of a run, new or as a checkpoint has them, and the seconds that the run has taken before."""
+    check_processes(configs, output, resume, processes)
+    configs = {name: located_config(config) for name, config in configs.items()}
+    check_loggers(configs.values())
+    if resume:
+        configs = {name: resumed_config(output / name, config) for name, config in configs.items()}
+    if processes.is_first:
+        prepare(output, resume=resume)
+    processes.wait_for_all()
+    saved = joint_checkpoint.find(output, processes.groups) if resume else None
+    begin = configs if saved is None else {}
+    sources = {name: load_source(config) for name, config in begin.items() if config.init_from is not None}
+    configs |= {name: with_options_of(configs[name], source.sae) for name, source in sources.items()}
+    pipeline = _build_pipeline(configs, given, progress, processes)
+    configs = {name: pipeline.resolved(config) for name, config in configs.items()}
+    fingerprints = pipeline.fingerprints()
+    processes.check_same({**fingerprints, "eval_dialogues": pipeline.config.eval_dialogues})
+    if resume:
+        for name, config in configs.items():
+            check_fingerprints(output / name, config, fingerprints)
+    session, seconds_before = Session(pipeline, configs, progress, processes), 0.0
+    if saved is not None:
+        seconds_before = session.resume(saved, output)
+        session.origins = {name: read_origin(output / name) for name in configs}
+    else:
+        session.initialize(sources)
+    # a resumed run writes them again: model and dataset may have moved
+    if processes.is_first:
+        write_configs(output, configs, fingerprints, session.origins)
+    return session, seconds_before
 
 
 def _build_pipeline(configs: dict[str, TrainConfig], given: Given, progress: bool, processes: Processes) -> Pipeline:
@@ -240,8 +246,18 @@ def check_processes(configs: Mapping[str, TrainConfig], output: Path, resume: bo
         )
 
 
-def ignored(rows: dict[str, Row]) -> None:
-    """Takes points of the curves in a process that does not write them."""
+@contextmanager
+def _curves(output: Path, session: Session) -> Iterator[Callable[[dict[str, Row]], object]]:
+    """What takes new points of the curves; in a process that writes no files they are written nowhere."""
+    if not session.writes:
+        yield lambda rows: None
+        return
+    history = {name: trainer.history for name, trainer in session.trainers.items()}
+    curves = Curves({name: output / name for name in history}, session.configs, history)
+    try:
+        yield curves.add
+    finally:
+        curves.close()
 
 
 def _save(output: Path, session: Session, seconds: float) -> None:
