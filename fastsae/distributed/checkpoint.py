@@ -43,7 +43,8 @@ def save_sharded(folder: Path, tensors: Mapping[str, Tensor], dims: Mapping[str,
 
     Args:
         folder: Is made, and has nothing else in it.
-        tensors: This process's parts by name, as `torch.chunk` divides them; of those that all have, the first writes its own.
+        tensors: This process's parts by name, as `torch.chunk` divides them. Tensors that are whole in every process are written
+            by the first one.
         dims: The dimension along which the tensor of a name is divided; tensors without one are whole in every process.
         group: The processes, in the order of their parts.
 
@@ -102,10 +103,10 @@ def load_sharded(
 
 
 def _described(part: Tensor, dim: int | None, size: int, group: Group) -> Tensor:
-    """A part with its place in the whole tensor.
+    """A part together with its place in the whole tensor, as PyTorch describes it.
 
     Raises:
-        ValueError: It is no part as `torch.chunk` cuts them.
+        ValueError: It has not the length that `torch.chunk` gives it.
     """
     if dim is None or group.size == 1 or group.processes is None:
         return part
@@ -132,7 +133,7 @@ def _files(described: Mapping[str, Tensor]) -> dict[str, int]:
 
 @contextmanager
 def _alone_or_together(group: Group, what: str) -> Iterator[None]:
-    """Raises this process's own error, or else tells of another's; a process without a group is no reason for a warning."""
+    """Raises the error of this process where it has one, and else OtherProcessError; hides PyTorch's warning of one process."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")

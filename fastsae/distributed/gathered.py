@@ -24,8 +24,8 @@ class Block(NamedTuple):
     """Rows of one tensor that the first process writes at once.
 
     Attributes:
-        name: The tensor's.
-        rows: From where to where, in the part of each process that sends some.
+        name: The name of the tensor.
+        rows: Which rows these are, in the part of each process that sends some.
         senders: The numbers of these processes, in the order of their parts.
     """
 
@@ -42,7 +42,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dims: Mapping[str, 
 
     Args:
         path: The file; it is there only once it is whole.
-        tensors: This process's parts by name, on one device, and tensors that all have.
+        tensors: This process's parts by name, and tensors that are whole in every process, on one device.
         dims: The dimension along which the tensor of a name is divided, 0, or 1 of two; tensors without one are whole in
             every process.
         group: The processes, in the order of their parts.
@@ -111,7 +111,7 @@ def _cut(name: str, n_rows: int, row_bytes: int, senders: list[int]) -> Iterator
 
 
 class _Parts:
-    """The way of blocks to the first process."""
+    """Brings blocks to the first process."""
 
     def __init__(
         self, tensors: Mapping[str, Tensor], dims: Mapping[str, int], sizes: Mapping[str, list[int]], group: Group
@@ -120,7 +120,7 @@ class _Parts:
         self._device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
 
     def wants_more(self, wants: bool = True) -> bool:
-        """Whether the first process takes a block; it says so, the others hear it."""
+        """Whether the first process takes another block; `wants` counts there alone."""
         if self._group.size == 1:
             return wants
         flag = torch.tensor([wants], dtype=torch.uint8, device=self._device)

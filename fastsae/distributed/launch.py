@@ -1,4 +1,4 @@
-"""The processes of a run: started by `torchrun`, connected, of one mind about options and signals, ended together."""
+"""The processes of a run: `torchrun` starts them; here they connect, compare options, agree on signals and end together."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from fastsae.errors import FastsaeError, UsageError, shown
 if TYPE_CHECKING:  # not every PyTorch has it
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-_starts = count()  # keeps apart what several runs of one program write into the store
+_starts = count()  # numbers the runs of one program, which write into the same store
 
 
 class Place(NamedTuple):
-    """This process among those of a run, as the environment says."""
+    """Which process of a run this is, and where it finds the others, as the environment says."""
 
     rank: int
     size: int
@@ -53,8 +53,7 @@ class Place(NamedTuple):
 class Processes:
     """The processes of a run; without others, everything here does nothing.
 
-    Process `rank` stands in the grid `[data, features]` at `divmod(rank, size of features)`. As a context manager it ends
-    the connection, and what leaves it is the same failure in all processes; see `Witness.judged`.
+    As a context manager it ends the connection, and raises the same failure in all processes; see `Witness.judged`.
 
     Attributes:
         rank, size: The number of this process, and how many there are.
@@ -135,7 +134,7 @@ class Processes:
             if error is None or (isinstance(error, SystemExit) and not error.code):
                 return
             if self._is_interrupted and isinstance(error, KeyboardInterrupt):
-                error.teller = 0  # type: ignore[attr-defined]
+                error.reported_by = 0  # type: ignore[attr-defined]
                 return
             judged = self._witness.judged(error)
             if judged is not error:

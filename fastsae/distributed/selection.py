@@ -1,4 +1,4 @@
-"""Which activations are the largest where the features of a token are held by several processes: TopK and BatchTopK."""
+"""TopK and BatchTopK where several processes share the features: which activations are the largest of all."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def n_candidates(k: int, n_processes: int) -> int:
 def among_topk(acts: SparseActs, k: int, features: Group) -> Tensor:
     """`[nnz]` bool: which of this process's entries are among the `k` largest of their token; ties go to the lower feature.
 
-    Each process sends the values of its `2 k / P` largest entries of a token. Of the few tokens of which one process may hold
-    more of the `k` largest than that, which all processes see alike, the others are sent too. So the choice is exact.
+    Each process sends the values of its `2 k / P` largest entries of a token. For a few tokens one process may hold more of the
+    `k` largest than that. All processes find the same such tokens, and send the rest of their values too, so that the choice is
+    exact.
 
     Args:
         acts: The `k` largest of this process's features for each token, packed.
         k: How many survive.
-        features: The processes, in the order of their features.
+        features: The processes that share the features.
     """
     values = acts.values.detach()
     rows, starts = acts.row_ids(), acts.row_offsets.long()
@@ -65,15 +66,16 @@ def among_batch_topk(
     """`[nnz]` bool, which of this process's entries are among the `budget` largest of the whole batch, and the smallest of them.
 
     Ties go to the lower token, then the lower feature. The value of the last survivor is found bit by bit: the histogram of
-    the 16 highest bits of all values, summed over the processes, tells those of the survivor, then that of the next 16 bits
-    among the values that have them. Positive floating-point numbers have the order of their bits.
+    the 16 highest bits of all values, summed over the processes, shows the 16 highest bits of the last survivor; then the
+    histogram of the next 16 bits, of the values that begin with these, shows the next ones. This works because positive
+    floating-point numbers are in the order of their bits, read as integers.
 
     Args:
         acts: This process's entries, packed, at least those that can survive.
         budget: How many survive in all.
-        features: The processes that hold other features of the same tokens.
-        data: Those that hold the same features and other tokens.
-        world: All of them.
+        features: The processes that share the features.
+        data: The processes that hold the same features, and see different tokens.
+        world: All processes.
     """
     values = acts.values.detach()
     keys = values.view(torch.int32 if values.element_size() == 4 else torch.int64)

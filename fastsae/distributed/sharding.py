@@ -24,24 +24,23 @@ FEATURE_DIMS = {"W_enc": 1, "b_enc": 0, "threshold": 0, "log_threshold": 0, "W_d
 
 
 class Sharding:
-    """Which features of an SAE this process holds, with whom it shares the rest, and the ops that make a whole of the parts.
+    """Which features of an SAE this process holds, and the ops that compute with the features of all processes.
 
-    The processes form a grid. Those of a row hold different features of one SAE and see the same tokens; those of a column hold
-    the same features and see different tokens. Process `r` of a row holds the features from `start` to `end`, as `torch.chunk`
-    cuts them: `ceil(d_sae / P)` each, the last ones fewer, or none.
+    Process `r` of the `P` processes that share the features holds those from `start` to `end`, as `torch.chunk` divides them:
+    `ceil(d_sae / P)` each; the last processes have fewer, or none.
 
         sae_out[n] = b_dec + sum over processes of feature_acts[n, own] @ W_dec[own]
 
-    So a pass sends each row of the reconstruction once, and no gradient of a weight.
+    So a pass sends one row of the reconstruction for each token, and no gradient of a weight.
 
     Args:
         d_sae: Number of features of the whole SAE.
-        groups: The processes of a row, those of a column, and all of them.
-        reduce_dtype: In which parts of a reconstruction travel: float32 or bfloat16.
-        n_chunks: Parts of a batch; the sum of one travels while the next is computed.
+        groups: The groups of this process.
+        reduce_dtype: The number format in which processes send each other parts of a reconstruction, float32 or bfloat16.
+        n_chunks: The number of chunks of a batch; the reconstruction of one is summed while the next is computed.
 
     Raises:
-        UsageError: `reduce_dtype` is another one, or `n_chunks` no number of parts.
+        UsageError: `reduce_dtype` is another number format, or `n_chunks` is no whole number >= 1.
     """
 
     def __init__(
@@ -64,11 +63,11 @@ class Sharding:
         return self  # a copy of an SAE works with the same processes
 
     def share(self, tensor: Tensor, name: str = "b_dec") -> Tensor:
-        """A parameter that every process holds whole, for a product with this process's features."""
+        """A tensor that every process holds whole, for a product with this process's features; its gradient is summed."""
         return shared(tensor, self.features, name)
 
     def sum_of_parts(self, part: Tensor) -> Tensor:
-        """A loss to which each process adds what its own features give."""
+        """The sum over the processes of the losses of their own features."""
         return summed(part, self.features, "penalty")
 
     @property
@@ -99,8 +98,8 @@ class Sharding:
         The gradients are sent in pieces of 16 MB, all of which are under way at once.
 
         Args:
-            parameters: Those without a gradient are left out, in every process alike.
-            n_tokens: Tokens that this process's loss was the mean of; where there are none its gradients count as 0.
+            parameters: The parameters; those without a gradient are left out, which are the same ones in every process.
+            n_tokens: The number of tokens that this process's loss was the mean of; with 0 its gradients count as 0.
         """
         if self.data.size == 1:
             return
@@ -145,10 +144,10 @@ class Sharding:
         hint: ActivityHint | None = None,
         collector: PassCollector | None = None,
     ) -> AutoencodeOutput:
-        """`fastsae_kernels.autoencode` of the whole SAE from this process's features; every process has the same result.
+        """`fastsae_kernels.autoencode` of the whole SAE, with the same result in every process.
 
-        All but `feature_counts`, which are of this process's features. `acts` are None. Where a batch is chosen from, it is
-        that of all processes.
+        Only `feature_counts` differ, which are those of this process's features. `acts` is None. BatchTopK chooses among the
+        activations of the tokens of all processes.
         """
         weights = (W_enc, b_enc, threshold, W_dec)
         if self.features.size == 1 and not (spec.batch_topk and self.data.size > 1):
@@ -182,7 +181,7 @@ class Sharding:
         hint: ActivityHint | None,
         collector: PassCollector | None,
     ) -> AutoencodeOutput:
-        """The pass over this process's features alone, without `b_dec`."""
+        """The pass with this process's features alone, without `b_dec`."""
         W_enc, b_enc, threshold, W_dec = weights
         if spec.k is None and len(W_dec):
             zero = W_dec.new_zeros(W_dec.shape[1])
@@ -195,7 +194,7 @@ class Sharding:
         return AutoencodeOutput(out, l0.to(threshold.dtype), l0, counts, None, smallest)
 
     def _start(self, local: AutoencodeOutput, spec: AutoencodeSpec) -> tuple[Pending, Pending]:
-        """Starts the sums of the reconstruction, and of penalty and L0, which are one where the penalty counts."""
+        """Starts the sums of the reconstruction, and of penalty and L0, which are one number where L0 is the penalty."""
         out = start_sum(local.sae_out, self.features, self.reduce_dtype, "reconstruction")
         penalty = local.penalty.detach()
         counts = penalty.clone() if spec.penalty == "l0" else torch.stack([penalty, local.l0.to(penalty.dtype)])
@@ -227,7 +226,7 @@ class Sharding:
         k: int | None = None,
         batch_topk: bool = False,
     ) -> SparseActs:
-        """The active features of each token, of all processes, under their numbers in the whole SAE.
+        """The active features of each token in all processes, under their numbers in the whole SAE.
 
         Differentiable only where one process holds all features.
         """

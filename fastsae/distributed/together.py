@@ -20,21 +20,21 @@ class OtherProcessError(FastsaeError):
 
     def __init__(self, process: int, text: str) -> None:
         super().__init__(text)
-        self.teller = self.process = process
+        self.reported_by = self.process = process
 
 
 @contextmanager
 def together(group: Group, what: str) -> Iterator[None]:
-    """Lets this process do its part, and raises in all of them where that of any has raised.
+    """Lets every process of a group work in its `with` block, and raises in all of them where any of them has raised.
 
-    The part may call collectives only if these raise in all processes where they raise in one.
+    The block may contain collectives only if these raise in all processes where they raise in one.
 
     Args:
-        group: The processes, all of which do their part.
-        what: What a process could not do, as the message says it: "write the checkpoint".
+        group: The processes, all of which enter the block.
+        what: What a process could not do, in the words of the message: "write the checkpoint".
 
     Raises:
-        OtherProcessError: The part of another process has failed. The error of this process's own part stays as it is.
+        OtherProcessError: Another process has raised. An error of this process is raised as it is.
     """
     error: Exception | None = None
     try:
@@ -47,10 +47,10 @@ def together(group: Group, what: str) -> Iterator[None]:
     if error is not None:
         raise error
     if failures:
-        is_of_another, text, teller, rank = min(failures)  # an error of a process's own part comes first
+        is_of_another, text, reported_by, rank = min(failures)  # the error of a process itself comes first
         process = group.global_rank(rank)
         if is_of_another:
-            raise OtherProcessError(teller, text)
+            raise OtherProcessError(reported_by, text)
         raise OtherProcessError(process, f"process {process} could not {what}: {text}")
 
 

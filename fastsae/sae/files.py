@@ -80,7 +80,7 @@ def _write_config(path: Path, config: dict[str, Any]) -> None:
 def _write_together(sharding: Sharding, path: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
     """The first process writes both files, the others that share the features send it their parts."""
     if sharding.data.rank > 0:
-        return  # the processes of the first row of the grid hold the same features
+        return  # the processes of the first group hold the same features
     with together(sharding.features, "save the SAE"):
         _check_writable(config, state)
     with together(sharding.features, f"write {path}"):
