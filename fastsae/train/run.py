@@ -18,7 +18,7 @@ from fastsae.disk import local_path, write_json
 from fastsae.distributed import Group, launch
 from fastsae.distributed.launch import Processes
 from fastsae.distributed.together import together
-from fastsae.errors import FastsaeError, UsageError
+from fastsae.errors import FastsaeError
 from fastsae.fields import read_json
 from fastsae.interrupt import Interrupted
 from fastsae.train import checkpoint, joint_checkpoint
@@ -39,6 +39,7 @@ from fastsae.train.folder import (
 from fastsae.train.init_from import load_source, with_options_of
 from fastsae.train.l0_control import l0_metrics
 from fastsae.train.pipeline import Given, Pipeline, build_pipeline, resolve_device
+from fastsae.train.plan import check_processes
 from fastsae.train.results import save_sae, write_features_pages, write_run
 from fastsae.train.session import Session
 
@@ -186,7 +187,7 @@ def _prepared(
     processes: Processes,
 ) -> tuple[Session, float]:
     """The SAEs of a run, new or as a checkpoint has them, and the seconds that the run has taken before."""
-    check_processes(configs, output, resume, processes)
+    _check_options(configs, output, resume, processes)
     configs = {name: located_config(config) for name, config in configs.items()}
     check_loggers(configs.values())
     if resume:
@@ -228,22 +229,16 @@ def _build_pipeline(configs: dict[str, TrainConfig], given: Given, progress: boo
     return build_pipeline(next(iter(configs.values())), list(configs.values()), **options)
 
 
-def check_processes(configs: Mapping[str, TrainConfig], output: Path, resume: bool, processes: Processes) -> None:
-    """Checks what a run on several processes wants of its options.
-
-    Raises:
-        UsageError: They are not the same in all processes, or do not fit several of them.
-    """
+def _check_options(configs: Mapping[str, TrainConfig], output: Path, resume: bool, processes: Processes) -> None:
+    """Raises UsageError where options are not the same in all processes, or do not fit so many of them."""
     if processes.size == 1:
         return
     first = next(iter(configs.values()))
     alike = {name: value for name, value in asdict(first).items() if name not in ("device", "log")}
     others = {name: asdict(config) for name, config in configs.items() if config is not first}
     processes.check_same({**alike, **others, "output": str(output), "resume": resume})
-    if first.batch_size < processes.size:
-        raise UsageError(
-            f"batch_size: expected at least one token for each of the {processes.size} processes, got {first.batch_size}"
-        )
+    for config in configs.values():
+        check_processes(config, processes.size)
 
 
 @contextmanager
