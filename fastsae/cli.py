@@ -68,7 +68,7 @@ log = logging.getLogger("fastsae")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are told by one of several processes that `torchrun` has started with the same arguments."""
+    """A parser whose errors are printed by one of several processes that `torchrun` has started with the same arguments."""
 
     def error(self, message: str) -> NoReturn:
         wait_for_the_first()
@@ -122,7 +122,7 @@ def fail(error: BaseException, message: str, status: int = 1) -> int:
     if reported_by is None:
         wait_for_the_first()
     elif reported_by != rank():
-        message = f"ended, for the reason that process {reported_by} tells"
+        message = f"ended, for the reason that process {reported_by} gives"
     who = "" if n_processes() == 1 else f" process {rank()}:"
     print(f"fastsae:{who} {message}", file=sys.stderr)
     return status

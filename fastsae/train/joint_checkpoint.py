@@ -35,14 +35,19 @@ from fastsae.train.repartition import BatchPart, pooled_failures, pooled_trainer
 from fastsae.train.trainer import Trainer
 
 SHARDS, FILES, GROUPS = "shards", "files", "groups"
-DIVIDED = ("sae", "optimizer", "silent_tokens", "dead_mask")  # of a trainer's state, what is saved as `shards`
+DIVIDED = (
+    "sae",
+    "optimizer",
+    "silent_tokens",
+    "dead_mask",
+)  # what of a trainer's state is saved in the folder `shards`
 
 
 def _feature_dims(trainers: Mapping[str, Trainer]) -> dict[str, int]:
-    """In which dimension the tensors of a session's state are divided by features, by their dotted names.
+    """The dimension of the features in those tensors of a session's state that have one, by their dotted names.
 
     Args:
-        trainers: By the numbers under which their states are saved.
+        trainers: The trainers of this process, by the numbers under which their states are saved.
     """
     dims = dict[str, int]()
     for i, trainer in trainers.items():
@@ -65,8 +70,8 @@ def save(run: Path, step: int, state: dict[str, Any], trainers: Mapping[str, Tra
         run: The folder of the run, which all processes reach.
         step: What names the checkpoint.
         state: This process's state of a session.
-        trainers: Those of this process, by the numbers that they have in the state.
-        groups: The processes, which all call this.
+        trainers: The trainers of this process, by the numbers that they have in the state.
+        groups: The groups of this process; all processes call this.
 
     Raises:
         FastsaeError: A number of a state is not finite, or another process could not write; the older checkpoint stays.
@@ -167,7 +172,7 @@ class Saved:
 
     Args:
         folder: The checkpoint.
-        groups: The processes that load it.
+        groups: The groups of this process; all processes load it.
 
     Raises:
         FastsaeError: It is corrupt or truncated.
@@ -193,7 +198,7 @@ class Saved:
         """This process's state of a session.
 
         Args:
-            trainers: Those of this process, by the numbers that they have in the state.
+            trainers: The trainers of this process, by the numbers that they have in the state.
             config: The run.
             capacity: Rows that this process's mixing buffers hold.
 
@@ -262,7 +267,7 @@ def find(run: Path, groups: Groups | None = None) -> Saved | None:
 
 @contextmanager
 def reading(folder: Path, world: Group) -> Iterator[None]:
-    """Calls whatever goes wrong a corrupt checkpoint, in all processes; the connection between them is another matter."""
+    """Raises in all processes that the checkpoint is corrupt where any of them cannot read it, unless their connection failed."""
     with together(world, "read a checkpoint"):
         try:
             yield

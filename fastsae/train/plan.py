@@ -16,9 +16,9 @@ from fastsae.train.config import TrainConfig
 from fastsae.train.hardware import Hardware
 from fastsae.train.limits import (
     Need,
+    held_features,
     n_layers,
     needs,
-    shard,
     start_l0,
     sums_gradients,
     trained_by_one,
@@ -303,7 +303,7 @@ def _step(config: TrainConfig, d_in: int, n_processes: int, device_type: str) ->
     """What one process computes of an SAE's step."""
     is_narrow, n_shards = config.dtype == "bfloat16", config.shard_features
     rows = config.batch_size / n_processes * n_shards
-    matrix, size = shard(config, d_in) * d_in, 2 if is_narrow else 4
+    matrix, size = held_features(config, d_in) * d_in, 2 if is_narrow else 4
     entries = rows * expected_l0(config, d_in) / n_shards
     trained = trained_numbers(config, d_in)
     of_gradient = 4 if sums_gradients(config, device_type, n_processes) else 0
