@@ -165,12 +165,12 @@ class Sharding:
         targets = None if target is None else target.reshape(-1, W_dec.shape[1])
         size = max(1, len(rows) if spec.batch_topk else -(-len(rows) // self.n_chunks))
         begun = []
-        for part in rows.split(size):
-            local = self._local(part, weights, spec, feature_scale, hint, collector)
+        for chunk in rows.split(size):
+            local = self._local(chunk, weights, spec, feature_scale, hint, collector)
             begun.append((local, *self._start(local, spec)))
-        ends = zip(begun, [None] * len(begun) if targets is None else targets.split(size), strict=True)
-        parts = [self._whole(*sums, b_dec, of_part) for sums, of_part in ends]
-        return _joined(parts, x.shape[:-1])
+        of_chunks = [None] * len(begun) if targets is None else targets.split(size)
+        chunks = [self._finish(*sums, b_dec, of_chunk) for sums, of_chunk in zip(begun, of_chunks, strict=True)]
+        return _joined(chunks, x.shape[:-1])
 
     def _local(
         self,
@@ -200,7 +200,7 @@ class Sharding:
         counts = penalty.clone() if spec.penalty == "l0" else torch.stack([penalty, local.l0.to(penalty.dtype)])
         return out, self.features.start_sum_(counts, "penalty")
 
-    def _whole(
+    def _finish(
         self, local: AutoencodeOutput, out: Pending, counts: Pending, b_dec: Tensor, target: Tensor | None
     ) -> AutoencodeOutput:
         """The result of all processes, once the sums are there."""
@@ -303,17 +303,17 @@ def _no_entries(n_tokens: int, width: int, like: Tensor) -> SparseActs:
     return SparseActs(offsets, indices, like.new_zeros(0), (n_tokens, width))
 
 
-def _joined(parts: list[AutoencodeOutput], leading: torch.Size) -> AutoencodeOutput:
-    """The outputs of the parts of a batch as one, with its leading dimensions."""
-    first = parts[0]
-    counts = torch.stack([part.feature_counts for part in parts]).sum(0) if len(parts) > 1 else first.feature_counts
+def _joined(chunks: list[AutoencodeOutput], leading: torch.Size) -> AutoencodeOutput:
+    """The outputs of the chunks of a batch as one, with its leading dimensions."""
+    first = chunks[0]
+    counts = torch.stack([chunk.feature_counts for chunk in chunks]).sum(0) if len(chunks) > 1 else first.feature_counts
 
-    def whole(name: str) -> Tensor | None:
-        found = [getattr(part, name) for part in parts]
+    def joined(name: str) -> Tensor | None:
+        found = [getattr(chunk, name) for chunk in chunks]
         if found[0] is None:
             return None
         rows = torch.cat(found) if len(found) > 1 else found[0]
         return rows.reshape(*leading, *rows.shape[1:])
 
-    fields: Any = {name: whole(name) for name in ("sae_out", "penalty", "l0", "squared_error")}
+    fields: Any = {name: joined(name) for name in ("sae_out", "penalty", "l0", "squared_error")}
     return first._replace(**fields, feature_counts=counts)
