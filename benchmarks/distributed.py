@@ -87,7 +87,7 @@ def _measured(arguments: argparse.Namespace, n_sharing: int) -> Row:
     with launch.start(n_sharing, 600, arguments.device) as processes:
         before = _memory(processes.device)
         seconds, sent, held = _steps(config, arguments, processes)
-        found = processes.from_all([seconds, held - before])
+        found = processes.groups.world.gather_objects([seconds, held - before])
         bytes_of_acts = 2 if arguments.dtype == "bfloat16" else 4
         planned = step_traffic(config, arguments.d_in, arguments.d_sae, processes.size, bytes_of_acts)
         slowest = max(one[0] for one in found)

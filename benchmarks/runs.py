@@ -146,14 +146,14 @@ def fastsae(run: Run, clock: Clock, command: str = "train", *flags: str) -> floa
     import_for_good(model=True)  # as the command does, before the timers' own imports
     from fastsae.data.cache import CachedActivations
     from fastsae.data.sequencing import Sequencer
-    from fastsae.train import caching, session
+    from fastsae.train import caching, supply
     from fastsae.train import run as whole
     from fastsae.train.trainer import Trainer
 
-    for module in (session, caching):
+    for module in (supply, caching):
         clock.watch(module, MODEL, "read_layers")
     clock.watch(CachedActivations, BUFFER, "read")
-    clock.watch(session.Session, BUFFER, "_serve")
+    clock.watch(supply.Supply, BUFFER, "serve")
     clock.watch(Sequencer, HOST, "__next__")
     clock.watch(Trainer, SAE, "initialize", "advance")
     clock.watch(whole, EVALUATION, "evaluate_saes")

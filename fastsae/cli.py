@@ -68,7 +68,7 @@ log = logging.getLogger("fastsae")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are told by one of several processes that `torchrun` has started with the same arguments."""
+    """A parser whose errors are printed by one of several processes that `torchrun` has started with the same arguments."""
 
     def error(self, message: str) -> NoReturn:
         wait_for_the_first()
@@ -118,11 +118,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fail(error: BaseException, message: str, status: int = 1) -> int:
     """Prints why the program ends, and returns its exit status; of several processes that end together, one prints it."""
-    teller = getattr(error, "teller", 0 if isinstance(error, KeyboardInterrupt) else None)
-    if teller is None:
+    reported_by = getattr(error, "reported_by", 0 if isinstance(error, KeyboardInterrupt) else None)
+    if reported_by is None:
         wait_for_the_first()
-    elif teller != rank():
-        message = f"ended, for the reason that process {teller} tells"
+    elif reported_by != rank():
+        message = f"ended, for the reason that process {reported_by} gives"
     who = "" if n_processes() == 1 else f" process {rank()}:"
     print(f"fastsae:{who} {message}", file=sys.stderr)
     return status

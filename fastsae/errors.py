@@ -12,11 +12,11 @@ class FastsaeError(Exception):
     """A run failed for a reason that the message names (exit status 1).
 
     Attributes:
-        teller: Of several processes that end together, the number of the one that prints the message; None where they have not
-            agreed on one. Other exceptions that end a process get it as well.
+        reported_by: Where several processes end together, the number of the one that prints the message; None where they have
+            not agreed on one. Other exceptions that end a process get it as well.
     """
 
-    teller: int | None = None
+    reported_by: int | None = None
 
 
 class UsageError(FastsaeError):

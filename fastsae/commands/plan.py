@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from fastsae import environment
 from fastsae.errors import UsageError, shown
 from fastsae.flags import flag, whole_number
 from fastsae.train.config import TrainConfig
@@ -89,13 +89,12 @@ def run(arguments: Namespace, configs: Sequence[TrainConfig]) -> None:
     from fastsae.train.pipeline import resolve_device
     from fastsae.train.plan import make_plan
 
-    given = arguments.processes
-    n_processes = int(os.environ.get("WORLD_SIZE", 1)) if given is None else given
+    n_processes = environment.n_processes() if arguments.processes is None else arguments.processes
     hardware = _hardware(arguments)
     device_type = "cuda" if arguments.hardware else resolve_device(configs[0].device).partition(":")[0]
     configs, model = read_model(configs, device_type)
     plan = make_plan(configs, model, n_processes, device_type)
-    if os.environ.get("RANK", "0") == "0":
+    if environment.is_first():
         print_plan(plan, hardware, device_type)
 
 

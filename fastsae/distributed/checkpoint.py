@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastsae.distributed.groups import Group
-from fastsae.distributed.parts import SlicedDim, bounds, lengths
-from fastsae.distributed.together import OtherProcessError, number
+from fastsae.distributed.parts import bounds, lengths
+from fastsae.distributed.together import OtherProcessError
 
 with warnings.catch_warnings():  # the import adds a filter for the warnings of another library
     from torch.distributed.checkpoint.api import CheckpointException
@@ -40,13 +40,14 @@ class _Planner(DefaultSavePlanner):
         return object.detach().cpu().contiguous()
 
 
-def save_sharded(folder: Path, tensors: Mapping[str, Tensor], sliced_dim: SlicedDim, group: Group) -> None:
+def save_sharded(folder: Path, tensors: Mapping[str, Tensor], dims: Mapping[str, int], group: Group) -> None:
     """Writes parts of tensors to a folder; every process of the group calls it, and writes its own parts.
 
     Args:
         folder: Is made, and has nothing else in it.
-        tensors: This process's parts by name, as `torch.chunk` divides them; of those that all have, the first writes its own.
-        sliced_dim: The dimension in which the tensor of a name is divided; None where all have it.
+        tensors: This process's parts by name, as `torch.chunk` divides them. Tensors that are whole in every process are written
+            by the first one.
+        dims: The dimension along which the tensor of a name is divided; tensors without one are whole in every process.
         group: The processes, in the order of their parts.
 
     Raises:
@@ -54,9 +55,9 @@ def save_sharded(folder: Path, tensors: Mapping[str, Tensor], sliced_dim: Sliced
         OtherProcessError: Another process could not write.
         ValueError: The processes' tensors do not fit together; in all of them.
     """
-    sizes = {name: sum(found) for name, found in lengths(tensors, sliced_dim, group).items()}
+    sizes = {name: sum(found) for name, found in lengths(tensors, dims, group).items()}
     described = {
-        name: _described(tensor, sliced_dim(name), sizes.get(name, 0), group) for name, tensor in tensors.items()
+        name: _described(tensor, dims.get(name), sizes.get(name, 0), group) for name, tensor in tensors.items()
     }
     with _alone_or_together(group, "write"):
         save(
@@ -69,13 +70,13 @@ def save_sharded(folder: Path, tensors: Mapping[str, Tensor], sliced_dim: Sliced
 
 
 def load_sharded(
-    folder: Path, sliced_dim: SlicedDim, group: Group, wants: Callable[[str], bool] = lambda name: True
+    folder: Path, dims: Mapping[str, int], group: Group, wants: Callable[[str], bool] = lambda name: True
 ) -> dict[str, Tensor]:
     """This process's parts of the tensors that `save_sharded` has written, whose processes may have been more or fewer.
 
     Args:
         folder: Where they are.
-        sliced_dim: As for `save_sharded`.
+        dims: As for `save_sharded`.
         group: The processes that load them, in the order of their parts.
         wants: Whether the tensor of a name is loaded; the same in all processes.
 
@@ -92,7 +93,7 @@ def load_sharded(
         assert isinstance(kind, TensorStorageMetadata)
         if sum(math.prod(chunk.sizes) for chunk in kind.chunks) != math.prod(kind.size):
             raise ValueError(f"{name}: expected all parts of a tensor {list(kind.size)}, but some are missing")
-        shape, dim = list(kind.size), sliced_dim(name)
+        shape, dim = list(kind.size), dims.get(name)
         if dim is not None:
             start, end = bounds(shape[dim], group.size, group.rank)
             shape[dim] = end - start
@@ -104,10 +105,10 @@ def load_sharded(
 
 
 def _described(part: Tensor, dim: int | None, size: int, group: Group) -> Tensor:
-    """A part with its place in the whole tensor.
+    """A part together with its place in the whole tensor, as PyTorch describes it.
 
     Raises:
-        ValueError: It is no part as `torch.chunk` cuts them.
+        ValueError: It has not the length that `torch.chunk` gives it.
     """
     if dim is None or group.size == 1 or group.processes is None:
         return part
@@ -134,7 +135,7 @@ def _files(described: Mapping[str, Tensor]) -> dict[str, int]:
 
 @contextmanager
 def _alone_or_together(group: Group, what: str) -> Iterator[None]:
-    """Raises this process's own error, or else tells of another's; a process without a group is no reason for a warning."""
+    """Raises the error of this process where it has one, and else OtherProcessError; hides PyTorch's warning of one process."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -144,5 +145,5 @@ def _alone_or_together(group: Group, what: str) -> Iterator[None]:
         if own is not None:
             raise own[0] from None
         rank, (first, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        process = number(group, rank)
+        process = group.global_rank(rank)
         raise OtherProcessError(process, f"process {process} could not {what} its part: {first}") from None

@@ -16,7 +16,7 @@ from fastsae_kernels.loss_terms import subtract_target, weighted_sum
 
 
 class _Shared(torch.autograd.Function):
-    """A tensor that every process holds, as it is; its gradient is the sum of theirs."""
+    """Returns a tensor that every process holds whole; its gradient is the sum of the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Group, name: str) -> Tensor:
@@ -85,9 +85,9 @@ def summed(part: Tensor, group: Group, name: str, pending: Pending | None = None
     """The sum of `part` over the processes; the gradient of each part is that of the sum.
 
     Args:
-        part: This process's.
+        part: The part of this process.
         group: The processes.
-        name: Of the traffic.
+        name: The name under which `group.traffic` counts the sum.
         pending: The sum, where it is under way already.
     """
     if group.size == 1:
@@ -105,8 +105,8 @@ def residual_of(part: Tensor, b_dec: Tensor, target: Tensor, pending: Pending) -
 def start_sum(part: Tensor, group: Group, dtype: torch.dtype, name: str) -> Pending:
     """Starts the sum of `[N, d]` parts over the processes, in at least fp32, sent in `dtype`.
 
-    In 16 bits each process receives the parts of its share of the rows, sums them in fp32, and sends that share to all, so
-    that a number is rounded twice whatever the number of processes; the bytes are those of a ring's sum in 16 bits.
+    In 16 bits each process sums some of the rows: it receives these rows of all parts, sums them in fp32, and sends the sums
+    to all. So every number is rounded twice, however many processes there are. A ring's sum in 16 bits sends as many bytes.
     """
     wide = torch.promote_types(part.dtype, torch.float32)
     if dtype.itemsize != 2 or wide == torch.float64:

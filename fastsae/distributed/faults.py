@@ -5,7 +5,7 @@ The processes leave notes in the store that `torchrun` keeps beside them, which 
     here/R     process R has started
     beat/R     changes twice a second while process R lives, and says where it computes
     ended/R    process R has ended, or is about to, and knows of it
-    verdict    what ended the run, and which process tells it: written once, by whoever is first
+    verdict    what ended the run, and which process reports it: written once, by whoever is first
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _EXCHANGES = (str(Path("fastsae", "distributed", "groups.py")), str(Path("torch"
 
 
 class Witness:
-    """What this process tells the others of a run, and learns of them, beside the exchanges of training.
+    """Tells the other processes of a run that this one lives or why it ends, and finds out the same about them.
 
     Args:
-        open_store: Connects to the store. The signs of life have a connection of their own, because a connection serves one
-            thread at a time.
+        open_store: Connects to the store. It is called twice: the signs of life have a connection of their own, because a
+            connection serves one thread at a time.
         rank: The number of this process.
-        size: How many there are.
+        size: The number of processes.
         timeout: Seconds that a process waits for others.
     """
 
@@ -76,15 +76,15 @@ class Witness:
         threading.Thread(target=self._live, daemon=True).start()
 
     def close(self) -> None:
-        """Ends the signs of life; this process ends, and knows of it."""
+        """Ends the signs of life, and says that this process ends by itself."""
         self._over.set()
         with suppress(RuntimeError):  # the store may have ended before
             self._end()
 
     def judged(self, error: BaseException) -> BaseException:
-        """What this process ends with: `error` itself, or what another process did that caused it.
+        """The error that this process ends with: `error` itself, or one that says what happened in another process and caused it.
 
-        Its attribute `teller` is the number of the process that tells the user.
+        Its attribute `reported_by` is the number of the process that prints the message.
         """
         try:
             self._store.set_timeout(timedelta(seconds=SILENCE))
@@ -100,32 +100,32 @@ class Witness:
                 "the process that keeps the store of the run no longer answers: torchrun of the first machine, or process 0 "
                 "where the run was started without it"
             )
-            gone.teller = min(self.rank, 1)
+            gone.reported_by = min(self.rank, 1)
             return gone if is_of_an_exchange(error) else error
 
     def _own(self, error: BaseException) -> BaseException:
-        """Tells the others of an error of this process; the same one in all of them, or what tells of it, is told once."""
-        if getattr(error, "teller", None) is not None:
-            return error  # it came with the name of the process that failed
+        """Tells the others of an error of this process; of several processes with the same error, one reports it."""
+        if getattr(error, "reported_by", None) is not None:
+            return error  # it names the process that failed
         text = str(error) or type(error).__name__
         verdict = self._settle(f"process {self.rank} failed: {text}", text)
         is_known = text in verdict["text"] or verdict["of"] in text
-        error.teller = verdict["teller"] if is_known else self.rank  # type: ignore[attr-defined]
+        error.reported_by = verdict["reported_by"] if is_known else self.rank  # type: ignore[attr-defined]
         return error
 
     def _interrupted(self, error: KeyboardInterrupt) -> BaseException:
-        """Tells the others of a signal, of which the first process tells the user, unless it comes of a failure of another.
+        """Tells the others of a signal, which the first process reports, unless another process has died.
 
-        When a process has died `torchrun` ends the others by a signal.
+        When a process has died, `torchrun` ends the others by a signal.
         """
         before = self._signs()
         self._end()
         if gone := self._silent(before):
             return self._of_another(self._settle(_of_gone(gone)))
-        verdict = self._settle(f"process {self.rank} was interrupted; {_ON}", _INTERRUPTED, teller=0)
+        verdict = self._settle(f"process {self.rank} was interrupted; {_ON}", _INTERRUPTED, reported_by=0)
         if verdict["of"] != _INTERRUPTED:
             return self._of_another(verdict)
-        error.teller = 0  # type: ignore[attr-defined]
+        error.reported_by = 0  # type: ignore[attr-defined]
         return error
 
     def _after_a_broken_exchange(self, error: BaseException) -> BaseException:
@@ -134,7 +134,7 @@ class Witness:
         self._end()
         gone = self._silent(before)
         end = time.monotonic() + (0 if gone or _is_late(error) else SILENCE)
-        while time.monotonic() < end and self._verdict() is None:  # of a process that knows more
+        while time.monotonic() < end and self._verdict() is None:  # another process may know more
             time.sleep(_LOOK)
         if (verdict := self._verdict()) is not None:
             return self._of_another(verdict)
@@ -142,7 +142,7 @@ class Witness:
         return self._of_another(self._settle(text))
 
     def _silent(self, before: dict[int, str]) -> list[int]:
-        """The processes that give no sign of life for a while since `before`; none as soon as there is a verdict."""
+        """The processes that have given no sign of life since `before`, after some seconds; none where there is a verdict."""
         end, silent = time.monotonic() + SILENCE, list(self._others)
         while silent and time.monotonic() < end and self._verdict() is None:
             time.sleep(_LOOK)
@@ -151,7 +151,7 @@ class Witness:
         return silent if self._verdict() is None else []
 
     def _explanation(self, error: BaseException, gone: Sequence[int], late: dict[int, str]) -> str:
-        """A message about the processes that give no sign of life, or those that others waited for and what they were doing."""
+        """The message: which processes gave no sign of life, or for which ones the others waited, and what they were doing."""
         if gone:
             return _of_gone(gone)
         reason = " ".join(str(error).split()).partition(". This is typically")[0]
@@ -167,12 +167,14 @@ class Witness:
 
     def _of_another(self, verdict: dict[str, Any]) -> FastsaeError:
         error = FastsaeError(verdict["text"])
-        error.teller = verdict["teller"]
+        error.reported_by = verdict["reported_by"]
         return error
 
-    def _settle(self, text: str, of: str | None = None, teller: int | None = None) -> dict[str, Any]:
+    def _settle(self, text: str, of: str | None = None, reported_by: int | None = None) -> dict[str, Any]:
         """Writes the verdict, unless there is one; returns the one that holds."""
-        own = json.dumps({"teller": self.rank if teller is None else teller, "text": text, "of": of or text})
+        own = json.dumps(
+            {"reported_by": self.rank if reported_by is None else reported_by, "text": text, "of": of or text}
+        )
         verdict: dict[str, Any] = json.loads(self._store.compare_set("verdict", "", own))
         return verdict
 
@@ -198,7 +200,7 @@ class Witness:
                     return
 
     def _place(self) -> str:
-        """The line of this package that the main thread is at, or that it waits for other processes."""
+        """The line of this package at which the main thread is, or the word for waiting for other processes."""
         frame = sys._current_frames().get(self._main)
         place = "code of other packages"
         while frame is not None:

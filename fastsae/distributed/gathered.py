@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 
 from fastsae.disk import write_atomically
 from fastsae.distributed.groups import Group
-from fastsae.distributed.parts import SlicedDim, lengths
+from fastsae.distributed.parts import lengths
 from fastsae.distributed.together import together
 
 BLOCK_BYTES = 2**25  # of a tensor that travel at once
@@ -24,8 +24,8 @@ class Block(NamedTuple):
     """Rows of one tensor that the first process writes at once.
 
     Attributes:
-        name: The tensor's.
-        rows: From where to where, in the part of each process that sends some.
+        name: The name of the tensor.
+        rows: Which rows these are, in the part of each process that sends some.
         senders: The numbers of these processes, in the order of their parts.
     """
 
@@ -34,7 +34,7 @@ class Block(NamedTuple):
     senders: Sequence[int]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], sliced_dim: SlicedDim, group: Group) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], dims: Mapping[str, int], group: Group) -> None:
     """Writes the whole tensors to one safetensors file, the same bytes as `safetensors.torch.save_file` would.
 
     Every process of the group calls it, and the first one writes. A tensor travels in blocks of rows, so that no process needs
@@ -42,8 +42,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], sliced_dim: SlicedD
 
     Args:
         path: The file; it is there only once it is whole.
-        tensors: This process's parts by name, on one device, and tensors that all have.
-        sliced_dim: The dimension in which the tensor of a name is divided: 0, or 1 of two; None where all have it.
+        tensors: This process's parts by name, and tensors that are whole in every process, on one device.
+        dims: The dimension along which the tensor of a name is divided, 0, or 1 of two; tensors without one are whole in
+            every process.
         group: The processes, in the order of their parts.
 
     Raises:
@@ -51,10 +52,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], sliced_dim: SlicedD
         OtherProcessError: The first process could not write; in the others.
         ValueError: The processes' tensors do not fit together; in all of them.
     """
-    sizes = lengths(tensors, sliced_dim, group)
-    names, header = _header(tensors, sliced_dim, sizes)
-    blocks = [block for name in names for block in _blocks(name, tensors[name], sliced_dim(name), sizes.get(name, []))]
-    parts = _Parts(tensors, sliced_dim, sizes, group)
+    sizes = lengths(tensors, dims, group)
+    names, header = _header(tensors, dims, sizes)
+    blocks = [block for name in names for block in _blocks(name, tensors[name], dims.get(name), sizes.get(name, []))]
+    parts = _Parts(tensors, dims, sizes, group)
     with together(group, f"write {path}"):
         if group.rank == 0:
             try:
@@ -70,7 +71,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], sliced_dim: SlicedD
 
 
 def _header(
-    tensors: Mapping[str, Tensor], sliced_dim: SlicedDim, sizes: Mapping[str, list[int]]
+    tensors: Mapping[str, Tensor], dims: Mapping[str, int], sizes: Mapping[str, list[int]]
 ) -> tuple[list[str], bytes]:
     """The tensors' names in the order of the file, and all that comes before their data."""
     from safetensors.torch import save
@@ -80,7 +81,7 @@ def _header(
     entries = json.loads(shown[8 : 8 + int.from_bytes(shown[:8], "little")])
     start = 0
     for name, entry in entries.items():
-        shape, dim = list(tensors[name].shape), sliced_dim(name)
+        shape, dim = list(tensors[name].shape), dims.get(name)
         if dim is not None:
             shape[dim] = sum(sizes[name])
         end = start + math.prod(shape) * tensors[name].element_size()
@@ -110,16 +111,16 @@ def _cut(name: str, n_rows: int, row_bytes: int, senders: list[int]) -> Iterator
 
 
 class _Parts:
-    """The way of blocks to the first process."""
+    """Brings blocks to the first process."""
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], sliced_dim: SlicedDim, sizes: Mapping[str, list[int]], group: Group
+        self, tensors: Mapping[str, Tensor], dims: Mapping[str, int], sizes: Mapping[str, list[int]], group: Group
     ) -> None:
-        self._tensors, self._sliced_dim, self._sizes, self._group = tensors, sliced_dim, sizes, group
+        self._tensors, self._dims, self._sizes, self._group = tensors, dims, sizes, group
         self._device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
 
     def wants_more(self, wants: bool = True) -> bool:
-        """Whether the first process takes a block; it says so, the others hear it."""
+        """Whether the first process takes another block; `wants` counts there alone."""
         if self._group.size == 1:
             return wants
         flag = torch.tensor([wants], dtype=torch.uint8, device=self._device)
@@ -143,7 +144,7 @@ class _Parts:
     def _received(self, block: Block, sender: int) -> Tensor:
         own = self._tensors[block.name]
         shape = [block.rows.stop - block.rows.start, *own.shape[1:]]
-        if self._sliced_dim(block.name) == 1:
+        if self._dims.get(block.name) == 1:
             shape[1] = self._sizes[block.name][sender]
         rows = torch.empty(shape, dtype=own.dtype, device=own.device)
         distributed.recv(_bytes(rows), group=self._group.processes, group_src=sender)

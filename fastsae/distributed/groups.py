@@ -28,7 +28,7 @@ class Pending:
         self._tensor, self._work, self._then = tensor, work, then
 
     def wait(self) -> Tensor:
-        """The sum; on a GPU its stream waits, not the host."""
+        """The sum. On a GPU the stream waits for it, and the host goes on."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -47,7 +47,7 @@ class Group:
 
     Attributes:
         rank, size: The number of this process in the group, and how many it has.
-        traffic: What this process has sent.
+        traffic: The bytes that this process has sent.
     """
 
     def __init__(self, processes: ProcessGroup | None = None) -> None:
@@ -64,14 +64,14 @@ class Group:
         return self.start_sum_(tensor, name).wait()
 
     def start_sum_(self, tensor: Tensor, name: str) -> Pending:
-        """As `sum_`, but goes on while the sum is formed."""
+        """Starts what `sum_` does, and returns before the sum is there."""
         if self.size == 1 or tensor.numel() == 0:
             return Pending(tensor)
         self._count(name, 2 * tensor.nbytes * (self.size - 1) / self.size)
         return Pending(tensor, distributed.all_reduce(tensor, group=self.processes, async_op=True))
 
     def smallest_(self, tensor: Tensor, name: str) -> Tensor:
-        """Replaces a contiguous tensor by the smallest of each element over the processes."""
+        """Replaces each element of a contiguous tensor by the smallest that any process has there."""
         if self.size > 1 and tensor.numel():
             self._count(name, 2 * tensor.nbytes * (self.size - 1) / self.size)
             distributed.all_reduce(tensor, distributed.ReduceOp.MIN, group=self.processes)
@@ -91,7 +91,7 @@ class Group:
     def gather_rows(self, rows: Tensor, counts: Sequence[int] | None, name: str) -> Tensor:
         """The rows of all processes one after the other; process `r` has `counts[r]` of them, which may be none.
 
-        Where no counts are given the processes tell them each other first.
+        Where no counts are given, the processes first tell each other how many rows they have.
         """
         if self.size == 1:
             return rows
@@ -111,6 +111,26 @@ class Group:
                 self._count(name, tensor.nbytes)
             distributed.broadcast(tensor, group=self.processes, group_src=0)
         return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The value of each process: small Python objects, which `traffic` does not count."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value, group=self.processes)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """The value of process 0: a small Python object, which `traffic` does not count."""
+        if self.size == 1:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values, group=self.processes, group_src=0)
+        return values[0]
+
+    def global_rank(self, rank: int) -> int:
+        """The number in the whole run of the process that is `rank` in this group."""
+        return rank if self.processes is None else distributed.get_global_rank(self.processes, rank)
 
     def _count(self, name: str, n_bytes: float) -> None:
         self.traffic[name] += round(n_bytes)

@@ -1,4 +1,4 @@
-"""The processes of a run: started by `torchrun`, connected, of one mind about options and signals, ended together."""
+"""The processes of a run: `torchrun` starts them; here they connect, compare options, agree on signals and end together."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from fastsae.distributed.groups import Group
 from fastsae.distributed.mesh import Groups
 from fastsae.errors import FastsaeError, UsageError, shown
 
-if TYPE_CHECKING:  # not every PyTorch has them
+if TYPE_CHECKING:  # not every PyTorch has it
     from torch.distributed import Store  # type: ignore[attr-defined]
-    from torch.distributed.device_mesh import DeviceMesh
 
-_starts = count()  # keeps apart what several runs of one program write into the store
+_starts = count()  # numbers the runs of one program, which write into the same store
 
 
 class Place(NamedTuple):
-    """This process among those of a run, as the environment says."""
+    """Which process of a run this is, and where it finds the others, as the environment says."""
 
     rank: int
     size: int
@@ -54,15 +53,12 @@ class Place(NamedTuple):
 class Processes:
     """The processes of a run; without others, everything here does nothing.
 
-    Process `rank` stands in the grid `[data, features]` at `divmod(rank, size of features)`. As a context manager it ends
-    the connection, and what leaves it is the same failure in all processes; see `Witness.judged`.
+    As a context manager it ends the connection, and raises the same failure in all processes; see `Witness.judged`.
 
     Attributes:
         rank, size: The number of this process, and how many there are.
         device: Where this process computes.
-        world: All processes.
-        features: Those that hold the other features of the same SAE, and see the same tokens.
-        data: Those that hold the same features, and see other tokens.
+        groups: The groups that this process belongs to.
     """
 
     def __init__(self, place: Place, device: torch.device, shard_features: int = 1) -> None:
@@ -70,12 +66,7 @@ class Processes:
         self._shape = (place.size // shard_features, shard_features)
         self._witness: Witness | None = None
         self._is_interrupted = False
-        self._control = self.world = self.features = self.data = Group()
-
-    @property
-    def groups(self) -> Groups:
-        """The groups of this process."""
-        return Groups(self.features, self.data, self.world)
+        self._control, self.groups = Group(), Groups.alone()
 
     @property
     def is_first(self) -> bool:
@@ -85,21 +76,6 @@ class Processes:
     def wait_for_all(self) -> None:
         """Returns once every process has called it."""
         self.agree(0)
-
-    @property
-    def part(self) -> tuple[int, int]:
-        """Which part of the dialogues this process serves: its number, and how many parts there are."""
-        return self.rank, self.size
-
-    def mesh(self) -> DeviceMesh:
-        """The grid of the processes, with the dimensions `data` and `feature`; for several processes."""
-        from torch.distributed.device_mesh import DeviceMesh
-
-        assert self.data.processes is not None
-        assert self.features.processes is not None
-        ranks = torch.arange(self.size).view(self._shape)
-        groups = [self.data.processes, self.features.processes]
-        return DeviceMesh.from_group(groups, self.device.type, mesh=ranks, mesh_dim_names=("data", "feature"))
 
     def connect(self, place: Place, timeout: float) -> None:
         """Waits for the other processes and makes the groups.
@@ -121,14 +97,14 @@ class Processes:
         store = PrefixStore(f"{prefix}/groups", _open_store(place, timeout))
         distributed.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=seconds)
         grid = torch.arange(self.size).view(self._shape)
-        self.world, self._control = Group(distributed.group.WORLD), Group(distributed.group.WORLD)
-        self.data = Group(distributed.new_subgroups_by_enumeration(grid.T.tolist(), timeout=seconds)[0])
-        self.features = Group(distributed.new_subgroups_by_enumeration(grid.tolist(), timeout=seconds)[0])
+        data = Group(distributed.new_subgroups_by_enumeration(grid.T.tolist(), timeout=seconds)[0])
+        features = Group(distributed.new_subgroups_by_enumeration(grid.tolist(), timeout=seconds)[0])
+        self.groups = Groups(features, data, Group(distributed.group.WORLD))
+        self._control = Group(distributed.group.WORLD)  # its traffic is not that of training
 
     def check_same(self, what: dict[str, Any]) -> None:
         """Raises UsageError in all processes where one of the named values is not the same in all of them."""
-        every = self._from_all(json.dumps(what, default=str).encode())
-        found = [json.loads(text) for text in every]
+        found = [json.loads(text) for text in self.groups.world.gather_objects(json.dumps(what, default=str))]
         different = [name for name in dict.fromkeys(name for one in found for name in one) if not _agree(found, name)]
         if not different:
             return
@@ -148,21 +124,6 @@ class Processes:
         self._is_interrupted = number != 0
         return number
 
-    def from_all(self, value: Any) -> list[Any]:
-        """What each process has called this with, a value of JSON."""
-        return [value] if self.size == 1 else [json.loads(text) for text in self._from_all(json.dumps(value).encode())]
-
-    def of_first(self, value: Any) -> Any:
-        """What the first process has called this with, a value of JSON."""
-        return value if self.size == 1 else json.loads(self._from_all(json.dumps(value).encode())[0])
-
-    def _from_all(self, text: bytes) -> list[bytes]:
-        """The bytes that each process has called this with."""
-        lengths = self._control.gather(torch.tensor([len(text)]), "options").flatten().tolist()
-        padded = torch.frombuffer(bytearray(text.ljust(max(lengths), b" ")), dtype=torch.uint8)
-        rows = self._control.gather(padded, "options")
-        return [row[:length].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
-
     def __enter__(self) -> Processes:
         return self
 
@@ -173,7 +134,7 @@ class Processes:
             if error is None or (isinstance(error, SystemExit) and not error.code):
                 return
             if self._is_interrupted and isinstance(error, KeyboardInterrupt):
-                error.teller = 0  # type: ignore[attr-defined]
+                error.reported_by = 0  # type: ignore[attr-defined]
                 return
             judged = self._witness.judged(error)
             if judged is not error:

@@ -1,33 +1,41 @@
-"""From a mesh of processes to their groups."""
+"""The groups that a process belongs to, from a mesh of processes."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from torch import distributed
 
 from fastsae.distributed.groups import Group
+from fastsae.distributed.parts import first_row
 from fastsae.errors import UsageError
 
 DATA, FEATURE = "data", "feature"  # the dimensions of a mesh
 
 
 class Groups(NamedTuple):
-    """The processes that this one works with; without others, groups of one."""
+    """The groups that a process belongs to; without other processes, each of them is this process alone.
 
-    features: Group  # they hold other features of the same SAE, and see the same tokens
-    data: Group  # they hold the same features, and see other tokens
-    world: Group  # all of them: process `i` of `data` and `j` of `features` is process `i * features.size + j`
+    Attributes:
+        features: Processes that hold different features of one SAE, and see the same tokens.
+        data: Processes that hold the same features, and see different tokens.
+        world: All processes. Process `i` of `data` and `j` of `features` is process `i * features.size + j` of `world`.
+    """
+
+    features: Group
+    data: Group
+    world: Group
 
     @classmethod
     def alone(cls) -> Groups:
-        """Those of a process without others."""
+        """The groups of a process without others."""
         return cls(Group(), Group(), Group())
 
     def rows_of_batch(self, batch_size: int) -> list[int]:
-        """How many rows of a batch each process of `world` serves: as even as can be, the first ones one more."""
-        share, rest = divmod(batch_size, self.world.size)
-        return [share + (rank < rest) for rank in range(self.world.size)]
+        """How many rows of a batch each process of `world` serves."""
+        firsts = [first_row(batch_size, self.world.size, rank) for rank in range(self.world.size + 1)]
+        return [end - start for start, end in pairwise(firsts)]
 
 
 def groups_of(mesh: Any) -> Groups:

@@ -1,4 +1,4 @@
-"""Which activations are the largest where the features of a token are held by several processes: TopK and BatchTopK."""
+"""TopK and BatchTopK where several processes share the features: which activations are the largest of all."""
 
 from __future__ import annotations
 
@@ -9,26 +9,32 @@ from fastsae.distributed.groups import Group
 from fastsae_kernels import SparseActs
 
 RADIX_BITS = 16  # of a value, found by one sum of a histogram
-ROOM = 2  # times its fair share of the k largest: so many candidates each process sends at first
+BINS = 2**RADIX_BITS  # of that histogram
+
+
+def n_candidates(k: int, n_processes: int) -> int:
+    """How many values of a token each process sends at first: twice its even part of the `k` largest."""
+    return min(k, -(-2 * k // n_processes))
 
 
 def among_topk(acts: SparseActs, k: int, features: Group) -> Tensor:
     """`[nnz]` bool: which of this process's entries are among the `k` largest of their token; ties go to the lower feature.
 
-    Each process sends the values of its `2 k / P` largest entries of a token. Of the few tokens of which one process may hold
-    more of the `k` largest than that, which all processes see alike, the others are sent too. So the choice is exact.
+    Each process sends the values of its `2 k / P` largest entries of a token. For a few tokens one process may hold more of the
+    `k` largest than that. All processes find the same such tokens, and send the rest of their values too, so that the choice is
+    exact.
 
     Args:
         acts: The `k` largest of this process's features for each token, packed.
         k: How many survive.
-        features: The processes, in the order of their features.
+        features: The processes that share the features.
     """
     values = acts.values.detach()
     rows, starts = acts.row_ids(), acts.row_offsets.long()
     padded = values.new_zeros(acts.shape[0], k)
     padded[rows, torch.arange(len(values), device=values.device) - starts[rows]] = values
     padded = padded.sort(dim=1, descending=True).values
-    sent = min(k, -(-ROOM * k // features.size))
+    sent = n_candidates(k, features.size)
     found = features.gather(padded[:, :sent].contiguous(), "candidates")
     cutoff = _kth_largest(found, k)
     last = found[:, :, -1]
@@ -60,15 +66,16 @@ def among_batch_topk(
     """`[nnz]` bool, which of this process's entries are among the `budget` largest of the whole batch, and the smallest of them.
 
     Ties go to the lower token, then the lower feature. The value of the last survivor is found bit by bit: the histogram of
-    the 16 highest bits of all values, summed over the processes, tells those of the survivor, then that of the next 16 bits
-    among the values that have them. Positive floating-point numbers have the order of their bits.
+    the 16 highest bits of all values, summed over the processes, shows the 16 highest bits of the last survivor; then the
+    histogram of the next 16 bits, of the values that begin with these, shows the next ones. This works because positive
+    floating-point numbers are in the order of their bits, read as integers.
 
     Args:
         acts: This process's entries, packed, at least those that can survive.
         budget: How many survive in all.
-        features: The processes that hold other features of the same tokens.
-        data: Those that hold the same features and other tokens.
-        world: All of them.
+        features: The processes that share the features.
+        data: The processes that hold the same features, and see different tokens.
+        world: All processes.
     """
     values = acts.values.detach()
     keys = values.view(torch.int32 if values.element_size() == 4 else torch.int64)
@@ -76,8 +83,8 @@ def among_batch_topk(
     of_prefix = torch.ones_like(values, dtype=torch.bool)
     top = keys.element_size() * 8 - RADIX_BITS
     for shift in range(top, -1, -RADIX_BITS):
-        digits = (keys >> shift) & (2**RADIX_BITS - 1)
-        counts = torch.bincount(digits[of_prefix], minlength=2**RADIX_BITS).int()
+        digits = (keys >> shift) & (BINS - 1)
+        counts = torch.bincount(digits[of_prefix], minlength=BINS).int()
         counts = world.sum_(counts, "histogram").long()
         if shift == top and int(counts.sum()) <= left:  # all survive
             smallest = values.amin(0, keepdim=True) if len(values) else values.new_full((1,), torch.inf)

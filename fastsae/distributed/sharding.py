@@ -12,34 +12,35 @@ import fastsae_kernels as kernels
 from fastsae.distributed.exchange import residual_of, shared, start_sum, summed
 from fastsae.distributed.groups import Pending
 from fastsae.distributed.mesh import Groups
+from fastsae.distributed.parts import bounds, own_part
 from fastsae.distributed.selection import among_batch_topk, among_topk
 from fastsae.errors import UsageError
 from fastsae_kernels import ActivityHint, AutoencodeOutput, AutoencodeSpec, SparseActs
 from fastsae_kernels.weight_gradients import PassCollector
 
 BUCKET_BYTES = 2**24  # of a gradient that are sent at once
-SLICED = {"W_enc": 1, "b_enc": 0, "threshold": 0, "log_threshold": 0, "W_dec": 0}  # the dimension of the features
+FEATURE_DIMS = {"W_enc": 1, "b_enc": 0, "threshold": 0, "log_threshold": 0, "W_dec": 0}
+"""The dimension of the features of those parameters that have one; the processes divide them along it."""
 
 
 class Sharding:
-    """Which features of an SAE this process holds, with whom it shares the rest, and the ops that make a whole of the parts.
+    """Which features of an SAE this process holds, and the ops that compute with the features of all processes.
 
-    The processes form a grid. Those of a row hold different features of one SAE and see the same tokens; those of a column hold
-    the same features and see different tokens. Process `r` of a row holds the features from `start` to `end`, as `torch.chunk`
-    cuts them: `ceil(d_sae / P)` each, the last ones fewer, or none.
+    Process `r` of the `P` processes that share the features holds those from `start` to `end`, as `torch.chunk` divides them:
+    `ceil(d_sae / P)` each; the last processes have fewer, or none.
 
         sae_out[n] = b_dec + sum over processes of feature_acts[n, own] @ W_dec[own]
 
-    So a pass sends each row of the reconstruction once, and no gradient of a weight.
+    So a pass sends one row of the reconstruction for each token, and no gradient of a weight.
 
     Args:
         d_sae: Number of features of the whole SAE.
-        groups: The processes of a row, those of a column, and all of them.
-        reduce_dtype: In which parts of a reconstruction travel: float32 or bfloat16.
-        n_chunks: Parts of a batch; the sum of one travels while the next is computed.
+        groups: The groups of this process.
+        reduce_dtype: The number format in which processes send each other parts of a reconstruction, float32 or bfloat16.
+        n_chunks: The number of chunks of a batch; the reconstruction of one is summed while the next is computed.
 
     Raises:
-        UsageError: `reduce_dtype` is another one, or `n_chunks` no number of parts.
+        UsageError: `reduce_dtype` is another number format, or `n_chunks` is no whole number >= 1.
     """
 
     def __init__(
@@ -55,23 +56,18 @@ class Sharding:
         if not isinstance(n_chunks, int) or n_chunks < 1:
             raise UsageError(f"overlap_chunks: expected a whole number >= 1, got {n_chunks!r}")
         self.d_sae, (self.features, self.data, self.world) = d_sae, groups
-        features = self.features
         self.reduce_dtype, self.n_chunks = reduce_dtype, n_chunks
-        width = -(-d_sae // features.size)
-        ends = [min(d_sae, (rank + 1) * width) for rank in range(features.size)]
-        self.starts = [0, *ends[:-1]]
-        self.widths = [end - start for start, end in zip(self.starts, ends, strict=True)]
-        self.start, self.end = self.starts[features.rank], ends[features.rank]
+        self.start, self.end = bounds(d_sae, self.features.size, self.features.rank)
 
     def __deepcopy__(self, _: dict[int, Any]) -> Sharding:
         return self  # a copy of an SAE works with the same processes
 
     def share(self, tensor: Tensor, name: str = "b_dec") -> Tensor:
-        """A parameter that every process holds whole, for a product with this process's features."""
+        """A tensor that every process holds whole, for a product with this process's features; its gradient is summed."""
         return shared(tensor, self.features, name)
 
     def sum_of_parts(self, part: Tensor) -> Tensor:
-        """A loss to which each process adds what its own features give."""
+        """The sum over the processes of the losses of their own features."""
         return summed(part, self.features, "penalty")
 
     @property
@@ -79,27 +75,24 @@ class Sharding:
         """Whether other processes hold some of the features."""
         return self.features.size > 1
 
-    @staticmethod
-    def sliced_dim(name: str) -> int | None:
-        """The dimension of the features in the parameter of a name; None where every process holds all of it."""
-        return SLICED.get(name)
-
     def own_part(self, name: str, whole: Tensor) -> Tensor:
         """The part of a tensor, by its parameter's name, that this process holds; a view."""
-        return whole.narrow(SLICED[name], self.start, self.end - self.start) if name in SLICED else whole
+        return own_part(whole, FEATURE_DIMS.get(name), self.features)
 
     @torch.no_grad()
     def part_of_first(self, name: str, whole: Tensor) -> Tensor:
         """This process's part of a tensor that every process has: where they differ, that of the first one with this part."""
-        first = self.data if name in SLICED else self.world
+        first = self.data if name in FEATURE_DIMS else self.world
         return first.broadcast_(self.own_part(name, whole).clone(memory_format=torch.contiguous_format), "weights")
 
     def whole(self, name: str, part: Tensor) -> Tensor:
         """The whole of a tensor, by its parameter's name, in every process."""
-        if name not in SLICED:
+        if name not in FEATURE_DIMS:
             return part
-        dim = SLICED[name]
-        rows = self.features.gather_rows(part.detach().movedim(dim, 0).contiguous(), self.widths, "weights")
+        dim, n_processes = FEATURE_DIMS[name], self.features.size
+        ends = [bounds(self.d_sae, n_processes, rank) for rank in range(n_processes)]
+        widths = [end - start for start, end in ends]
+        rows = self.features.gather_rows(part.detach().movedim(dim, 0).contiguous(), widths, "weights")
         return rows.movedim(0, dim).contiguous()
 
     @torch.no_grad()
@@ -111,8 +104,8 @@ class Sharding:
         The gradients are sent in pieces of 16 MB, all of which are under way at once.
 
         Args:
-            parameters: Those without a gradient are left out, in every process alike.
-            n_tokens: Tokens that this process's loss was the mean of; where there are none its gradients count as 0.
+            parameters: The parameters; those without a gradient are left out, which are the same ones in every process.
+            n_tokens: The number of tokens that this process's loss was the mean of; with 0 its gradients count as 0.
         """
         if self.data.size == 1:
             return
@@ -140,7 +133,7 @@ class Sharding:
         """
         grads = [(name, p.grad) for name, p in named_parameters if p.grad is not None]
         # the first process counts those that all have
-        own = [grad for name, grad in grads if name in SLICED or self.features.rank == 0]
+        own = [grad for name, grad in grads if name in FEATURE_DIMS or self.features.rank == 0]
         squares = [torch.linalg.vector_norm(grad, dtype=torch.float64).square() for grad in own]
         zero = torch.zeros((), dtype=torch.float64, device=grads[0][1].device if grads else None)
         norm = self.features.sum_(torch.stack([zero, *squares]).sum(), "norm").sqrt()
@@ -176,10 +169,10 @@ class Sharding:
         hint: ActivityHint | None = None,
         collector: PassCollector | None = None,
     ) -> AutoencodeOutput:
-        """`fastsae_kernels.autoencode` of the whole SAE from this process's features; every process has the same result.
+        """`fastsae_kernels.autoencode` of the whole SAE, with the same result in every process.
 
-        All but `feature_counts`, which are of this process's features. `acts` are None. Where a batch is chosen from, it is
-        that of all processes.
+        Only `feature_counts` differ, which are those of this process's features. `acts` is None. BatchTopK chooses among the
+        activations of the tokens of all processes.
         """
         weights = (W_enc, b_enc, threshold, W_dec)
         if self.features.size == 1 and not (spec.batch_topk and self.data.size > 1):
@@ -197,12 +190,12 @@ class Sharding:
         targets = None if target is None else target.reshape(-1, W_dec.shape[1])
         size = max(1, len(rows) if spec.batch_topk else -(-len(rows) // self.n_chunks))
         begun = []
-        for part in rows.split(size):
-            local = self._local(part, weights, spec, feature_scale, hint, collector)
+        for chunk in rows.split(size):
+            local = self._local(chunk, weights, spec, feature_scale, hint, collector)
             begun.append((local, *self._start(local, spec)))
-        ends = zip(begun, [None] * len(begun) if targets is None else targets.split(size), strict=True)
-        parts = [self._whole(*sums, b_dec, of_part) for sums, of_part in ends]
-        return _joined(parts, x.shape[:-1])
+        of_chunks = [None] * len(begun) if targets is None else targets.split(size)
+        chunks = [self._finish(*sums, b_dec, of_chunk) for sums, of_chunk in zip(begun, of_chunks, strict=True)]
+        return _joined(chunks, x.shape[:-1])
 
     def _local(
         self,
@@ -213,7 +206,7 @@ class Sharding:
         hint: ActivityHint | None,
         collector: PassCollector | None,
     ) -> AutoencodeOutput:
-        """The pass over this process's features alone, without `b_dec`."""
+        """The pass with this process's features alone, without `b_dec`."""
         W_enc, b_enc, threshold, W_dec = weights
         if spec.k is None and len(W_dec):
             zero = W_dec.new_zeros(W_dec.shape[1])
@@ -226,13 +219,13 @@ class Sharding:
         return AutoencodeOutput(out, l0.to(threshold.dtype), l0, counts, None, smallest)
 
     def _start(self, local: AutoencodeOutput, spec: AutoencodeSpec) -> tuple[Pending, Pending]:
-        """Starts the sums of the reconstruction, and of penalty and L0, which are one where the penalty counts."""
+        """Starts the sums of the reconstruction, and of penalty and L0, which are one number where L0 is the penalty."""
         out = start_sum(local.sae_out, self.features, self.reduce_dtype, "reconstruction")
         penalty = local.penalty.detach()
         counts = penalty.clone() if spec.penalty == "l0" else torch.stack([penalty, local.l0.to(penalty.dtype)])
         return out, self.features.start_sum_(counts, "penalty")
 
-    def _whole(
+    def _finish(
         self, local: AutoencodeOutput, out: Pending, counts: Pending, b_dec: Tensor, target: Tensor | None
     ) -> AutoencodeOutput:
         """The result of all processes, once the sums are there."""
@@ -258,7 +251,7 @@ class Sharding:
         k: int | None = None,
         batch_topk: bool = False,
     ) -> SparseActs:
-        """The active features of each token, of all processes, under their numbers in the whole SAE.
+        """The active features of each token in all processes, under their numbers in the whole SAE.
 
         Differentiable only where one process holds all features.
         """
@@ -335,17 +328,17 @@ def _no_entries(n_tokens: int, width: int, like: Tensor) -> SparseActs:
     return SparseActs(offsets, indices, like.new_zeros(0), (n_tokens, width))
 
 
-def _joined(parts: list[AutoencodeOutput], leading: torch.Size) -> AutoencodeOutput:
-    """The outputs of the parts of a batch as one, with its leading dimensions."""
-    first = parts[0]
-    counts = torch.stack([part.feature_counts for part in parts]).sum(0) if len(parts) > 1 else first.feature_counts
+def _joined(chunks: list[AutoencodeOutput], leading: torch.Size) -> AutoencodeOutput:
+    """The outputs of the chunks of a batch as one, with its leading dimensions."""
+    first = chunks[0]
+    counts = torch.stack([chunk.feature_counts for chunk in chunks]).sum(0) if len(chunks) > 1 else first.feature_counts
 
-    def whole(name: str) -> Tensor | None:
-        found = [getattr(part, name) for part in parts]
+    def joined(name: str) -> Tensor | None:
+        found = [getattr(chunk, name) for chunk in chunks]
         if found[0] is None:
             return None
         rows = torch.cat(found) if len(found) > 1 else found[0]
         return rows.reshape(*leading, *rows.shape[1:])
 
-    fields: Any = {name: whole(name) for name in ("sae_out", "penalty", "l0", "squared_error")}
+    fields: Any = {name: joined(name) for name in ("sae_out", "penalty", "l0", "squared_error")}
     return first._replace(**fields, feature_counts=counts)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-from torch import distributed
 
 from fastsae.distributed.faults import is_of_an_exchange
 from fastsae.distributed.groups import Group
@@ -23,21 +20,21 @@ class OtherProcessError(FastsaeError):
 
     def __init__(self, process: int, text: str) -> None:
         super().__init__(text)
-        self.teller = self.process = process
+        self.reported_by = self.process = process
 
 
 @contextmanager
 def together(group: Group, what: str) -> Iterator[None]:
-    """Lets this process do its part, and raises in all of them where that of any has raised.
+    """Lets every process of a group work in its `with` block, and raises in all of them where any of them has raised.
 
-    The part may call collectives only if these raise in all processes where they raise in one.
+    The block may contain collectives only if these raise in all processes where they raise in one.
 
     Args:
-        group: The processes, all of which do their part.
-        what: What a process could not do, as the message says it: "write the checkpoint".
+        group: The processes, all of which enter the block.
+        what: What a process could not do, in the words of the message: "write the checkpoint".
 
     Raises:
-        OtherProcessError: The part of another process has failed. The error of this process's own part stays as it is.
+        OtherProcessError: Another process has raised. An error of this process is raised as it is.
     """
     error: Exception | None = None
     try:
@@ -46,14 +43,14 @@ def together(group: Group, what: str) -> Iterator[None]:
         if is_of_an_exchange(caught):  # the processes cannot tell each other anything more
             raise
         error = caught
-    failures = [(*found, rank) for rank, found in enumerate(gather_objects(group, _told(error))) if found is not None]
+    failures = [(*found, rank) for rank, found in enumerate(group.gather_objects(_told(error))) if found is not None]
     if error is not None:
         raise error
     if failures:
-        is_of_another, text, teller, rank = min(failures)  # an error of a process's own part comes first
-        process = number(group, rank)
+        is_of_another, text, reported_by, rank = min(failures)  # the error of a process itself comes first
+        process = group.global_rank(rank)
         if is_of_another:
-            raise OtherProcessError(teller, text)
+            raise OtherProcessError(reported_by, text)
         raise OtherProcessError(process, f"process {process} could not {what}: {text}")
 
 
@@ -64,26 +61,3 @@ def _told(error: Exception | None) -> tuple[bool, str, int] | None:
     if isinstance(error, OtherProcessError):
         return True, str(error), error.process
     return False, str(error) or type(error).__name__, -1
-
-
-def number(group: Group, rank: int) -> int:
-    """The number among all processes of the one that is `rank` in the group."""
-    return rank if group.processes is None else distributed.get_global_rank(group.processes, rank)
-
-
-def gather_objects(group: Group, value: Any) -> list[Any]:
-    """What each process of the group has; small Python objects only."""
-    if group.size == 1:
-        return [value]
-    values: list[Any] = [None] * group.size
-    distributed.all_gather_object(values, value, group=group.processes)
-    return values
-
-
-def of_first(group: Group, value: Any) -> Any:
-    """What the first process of the group has; a small Python object."""
-    if group.size == 1:
-        return value
-    values = [value]
-    distributed.broadcast_object_list(values, group=group.processes, group_src=0)
-    return values[0]

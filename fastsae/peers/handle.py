@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from fastsae.distributed import Groups, Sharding
-from fastsae.distributed.together import gather_objects
 from fastsae.errors import UsageError
 from fastsae_kernels import ActivityHint, Collector
 from fastsae_kernels.memory import Spare
@@ -234,7 +233,7 @@ def _check_same(sharding: Sharding, module: nn.Module, optimizers: Iterable[Any]
         f"{key} of {name}": value for name, state in states for key, value in state.items()
     }
     own = {name: f"{tuple(value.shape)} {value.dtype}" for name, value in tensors.items() if isinstance(value, Tensor)}
-    for rank, other in enumerate(gather_objects(sharding.world, own)):
+    for rank, other in enumerate(sharding.world.gather_objects(own)):
         names = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
         if names:
             raise UsageError(

@@ -317,7 +317,7 @@ class FusedTrainingSAE(FusedSAE):
         )
         step.l0, step.feature_counts = out.l0, out.feature_counts
         if self.sharding is not None:
-            step.feature_counts = self.sharding.features.gather_rows(out.feature_counts, self.sharding.widths, "counts")
+            step.feature_counts = self.sharding.whole("b_enc", out.feature_counts)
         return step
 
     @torch.no_grad()

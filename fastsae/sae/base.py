@@ -95,7 +95,7 @@ class SparseAutoencoder(StoredModule, ABC):
             self.b_dec.zero_()
 
     def _draw_decoder_(self) -> None:
-        """Draws the rows of all features in order, and keeps those that this process holds: on a CPU the same for any number."""
+        """Draws the rows of all features in order, and keeps this process's: on a CPU any number of processes draws the same."""
         if self.sharding is None:
             nn.init.kaiming_uniform_(self.W_dec, a=5**0.5)
             return
@@ -108,10 +108,10 @@ class SparseAutoencoder(StoredModule, ABC):
                 self.W_dec[low - first : high - first] = rows[low - start : high - start]
 
     def use_sharding(self, sharding: Sharding) -> None:
-        """Takes the ops that make a whole of the parts of the features that several processes hold.
+        """Lets the ops compute with the features of all processes; the parameters must be this process's parts.
 
         Raises:
-            ValueError: A choice of the k largest is made beside a penalty, which needs all features in one process.
+            ValueError: The SAE has a `k` beside its threshold, for which one process must hold all features.
         """
         if sharding.is_shared:
             self._check_shardable()
@@ -155,7 +155,7 @@ class SparseAutoencoder(StoredModule, ABC):
 
     @property
     def _ops(self) -> Any:
-        """Who runs autoencode, encode and decode: the kernels, or several processes on their parts of the features."""
+        """What runs autoencode, encode and decode: the kernels alone, or `Sharding` where there are several processes."""
         return self.sharding or kernels
 
     @property
@@ -217,7 +217,7 @@ class SparseAutoencoder(StoredModule, ABC):
         return x.to(self.dtype)
 
     def _pre_bias(self) -> Tensor:
-        """`b_dec` where it is subtracted from x: each process then has the gradient of its own features alone."""
+        """`b_dec` where it is subtracted from x; its gradient is then summed over the processes that share the features."""
         b_dec: Tensor = self.b_dec
         return b_dec if self.sharding is None else self.sharding.share(b_dec)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastsae.disk import digest, write_json, write_tensors
 from fastsae.distributed.gathered import write_tensors as write_parts
-from fastsae.distributed.sharding import Sharding
+from fastsae.distributed.sharding import FEATURE_DIMS, Sharding
 from fastsae.distributed.together import together
 from fastsae.fields import DTYPES, Fields, is_finite, read_json
 from fastsae.foreign import readers
@@ -80,11 +80,11 @@ def _write_config(path: Path, config: dict[str, Any]) -> None:
 def _write_together(sharding: Sharding, path: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
     """The first process writes both files, the others that share the features send it their parts."""
     if sharding.data.rank > 0:
-        return  # the processes of the first row of the grid hold the same features
+        return  # the processes of the first group hold the same features
     with together(sharding.features, "save the SAE"):
         _check_writable(config, state)
     with together(sharding.features, f"write {path}"):
-        write_parts(path / WEIGHTS_FILE, state, sharding.sliced_dim, sharding.features)
+        write_parts(path / WEIGHTS_FILE, state, FEATURE_DIMS, sharding.features)
         if sharding.features.rank == 0:
             _write_config(path, config)
 

@@ -1,4 +1,4 @@
-"""An SAE cut into the parts that several processes hold, and put together again."""
+"""An SAE is divided into parts that several processes hold, and put together again."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ def shard(
     reduce_dtype: torch.dtype = torch.float32,
     overlap_chunks: int = 1,
 ) -> SAE:
-    """Leaves this process its part of an SAE's features, in place, and returns the SAE, which gives the numbers of the whole one.
+    """Keeps this process's part of an SAE's features, in place, and returns the SAE, whose results are those of the whole one.
 
         sae_out[n] = b_dec + sum over processes of feature_acts[n, own] @ W_dec[own]
 
     Every process calls each method with the same tokens, and gets the same result. Parameters, their gradients, the state of
-    an optimiser, `feature_counts` and `dead_mask` are those of its own features; `b_dec` is whole in each of them. `FusedSAEAdam`
-    clips by the norm of all. Only training passes are differentiable. `fastsae.unshard` and `sae.save` give the whole SAE back.
+    an optimiser, `feature_counts` and `dead_mask` are those of its own features; `b_dec` is whole in every process.
+    `FusedSAEAdam` clips by the norm of all gradients. Only training passes are differentiable. `fastsae.unshard` returns the
+    whole SAE, and `sae.save` writes it.
 
     `FusedJumpReLUSAE(..., mesh=mesh)` makes a new SAE of which no process ever holds the whole.
 
     Args:
-        sae: The same in every process: parts that differ are taken from the first process that holds them.
-        mesh: A DeviceMesh with the dimensions `data` and `feature`, or one of them, or a process group, which shares features.
-            Along `data` processes hold the same features and see other tokens: call
+        sae: The same SAE in every process; where parameters differ, those of the first process that holds them count.
+        mesh: A DeviceMesh with the dimensions `data` and `feature`, or one of them, or a process group that shares the features.
+            Along `data` processes hold the same features and see different tokens: call
             `sae.sharding.average_gradients(sae.parameters(), n_tokens)` between the backward pass and the optimiser's step.
-        reduce_dtype: In which processes send each other their parts of a reconstruction, float32 or bfloat16.
-        overlap_chunks: Parts of a batch; the reconstruction of one is summed while the next is computed.
+        reduce_dtype: The number format in which processes send each other parts of a reconstruction, float32 or bfloat16.
+        overlap_chunks: The number of chunks of a batch; the reconstruction of one is summed while the next is computed.
 
     Raises:
-        UsageError: `mesh` is neither, `reduce_dtype` another one, or `overlap_chunks` no number of parts.
-        ValueError: The SAE is shared already, or is no TopK SAE and has a `k`.
+        UsageError: An argument is none of these.
+        ValueError: The SAE is shared already, or it has a `k` and is neither a TopK nor a BatchTopK SAE.
     """
     if sae.sharding is not None:
         raise ValueError("sae: expected one that one process holds, got one that is shared already")

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastsae.disk import digest, sync, write_json, write_tensors
+from fastsae.distributed import Group
+from fastsae.distributed.together import together
 from fastsae.errors import FastsaeError
 from fastsae.fields import is_finite, read_json
 
@@ -79,40 +81,57 @@ def save(run: Path, step: int, state: dict[str, Any]) -> None:
         rest[DIGEST] = digest(temporary / TENSORS)
         write_json(temporary / STATE, {**rest, STATE_DIGEST: digest_of(rest)})
 
-    write_folder(final, write)
+    write_folder(final, write, Group())
     for old in whole(run):
         if old != final:
             remove(old)
 
 
-def write_folder(final: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a folder, which has its name once it is whole."""
-    temporary = temporary_of(final)
+def keep(run: Path, step: int, most: int, write: Callable[[Path], None], world: Group) -> None:
+    """Writes the SAE of `step` under `run`, then removes the oldest that are more than `most`.
+
+    Args:
+        run: The folder of the SAE's run.
+        step: What names it; nothing is written where it is there already.
+        most: How many stay.
+        write: Writes this process's files to a folder; raises in all processes where it raises in one.
+        world: The processes that train the SAE, which all call this.
+
+    Raises:
+        OSError: The disk is full, or the folder cannot be written; the older ones stay.
+    """
+    final = run / FOLDER / f"{KEPT}{step:09d}"
+    if not world.broadcast_object(final.exists()):
+        write_folder(final, write, world)
+    if world.rank == 0:
+        for old in sorted(whole(run, KEPT))[:-most]:
+            remove(old)
+
+
+def write_folder(final: Path, write: Callable[[Path], None], world: Group) -> None:
+    """Lets every process write files to one folder, which gets its name once all have written and synced.
+
+    Args:
+        final: Its name.
+        write: Writes this process's files to a folder; raises in all processes where it raises in one.
+        world: The processes, which all call this.
+    """
+    temporary = final.with_name(f".{final.name}")
     try:
-        begin_folder(temporary)
+        with together(world, f"make {temporary}"):
+            if world.rank == 0:
+                final.parent.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
         write(temporary)
-        end_folder(temporary, final)
+        with together(world, f"make {final}"):
+            if world.rank == 0:
+                sync(temporary)
+                temporary.rename(final)
+                sync(final.parent)  # the new one is safely there before an older one goes
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def temporary_of(final: Path) -> Path:
-    """The name of a folder that is not whole yet."""
-    return final.with_name(f".{final.name}")
-
-
-def begin_folder(temporary: Path) -> None:
-    """Makes it anew."""
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-
-
-def end_folder(temporary: Path, final: Path) -> None:
-    """Gives a whole folder its name."""
-    sync(temporary)
-    temporary.rename(final)
-    sync(final.parent)  # the new one is safely there before an older one goes
+        if world.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_latest(run: Path) -> dict[str, Any] | None:

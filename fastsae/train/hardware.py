@@ -16,7 +16,7 @@ class Hardware:
         link: Bytes per second that it sends to a process on the same machine.
         network: Bytes per second that it sends to another machine.
         per_machine: Processes on a machine.
-        memory: Bytes of its memory; None where nobody says.
+        memory: Bytes of its memory; None where it is not known.
     """
 
     flops_16: float
@@ -28,7 +28,7 @@ class Hardware:
     memory: float | None = None
 
 
-# Of the makers' data sheets: dense products, NVLink in one direction, and one network card for each GPU, as in DGX machines
+# From the makers' data sheets: dense products, NVLink in one direction, and one network card for each GPU, as in DGX machines
 HARDWARE = {
     "a100": Hardware(312e12, 19.5e12, 2.04e12, 300e9, 25e9, memory=80e9),
     "h100": Hardware(989e12, 67e12, 3.35e12, 450e9, 50e9, memory=80e9),

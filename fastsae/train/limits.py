@@ -131,8 +131,8 @@ def _summed(parts: Sequence[Sequence[Need]]) -> list[Need]:
     return [Need(what, option, n) for (what, option), n in totals.items()]
 
 
-def shard(config: TrainConfig, d_in: int) -> int:
-    """Features that the first process of a group holds, which has the most."""
+def held_features(config: TrainConfig, d_in: int) -> int:
+    """Features that the first process of a group holds; no other one holds more."""
     return -(-config.n_features(d_in) // config.shard_features)
 
 
@@ -140,7 +140,7 @@ def trained_numbers(config: TrainConfig, d_in: int) -> int:
     """Numbers of the SAE's weights, biases and thresholds that one process holds and trains."""
     vectors = 2 if config.architecture == "jumprelu" else 1
     matrices = 2 if config.frozen is None else 1
-    return shard(config, d_in) * (matrices * d_in + vectors) + d_in
+    return held_features(config, d_in) * (matrices * d_in + vectors) + d_in
 
 
 def sums_gradients(config: TrainConfig, device_type: str, n_processes: int = 1) -> bool:
@@ -155,7 +155,7 @@ def sums_gradients(config: TrainConfig, device_type: str, n_processes: int = 1) 
 def _weights(config: TrainConfig, d_in: int, device_type: str, n_processes: int) -> list[Need]:
     """What has the size of the SAE's weights."""
     option = "expansion" if config.d_sae is None else "d_sae"
-    features, trained = shard(config, d_in), trained_numbers(config, d_in)
+    features, trained = held_features(config, d_in), trained_numbers(config, d_in)
     matrix = features * d_in
     frozen = 0 if config.frozen is None else matrix
     found = [

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 
 def placed(costs: Mapping[str, float], n_groups: int) -> dict[str, int]:
-    """The group that trains each SAE: the dearest first, each where the least is to do so far; ties go to the lower group.
+    """The group that trains each SAE: the SAE that costs most comes first, and each goes to the group with the least work so far.
 
-    The dearest group then has at most 4/3 of the least that is possible.
+    Ties go to the lower group. The group with most work then has at most 4/3 of the least that is possible.
 
     Args:
         costs: What a step of each SAE costs, by name.

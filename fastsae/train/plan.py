@@ -9,14 +9,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from fastsae.distributed.parts import first_row
+from fastsae.distributed.selection import BINS, n_candidates
 from fastsae.errors import UsageError, shown
 from fastsae.train.config import TrainConfig
 from fastsae.train.hardware import Hardware
 from fastsae.train.limits import (
     Need,
+    held_features,
     n_layers,
     needs,
-    shard,
     start_l0,
     sums_gradients,
     trained_by_one,
@@ -24,8 +26,6 @@ from fastsae.train.limits import (
 )
 
 MOST_PROCESSES = 10**6
-BINS = 2**16  # of the histogram by which BatchTopK chooses
-_ROOM_FOR_CANDIDATES = 2  # times its fair share of the k largest: so many each process sends
 _ADAM = 16  # operations for a weight: moments, update, projection and norm
 _PASSES = 8  # operations for an active feature and dimension: the decoder, its gradient, and those of both matrices
 
@@ -223,7 +223,7 @@ def step_traffic(
         with_dead: Whether it is a step of the TopK family in which more than `d_in // 2` dead features learn (AuxK).
     """
     n_shards, n_groups = config.shard_features, n_processes // config.shard_features
-    rows = rows_of_first_group(config.batch_size, n_processes, n_shards)
+    rows = first_row(config.batch_size, n_processes, n_shards)  # of the first group, which has most
     summed = 2 * (n_shards - 1) / n_shards
     found: dict[str, float] = {}
     if n_shards > 1:
@@ -244,12 +244,6 @@ def step_traffic(
 def rows_traffic(config: TrainConfig, d_in: int, n_processes: int, n_together: int, bytes_of_acts: int) -> float:
     """Bytes of the activations of one layer that a process sends, of which so many put theirs together."""
     return float((n_together - 1) * -(-config.batch_size // n_processes) * d_in * bytes_of_acts)
-
-
-def rows_of_first_group(batch_size: int, n_processes: int, n_shards: int) -> int:
-    """Rows that the first `n_shards` of the processes serve, of which the first ones have one more."""
-    each, more = divmod(batch_size, n_processes)
-    return n_shards * each + min(n_shards, more)
 
 
 def _bytes_of_parts(config: TrainConfig) -> int:
@@ -278,7 +272,7 @@ def _candidates(k: int, n_shards: int) -> float:
     At first it sends twice its fair share, and the others for those tokens of whose `k` largest some process holds as many as
     that. So many tokens are taken to be of this kind as there would be if features lay in the processes at random.
     """
-    sent = min(k, -(-_ROOM_FOR_CANDIDATES * k // n_shards))
+    sent = n_candidates(k, n_shards)
     if sent == k:
         return k
     mean, deviation = k / n_shards, math.sqrt(k * (n_shards - 1)) / n_shards
@@ -309,7 +303,7 @@ def _step(config: TrainConfig, d_in: int, n_processes: int, device_type: str) ->
     """What one process computes of an SAE's step."""
     is_narrow, n_shards = config.dtype == "bfloat16", config.shard_features
     rows = config.batch_size / n_processes * n_shards
-    matrix, size = shard(config, d_in) * d_in, 2 if is_narrow else 4
+    matrix, size = held_features(config, d_in) * d_in, 2 if is_narrow else 4
     entries = rows * expected_l0(config, d_in) / n_shards
     trained = trained_numbers(config, d_in)
     of_gradient = 4 if sums_gradients(config, device_type, n_processes) else 0

@@ -1,7 +1,7 @@
-"""A run that goes on with another number of processes: what each had of the data is pooled and dealt out anew.
+"""A run that goes on with another number of processes: their data are collected and divided among the new processes.
 
-Nothing is lost and nothing comes twice: the rows that the mixing buffers held, and those that waited for a place in one, go to
-the new processes in the proportion in which these serve the rows of a batch.
+No row is lost and none comes twice: the rows that the mixing buffers held, and those that waited for a place in one, go to the
+new processes in the proportion in which these serve the rows of a batch.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from fastsae.data.dropped import Dropped
+from fastsae.distributed.parts import first_row
 
 Rows: TypeAlias = dict[str, Tensor]  # the four tensors of an `ActivationBatch`
 State: TypeAlias = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one of several processes serves of each batch: as even a part as can be, the first ones a row more.
+class BatchPart:
+    """The rows that one of several processes serves of each batch; see `first_row`.
 
     Args:
         batch_size: Rows of a batch.
@@ -37,44 +38,43 @@ class Share:
 
     @property
     def rows(self) -> int:
-        """Of each batch."""
-        return self._before(self.rank + 1) - self._before(self.rank)
+        """How many rows of each batch."""
+        return self._first_row(self.rank + 1) - self._first_row(self.rank)
 
     def of(self, n: int) -> tuple[int, int]:
-        """From where to where this process's share of `n` things goes; the shares of all follow each other."""
-        first, end = (n * self._before(rank) // self.batch_size for rank in (self.rank, self.rank + 1))
+        """Where this process's part of `n` things begins and ends, in the proportion of the rows; parts follow each other."""
+        first, end = (n * self._first_row(rank) // self.batch_size for rank in (self.rank, self.rank + 1))
         return first, end
 
-    def _before(self, rank: int) -> int:
-        even, rest = divmod(self.batch_size, self.n_processes)
-        return rank * even + min(rank, rest)
+    def _first_row(self, rank: int) -> int:
+        return first_row(self.batch_size, self.n_processes, rank)
 
 
-def repartition(states: Sequence[State], share: Share, seed: int, capacity: int) -> State:
+def repartition(states: Sequence[State], part: BatchPart, seed: int, capacity: int) -> State:
     """What one of the new processes goes on with.
 
     Args:
-        states: Of all processes that saved, in their order: those parts of a session's state that are not divided by features.
-        share: Which of the new processes this is.
-        seed: Of the order of the data; the shuffles of a new process are drawn from it, the step and the process.
+        states: The states of a session of all processes that saved, in their order, without what is divided by features.
+        part: Which of the new processes this is.
+        seed: The seed of the data's order; the shuffles of a new process are drawn from it, the step and the process.
         capacity: Rows that this process's mixing buffers hold.
 
     Raises:
-        KeyError: They are no states of a session; or another error of Python's that the wrong kind of value causes.
+        KeyError: They are no states of a session. A value of the wrong kind may also raise another error of Python.
     """
     first = states[0]
-    trainers = pooled_trainers(states, share.batch_size)
+    trainers = pooled_trainers(states, part.batch_size)
     step = next(iter(trainers.values()))["step"]
-    generator_seed = [seed, step, share.n_processes, share.rank]
-    place = _place(states, share)
+    generator_seed = [seed, step, part.n_processes, part.rank]
+    place = _place(states, part)
     return {
         **first,
         "streams": {
-            layer: {**_stream([state["streams"][layer] for state in states], share), "sequencer": place}
+            layer: {**_stream([state["streams"][layer] for state in states], part), "sequencer": place}
             for layer in first["streams"]
         },
         "buffers": {
-            layer: _buffer([state["buffers"][layer] for state in states], share, step, capacity, generator_seed)
+            layer: _buffer([state["buffers"][layer] for state in states], part, step, capacity, generator_seed)
             for layer in first["buffers"]
         },
         "trainers": trainers,
@@ -83,7 +83,7 @@ def repartition(states: Sequence[State], share: Share, seed: int, capacity: int)
 
 
 def pooled_trainers(states: Sequence[State], batch_size: int) -> dict[str, State]:
-    """What each trainer has that is not divided by features; the sums for its curves are those over the whole batch."""
+    """The states of the trainers, without what is divided by features; the sums for the curves are of the whole batch."""
     found = dict[str, State]()
     for i in sorted({i for state in states for i in state["trainers"]}):
         own = [state["trainers"][i] for state in states if i in state["trainers"]]
@@ -98,15 +98,15 @@ def pooled_failures(states: Sequence[State]) -> dict[str, str]:
     return {i: text for state in states for i, text in state["failures"].items()}
 
 
-def _place(states: Sequence[State], share: Share) -> State:
-    """Where all layers of a process go on: where the furthest layer of the furthest process was, so that no dialogue comes again.
+def _place(states: Sequence[State], part: BatchPart) -> State:
+    """The place in the data where all layers of a process go on, at which no dialogue comes again.
 
-    The first process tells of the dialogues that all have dropped.
+    It is where the furthest layer of the furthest process was. The first process counts the dialogues that all have dropped.
     """
     furthest = [
         max((stream["sequencer"]["at"] for stream in state["streams"].values()), key=_progress) for state in states
     ]
-    drops = [Dropped.from_state(at["dropped"]) for at in furthest] if share.rank == 0 else []
+    drops = [Dropped.from_state(at["dropped"]) for at in furthest] if part.rank == 0 else []
     dropped = sum(drops, Dropped()).state_dict()
     place: State = max(furthest, key=_progress)
     return {"at": {**place, "dropped": dropped}, "taken": 0}
@@ -116,20 +116,21 @@ def _progress(at: State) -> tuple[int, int, int]:
     return at["epoch"], at["window"], at["batch"]
 
 
-def _stream(streams: Sequence[State], share: Share) -> State:
+def _stream(streams: Sequence[State], part: BatchPart) -> State:
     counts = dict[str, int]()
     for name in streams[0]["counts"]:
-        start, end = share.of(sum(stream["counts"][name] for stream in streams))
+        start, end = part.of(sum(stream["counts"][name] for stream in streams))
         counts[name] = end - start
     norms = [stream["median_norm"] for stream in streams if stream["median_norm"]]
     return {"median_norm": statistics.median(norms) if norms else 0.0, "counts": counts}
 
 
-def _buffer(buffers: Sequence[State], share: Share, step: int, capacity: int, seed: Sequence[int]) -> State:
-    """Deals out the rows that were about to be served, the others, and those that waited.
+def _buffer(buffers: Sequence[State], part: BatchPart, step: int, capacity: int, seed: Sequence[int]) -> State:
+    """Divides the rows that were to be served before the next refill, the other rows, and those that waited.
 
-    A new process has the part of the rows that it will serve of each batch, and among them the same share that is to be served
-    before the next refill. What it holds and what it has still to take then add up to what it serves until the end:
+    A new process gets rows in the proportion of those that it serves of each batch, and in every process the same fraction of
+    them is to be served before the next refill. What a process holds and what it has still to take then add up to what it
+    serves until the end:
 
         taken = step * (its rows of a batch) + rows held
     """
@@ -137,7 +138,7 @@ def _buffer(buffers: Sequence[State], share: Share, step: int, capacity: int, se
     soon = [_cut(buffer["rows"], 0, buffer["to_serve"]) for buffer in holding]
     later = [_cut(buffer["rows"], buffer["to_serve"], _length(buffer["rows"])) for buffer in holding]
     n_soon, total = sum(map(_length, soon)), sum(_length(buffer["rows"]) for buffer in holding)
-    start, end = share.of(total)
+    start, end = part.of(total)
     # of the first `n` rows, `floor(n * n_soon / total)` are to be served soon: so no process gets more of these than rows
     first, last = (n * n_soon // max(total, 1) for n in (start, end))
     generator = torch.Generator().manual_seed(int(np.random.default_rng(seed).integers(2**63)))
@@ -146,15 +147,15 @@ def _buffer(buffers: Sequence[State], share: Share, step: int, capacity: int, se
     rows = _joined([own_soon, _taken(later, start - first, end - last)])
     waiting = [buffer["pending"] for buffer in buffers if buffer["pending"] is not None]
     pending = _joined(
-        [_cut(rows, capacity, end - start), _taken(waiting, *share.of(sum(map(_length, waiting))))]
-    )  # shares may be a row larger than a buffer
+        [_cut(rows, capacity, end - start), _taken(waiting, *part.of(sum(map(_length, waiting))))]
+    )  # a part may be one row larger than a buffer
     rows = _cut(rows, 0, capacity)
     return {
         "rows": rows or None,
         "pending": pending if _length(pending) else None,
         "to_serve": min(last - first, capacity),
         "served_any": any(buffer["served_any"] for buffer in buffers),
-        "taken": step * share.rows + _length(rows),
+        "taken": step * part.rows + _length(rows),
         "generator": generator.get_state(),
     }
 
@@ -163,7 +164,7 @@ def _sums(sums: Sequence[dict[str, Tensor]], batch_size: int) -> dict[str, Tenso
     """Sums of means over the tokens of each process, as sums of means over the whole batch."""
     if len(sums) == 1:
         return sums[0]
-    rows = torch.tensor([Share(batch_size, len(sums), rank).rows for rank in range(len(sums))], dtype=torch.float64)
+    rows = torch.tensor([BatchPart(batch_size, len(sums), rank).rows for rank in range(len(sums))], dtype=torch.float64)
     return {
         name: (torch.stack([own[name].double() for own in sums]) @ rows / batch_size).to(like.dtype)
         for name, like in sums[0].items()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from fastsae.disk import local_path, write_json
 from fastsae.distributed import Group, launch
 from fastsae.distributed.launch import Processes
 from fastsae.distributed.together import together
-from fastsae.errors import FastsaeError, UsageError
+from fastsae.errors import FastsaeError
 from fastsae.fields import read_json
 from fastsae.interrupt import Interrupted
 from fastsae.train import checkpoint, joint_checkpoint
@@ -39,6 +39,7 @@ from fastsae.train.folder import (
 from fastsae.train.init_from import load_source, with_options_of
 from fastsae.train.l0_control import l0_metrics
 from fastsae.train.pipeline import Given, Pipeline, build_pipeline, resolve_device
+from fastsae.train.plan import check_processes
 from fastsae.train.results import save_sae, write_features_pages, write_run
 from fastsae.train.session import Session
 
@@ -143,7 +144,50 @@ def _train(
     processes: Processes,
 ) -> dict[str, dict[str, Any]]:
     started = time.perf_counter()
-    check_processes(configs, output, resume, processes)
+    session, seconds_before = _prepared(configs, output, given, resume, progress, processes)
+    configs = session.configs
+
+    def seconds() -> float:
+        return seconds_before + time.perf_counter() - started
+
+    with _curves(output, session) as on_rows:
+        session.train(lambda: _save(output, session, seconds()), on_rows)
+    speeds = session.speeds()
+    session.calibrate()
+    counts = {layer: session.supply.counts(layer) for layer in session.supply.streams}
+    if processes.groups.data.rank > 0 and not session.is_placed:
+        return {}  # the processes of the first group have the whole SAE
+    metrics = _finish(output, session, counts, speeds, seconds, progress)
+    if session.is_placed:
+        for other in processes.groups.world.gather_objects({"metrics": metrics, "failures": session.failures}):
+            metrics |= other["metrics"]
+            session.failures |= other["failures"]
+        metrics = {name: metrics[name] for name in configs if name in metrics}
+    if not processes.is_first:
+        return {}
+    if "" not in configs:
+        write_json(output / METRICS_FILE, {"saes": metrics, "failures": session.failures, "seconds": seconds()})
+    checkpoint.discard(output)
+    if session.failures:
+        raise FastsaeError(
+            f"{len(session.failures)} of {len(configs)} SAEs failed, the others are complete. "
+            + " ".join(f"{name}: {text}." for name, text in session.failures.items())
+        )
+    if pages and processes.groups.features.size == 1:
+        write_features_pages(output, session, progress)
+    return metrics
+
+
+def _prepared(
+    configs: dict[str, TrainConfig],
+    output: Path,
+    given: Given,
+    resume: bool,
+    progress: bool,
+    processes: Processes,
+) -> tuple[Session, float]:
+    """The SAEs of a run, new or as a checkpoint has them, and the seconds that the run has taken before."""
+    _check_options(configs, output, resume, processes)
     configs = {name: located_config(config) for name, config in configs.items()}
     check_loggers(configs.values())
     if resume:
@@ -162,86 +206,53 @@ def _train(
     if resume:
         for name, config in configs.items():
             check_fingerprints(output / name, config, fingerprints)
-    session = Session(pipeline, configs, progress, processes)
+    session, seconds_before = Session(pipeline, configs, progress, processes), 0.0
     if saved is not None:
         seconds_before = session.resume(saved, output)
         session.origins = {name: read_origin(output / name) for name in configs}
     else:
-        seconds_before = 0.0
         session.initialize(sources)
-        sources.clear()  # their weights are the run's now
     # a resumed run writes them again: model and dataset may have moved
     if processes.is_first:
         write_configs(output, configs, fingerprints, session.origins)
-
-    def seconds() -> float:
-        return seconds_before + time.perf_counter() - started
-
-    history = {name: trainer.history for name, trainer in session.trainers.items()}
-    with ExitStack() as stack:
-        add = ignored
-        if session.writes:
-            curves = Curves({name: output / name for name in history}, configs, history)
-            stack.callback(curves.close)
-            add = curves.add
-        session.train(lambda: _save(output, session, seconds()), add)
-    speeds = session.speeds()
-    session.calibrate()
-    counts = {layer: session.supply.counts(layer) for layer in session.supply.streams}
-    if processes.data.rank > 0 and not session.is_placed:
-        return {}  # the processes of the first group have the whole SAE
-    metrics = _finish(output, session, counts, speeds, seconds, progress)
-    if session.is_placed:
-        for other in processes.from_all({"metrics": metrics, "failures": session.failures}):
-            metrics |= other["metrics"]
-            session.failures |= other["failures"]
-        metrics = {name: metrics[name] for name in configs if name in metrics}
-    if not processes.is_first:
-        return {}
-    if "" not in configs:
-        write_json(output / METRICS_FILE, {"saes": metrics, "failures": session.failures, "seconds": seconds()})
-    checkpoint.discard(output)
-    if session.failures:
-        raise FastsaeError(
-            f"{len(session.failures)} of {len(configs)} SAEs failed, the others are complete. "
-            + " ".join(f"{name}: {text}." for name, text in session.failures.items())
-        )
-    if pages and not processes.features.size > 1:
-        write_features_pages(output, session, progress)
-    return metrics
+    return session, seconds_before
 
 
 def _build_pipeline(configs: dict[str, TrainConfig], given: Given, progress: bool, processes: Processes) -> Pipeline:
     """Model and data; all processes compute the model in the format that is fastest where the first one is."""
-    options: dict[str, Any] = {"progress": progress, "given": given, "part": processes.part}
+    options: dict[str, Any] = {"progress": progress, "given": given, "part": (processes.rank, processes.size)}
     pipeline = build_pipeline(next(iter(configs.values())), list(configs.values()), **options)
-    wanted = processes.of_first(pipeline.config.model_dtype)
+    wanted = processes.groups.world.broadcast_object(pipeline.config.model_dtype)
     if wanted == pipeline.config.model_dtype:
         return pipeline
     configs = {name: replace(config, model_dtype=wanted) for name, config in configs.items()}
     return build_pipeline(next(iter(configs.values())), list(configs.values()), **options)
 
 
-def check_processes(configs: Mapping[str, TrainConfig], output: Path, resume: bool, processes: Processes) -> None:
-    """Checks what a run on several processes wants of its options.
-
-    Raises:
-        UsageError: They are not the same in all processes, or do not fit several of them.
-    """
+def _check_options(configs: Mapping[str, TrainConfig], output: Path, resume: bool, processes: Processes) -> None:
+    """Raises UsageError where options are not the same in all processes, or do not fit so many of them."""
     if processes.size == 1:
         return
     first = next(iter(configs.values()))
     alike = {name: value for name, value in asdict(first).items() if name not in ("device", "log")}
     others = {name: asdict(config) for name, config in configs.items() if config is not first}
     processes.check_same({**alike, **others, "output": str(output), "resume": resume})
-    if first.batch_size < processes.size:
-        raise UsageError(
-            f"batch_size: expected at least one token for each of the {processes.size} processes, got {first.batch_size}"
-        )
+    for config in configs.values():
+        check_processes(config, processes.size)
 
 
-def ignored(rows: dict[str, Row]) -> None:
-    """Takes points of the curves in a process that does not write them."""
+@contextmanager
+def _curves(output: Path, session: Session) -> Iterator[Callable[[dict[str, Row]], object]]:
+    """What takes new points of the curves; in a process that writes no files they are written nowhere."""
+    if not session.writes:
+        yield lambda rows: None
+        return
+    history = {name: trainer.history for name, trainer in session.trainers.items()}
+    curves = Curves({name: output / name for name in history}, session.configs, history)
+    try:
+        yield curves.add
+    finally:
+        curves.close()
 
 
 def _save(output: Path, session: Session, seconds: float) -> None:
@@ -251,7 +262,7 @@ def _save(output: Path, session: Session, seconds: float) -> None:
         session.drop_what_is_not_finite()
         for name, trainer in session.trainers.items():
             write = partial(_write_kept, output=output, session=session, name=name, world=trainer.groups.world)
-            joint_checkpoint.keep(output / name, session.step, most, write, trainer.groups.world)
+            checkpoint.keep(output / name, session.step, most, write, trainer.groups.world)
     session.save(output, seconds)
 
 

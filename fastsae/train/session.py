@@ -44,7 +44,7 @@ class Session:
         pipeline: Model and data.
         configs: The SAEs' options by name, resolved; they agree in all that the stream decides.
         progress: Show progress bars.
-        processes: Those of the run. Each has its own dialogues, its own buffer, and its part of each batch.
+        processes: The processes of the run. Each has its own dialogues, its own buffer, and its part of each batch.
 
     Attributes:
         trainers: Of the SAEs that have not failed.
@@ -60,34 +60,33 @@ class Session:
         processes: Processes | None = None,
     ) -> None:
         self.pipeline, self.configs, self._progress = pipeline, dict(configs), progress
-        self.processes = processes
         self.groups = Groups.alone() if processes is None else processes.groups
         self.common = next(iter(self.configs.values()))
         self.postponed = Postponed(None if self.groups.world.size == 1 or processes is None else processes.agree)
         self.failures: dict[str, str] = {}
         self.origins: dict[str, list[dict[str, str]]] = {}
         layers = sorted({_layer(config) for config in configs.values()})
-        self._owners = self._placed()
-        together = self.groups.features if not self.is_placed else self.groups.world
-        self.supply = Supply(pipeline, layers, self.groups, together, self.postponed.at_once, progress)
-        self.trainers = {name: self._trainer(config) for name, config in configs.items() if self.is_here(name)}
+        self._owners = self._place()
+        batch_group = self.groups.world if self.is_placed else self.groups.features
+        self.supply = Supply(pipeline, layers, self.groups, batch_group, self.postponed.at_once, progress)
+        self.trainers = {name: self._trainer(config) for name, config in configs.items() if self._trains(name)}
         self.step = 0
         self._started = (0, 0.0, 0.0)  # tokens trained on, the time and how long was waited when training began
 
-    def _placed(self) -> dict[str, int] | None:
-        """Which row of processes trains each SAE, where there are enough SAEs for all; else all rows train every SAE."""
+    def _place(self) -> dict[str, int] | None:
+        """The group of processes that trains each SAE; None where the SAEs are too few, so that all groups train each of them."""
         n_groups, d_in = self.groups.data.size, self.pipeline.residual.d_in
         if n_groups == 1 or len(self.configs) < n_groups:
             return None
         return placed({name: config.n_features(d_in) for name, config in self.configs.items()}, n_groups)
 
-    def is_here(self, name: str) -> bool:
+    def _trains(self, name: str) -> bool:
         """Whether this process trains an SAE."""
         return self._owners is None or self._owners[name] == self.groups.data.rank
 
     @property
     def is_placed(self) -> bool:
-        """Whether each SAE is trained by one row of the processes, and not by all of them."""
+        """Whether each SAE is trained by one group of processes, and not by all of them."""
         return self._owners is not None
 
     @property
@@ -113,7 +112,9 @@ class Session:
 
     def _trainer(self, config: TrainConfig) -> Trainer:
         # processes that train different SAEs have no tokens to average over
-        groups = self.groups if not self.is_placed else self.groups._replace(data=Group(), world=self.groups.features)
+        groups = self.groups
+        if self.is_placed:
+            groups = groups._replace(data=Group(), world=groups.features)
         sae = build_sae(config, self.pipeline.residual.d_in, self.pipeline.residual.device, groups)
         return Trainer(sae, self.supply.of(_layer(config)), config, groups)
 

@@ -23,22 +23,22 @@ from fastsae.train.pipeline import Pipeline
 class Supply:
     """Runs the model once for all layers, and serves each layer's activations in batches.
 
-    Of several processes each has its own dialogues and buffers, and serves its part of every batch; `together` are those
-    whose parts make the batches that this one trains on.
+    Each of several processes has its own dialogues and buffers, and serves its part of every batch.
 
     Args:
         pipeline: Model and data.
         layers: The decoder blocks.
         groups: The processes of the run.
-        together: All processes of the run, or those of them that share the features of an SAE.
-        waiting: Is entered while a layer waits for a batch of the model.
+        batch_group: The processes whose parts make up the batches that this one trains on: all of the run, or those that share
+            the features of an SAE.
+        waiting: A context that is entered while a layer waits for a batch of the model.
         progress: Show progress bars.
 
     Attributes:
         residuals: The place in the model, by layer.
         forward: The forward passes that all layers share.
-        streams: Of activations, by layer.
-        buffers: That mix them, by layer.
+        streams: The streams of activations, by layer.
+        buffers: The buffers that mix them, by layer.
         batches: The last batch of each layer, `[b, d_in]`.
     """
 
@@ -47,12 +47,12 @@ class Supply:
         pipeline: Pipeline,
         layers: list[int],
         groups: Groups,
-        together: Group,
+        batch_group: Group,
         waiting: Callable[[], AbstractContextManager[None]],
         progress: bool = False,
     ) -> None:
         self.pipeline, self._config, self._progress = pipeline, pipeline.config, progress
-        self._groups, self._together = groups, together
+        self._groups, self._batch_group = groups, batch_group
         model, own = pipeline.residual.model, pipeline.residual
         self.residuals = {
             layer: own if layer == own.layer else ResidualStream(model, layer, self._config.hook) for layer in layers
@@ -64,10 +64,10 @@ class Supply:
             layer: ActivationStream(source.residual, source, drops_first, max_norm)
             for layer, source in self.forward.layers.items()
         }
-        # how many rows of a batch each process of the run serves, and those whose rows are put together here
+        # how many rows of a batch each process of the run serves, and each process of the group
         self._rows = groups.rows_of_batch(self._config.batch_size)
-        first = 0 if together.size == groups.world.size else groups.data.rank * groups.features.size
-        self._rows_together = self._rows[first : first + together.size]
+        first = 0 if batch_group.size == groups.world.size else groups.data.rank * groups.features.size
+        self._rows_of_group = self._rows[first : first + batch_group.size]
         self.buffers = {layer: self._buffer(stream) for layer, stream in self.streams.items()}
         self.batches: dict[int, Tensor] = {}
         self._states = {layer: stream.state_dict() for layer, stream in self.streams.items()}
@@ -100,7 +100,7 @@ class Supply:
             self._states[layer] = self.streams[layer].state_dict()
         own = {layer: next(buffer).acts for layer, buffer in self.buffers.items()}
         self.batches = {
-            layer: self._together.gather_rows(acts, self._rows_together, "rows") for layer, acts in own.items()
+            layer: self._batch_group.gather_rows(acts, self._rows_of_group, "rows") for layer, acts in own.items()
         }
 
     def of(self, layer: int) -> Iterator[Tensor]:

@@ -37,7 +37,7 @@ DEAD_MASK_EVERY = 25  # steps; looking who is dead waits for the device
 
 
 def build_sae(config: TrainConfig, d_in: int, device: torch.device, groups: Groups | None = None) -> SparseAutoencoder:
-    """A fresh SAE of the configured architecture, drawn from `config.seed`; of several processes, this one's part of it."""
+    """A fresh SAE of the configured architecture, drawn from `config.seed`; with several processes, this one's part of it."""
     torch.manual_seed(config.seed)
     options: dict[str, Any] = {"k": config.k, "apply_b_dec_to_input": config.subtracts_b_dec, "device": device}
     if groups is not None and groups.world.size > 1:
@@ -62,11 +62,11 @@ class Trainer:
     """Trains an SAE on batches of activations.
 
     Args:
-        sae: Fresh, on its device; of several processes, this one's part.
-        batches: Activations `[b, d_in]`, endless or long enough for `config.steps`: those of the whole batch, or of the part that
-            the processes see which share this SAE's features.
+        sae: A fresh SAE on its device; with several processes, this one's part.
+        batches: Activations `[b, d_in]`, endless or long enough for `config.steps`; with several processes, of those tokens of a
+            batch on which the processes that share this SAE's features train.
         config: The run.
-        groups: The processes of the run.
+        groups: The groups of this process.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class Trainer:
         return means if self.sae.sharding is None else self.sae.sharding.mean_over_data(means, n_tokens)
 
     def _dead(self) -> Tensor:
-        """`[d_shard]` bool; a feature that fires in another process's tokens is not dead."""
+        """`[d_shard]` bool: which features are dead; one that fires on the tokens of another process is not."""
         return self.groups.data.smallest_(self.silent_tokens.clone(), "counts") >= self.config.dead_tokens
 
     def _n_features(self, mask: Tensor) -> int:

@@ -81,6 +81,6 @@ def run(scenario: str, size: int, *arguments: str, store: bool = True, **changes
 
 
 def messages(found: list[Ended]) -> list[str]:
-    """The lines on stderr of all processes, without those that only say that another one tells the reason."""
+    """The lines on stderr of all processes, without those that only say that another one gives the reason."""
     lines = [line for one in found for line in one.err.splitlines()]
     return [line for line in lines if line.strip() and "ended, for the reason that" not in line]

@@ -53,7 +53,7 @@ def saved(folder: str, own_file_bytes: int) -> None:
     checkpoint.OWN_FILE_BYTES = own_file_bytes
     group = Group(distributed.group.WORLD if distributed.get_world_size() > 1 else None)
     for d_sae in SIZES:
-        checkpoint.save_sharded(Path(folder) / str(d_sae), part(whole(d_sae), group), DIMS.get, group)
+        checkpoint.save_sharded(Path(folder) / str(d_sae), part(whole(d_sae), group), DIMS, group)
 
 
 def loaded(folder: str) -> None:
@@ -61,7 +61,7 @@ def loaded(folder: str) -> None:
 
     group = Group(distributed.group.WORLD)
     for d_sae in SIZES:
-        check(load_sharded(Path(folder) / str(d_sae), DIMS.get, group), part(whole(d_sae), group))
+        check(load_sharded(Path(folder) / str(d_sae), DIMS, group), part(whole(d_sae), group))
 
 
 def check(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -80,21 +80,21 @@ def test_any_number_of_processes_loads_what_others_saved(
     run(saved, before, tmp_path, str(tmp_path), own_file_bytes)
     run(loaded, after, tmp_path, str(tmp_path))
     for d_sae in SIZES:
-        check(load_sharded(tmp_path / str(d_sae), DIMS.get, Group()), whole(d_sae))
+        check(load_sharded(tmp_path / str(d_sae), DIMS, Group()), whole(d_sae))
         names = [path.name for path in (tmp_path / str(d_sae)).iterdir()]
         assert all(name.endswith(".safetensors") for name in names), names  # and no pickle among them
         first = [tmp_path / str(d_sae) / name for name in names if name.startswith("shard-00001")]
         assert len(first) == (1 if own_file_bytes else len(whole(d_sae)))
     next((tmp_path / "7").glob("shard-00001*")).unlink()
     with pytest.raises(ValueError, match="some are missing"):
-        load_sharded(tmp_path / "7", DIMS.get, Group())
+        load_sharded(tmp_path / "7", DIMS, Group())
 
 
 def test_one_process_alone(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     from fastsae.distributed.checkpoint import load_sharded, save_sharded
 
-    save_sharded(tmp_path / "x", whole(5), DIMS.get, Group())
-    check(load_sharded(tmp_path / "x", DIMS.get, Group()), whole(5))
+    save_sharded(tmp_path / "x", whole(5), DIMS, Group())
+    check(load_sharded(tmp_path / "x", DIMS, Group()), whole(5))
     assert not recwarn.list
 
 
@@ -107,7 +107,7 @@ def on_a_full_disk(folder: str) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, resource.RLIM_INFINITY))
     start, end = bounds(9999, group.size, group.rank)
     try:
-        save_sharded(Path(folder) / "x", {"sae.W_dec": torch.ones(end - start, 8)}, DIMS.get, group)
+        save_sharded(Path(folder) / "x", {"sae.W_dec": torch.ones(end - start, 8)}, DIMS, group)
     except OSError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         return errno.errorcode[error.errno or 0]

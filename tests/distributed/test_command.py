@@ -39,6 +39,14 @@ def test_only_training_takes_several_processes(tmp_path: Path) -> None:
     assert "expected fastsae train, which several processes can share, got evaluate" in told(done)[0]
 
 
+def test_an_sae_that_needs_all_features_in_one_process_is_refused(tmp_path: Path) -> None:
+    done = run("train", "--output", str(tmp_path / "run"), "--k", "3", "--shard-features", "2", *SMALL)
+    assert done.returncode
+    assert len(told(done)) == 1
+    assert "--k: expected none where processes share the features of a jumprelu SAE, got 3" in told(done)[0]
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_process_without_dialogues_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     chats = tmp_path / "chats.jsonl"
     messages = [{"role": "user", "content": "What is two plus two?"}, {"role": "assistant", "content": "It is four."}]

@@ -61,7 +61,7 @@ def test_a_full_disk_of_one_process_is_told_by_it_alone() -> None:
     assert the_message(found).startswith(
         "fastsae: process 1: the disk is full, weights.safetensors could not be written"
     )
-    assert found[0].err == "fastsae: process 0: ended, for the reason that process 1 tells\n"
+    assert found[0].err == "fastsae: process 0: ended, for the reason that process 1 gives\n"
 
 
 def test_the_same_error_in_all_processes_is_told_once() -> None:
@@ -106,7 +106,7 @@ def test_a_bug_of_one_process_keeps_its_traceback() -> None:
     found = run("bug", 2)
     assert [one.status for one in found] == [1, 1]
     assert "RuntimeError: shapes do not match" in found[1].err
-    assert found[0].err == "fastsae: process 0: ended, for the reason that process 1 tells\n"
+    assert found[0].err == "fastsae: process 0: ended, for the reason that process 1 gives\n"
 
 
 def test_the_death_of_the_process_that_keeps_the_store() -> None:

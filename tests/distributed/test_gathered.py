@@ -60,7 +60,7 @@ def write(folder: str) -> None:
     for d_sae in SIZES:
         for gathered.BLOCK_BYTES in BLOCKS:
             path = Path(folder) / f"{d_sae}-{gathered.BLOCK_BYTES}.safetensors"
-            gathered.write_tensors(path, part(whole(d_sae), group), DIMS.get, group)
+            gathered.write_tensors(path, part(whole(d_sae), group), DIMS, group)
 
 
 @pytest.mark.parametrize("n_processes", [2, 3])
@@ -78,7 +78,7 @@ def test_same_bytes_as_one_process(tmp_path: Path, n_processes: int) -> None:
 
 def test_one_process_alone(tmp_path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in whole(5).items()}
-    gathered.write_tensors(tmp_path / "a", tensors, DIMS.get, Group())
+    gathered.write_tensors(tmp_path / "a", tensors, DIMS, Group())
     disk.write_tensors(tmp_path / "b", tensors)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
@@ -94,13 +94,13 @@ def failing(folder: str) -> list[str]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, resource.RLIM_INFINITY))
     for place, numbers in (("full", [errno.EFBIG]), ("file/below", [errno.ENOTDIR, errno.EEXIST])):
         try:
-            gathered.write_tensors(Path(folder) / place, part(tensors, group), DIMS.get, group)
+            gathered.write_tensors(Path(folder) / place, part(tensors, group), DIMS, group)
         except OSError as error:
             said.append("own" if error.errno in numbers else str(error))
         except OtherProcessError as error:
             said.append(str(error))
     try:
-        gathered.write_tensors(Path(folder) / "x", {"b_dec": torch.ones(3 + group.rank)}, DIMS.get, group)
+        gathered.write_tensors(Path(folder) / "x", {"b_dec": torch.ones(3 + group.rank)}, DIMS, group)
     except ValueError as error:
         said.append(str(error))
     return said

@@ -64,7 +64,7 @@ class Source(Iterator[ActivationBatch]):
 
 
 class Run:
-    """What a session has of its SAEs: each trained by all processes, or, where they are placed, by one row of processes."""
+    """What a session has of its SAEs: each trained by all processes, or, where they are placed, by one group of processes."""
 
     def __init__(self, groups: Groups, numbers: Sequence[str] = ("0",), placed: bool = False) -> None:
         rank, size = groups.world.rank, groups.world.size
@@ -125,7 +125,7 @@ class Run:
         return state
 
     def whole(self, i: str = "0") -> dict[str, Any]:
-        """The whole SAE and moments, which all processes of a row have the same."""
+        """The whole SAE and moments, which all processes of a group have the same."""
         trainer, sharding = self.trainers[i], self.trainers[i].sae.sharding
         sae = trainer.sae if sharding is None else fastsae.unshard(trainer.sae)
         found = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
@@ -218,7 +218,7 @@ def test_resumed_by_as_many_by_others_and_by_one(
 
 
 def save_placed(folder: str, shape: tuple[int, int]) -> dict[str, Any]:
-    """Each row of processes has SAEs of its own, and goes on with them; returns the whole ones as they are saved."""
+    """Each group of processes has SAEs of its own, and goes on with them; returns the whole ones as they are saved."""
     groups = grid(shape)
     first, second = (Run(groups, [*CONFIGS], placed=True) for _ in range(2))
     first.train(STEPS)
@@ -239,7 +239,7 @@ def load_placed(folder: str, shape: tuple[int, int], placed: bool) -> dict[str, 
     return {i: own.whole(i) for i in own.trainers}
 
 
-def test_saes_of_which_each_row_of_processes_has_its_own(tmp_path: Path) -> None:
+def test_saes_of_which_each_group_of_processes_has_its_own(tmp_path: Path) -> None:
     first, second = run(save_placed, 2, tmp_path, str(tmp_path), (2, 1))
     assert first.keys() == {"0", "2"}
     assert second.keys() == {"1"}
@@ -389,7 +389,7 @@ def add(step: Path) -> None:
 def kept(folder: str) -> list[str]:
     own, place = Run(grid((1, 2))), Path(folder)
     for step in (1, 2, 2, 3):
-        joint_checkpoint.keep(place, step, 2, own.trainer.sae.save, own.groups.world)
+        checkpoint.keep(place, step, 2, own.trainer.sae.save, own.groups.world)
     distributed.barrier()
     return sorted(path.name for path in (place / checkpoint.FOLDER).iterdir())
 
@@ -405,5 +405,5 @@ def test_dims_are_those_of_the_shapes() -> None:
     own.train(1)
     tensors, _ = checkpoint.flatten({"trainers": {"0": own.trainer.state_dict()}})
     divided = {name: tensor.shape.index(D_SAE) for name, tensor in tensors.items() if D_SAE in tensor.shape}
-    dims = joint_checkpoint._sliced_dims(own.trainers)
+    dims = joint_checkpoint._feature_dims(own.trainers)
     assert {name: dim for name, dim in dims.items() if name in tensors and tensors[name].numel()} == divided

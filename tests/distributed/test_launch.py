@@ -57,10 +57,10 @@ def test_the_groups_of_two_times_two_processes() -> None:
     found = run("places", 4, "2")
     assert [one.status for one in found] == [0] * 4
     assert [one.out.strip() for one in found] == [
-        "0 (0, 4) [1111, 11, 101] 9 ('data', 'feature')",
-        "1 (1, 4) [1111, 11, 1010] 9 ('data', 'feature')",
-        "2 (2, 4) [1111, 1100, 101] 9 ('data', 'feature')",
-        "3 (3, 4) [1111, 1100, 1010] 9 ('data', 'feature')",
+        "0 [1111, 11, 101] 9",
+        "1 [1111, 11, 1010] 9",
+        "2 [1111, 1100, 101] 9",
+        "3 [1111, 1100, 1010] 9",
     ]
 
 
@@ -69,8 +69,8 @@ def test_one_process_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         if size is not None:
             monkeypatch.setenv("WORLD_SIZE", size)
         with start(1, 600, "cpu") as alone:
-            assert (alone.rank, alone.size, alone.part, alone.device) == (0, 1, (0, 1), torch.device("cpu"))
-            assert all(group.processes is None for group in (alone.world, alone.features, alone.data))
+            assert (alone.rank, alone.size, alone.device) == (0, 1, torch.device("cpu"))
+            assert all(group.processes is None for group in alone.groups)
             assert alone.agree(15) == 15
             alone.check_same({"anything": object()})
             assert not torch.distributed.is_initialized()

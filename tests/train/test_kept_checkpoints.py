@@ -13,7 +13,7 @@ from stopped_runs import Stop, make_config, stopped_run
 
 from fastsae import FusedBatchTopKSAE, SparseAutoencoder, UsageError, cli
 from fastsae.distributed import Group
-from fastsae.train import checkpoint, joint_checkpoint
+from fastsae.train import checkpoint
 from fastsae.train.config import TrainConfig
 from fastsae.train.run import train, train_many
 
@@ -136,16 +136,16 @@ def test_a_full_disk_leaves_the_older_ones(tmp_path: Path) -> None:
         (folder / "file").write_text("half")
         raise OSError(28, "No space left on device")
 
-    joint_checkpoint.keep(tmp_path, 1, 1, write, Group())
+    checkpoint.keep(tmp_path, 1, 1, write, Group())
     with pytest.raises(OSError, match="No space"):
-        joint_checkpoint.keep(tmp_path, 2, 1, full, Group())
+        checkpoint.keep(tmp_path, 2, 1, full, Group())
     assert names(tmp_path) == kept(1)
-    joint_checkpoint.keep(tmp_path, 2, 1, write, Group())
+    checkpoint.keep(tmp_path, 2, 1, write, Group())
     assert names(tmp_path) == kept(2)
     checkpoint.discard(tmp_path)
     assert names(tmp_path) == kept(2)
     (tmp_path / "checkpoints" / "sae-step-1-of-mine").mkdir()
-    joint_checkpoint.keep(tmp_path, 3, 1, write, Group())
+    checkpoint.keep(tmp_path, 3, 1, write, Group())
     assert names(tmp_path) == [*kept(3), "sae-step-1-of-mine"]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from fastsae.data.buffer import ActivationBatch, MixingBuffer
 from fastsae.distributed import Groups
-from fastsae.train.repartition import Share, repartition
+from fastsae.train.repartition import BatchPart, repartition
 
 BATCH, STEPS, CAPACITY, SEED = 7, 12, 40, 3
 
@@ -23,9 +23,9 @@ def source(start: int, piece: int) -> Iterator[ActivationBatch]:
         yield ActivationBatch(ids[:, None].float().expand(-1, 3), ids, ids % 5, ids % 11)
 
 
-def buffer_of(share: Share, pieces: Iterator[ActivationBatch]) -> MixingBuffer:
-    capacity = max(CAPACITY // share.n_processes, 2 * share.rows)
-    return MixingBuffer(pieces, capacity, share.rows, seed=1, n_wanted=STEPS * share.rows)
+def buffer_of(part: BatchPart, pieces: Iterator[ActivationBatch]) -> MixingBuffer:
+    capacity = max(CAPACITY // part.n_processes, 2 * part.rows)
+    return MixingBuffer(pieces, capacity, part.rows, seed=1, n_wanted=STEPS * part.rows)
 
 
 def at(window: int, batch: int, seen: int) -> dict[str, Any]:
@@ -51,15 +51,15 @@ def state_of(buffer: MixingBuffer, step: int, rank: int) -> dict[str, Any]:
     }
 
 
-def shares(n_processes: int) -> list[Share]:
-    return [Share(BATCH, n_processes, rank) for rank in range(n_processes)]
+def parts(n_processes: int) -> list[BatchPart]:
+    return [BatchPart(BATCH, n_processes, rank) for rank in range(n_processes)]
 
 
 def saved(n_processes: int, step: int) -> tuple[list[dict[str, Any]], list[int]]:
     """The states of processes that have made `step` steps, and the rows that they have served."""
     states, served = [], []
     for rank in range(n_processes):
-        buffer = buffer_of(Share(BATCH, n_processes, rank), source(1000 * rank, 9 + rank))
+        buffer = buffer_of(BatchPart(BATCH, n_processes, rank), source(1000 * rank, 9 + rank))
         buffer.prepare()
         for _ in range(step):
             served += next(buffer).token_ids.tolist()
@@ -82,8 +82,7 @@ def test_no_row_is_lost_or_comes_twice(before: int, after: int, step: int) -> No
     old = [state["buffers"]["4"] for state in states]
     every = sorted(row for buffer in old for row in held(buffer) + waiting(buffer))
     buffers = [
-        repartition(states, share, SEED, buffer_of(share, source(0, 1)).capacity)["buffers"]["4"]
-        for share in shares(after)
+        repartition(states, part, SEED, buffer_of(part, source(0, 1)).capacity)["buffers"]["4"] for part in parts(after)
     ]
     assert sorted(row for buffer in buffers for row in held(buffer) + waiting(buffer)) == every
     soon = [buffer["to_serve"] for buffer in buffers]
@@ -92,18 +91,18 @@ def test_no_row_is_lost_or_comes_twice(before: int, after: int, step: int) -> No
     assert sum(buffer["taken"] for buffer in buffers) + sum(len(waiting(b)) for b in buffers) == (
         sum(buffer["taken"] for buffer in old) + n_waiting
     )
-    for share, state in zip(shares(after), buffers, strict=True):
-        assert state["taken"] == step * share.rows + len(held(state)) <= STEPS * share.rows
+    for part, state in zip(parts(after), buffers, strict=True):
+        assert state["taken"] == step * part.rows + len(held(state)) <= STEPS * part.rows
         assert state["to_serve"] <= len(held(state))
-        goes_on(state, share, step, set(served))
+        goes_on(state, part, step, set(served))
 
 
-def goes_on(state: dict[str, Any], share: Share, step: int, served: set[int]) -> None:
+def goes_on(state: dict[str, Any], part: BatchPart, step: int, served: set[int]) -> None:
     """The process serves what is left of the run, from what it holds and then from its source, no row twice."""
-    buffer = buffer_of(share, source(10**6, 4))
+    buffer = buffer_of(part, source(10**6, 4))
     buffer.load_state_dict(state)
     rows = [row for _ in range(STEPS - step) for row in next(buffer).token_ids.tolist()]
-    assert len(rows) == len({*rows}) == (STEPS - step) * share.rows
+    assert len(rows) == len({*rows}) == (STEPS - step) * part.rows
     assert not served & {*rows}
     assert {*held(state)} <= {*rows}  # all that was held is wanted
 
@@ -111,7 +110,7 @@ def goes_on(state: dict[str, Any], share: Share, step: int, served: set[int]) ->
 @pytest.mark.parametrize("after", [1, 2, 3, 5])
 def test_what_is_counted(after: int) -> None:
     states, _ = saved(3, 4)
-    found = [repartition(states, share, SEED, CAPACITY) for share in shares(after)]
+    found = [repartition(states, part, SEED, CAPACITY) for part in parts(after)]
     for name, total in (("computed", 3003), ("sinks", 3)):
         assert sum(state["streams"]["4"]["counts"][name] for state in found) == total
     for state in found:
@@ -129,22 +128,22 @@ def test_what_is_counted(after: int) -> None:
     assert len(generators) == after
 
 
-def test_a_share_is_what_a_process_serves_of_a_batch() -> None:
+def test_a_part_is_what_a_process_serves_of_a_batch() -> None:
     for n in (1, 2, 3, 7):
         groups = Groups.alone()
         groups.world.size = n
-        assert [share.rows for share in shares(n)] == groups.rows_of_batch(BATCH)
+        assert [part.rows for part in parts(n)] == groups.rows_of_batch(BATCH)
 
 
 def test_rows_of_all_old_processes_are_mixed() -> None:
     states, _ = saved(2, 0)
     buffer = MixingBuffer(source(10**6, 4), CAPACITY, BATCH, seed=1)
-    buffer.load_state_dict(repartition(states, Share(BATCH, 1, 0), SEED, CAPACITY)["buffers"]["4"])
+    buffer.load_state_dict(repartition(states, BatchPart(BATCH, 1, 0), SEED, CAPACITY)["buffers"]["4"])
     assert {row // 1000 for row in next(buffer).token_ids.tolist()} == {0, 1}
 
 
 def test_a_run_that_has_not_begun() -> None:
-    states = [state_of(buffer_of(Share(BATCH, 2, rank), source(0, 4)), 0, rank) for rank in range(2)]
-    found = repartition(states, Share(BATCH, 3, 2), SEED, CAPACITY)["buffers"]["4"]
+    states = [state_of(buffer_of(BatchPart(BATCH, 2, rank), source(0, 4)), 0, rank) for rank in range(2)]
+    found = repartition(states, BatchPart(BATCH, 3, 2), SEED, CAPACITY)["buffers"]["4"]
     assert found["rows"] is found["pending"] is None
     assert (found["to_serve"], found["taken"], found["served_any"]) == (0, 0, False)
