@@ -77,7 +77,7 @@ def token_of(entry, tokens_ptr, row_length, mask):
     if tokens_ptr is not None:
         return tl.load(tokens_ptr + entry, mask=mask, other=0)
     else:
-        # neither is negative, and a division of unsigned numbers takes half as many instructions
+        # neither is negative, and a division of unsigned numbers takes fewer instructions
         return (entry.to(tl.uint32) // tl.full((), row_length, tl.uint32)).to(tl.int64)
 
 

@@ -91,7 +91,7 @@ def pieces_of(depth: int) -> tuple[int, int]:
 @triton.jit
 def columns_of_pieces(BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr):
     """The columns of a row's two pieces."""
-    # int32: a mask is then one comparison, which is made again wherever it is needed and takes no register through a loop
+    # int32: a mask is then one comparison in place of two, so that it is rather made again than kept in a register
     return tl.arange(0, BLOCK_1), BLOCK_1 + tl.arange(0, BLOCK_2)
 
 
