@@ -1,6 +1,7 @@
-"""A training step on several processes: its time, what it sends and what it holds, for every way to divide the features.
+"""A training step on several processes: its time, what it sends and what it holds.
 
     torchrun --standalone --nproc-per-node 4 -m benchmarks.distributed
+    torchrun --standalone --nproc-per-node 4 -m benchmarks.distributed --shard-features 1
     torchrun --standalone --nproc-per-node 8 -m benchmarks.distributed --device cuda --d-in 3584 --d-sae 1048576 --batch-size 8192
 
 Activations are random and L0 is 32 from the start, so that a step is what it is in the middle of a run, without the language
@@ -26,7 +27,7 @@ from fastsae.distributed import launch
 from fastsae.distributed.launch import Processes
 from fastsae.environment import is_first, n_processes
 from fastsae.train.config import TrainConfig
-from fastsae.train.plan import divisors, step_traffic
+from fastsae.train.plan import step_traffic
 from fastsae.train.trainer import Trainer, build_sae
 
 WARM_UP = 3
@@ -46,20 +47,17 @@ class Row:
 
 
 def main() -> None:
-    """Measures every way, and prints a table and a line of JSON for each."""
+    """Measures one way to divide the features, and prints a row of a table and a line of JSON."""
     arguments = _arguments()
-    size = n_processes()
-    rows = [_measured(arguments, n) for n in divisors(size)]
+    row = _measured(arguments, arguments.shard_features or n_processes())
     if is_first():
         print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {arguments}")
         print("processes  sharing      ms  tokens/s  MB sent  MB planned  MB held")
-        for row in rows:
-            print(
-                f"{row.processes:9} {row.shard_features:8} {row.ms:7.1f} {row.tokens_per_second:9,.0f} {row.mb_sent:8.2f} "
-                f"{row.mb_planned:11.2f} {row.mb_held:8.0f}"
-            )
-        for row in rows:
-            print(json.dumps(asdict(row)))
+        print(
+            f"{row.processes:9} {row.shard_features:8} {row.ms:7.1f} {row.tokens_per_second:9,.0f} {row.mb_sent:8.2f} "
+            f"{row.mb_planned:11.2f} {row.mb_held:8.0f}"
+        )
+        print(json.dumps(asdict(row)))
 
 
 def _arguments() -> argparse.Namespace:
@@ -67,6 +65,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--d-in", type=int, default=512)
     parser.add_argument("--d-sae", type=int, default=65_536)
     parser.add_argument("--batch-size", type=int, default=2048)
+    parser.add_argument("--shard-features", type=int, help="processes that share the features (default: all)")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
