@@ -49,6 +49,7 @@ def shard(
     sharding = Sharding(sae.d_sae, groups_of(mesh), reduce_dtype=reduce_dtype, n_chunks=overlap_chunks)
     sae.use_sharding(sharding)
     for name, p in sae.named_parameters():
+        p.grad = None  # of the whole
         part = sharding.own_part(name, p.data).clone()
         first = sharding.data if name in SLICED else sharding.world
         p.data = first.broadcast_(part.contiguous(), "weights")
