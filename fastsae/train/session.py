@@ -252,6 +252,8 @@ class Session:
         """Sets the thresholds of BatchTopK SAEs after the last step, by activations that no step has seen."""
         learners = [config for config in self.configs.values() if config.architecture == "batchtopk"]
         for layer in dict.fromkeys(_layer(config) for config in learners):
+            if layer not in self.supply.streams:  # all of its SAEs have failed
+                continue
             sample = self.supply.unseen(layer)
             for trainer in self.trainers.values():
                 if _layer(trainer.config) == layer:
