@@ -181,7 +181,8 @@ def _train(
     with ExitStack() as stack:
         add = ignored
         if session.writes:
-            curves = Curves({name: output / name for name in history}, configs, history)
+            own = {name: configs[name] for name in history}
+            curves = Curves({name: output / name for name in history}, own, history)
             stack.callback(curves.close)
             add = curves.add
         session.train(lambda: _save(output, session, seconds()), add)
