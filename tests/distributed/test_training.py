@@ -132,6 +132,28 @@ def test_two_runs_have_the_same_bits(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+ONE_FEATURE = {
+    name: replace(CONFIGS[name], d_sae=1, dead_tokens=50, **change)
+    for name, change in (("quadratic", {"target_l0": 0.5, "init_l0": 0.5}), ("topk", {"k": 1}))
+}
+
+
+def one_feature() -> dict[str, float]:
+    found = {}
+    for name, config in ONE_FEATURE.items():
+        trainer = train(config, grid((1, 2)), slice(None), 30)
+        trainer.load_state_dict(trainer.state_dict())
+        found[name] = trainer.history[-1]["loss"]
+    return found  # type: ignore[return-value]
+
+
+def test_a_process_without_features_trains_with_the_others(tmp_path: Path) -> None:
+    ranks = run(one_feature, 2, tmp_path)
+    for name, config in ONE_FEATURE.items():
+        want = train(config, None, slice(None), 30).history[-1]["loss"]
+        assert [rank[name] for rank in ranks] == pytest.approx([want] * 2, rel=1e-4)
+
+
 def placed() -> bool:
     groups = grid((2, 1))
     groups = groups._replace(data=Group(), world=groups.features)
