@@ -26,7 +26,8 @@ def check_sae(sae: Any) -> None:
         if W is None or type(W.data) is not Tensor:
             what = "a parametrization" if W is None else type(W.data).__name__
             raise UsageError(f"sae: expected {name} to be a plain parameter, got {what}; use torch.optim.Adam")
-    if len({W.data_ptr() for W in matrices.values() if W is not None}) == 1:
+    # a process that holds no features has no memory either
+    if len({W.data_ptr() for W in matrices.values() if W is not None and W.numel()}) == 1:
         raise UsageError("sae: expected W_enc and W_dec in memory of their own, got one for both; use torch.optim.Adam")
 
 

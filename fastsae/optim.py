@@ -343,6 +343,7 @@ class FusedSAEAdam(torch.optim.Adam):
     def _finish(self, weights: list[nn.Parameter], changed: set[nn.Parameter]) -> None:
         """Counts the step; weights that were `changed` elsewhere get what a step that visits every row would have done."""
         for p in weights:
+            self._moments(p)  # made here where a process holds no features, and so updates no rows
             self._steps[p] = self._step_of(p) + 1
             self.state[p]["step"] += 1
             if p in changed and self._on_sphere(p):

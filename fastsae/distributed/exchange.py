@@ -123,7 +123,7 @@ def start_sum(part: Tensor, group: Group, dtype: torch.dtype, name: str) -> Pend
     )
 
     def finish() -> Tensor:
-        own = received.view(group.size, rows, -1).sum(0, dtype=wide).to(dtype)
+        own = received.view(group.size, rows, part.shape[1]).sum(0, dtype=wide).to(dtype)
         return group.gather(own.view(torch.uint8), name).view(dtype).reshape(sent.shape)[: len(part)].to(wide)
 
     return Pending(received, work, finish)

@@ -214,7 +214,7 @@ class Sharding:
                 x, *weights, zero, spec=spec, feature_scale=feature_scale, hint=hint, collector=collector
             )
         acts, smallest = self._chosen(x, W_enc, b_enc, threshold, spec.k, spec.batch_topk)
-        out = kernels.decode(acts, W_dec) if len(W_dec) else _zeros(x, weights)
+        out = kernels.decode(acts, W_dec) if len(W_dec) and len(x) else _zeros(x, weights)
         counts, l0 = torch.bincount(acts.indices, minlength=len(W_dec)), acts.l0()
         return AutoencodeOutput(out, l0.to(threshold.dtype), l0, counts, None, smallest)
 
@@ -316,10 +316,10 @@ class Sharding:
 
 
 def _zeros(x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-    """`[N, d_out]` zeros from weights without features, through which the backward pass still takes part in every exchange."""
+    """`[N, d_out]` zeros without features or tokens, through which the backward pass still takes part in every exchange."""
     device_type = x.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
-    nothing = torch.stack([tensor.sum().to(dtype) for tensor in (*weights, x[:, :0])]).sum()
+    nothing = torch.stack([tensor[:0].sum().to(dtype) for tensor in (*weights, x)]).sum()
     return nothing + x.new_zeros(len(x), weights[3].shape[1], dtype=dtype)
 
 

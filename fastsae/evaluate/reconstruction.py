@@ -254,6 +254,8 @@ def _add_group(
 ) -> None:
     """Adds rows to what is measured of each SAE; takes out those that fail."""
     places = list(dict.fromkeys(one.place for one in measured.values()))
+    if not places:
+        return
     hidden, logits = clean_pass([place.model for place in places], rows.input_ids, rows.mask)
     for place in places:
         place.read(hidden.pop(0), rows)

@@ -150,9 +150,12 @@ class FusedBatchTopKSAE(TopKFamily):
             x: `[..., d_in]`, activations like those to come; a few thousand tokens are enough.
         """
         values = self._encode_training(x).active().values
-        if len(values):
+        smallest = values.amin(0, keepdim=True) if len(values) else values.new_full((1,), torch.inf)
+        if self.sharding is not None:
+            smallest = self.sharding.data.smallest_(smallest, "calibration")  # the choice was from the tokens of all
+        if torch.isfinite(smallest):
             # the gate is strict, so the smallest value itself must lie above the threshold
-            self.topk_threshold.fill_(values.min()).mul_(1 - 1e-6)
+            self.topk_threshold.fill_(smallest[0]).mul_(1 - 1e-6)
 
     @torch.no_grad()
     def fold_activation_scale_(self, scale: float) -> None:

@@ -39,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 def save(sae: StoredModule, path: Path, metadata: dict[str, Any]) -> None:
     """Writes both files to the folder `path`; all processes that share the SAE's features do it together."""
+    sharding = getattr(sae, "sharding", None)
+    if sharding is not None and sharding.data.rank > 0:
+        return  # the first of the processes that see different tokens writes
     keys, state = sae.to_files()
     if sae.k_per_token is not None and "k" not in keys:
         logger.warning("k = %d is kept in the metadata only: SAELens reads this SAE as one without top-k", sae.k)
@@ -55,7 +58,6 @@ def save(sae: StoredModule, path: Path, metadata: dict[str, Any]) -> None:
         WRITER: __version__,
         "metadata": {"sae_lens_version": SAE_LENS_VERSION, **metadata, "fastsae": own},
     }
-    sharding = getattr(sae, "sharding", None)
     if sharding is not None and sharding.is_shared:
         _write_together(sharding, path, config, state)
         return
@@ -79,8 +81,6 @@ def _write_config(path: Path, config: dict[str, Any]) -> None:
 
 def _write_together(sharding: Sharding, path: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
     """The first process writes both files, the others that share the features send it their parts."""
-    if sharding.data.rank > 0:
-        return  # the processes of the first group hold the same features
     with together(sharding.features, "save the SAE"):
         _check_writable(config, state)
     with together(sharding.features, f"write {path}"):

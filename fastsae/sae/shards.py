@@ -49,6 +49,7 @@ def shard(
     sharding = Sharding(sae.d_sae, groups_of(mesh), reduce_dtype=reduce_dtype, n_chunks=overlap_chunks)
     sae.use_sharding(sharding)
     for name, p in sae.named_parameters():
+        p.grad = None  # of the whole
         p.data = sharding.part_of_first(name, p.data)
     for buffer in sae.buffers():
         sharding.world.broadcast_(buffer, "weights")

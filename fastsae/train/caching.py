@@ -150,6 +150,13 @@ def open_cache(pipeline: Pipeline, layers: list[int]) -> CachedActivations | Non
     manifest = Manifest.read(folder)
     check_fits(manifest, folder, pipeline, layers)
     is_block = pipeline.config.sequencing == "block"  # a second pass over the data cuts it into other blocks
+    n_processes = pipeline.part[1]
+    if n_processes > 1 and (is_block or not manifest.holds_all):  # each would need others than those that are there
+        found = "blocks" if is_block else "the first of them alone"
+        raise UsageError(
+            f"activations: expected a cache of all dialogues, each by itself, for {n_processes} processes, which read them in "
+            f"another order than one does, got {folder}, which holds {found}; start one process, or leave the option out"
+        )
     n_usable = _n_usable(manifest)
     if (is_block or not manifest.holds_all) and pipeline.config.tokens > n_usable:
         more = "the data hold no more" if manifest.holds_all else "write more with fastsae cache --resume --tokens N"

@@ -82,7 +82,7 @@ def save(run: Path, step: int, state: dict[str, Any], trainers: Mapping[str, Tra
         return
     by_group = _trainers_by_group(list(trainers), groups)
     # a feature is silent for as long as it is in the tokens of all processes that hold it
-    divided, rest = _parted(state, Group() if len(by_group) > 1 else groups.data)
+    divided, rest = _parted(state, next((trainer.groups.data for trainer in trainers.values()), Group()))
     with together(groups.world, "write a checkpoint"):
         for name, value in (*divided.items(), *rest.items()):
             if not checkpoint.all_finite(value):

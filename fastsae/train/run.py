@@ -248,7 +248,8 @@ def _curves(output: Path, session: Session) -> Iterator[Callable[[dict[str, Row]
         yield lambda rows: None
         return
     history = {name: trainer.history for name, trainer in session.trainers.items()}
-    curves = Curves({name: output / name for name in history}, session.configs, history)
+    configs = {name: session.configs[name] for name in history}
+    curves = Curves({name: output / name for name in history}, configs, history)
     try:
         yield curves.add
     finally:

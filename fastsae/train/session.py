@@ -37,8 +37,9 @@ logger = logging.getLogger(__name__)
 class Session:
     """SAEs that are trained together, each as if it were alone.
 
-    One forward pass of the model serves all layers, one buffer all SAEs of a layer. An SAE that fails is dropped, unless it
-    is the last one. A signal that comes while a buffer fills up ends that at once, and what is saved then is the state before.
+    One forward pass of the model serves all layers, one buffer all SAEs of a layer. An SAE that fails is dropped, unless it is
+    the last one; where SAEs are placed, a process without any still reads for the others. A signal that comes while a buffer
+    fills up ends that at once, and what is saved then is the state before.
 
     Args:
         pipeline: Model and data.
@@ -165,6 +166,7 @@ class Session:
             finally:
                 self.supply.forward.stop()
         self.drop_what_is_not_finite()
+        self._check_that_some_are_left()
 
     def _train(self, save: Callable[[], None], on_rows: Callable[[dict[str, Row]], object]) -> None:
         steps, size = self.common.steps, self.common.batch_size
@@ -222,7 +224,7 @@ class Session:
         Raises:
             FastsaeError: It is the only one that is left.
         """
-        if len(self.trainers) == 1:
+        if len(self.trainers) == 1 and not self.is_placed:
             raise error
         del self.trainers[name]
         self._drop_unused_layers()
@@ -249,10 +251,23 @@ class Session:
             if int(trainer.groups.world.sum_(n_bad, "counts")):
                 self.drop(name, bad or checkpoint.not_finite(trainer.step, "another process holds NaN or infinity"))
 
+    def _check_that_some_are_left(self) -> None:
+        """Raises FastsaeError where SAEs are placed and all have failed, in all processes."""
+        if not self.is_placed:
+            return
+        n_left = torch.tensor([len(self.trainers)], device=self.pipeline.residual.device)
+        if not int(self.groups.world.sum_(n_left, "counts")):
+            every = {
+                name: text for one in self.groups.world.gather_objects(self.failures) for name, text in one.items()
+            }
+            raise FastsaeError("all SAEs failed. " + " ".join(f"{name}: {text}." for name, text in every.items()))
+
     def calibrate(self) -> None:
         """Sets the thresholds of BatchTopK SAEs after the last step, by activations that no step has seen."""
         learners = [config for config in self.configs.values() if config.architecture == "batchtopk"]
         for layer in dict.fromkeys(_layer(config) for config in learners):
+            if layer not in self.supply.streams:  # all of its SAEs have failed
+                continue
             sample = self.supply.unseen(layer)
             for trainer in self.trainers.values():
                 if _layer(trainer.config) == layer:
@@ -265,8 +280,9 @@ class Session:
 
     def save(self, output: Path, seconds: float) -> None:
         """Writes a checkpoint of the whole session."""
-        if len(self.trainers) > 1:
+        if len(self.trainers) > 1 or self.is_placed:
             self.drop_what_is_not_finite()
+            self._check_that_some_are_left()
         state = {
             "options": {number: kept_options(self.configs[name]) for name, number in self._numbers.items()},
             **self.supply.state_dict(),
@@ -316,8 +332,10 @@ class Session:
         with reading(output / checkpoint.FOLDER, self.groups.world):
             for number, trainer in self._numbered_trainers.items():
                 trainer.load_state_dict(saved["trainers"][number])
-                self.step = trainer.step
-            return float(saved["seconds"])
+        step = max((trainer.step for trainer in self.trainers.values()), default=0)
+        own = torch.tensor([-step], device=self.pipeline.residual.device)
+        self.step = -int(self.groups.world.smallest_(own, "counts"))  # a process may have no SAE left that tells
+        return float(saved["seconds"])
 
     def _check(self, found: Fields) -> None:
         """Raises ValueError unless `found` is a state of this session."""

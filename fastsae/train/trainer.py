@@ -40,7 +40,8 @@ def build_sae(config: TrainConfig, d_in: int, device: torch.device, groups: Grou
     """A fresh SAE of the configured architecture, drawn from `config.seed`; with several processes, this one's part of it."""
     torch.manual_seed(config.seed)
     options: dict[str, Any] = {"k": config.k, "apply_b_dec_to_input": config.subtracts_b_dec, "device": device}
-    if groups is not None and groups.world.size > 1:
+    # with groups of one too, where other processes train other SAEs: the optimiser is told that nobody averages its gradients
+    if groups is not None and groups.world.processes is not None:
         options["mesh"] = groups
     if config.architecture == "jumprelu":
         options |= {

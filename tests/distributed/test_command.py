@@ -79,6 +79,70 @@ def test_saes_that_are_placed_on_processes(tiny_model: Path, chats: Path, tmp_pa
         assert (both[0][key] - value).norm() <= 0.01 * value.norm(), key
 
 
+FAILING = """
+import os, sys, torch
+from fastsae.cli import main
+from fastsae.errors import FastsaeError
+from fastsae.train import curves, run
+from fastsae.train.session import Session
+from fastsae.train.trainer import Trainer
+
+step = Trainer.train_step
+
+def spoiled(self, acts):
+    if self.config.d_sae in map(int, os.environ["FAIL"].split()) and self.step == 5:
+        self.sae.b_enc.data.fill_(float("nan"))
+    return step(self, acts)
+
+class Logger:
+    __init__ = log = lambda self, *_: None
+    close = lambda self: None
+
+def stopped(self):
+    raise FastsaeError("stopped")
+
+Trainer.train_step, curves._LOGGERS["tensorboard"], run.check_loggers = spoiled, Logger, lambda _: None
+if "STOP" in os.environ:
+    Session.calibrate = stopped
+more = [] if "--resume" in sys.argv else ["--log", "tensorboard"]  # which torchrun would take for one of its own
+sys.exit(main(sys.argv[1:] + more))
+"""
+
+
+def test_the_only_sae_of_a_process_fails(
+    tiny_model: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one goes on with the tokens of both processes, also after a resume; where all fail, one message says so."""
+    (tmp_path / "failing.py").write_text(FAILING)
+
+    def started(name: str, *more: str) -> subprocess.CompletedProcess[str]:
+        data = ["--model", str(tiny_model), "--dataset", str(chats), "--eval-dialogues", "4", "--checkpoint-every", "8"]
+        options = [*data, "--d-sae", "30,50", *SMALL]
+        command = [str(tmp_path / "failing.py"), "train", "--output", str(tmp_path / name)]
+        command += more or options
+        return subprocess.run(
+            [*TORCHRUN, "--nproc-per-node", "2", *command],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+
+    monkeypatch.setenv("FAIL", "50")
+    monkeypatch.setenv("STOP", "1")
+    assert "stopped" in started("run").stderr
+    monkeypatch.delenv("STOP")
+    done = started("run", "--resume", "--quiet")
+    assert "1 of 2 SAEs failed, the others are complete. d-sae-50: step" in done.stderr
+    assert json.loads((tmp_path / "run" / "d-sae-30" / "metrics.json").read_text())["tokens"] == 640
+    assert not (tmp_path / "run" / "d-sae-50" / "metrics.json").exists()
+    monkeypatch.setenv("FAIL", "30 50")
+    done = started("all")
+    assert (
+        done.stderr.count("all SAEs failed. d-sae-50: step") + done.stderr.count("all SAEs failed. d-sae-30: step") == 1
+    )
+
+
 def test_another_size_is_refused_on_resume(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     data = ["--model", str(tiny_model), "--dataset", str(chats), "--eval-dialogues", "4", "--checkpoint-every", "4"]

@@ -45,6 +45,11 @@ CASES: dict[str, tuple[type[SparseAutoencoder], dict[str, Any], int, int, dict[s
     "few_features_topk": (FusedTopKSAE, {"k": 2}, 3, 50, {}),
     "few_features_batchtopk": (FusedBatchTopKSAE, {"k": 2}, 3, 50, {"dead": 1}),
     "few_features_pre_act": (FusedJumpReLUSAE, {**JUMPRELU, "apply_b_dec_to_input": True}, 3, 50, {"dead": 1}),
+    "few_features_no_token": (FusedJumpReLUSAE, {**JUMPRELU, "apply_b_dec_to_input": True}, 3, 0, {"dead": 1}),
+    "few_features_no_token_topk": (FusedTopKSAE, {"k": 2}, 3, 0, {"dead": 1}),
+    "few_features_no_token_batchtopk": (FusedBatchTopKSAE, {"k": 2}, 3, 0, {}),
+    "no_token_topk": (FusedTopKSAE, {"k": 5}, 37, 0, {}),
+    "silent_part": (FusedTopKSAE, {"k": 5}, 37, 50, {"dead": 5}),
     "all_dead": (FusedJumpReLUSAE, {"bandwidth": 0.5, "init_threshold": 1e3}, 37, 50, {"dead": 37}),
     "ties": (FusedTopKSAE, {"k": 5, "rescale_acts_by_decoder_norm": False}, 37, 50, {"ties": True}),
     "batch_ties": (FusedBatchTopKSAE, {"k": 5, "rescale_acts_by_decoder_norm": False}, 37, 50, {"ties": True}),
@@ -64,6 +69,8 @@ def made(name: str, dtype: torch.dtype, **more: Any) -> SparseAutoencoder:
                 sae.W_enc.copy_((40 * sae.W_enc[:, :4]).round().repeat(1, 10)[:, : sae.d_sae])
             if "few_features" not in name:
                 sae.b_enc[: 13 if "all_dead" not in name else None] -= 2.0  # those of the first process hardly fire
+            if name == "silent_part":
+                sae.b_enc[:19] = -1e3
     return sae
 
 
@@ -253,3 +260,28 @@ def test_a_new_sae_has_the_weights_of_one_that_is_not_shared(tmp_path: Path) -> 
         for rank in ranks:
             assert rank[cls.__name__].keys() == want.keys()
             assert all(torch.equal(rank[cls.__name__][name], value) for name, value in want.items())
+
+
+def in_rows(folder: str) -> dict[str, Any]:
+    """One SAE in two processes that see other tokens."""
+    rank, found = distributed.get_rank(), {}
+    sae = made("batchtopk", torch.float64)
+    sae(tokens("batchtopk", torch.float64)).sum().backward()  # of a gradient of the whole nothing stays
+    sae = fastsae.shard(sae, init_device_mesh("cpu", (2,), mesh_dim_names=("data",)))
+    found["forgets gradients"] = all(p.grad is None for p in sae.parameters())
+    assert isinstance(sae, FusedBatchTopKSAE)
+    x = tokens("batchtopk", torch.float64)
+    sae.calibrate_threshold_(x[:15] if rank else x[15:])
+    sae.save(Path(folder, f"of-{rank}"))
+    return {**found, "threshold": sae.topk_threshold.item()}
+
+
+def test_processes_that_see_other_tokens_calibrate_and_save_one_sae(tmp_path: Path) -> None:
+    whole = made("batchtopk", torch.float64)
+    assert isinstance(whole, FusedBatchTopKSAE)
+    whole.calibrate_threshold_(tokens("batchtopk", torch.float64))
+    for rank in run(in_rows, 2, tmp_path, str(tmp_path)):
+        assert rank["forgets gradients"]
+        assert rank["threshold"] == pytest.approx(whole.topk_threshold.item(), rel=1e-12)
+    assert not (tmp_path / "of-1").exists()  # two writers of one folder would mix their files
+    assert FusedBatchTopKSAE.load(tmp_path / "of-0").d_sae == whole.d_sae

@@ -15,7 +15,8 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 import fastsae
-from fastsae.distributed import Groups, groups_of
+from fastsae.distributed import Group, Groups, groups_of
+from fastsae.pending import PendingGradient
 from fastsae.train.config import TrainConfig
 from fastsae.train.trainer import Trainer, build_sae
 
@@ -129,6 +130,41 @@ def twice(name: str, shape: tuple[int, int]) -> list[Any]:
 def test_two_runs_have_the_same_bits(name: str, tmp_path: Path) -> None:
     first, second = run(twice, 4, tmp_path, name, (2, 2))[0]
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+ONE_FEATURE = {
+    name: replace(CONFIGS[name], d_sae=1, dead_tokens=50, **change)
+    for name, change in (("quadratic", {"target_l0": 0.5, "init_l0": 0.5}), ("topk", {"k": 1}))
+}
+
+
+def one_feature() -> dict[str, float]:
+    found = {}
+    for name, config in ONE_FEATURE.items():
+        trainer = train(config, grid((1, 2)), slice(None), 30)
+        trainer.load_state_dict(trainer.state_dict())
+        found[name] = trainer.history[-1]["loss"]
+    return found  # type: ignore[return-value]
+
+
+def test_a_process_without_features_trains_with_the_others(tmp_path: Path) -> None:
+    ranks = run(one_feature, 2, tmp_path)
+    for name, config in ONE_FEATURE.items():
+        want = train(config, None, slice(None), 30).history[-1]["loss"]
+        assert [rank[name] for rank in ranks] == pytest.approx([want] * 2, rel=1e-4)
+
+
+def placed() -> bool:
+    groups = grid((2, 1))
+    groups = groups._replace(data=Group(), world=groups.features)
+    trainer = train(CONFIGS["topk"], groups, slice(None), 2)
+    trainer.optimizer.zero_grad()
+    trainer.optimizer.backward(trainer.sae.training_forward(next(batches(slice(None)))).loss)  # type: ignore[operator]
+    return isinstance(trainer.sae.W_enc.grad, PendingGradient)
+
+
+def test_saes_that_one_process_trains_alone_keep_no_gradient_of_the_weights(tmp_path: Path) -> None:
+    assert run(placed, 2, tmp_path) == [True, True]
 
 
 def in_one(name: str) -> Any:

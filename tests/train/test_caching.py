@@ -20,6 +20,7 @@ from fastsae.interrupt import Interrupted
 from fastsae.train import caching, initialize, supply
 from fastsae.train.caching import cache_activations, options_of
 from fastsae.train.config import TrainConfig
+from fastsae.train.pipeline import build_pipeline
 from fastsae.train.run import train, train_many
 
 
@@ -234,6 +235,27 @@ def test_a_cache_of_other_options_is_refused(
     with pytest.raises(UsageError, match=message):
         train(replace(config, activations=str(tmp_path / "acts"), **changes), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [({"tokens": 256}, "the first of them alone"), ({"sequencing": "block", "block_length": 24}, "blocks"), ({}, None)],
+)
+def test_several_processes_want_all_dialogues(
+    config: TrainConfig, tmp_path: Path, changes: dict[str, Any], found: str | None
+) -> None:
+    config = replace(config, tokens=10**6, data_seed=42)
+    cache_activations(replace(config, **changes), [], tmp_path / "acts", progress=False)
+    of_run = replace(config, **{**changes, "tokens": 256}, activations=str(tmp_path / "acts"))
+    pipeline = replace(build_pipeline(of_run), part=(1, 2))
+    if found is None:
+        served = caching.open_cache(pipeline, [pipeline.residual.layer])
+        assert served is not None
+        sequencer = pipeline.sequencer()
+        assert all(len(served.read(next(sequencer))) == 1 for _ in range(10))
+        return
+    with pytest.raises(UsageError, match=f"expected a cache of all dialogues, .* for 2 processes, .* holds {found}"):
+        caching.open_cache(pipeline, [pipeline.residual.layer])
 
 
 def test_a_cache_of_another_model_is_refused(config: TrainConfig, tmp_path: Path) -> None:

@@ -283,12 +283,13 @@ def test_nothing_is_computed_for_a_layer_all_of_whose_saes_have_failed(
     """The SAE of the deeper layer fails at step 5; the shallower one goes on as if it were alone."""
     monkeypatch.setattr(stream, "SAMPLE_TOKENS", 100)  # so that the first piece of so short a run is not all of it
     chosen = {name: replace(configs[name], prefetch=prefetch, tokens=64 * 40) for name in ("first", "topk")}
+    chosen["topk"] = replace(chosen["topk"], architecture="batchtopk")  # the others are calibrated at the end
     step, stopped = Trainer.train_step, []
     read: list[int] = []  # the deepest layer of each pass, after the failure
     called = ResidualStream.__call__
 
     def spoiled(self: Trainer, batch: Any) -> Any:
-        if self.config.architecture == "topk" and self.step == 5:
+        if self.config.architecture == "batchtopk" and self.step == 5:
             with torch.no_grad():
                 self.sae.b_enc.fill_(float("nan"))
         if self.step == 19 and resumes and not stopped:
