@@ -124,7 +124,7 @@ def fail(error: BaseException, message: str, status: int = 1) -> int:
     elif reported_by != rank():
         message = f"ended, for the reason that process {reported_by} gives"
     who = "" if n_processes() == 1 else f" process {rank()}:"
-    print(f"fastsae:{who} {message}", file=sys.stderr)
+    sys.stderr.write(f"fastsae:{who} {message}\n")  # at once: print writes the end of the line for itself
     return status
 
 
