@@ -71,7 +71,7 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: Namespace) -> None:
     """Runs the command."""
     from fastsae.interpret.run import PAGE_FILE
-    from fastsae.train.folder import REPORT_FILE, is_new
+    from fastsae.train.folder import REPORT_FILE, is_complete, is_new
     from fastsae.train.run import train, train_many
     from fastsae.train.trainer import SAE_CLASSES
 
@@ -85,6 +85,10 @@ def run(arguments: Namespace) -> None:
         plan.run(arguments, list(configs.values()))
         return
     # torchrun starts all processes again when one of them has failed: they go on with what was saved
+    if is_restart() and is_complete(output):  # a process was killed after its run had ended
+        if is_first():
+            log.info("the run in %s is complete", output)
+        return
     resume = arguments.resume or (is_restart() and not is_new(output))
     options: dict[str, Any] = {"resume": resume, "progress": not arguments.quiet}
     if "" not in configs:

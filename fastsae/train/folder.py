@@ -79,6 +79,14 @@ def is_new(output: Path) -> bool:
     )
 
 
+def is_complete(output: Path) -> bool:
+    """Whether a folder holds a run that has ended, none of whose SAEs has failed; then its checkpoints are removed."""
+    if not (output / METRICS_FILE).exists() or read_json(output / METRICS_FILE).get("failures"):
+        return False
+    checkpoint.discard(output)
+    return True
+
+
 def check_writable(option: str, place: Path) -> None:
     """Raises UsageError where the folder `place` is no folder, or neither it nor the one to make it in can be written."""
     existing = place

@@ -86,6 +86,18 @@ def killed(
             process.communicate()
 
 
+def test_a_restart_after_the_end_of_the_run_has_nothing_to_do(tiny_model: Path, chats: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    arguments = command(output, tiny_model, chats, 1)[len(TORCHRUN) + 4 :]
+    for restarts in ("0", "1"):
+        variables = environment(TORCHELASTIC_RESTART_COUNT=restarts)
+        done = subprocess.run(
+            [sys.executable, *arguments], env=variables, capture_output=True, text=True, timeout=LIMIT
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("is complete" in done.stderr) == (restarts == "1")
+
+
 @pytest.mark.parametrize("n_kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("n_shards", [1, 2])
 def test_a_killed_process_changes_nothing(
