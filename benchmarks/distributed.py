@@ -104,8 +104,7 @@ def _measured(arguments: argparse.Namespace, n_sharing: int) -> Row:
 def _steps(config: TrainConfig, arguments: argparse.Namespace, processes: Processes) -> tuple[float, int, int]:
     """The median seconds of a step, the bytes of the last one, and the memory of this process."""
     groups, device = processes.groups, processes.device
-    rows, first = groups.rows_of_batch(config.batch_size), groups.data.rank * groups.features.size
-    of_group = rows[first : first + groups.features.size]
+    rows, of_group = groups.rows_of_batch(config.batch_size), groups.rows_of_group(config.batch_size)
     generator = torch.Generator().manual_seed(processes.rank)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     own = torch.randn(rows[processes.rank], arguments.d_in, generator=generator).to(device, dtype)

@@ -226,13 +226,13 @@ class FusedSAEAdam(torch.optim.Adam):
                     kept[rows] = grad
                 norms[i] = torch.linalg.vector_norm(grad)
             squares += norms.square().unbind()
-        norm = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=self.sae.device)
+        zero = torch.zeros((), dtype=torch.float64, device=self.sae.device)
+        square = torch.stack([zero, *squares]).sum()
         if sharding is not None:
-            sharding.features.sum_(norm, "norm")
-        norm = norm.sqrt()
+            sharding.features.sum_(square, "norm")
         assert self.max_grad_norm is not None
-        dtype = torch.promote_types(self.sae.dtype, torch.float32)
-        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(dtype)
+        factor = (self.max_grad_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        return factor.to(torch.promote_types(self.sae.dtype, torch.float32))
 
     def _is_matrix(self, p: Tensor) -> bool:
         return any(p is W for W in self.matrices)

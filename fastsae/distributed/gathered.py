@@ -17,7 +17,7 @@ from fastsae.distributed.groups import Group
 from fastsae.distributed.parts import lengths
 from fastsae.distributed.together import together
 
-BLOCK_BYTES = 2**25  # of a tensor that travel at once
+BLOCK_BYTES = 2**25  # A tensor is sent and written in blocks of this size.
 
 
 class Block(NamedTuple):

@@ -37,6 +37,11 @@ class Groups(NamedTuple):
         firsts = [first_row(batch_size, self.world.size, rank) for rank in range(self.world.size + 1)]
         return [end - start for start, end in pairwise(firsts)]
 
+    def rows_of_group(self, batch_size: int) -> list[int]:
+        """How many rows of a batch each process of `features` serves."""
+        first = self.data.rank * self.features.size
+        return self.rows_of_batch(batch_size)[first : first + self.features.size]
+
 
 def groups_of(mesh: Any) -> Groups:
     """The groups of a mesh.

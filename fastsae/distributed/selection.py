@@ -8,8 +8,8 @@ from torch import Tensor
 from fastsae.distributed.groups import Group
 from fastsae_kernels import SparseActs
 
-RADIX_BITS = 16  # of a value, found by one sum of a histogram
-BINS = 2**RADIX_BITS  # of that histogram
+RADIX_BITS = 16  # One sum of a histogram over the processes finds so many bits of a value.
+BINS = 2**RADIX_BITS  # The histogram has a bin for each of their values.
 
 
 def n_candidates(k: int, n_processes: int) -> int:
@@ -89,7 +89,7 @@ def among_batch_topk(
         if shift == top and int(counts.sum()) <= left:  # all survive
             smallest = values.amin(0, keepdim=True) if len(values) else values.new_full((1,), torch.inf)
             return of_prefix, world.smallest_(smallest, "histogram")[0]
-        above = counts.flip(0).cumsum(0).flip(0) - counts  # of larger digits
+        above = counts.flip(0).cumsum(0).flip(0) - counts  # how many values have a larger digit
         digit = int((above < left).nonzero()[0])
         left, n_ties = left - int(above[digit]), int(counts[digit])
         known = (known << RADIX_BITS) + digit

@@ -18,7 +18,7 @@ from fastsae.errors import UsageError
 from fastsae_kernels import ActivityHint, AutoencodeOutput, AutoencodeSpec, SparseActs
 from fastsae_kernels.weight_gradients import PassCollector
 
-BUCKET_BYTES = 2**24  # of a gradient that are sent at once
+BUCKET_BYTES = 2**24  # Gradients are sent in pieces of this size.
 FEATURE_DIMS = {"W_enc": 1, "b_enc": 0, "threshold": 0, "log_threshold": 0, "W_dec": 0}
 """The dimension of the features of those parameters that have one; the processes divide them along it."""
 
@@ -107,9 +107,9 @@ class Sharding:
             parameters: The parameters; those without a gradient are left out, which are the same ones in every process.
             n_tokens: The number of tokens that this process's loss was the mean of; with 0 its gradients count as 0.
         """
-        if self.data.size == 1:
-            return
         grads = [p.grad for p in parameters if p.grad is not None]
+        if self.data.size == 1 or not grads:
+            return
         n_all = int(self.data.sum_(torch.tensor([n_tokens], device=grads[0].device), "counts"))
         pending = []
         for grad in grads:
@@ -128,7 +128,8 @@ class Sharding:
         """As `torch.nn.utils.clip_grad_norm_`, by the norm of the gradients of all features; returns that norm.
 
         Args:
-            named_parameters: Of the SAE; those without a gradient are left out, in every process alike.
+            named_parameters: The parameters of the SAE; those without a gradient are left out, which are the same ones in every
+                process.
             max_norm: The largest norm that is left as it is.
         """
         grads = [(name, p.grad) for name, p in named_parameters if p.grad is not None]

@@ -13,7 +13,8 @@ from fastsae.errors import UsageError
 from fastsae.peers.handle import Accelerated
 
 N_COMPARED = 256  # numbers of a step's tokens that processes compare
-MAX_DIFFERENCE = 0.1  # of their norm; the same tokens differ by rounding, where each process ran the language model
+# The share of their norm by which they may differ: where each process ran the language model, the same tokens differ by rounding.
+MAX_DIFFERENCE = 0.1
 
 
 class MaybeShared(Accelerated):

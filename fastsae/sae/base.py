@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import fastsae_kernels as kernels
-from fastsae.distributed import Sharding, groups_of
 from fastsae.sae.compute_copies import ComputeCopies
 from fastsae.sae.inference import (
     FeatureWeights,
@@ -24,15 +23,14 @@ from fastsae.sae.inference import (
     top_activations,
 )
 from fastsae.sae.outputs import TrainOutput, fraction_of_variance_unexplained
+from fastsae.sae.shared_features import SharedFeatures
 from fastsae.sae.storage import StoredModule
 from fastsae_kernels import ActivityHint, AutoencodeOutput, AutoencodeSpec, Collector, SparseActs, reference
 from fastsae_kernels.memory import version_of
 from fastsae_kernels.weight_gradients import PassCollector
 
-DRAWN_ROWS = 4096  # rows of initial weights that are drawn together where a process keeps some of them
 
-
-class SparseAutoencoder(StoredModule, ABC):
+class SparseAutoencoder(SharedFeatures, StoredModule, ABC):
     """Encoder, gate and decoder with SAELens' parameter names; a subclass says what the gate and the penalty are.
 
     All parameters of a new module are contiguous, as every module's. The kernels read `W_enc` fastest where it is stored
@@ -58,11 +56,7 @@ class SparseAutoencoder(StoredModule, ABC):
         self.k = None if k is None else check_integer("k", k, self.d_sae)
         self.apply_b_dec_to_input, self.decoder_init_norm = apply_b_dec_to_input, decoder_init_norm
         self.metadata: dict[str, Any] = {}
-        self.sharding: Sharding | None = None
-        d_shard = self.d_sae
-        if mesh is not None:
-            self.use_sharding(sharding := Sharding(self.d_sae, groups_of(mesh)))
-            d_shard = sharding.end - sharding.start
+        d_shard = self._share_over(mesh)
         self._activity = ActivityHint()
         self.collector = Collector()
         self._compute_copies: weakref.ref[ComputeCopies] | None = None  # lives as long as its optimiser
@@ -94,36 +88,6 @@ class SparseAutoencoder(StoredModule, ABC):
             self.b_enc.zero_()
             self.b_dec.zero_()
 
-    def _draw_decoder_(self) -> None:
-        """Draws the rows of all features in order, and keeps this process's: on a CPU any number of processes draws the same."""
-        if self.sharding is None:
-            nn.init.kaiming_uniform_(self.W_dec, a=5**0.5)
-            return
-        first, end = self.sharding.start, self.sharding.end
-        for start in range(0, self.d_sae, DRAWN_ROWS):
-            rows = self.W_dec.new_empty(min(DRAWN_ROWS, self.d_sae - start), self.d_in)
-            nn.init.kaiming_uniform_(rows, a=5**0.5)
-            low, high = max(first, start), min(end, start + len(rows))
-            if low < high:
-                self.W_dec[low - first : high - first] = rows[low - start : high - start]
-
-    def use_sharding(self, sharding: Sharding) -> None:
-        """Lets the ops compute with the features of all processes; the parameters must be this process's parts.
-
-        Raises:
-            ValueError: The SAE has a `k` beside its threshold, for which one process must hold all features.
-        """
-        if sharding.is_shared:
-            self._check_shardable()
-        self.sharding = sharding
-
-    def _check_shardable(self) -> None:
-        if self.k is not None:
-            raise ValueError(
-                f"k: expected None where processes share the features of a {self.architecture} SAE, got {self.k}; topk and "
-                "batchtopk SAEs can be shared"
-            )
-
     @torch.no_grad()
     def store_by_feature_(self) -> None:
         """Stores `W_enc` as `[d_sae, d_in]` in memory and views it as `[d_in, d_sae]`; shape, values and parameter stay."""
@@ -142,21 +106,6 @@ class SparseAutoencoder(StoredModule, ABC):
             if key in state_dict:  # `assign=True` takes tensors as they are
                 state_dict[key] = state_dict[key].to(dtype)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
-
-    @property
-    def d_shard(self) -> int:
-        """Number of features that this process holds: `d_sae`, unless several processes share them."""
-        return int(self.W_dec.shape[0])
-
-    @property
-    def _is_shared(self) -> bool:
-        """Whether other processes hold some of the features."""
-        return self.sharding is not None and self.sharding.is_shared
-
-    @property
-    def _ops(self) -> Any:
-        """What runs autoencode, encode and decode: the kernels alone, or `Sharding` where there are several processes."""
-        return self.sharding or kernels
 
     @property
     def dtype(self) -> torch.dtype:
@@ -215,11 +164,6 @@ class SparseAutoencoder(StoredModule, ABC):
         if not x.is_floating_point():
             raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
         return x.to(self.dtype)
-
-    def _pre_bias(self) -> Tensor:
-        """`b_dec` where it is subtracted from x; its gradient is then summed over the processes that share the features."""
-        b_dec: Tensor = self.b_dec
-        return b_dec if self.sharding is None else self.sharding.share(b_dec)
 
     def _sae_in(self, x: Tensor) -> Tensor:
         return x - self.b_dec if self.apply_b_dec_to_input else x

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from fastsae.distributed import Sharding, groups_of
+from fastsae.distributed.sharding import FEATURE_DIMS
 from fastsae.sae.base import SparseAutoencoder
 
 SAE = TypeVar("SAE", bound=SparseAutoencoder)
@@ -42,14 +43,18 @@ def shard(
 
     Raises:
         UsageError: An argument is none of these.
-        ValueError: The SAE is shared already, or it has a `k` and is neither a TopK nor a BatchTopK SAE.
+        ValueError: The SAE is shared already, a parametrization computes its weights, or it has a `k` and is neither a TopK
+            nor a BatchTopK SAE.
     """
     if sae.sharding is not None:
         raise ValueError("sae: expected one that one process holds, got one that is shared already")
+    names = [name for name, _ in sae.named_parameters() if name not in (*FEATURE_DIMS, "b_dec")]
+    if names:
+        raise ValueError(f"sae: expected weights that are parameters, got {names[0]}; remove the parametrization")
     sharding = Sharding(sae.d_sae, groups_of(mesh), reduce_dtype=reduce_dtype, n_chunks=overlap_chunks)
     sae.use_sharding(sharding)
     for name, p in sae.named_parameters():
-        p.grad = None  # of the whole
+        p.grad = None  # it is the gradient of all features
         p.data = sharding.part_of_first(name, p.data)
     for buffer in sae.buffers():
         sharding.world.broadcast_(buffer, "weights")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -132,21 +131,6 @@ def write_folder(final: Path, write: Callable[[Path], None], world: Group) -> No
     finally:
         if world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def load_latest(run: Path) -> dict[str, Any] | None:
-    """The newest checkpoint under `run`, nested as it was saved; None where there is none yet.
-
-    Raises:
-        FastsaeError: It is corrupt or truncated.
-    """
-    newest = latest(run)
-    if newest is None:
-        return None
-    try:
-        return load(newest, read_state(newest))
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise corrupt(newest, error) from None
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Literal
 
+from fastsae.train.option import ANY_WHOLE, COUNT, DECAY_RATE, SHARE, WEIGHT, option
 from fastsae.train.validate import validate
 
 ModelDtype = Literal["float32", "bfloat16", "float16"]
@@ -14,31 +15,6 @@ Architecture = Literal["jumprelu", "relu", "topk", "batchtopk"]
 TOPK_FAMILY = ("topk", "batchtopk")
 OF_THE_SOURCE = ("d_sae", "k", "apply_b_dec_to_input")  # what `init_from` decides where the options say nothing
 Sparsity = Literal["step", "quadratic", "tanh"]
-
-ANY_WHOLE = (0, 2**63 - 1)
-COUNT = (1, 10**12)
-SHARE = (0, 1)
-WEIGHT = (0, 1e9)
-DECAY_RATE = (0, 0.999999)
-
-
-def option(
-    default: Any,
-    group: str,
-    text: str,
-    bounds: tuple[float, float] | None = None,
-    used_by: tuple[str, ...] = (),
-) -> Any:
-    """A field with what the command line shows and checks.
-
-    Args:
-        default: Its default value.
-        group: The heading under which the help lists it.
-        text: What the help says of it.
-        bounds: The smallest and the largest number that are allowed.
-        used_by: The architectures that it has an effect on; empty for all of them.
-    """
-    return field(default=default, metadata={"help": text, "group": group, "bounds": bounds, "used_by": used_by})
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ class Supply:
         }
         # how many rows of a batch each process of the run serves, and each process of the group
         self._rows = groups.rows_of_batch(self._config.batch_size)
-        first = 0 if batch_group.size == groups.world.size else groups.data.rank * groups.features.size
-        self._rows_of_group = self._rows[first : first + batch_group.size]
+        is_whole = batch_group.size == groups.world.size
+        self._rows_of_group = self._rows if is_whole else groups.rows_of_group(self._config.batch_size)
         self.buffers = {layer: self._buffer(stream) for layer, stream in self.streams.items()}
         self.batches: dict[int, Tensor] = {}
         self._states = {layer: stream.state_dict() for layer, stream in self.streams.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +10,9 @@ from typing import Any
 import torch
 import torch.multiprocessing
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+
+from fastsae.distributed import Groups, groups_of
 
 Work = Callable[..., Any]
 
@@ -33,8 +35,6 @@ def _begin(rank: int, work: Work, n_processes: int, folder: str, arguments: tupl
     distributed.destroy_process_group()
 
 
-def free_port() -> int:
-    """A port that nobody listens to."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+def grid(shape: tuple[int, int]) -> Groups:
+    """The groups of a process of a run, as many by `data` and by `feature` as the shape says."""
+    return groups_of(init_device_mesh("cpu", shape, mesh_dim_names=("data", "feature")))

@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
-from processes import run
+from processes import grid, run
+from stopped_runs import load_latest
 from torch import Tensor, distributed
-from torch.distributed.device_mesh import init_device_mesh
 
 import fastsae
 from fastsae import FusedTopKSAE
 from fastsae.data.buffer import ActivationBatch, MixingBuffer
-from fastsae.distributed import Group, Groups, groups_of
+from fastsae.distributed import Group, Groups
 from fastsae.distributed.together import OtherProcessError
 from fastsae.errors import FastsaeError
 from fastsae.train import checkpoint, joint_checkpoint
@@ -145,10 +145,6 @@ class Run:
         return [{name: value for name, value in row.items() if name not in NOT_COMPARED} for row in rows]
 
 
-def grid(shape: tuple[int, int]) -> Groups:
-    return groups_of(init_device_mesh("cpu", shape, mesh_dim_names=("data", "feature")))
-
-
 def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -206,7 +202,7 @@ def test_resumed_by_as_many_by_others_and_by_one(
     same(one.whole(), saved[0])
     assert sorted(state["buffers"]["4"]["rows"]["token_ids"].tolist()) == rows_in(joint)
     checkpoint.save(alone, STEPS, one.state())
-    same_state = checkpoint.load_latest(alone)
+    same_state = load_latest(alone)
     assert same_state is not None
     assert same_state["trainers"]["0"]["optimizer"].keys() == state["trainers"]["0"]["optimizer"].keys()
     found = run(load, math.prod(after), tmp_path, [str(joint), str(alone)], after)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 from problems import assert_within_budget
 from processes import run
 from torch import Tensor, distributed
@@ -210,7 +211,13 @@ def test_sixteen_bits(name: str, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_shared(tmp_path: Path) -> None:
-    assert run(refused, 2, tmp_path) == [[True] * 7] * 2
+    assert run(refused, 2, tmp_path) == [[True] * 8] * 2
+
+
+def parametrized() -> SparseAutoencoder:
+    sae = made("step", torch.float32)
+    torch.nn.utils.parametrize.register_parametrization(sae, "W_dec", torch.nn.Identity())
+    return sae
 
 
 def refused() -> list[bool]:
@@ -231,6 +238,7 @@ def refused() -> list[bool]:
             "overlap_chunks: expected",
             lambda: fastsae.shard(whole, mesh, overlap_chunks=0),
         ),
+        (ValueError, "remove the parametrization", lambda: fastsae.shard(parametrized(), mesh)),
         (ValueError, "shared already", lambda: fastsae.shard(shared, mesh)),
         (ValueError, "feature_weights: expected", lambda: shared.feature_weights([0])),
     ]

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run
+from processes import grid, run
 from torch import Tensor, distributed
-from torch.distributed.device_mesh import init_device_mesh
 
-from fastsae.distributed import Groups, groups_of
+from fastsae.distributed import Groups
 from fastsae.train.config import TrainConfig
 from fastsae.train.plan import step_traffic
 from fastsae.train.trainer import Trainer, build_sae
@@ -48,13 +47,12 @@ def written() -> int:
 
 
 def step(names: list[str], shape: tuple[int, int]) -> dict[str, Any]:
-    groups = groups_of(init_device_mesh("cpu", shape, mesh_dim_names=("data", "feature")))
+    groups = grid(shape)
     return {name: one_step(config_of(name, shape[1]), groups) for name in names}
 
 
 def one_step(config: TrainConfig, groups: Groups) -> dict[str, Any]:
-    rows, own = groups.rows_of_batch(BATCH), groups.data.rank * groups.features.size
-    of_group = rows[own : own + groups.features.size]
+    rows, of_group = groups.rows_of_batch(BATCH), groups.rows_of_group(BATCH)
     generator = torch.Generator().manual_seed(groups.world.rank)
     batches: list[Tensor] = []
     trainer = Trainer(build_sae(config, D_IN, torch.device("cpu"), groups), iter(batches), config, groups)

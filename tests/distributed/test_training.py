@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from processes import run
+from processes import grid, run
 from torch import Tensor, distributed
-from torch.distributed.device_mesh import init_device_mesh
 
 import fastsae
-from fastsae.distributed import Group, Groups, groups_of
+from fastsae.distributed import Group, Groups
 from fastsae.pending import PendingGradient
 from fastsae.train.config import TrainConfig
 from fastsae.train.trainer import Trainer, build_sae
@@ -62,15 +61,10 @@ def described(trainer: Trainer) -> dict[str, Any]:
     return {"state": state, "history": history}
 
 
-def grid(shape: tuple[int, int]) -> Groups:
-    return groups_of(init_device_mesh("cpu", shape, mesh_dim_names=("data", "feature")))
-
-
 def own_rows(groups: Groups) -> slice:
     """The rows of a batch that the processes see which share the features."""
-    rows, first = groups.rows_of_batch(BATCH), groups.data.rank * groups.features.size
-    start = sum(rows[:first])
-    return slice(start, start + sum(rows[first : first + groups.features.size]))
+    start = sum(groups.rows_of_batch(BATCH)[: groups.data.rank * groups.features.size])
+    return slice(start, start + sum(groups.rows_of_group(BATCH)))
 
 
 def together(names: list[str], shape: tuple[int, int], steps: int) -> dict[str, Any]:
@@ -168,7 +162,7 @@ def test_saes_that_one_process_trains_alone_keep_no_gradient_of_the_weights(tmp_
 
 
 def in_one(name: str) -> Any:
-    groups = groups_of(init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "feature")))
+    groups = grid((1, 1))
     return described(train(CONFIGS[name], groups, slice(None), 30))
 
 

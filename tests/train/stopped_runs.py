@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fastsae.train import joint_checkpoint
 from fastsae.train.config import TrainConfig
 from fastsae.train.run import train
 from fastsae.train.trainer import Trainer
@@ -23,6 +24,12 @@ def make_config(model: Path, chats: Path, **options: Any) -> TrainConfig:
 def without_times(found: dict[str, Any]) -> dict[str, Any]:
     """Metrics, or a row of the curves, without what differs between two runs of the same bits."""
     return {name: value for name, value in found.items() if "second" not in name}
+
+
+def load_latest(run: Path) -> dict[str, Any] | None:
+    """The state in the newest checkpoint of a run, as one process goes on with it; None where there is none yet."""
+    saved = joint_checkpoint.find(run)
+    return None if saved is None else saved.state({}, TrainConfig(), 0)
 
 
 class Stop(Exception):  # noqa: N818 - what ends the run does not matter

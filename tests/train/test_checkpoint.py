@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from stopped_runs import load_latest
 
 from fastsae.errors import FastsaeError
 from fastsae.train import checkpoint
@@ -21,7 +22,7 @@ STATE = {
 
 
 def latest(run: Path) -> dict[str, Any]:
-    loaded = checkpoint.load_latest(run)
+    loaded = load_latest(run)
     assert loaded is not None
     return loaded
 
@@ -68,7 +69,7 @@ def test_truncated_checkpoint_is_reported(tmp_path: Path, name: str, keep: float
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])
     with pytest.raises(FastsaeError, match="corrupt or truncated"):
-        checkpoint.load_latest(tmp_path)
+        load_latest(tmp_path)
 
 
 def test_flipped_byte_is_reported(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_flipped_byte_is_reported(tmp_path: Path) -> None:
     content[-3] ^= 1
     path.write_bytes(content)
     with pytest.raises(FastsaeError, match="corrupt"):
-        checkpoint.load_latest(tmp_path)
+        load_latest(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["[]", "3"])
@@ -86,7 +87,7 @@ def test_state_that_is_no_object_is_reported(tmp_path: Path, content: str) -> No
     checkpoint.save(tmp_path, 1, STATE)
     (tmp_path / checkpoint.FOLDER / "step-000000001" / checkpoint.STATE).write_text(content)
     with pytest.raises(FastsaeError, match="corrupt"):
-        checkpoint.load_latest(tmp_path)
+        load_latest(tmp_path)
 
 
 def test_a_real_full_disk_is_an_os_error(tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_a_real_full_disk_is_an_os_error(tmp_path: Path) -> None:
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
-    assert checkpoint.load_latest(tmp_path) is None
+    assert load_latest(tmp_path) is None
 
 
 def test_optimizer_moments_keep_their_memory_layout() -> None:

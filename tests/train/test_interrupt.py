@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stopped_runs import without_times
+from stopped_runs import load_latest, without_times
 
 from fastsae.data import stream
 from fastsae.data.activations import ResidualStream
@@ -92,7 +92,7 @@ def test_a_signal_in_a_step_saves_after_it(
         with pytest.raises(Interrupted, match=r"step 8 of 24.*--resume") as caught:
             train(config, tmp_path / "run", progress=False)
     assert exit_status(caught.value) == 128 + number
-    saved = checkpoint.load_latest(tmp_path / "run")
+    saved = load_latest(tmp_path / "run")
     assert saved is not None
     assert saved["trainers"]["0"]["step"] == 8
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -109,7 +109,7 @@ def test_a_signal_in_a_refill_saves_the_state_before_it(
         at_call(patch, ResidualStream, "__call__", n_filling_calls(config) + later, signal.SIGINT)
         with pytest.raises(Interrupted, match="--resume"):
             train(config, tmp_path / "run", progress=False)
-    saved = checkpoint.load_latest(tmp_path / "run")
+    saved = load_latest(tmp_path / "run")
     assert saved is not None
     assert 0 < saved["trainers"]["0"]["step"] < config.steps
     train(read_config(tmp_path / "run"), tmp_path / "run", resume=True, progress=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from stopped_runs import Stop, make_config, outcome, without_times
+from stopped_runs import Stop, load_latest, make_config, outcome, without_times
 
 from fastsae import FastsaeError, UsageError
 from fastsae.cli import main
@@ -119,7 +119,7 @@ def test_a_signal_in_a_refill_loses_nothing_of_any_layer(
         patch.setattr(MixingBuffer, "_refill", interrupted)
         with pytest.raises(Interrupted, match="--resume"):
             train_many(chosen, tmp_path / "run", progress=False)
-    saved = checkpoint.load_latest(tmp_path / "run")
+    saved = load_latest(tmp_path / "run")
     assert saved is not None
     assert 0 < saved["trainers"]["0"]["step"] == saved["trainers"]["1"]["step"] < 60
     train_many(read_configs(tmp_path / "run"), tmp_path / "run", resume=True, progress=False)
@@ -308,7 +308,7 @@ def test_nothing_is_computed_for_a_layer_all_of_whose_saes_have_failed(
     if resumes:
         with pytest.raises(Stop):
             train_many(chosen, tmp_path / "run", progress=False)
-        saved = checkpoint.load_latest(tmp_path / "run")
+        saved = load_latest(tmp_path / "run")
         assert saved is not None
         assert saved["streams"].keys() == saved["buffers"].keys() == {"0"}
         chosen = read_configs(tmp_path / "run")

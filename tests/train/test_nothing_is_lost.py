@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from stopped_runs import make_config, stopped_run
+from stopped_runs import load_latest, make_config, stopped_run
 
 from fastsae import FastsaeError, UsageError, cli
 from fastsae.train import checkpoint, run
@@ -70,7 +70,7 @@ def test_a_batch_without_variance_has_no_fvu(tiny_model: Path, chats: Path, tmp_
         make_config(tiny_model, chats, checkpoint_every=2), batch_size=1, buffer_tokens=64, tokens=12, eval_dialogues=4
     )
     output = stopped_run(config, tmp_path / "run", at=9)
-    state = checkpoint.load_latest(output)
+    state = load_latest(output)
     assert state is not None
     assert [row["fvu"] for row in state["trainers"]["0"]["history"]] == [None] * 8
     train(read_config(output), output, resume=True, progress=False)

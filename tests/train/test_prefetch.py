@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from stopped_runs import Stop, make_config, outcome
+from stopped_runs import Stop, load_latest, make_config, outcome
 
 from fastsae import FastsaeError
 from fastsae.data import stream
@@ -153,7 +153,7 @@ def test_a_signal_while_the_thread_computes_loses_nothing(
                 train(config, tmp_path / "run", progress=False)
     finally:
         signal.signal(signal.SIGINT, earlier)
-    saved = checkpoint.load_latest(tmp_path / "run")
+    saved = load_latest(tmp_path / "run")
     assert saved is not None
     assert 0 < saved["trainers"]["0"]["step"] < config.steps
     train(read_config(tmp_path / "run"), tmp_path / "run", resume=True, progress=False)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from stopped_runs import make_config, stopped_run
+from stopped_runs import load_latest, make_config, stopped_run
 
 from fastsae import FastsaeError, UsageError
 from fastsae.disk import write_json
@@ -33,7 +33,7 @@ def saved(
     """The parts of a run, and the state of a checkpoint between two points of its curves."""
     config = replace(make_config(tiny_model, chats, checkpoint_every=1), tokens=64 * 160)
     output = stopped_run(config, tmp_path_factory.mktemp("run") / "run", at=7)
-    state = checkpoint.load_latest(output)
+    state = load_latest(output)
     assert state is not None
     return run.Session(run.build_pipeline(config), {"": read_config(output)}), state
 
@@ -261,9 +261,9 @@ def test_any_change_of_a_file_is_noticed(
         except (ValueError, RecursionError):
             is_same = False
         if is_same:
-            checkpoint.load_latest(tmp_path)
+            load_latest(tmp_path)
         else:
             with pytest.raises(FastsaeError, match="corrupt"):
-                checkpoint.load_latest(tmp_path)
+                load_latest(tmp_path)
 
     fuzz()
