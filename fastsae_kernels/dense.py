@@ -4,17 +4,22 @@ It serves early training, when half of all features are active and a gather cost
 pass keeps its pre-activations for the backward. A larger one keeps nothing of a tile and multiplies it again (6 products
 instead of 5), so that no `[N, d_sae]` tensor is ever held. It is exact, NaN and Inf included, and does not
 synchronise with the host.
+
+Between its products a tile is gated by `gates`: by PyTorch's ops, or by one kernel in each direction on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from fastsae_kernels.loss_terms import penalty_slope, penalty_terms, scaled, subtract_target, weighted_sum
+from fastsae_kernels import gates as by_pytorch
+from fastsae_kernels.gates import Features, Gates
+from fastsae_kernels.loss_terms import scaled, subtract_target, weighted_sum
 from fastsae_kernels.matmul import multiply
 from fastsae_kernels.memory import empty_like
 from fastsae_kernels.types import (
@@ -35,46 +40,46 @@ if TYPE_CHECKING:
 TILE = 2**17  # elements of a tile for each thread of a CPU: four are alive at a time, and stay in its cache
 KEPT_TILE = 2**20  # elements of a tile of a pass that keeps its pre-activations: these take the memory then
 MIN_TILES = 512  # of a large pass: with the copies for products one takes up to 4 % of the dense tensor (d_sae 16384)
-MIN_TILES_GPU = 128  # needs larger tiles to fill it, and makes no copies
+MIN_TILES_GPU = 32  # which larger tiles fill: each passes over the whole reconstruction once
 FEATURES = 512  # of a tile where tokens are many
 KEPT_ELEMENTS = 2**24  # of the pre-activations that a pass keeps: 64 MB in fp32
 MIN_CHUNK = 128  # features; with fewer the products lose more than the memory is worth
-MAX_CHUNK = (
-    1024  # features, where tokens are few and nothing is kept; with more the sums of weight gradients outgrow the tile
-)
+# features on a CPU, where tokens are few and nothing is kept; with more the sums of weight gradients outgrow the tile
+MAX_CHUNK = 1024
 
 
-def _tiles(x: Tensor, d_sae: int, *, is_kept: bool, all_tokens: bool = False) -> Iterator[tuple[slice, list[slice]]]:
-    """Features, and the tokens of each of their tiles: one empty tile where there are no tokens."""
+def _tiles(x: Tensor, d_sae: int, *, is_kept: bool, all_tokens: bool = False) -> tuple[list[slice], list[slice]]:
+    """The features and the tokens of the tiles: one empty tile where there are no tokens."""
     n_tokens, on_cpu = max(1, x.shape[0]), x.device.type == "cpu"
     elements = n_tokens * d_sae // (MIN_TILES if on_cpu else MIN_TILES_GPU)
     if on_cpu:
         elements = min(elements, TILE * torch.get_num_threads())
     elements = max(elements, KEPT_TILE if is_kept else TILE)
     tokens = n_tokens if all_tokens else min(n_tokens, max(1, elements // FEATURES))
-    features = max(MIN_CHUNK, elements // tokens if is_kept else min(elements // tokens, MAX_CHUNK))
-    for rows in _blocks(d_sae, features):
-        yield rows, _blocks(n_tokens, tokens)
+    features = elements // tokens
+    if on_cpu and not is_kept:
+        features = min(features, MAX_CHUNK)
+    return _blocks(d_sae, max(MIN_CHUNK, features)), _blocks(n_tokens, tokens)
 
 
 def _blocks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def _hidden_pre(x: Tensor, W_enc_t: Tensor, b_enc: Tensor, out: Tensor | None = None) -> Tensor:
-    """`[C, N]` pre-activations in at least fp32, features first: the layout in which every product here is fast."""
-    if out is None:
-        out = b_enc.new_empty(len(W_enc_t), len(x), dtype=torch.promote_types(x.dtype, torch.float32))
-    multiply(W_enc_t, x.t(), out)
-    return out.add_(b_enc[:, None])
+def _gates(x: Tensor) -> Gates:
+    """PyTorch's ops, or the kernels for a GPU, which know no fp64; Triton is optional, so they are imported on first use."""
+    if x.is_cuda and x.dtype != torch.float64 and find_spec("triton") is not None:
+        return cast(Gates, import_module("fastsae_kernels.gpu.gates"))
+    return by_pytorch
 
 
-def _gate(hidden_pre: Tensor, threshold: Tensor) -> Tensor:
-    """`hidden_pre > threshold` as 0 and 1 of the same dtype: products with bool would convert it to a tensor of their own.
+def _features(inputs: PassInputs, rows: slice) -> Features:
+    scale = None if inputs.feature_scale is None else inputs.feature_scale[rows]
+    return Features(inputs.b_enc[rows], inputs.threshold[rows], scale)
 
-    And products they are, so that NaN and Inf are not lost behind a closed gate.
-    """
-    return torch.gt(hidden_pre, threshold, out=torch.empty_like(hidden_pre))
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def kept_size(n_tokens: int, d_sae: int, spec: AutoencodeSpec, capacity: Capacity) -> KeptSize:
@@ -92,28 +97,28 @@ def forward(
     """
     if spec.k is not None:
         raise ValueError(f"k: expected None on the dense backend, got {spec.k}")
-    x, W_enc, b_enc, threshold, W_dec, b_dec, feature_scale, target, _ = inputs
-    wide = torch.promote_types(x.dtype, torch.float32)
+    x, W_enc, _, _, W_dec, b_dec, _, target, _ = inputs
+    gates = _gates(x)
+    wide, W_enc_t = _wide(x.dtype), W_enc.t()
     sae_out = b_dec.to(wide).repeat(x.shape[0], 1)  # a copy: expand() of one row would be b_dec itself
     penalty = torch.zeros(x.shape[0], dtype=wide, device=x.device)
     l0 = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     counts = torch.zeros(W_enc.shape[1], dtype=torch.int64, device=x.device)
     kept = None
     if keeps_dense and len(x) * inputs.d_sae <= KEPT_ELEMENTS:
-        kept = x.new_empty(inputs.d_sae, len(x), dtype=wide)
-    for rows, of_tokens in _tiles(x, W_enc.shape[1], is_kept=kept is not None):
-        scale = None if feature_scale is None else feature_scale[rows, None]
-        for tokens in of_tokens:
+        kept = x.new_empty(inputs.d_sae, len(x), dtype=gates.kept_dtype(x.dtype))
+    tiles_of_features, tiles_of_tokens = _tiles(x, W_enc.shape[1], is_kept=kept is not None)
+    for rows in tiles_of_features:
+        features = _features(inputs, rows)
+        for tokens in tiles_of_tokens:
             out = None if kept is None else kept[rows, tokens]
-            hidden_pre = _hidden_pre(x[tokens], W_enc.t()[rows], b_enc[rows], out)
-            gate = _gate(hidden_pre, threshold[rows, None])
-            acts = torch.mul(hidden_pre, gate, out=hidden_pre if kept is None else None)
-            per_token = gate.sum(0)
-            l0[tokens] += per_token.long()
-            counts[rows] += gate.sum(1).long()
-            del gate  # before the product, whose operands are copied in places
-            multiply(acts.t().to(x.dtype), W_dec[rows], sae_out[tokens], add=True)
-            penalty[tokens] += per_token if spec.penalty == "l0" else penalty_terms(acts, scale, spec).sum(0)
+            hidden_pre = gates.hidden_pre(x[tokens], W_enc_t[rows], features, out)
+            gated = gates.gate_tile(hidden_pre, features, spec, x.dtype, kept is not None)
+            del hidden_pre  # before the product, whose operands are copied in places
+            multiply(gated.acts.t(), W_dec[rows], sae_out[tokens], add=True)
+            l0[tokens] += gated.l0.long()
+            counts[rows] += gated.counts.long()
+            penalty[tokens] += gated.penalty
     squared_error = None
     if target is not None:
         sae_out, squared_error = subtract_target(sae_out, target)
@@ -130,17 +135,18 @@ def backward(
     collected: WeightGradients | None = None,
 ) -> AutoencodeGrads:
     """Every gradient of `forward`, those of the weights in any case."""
+    if spec.penalty == "l0":
+        inputs = inputs._replace(feature_scale=None)  # which weighs no count
     x, W_enc, b_enc, threshold, W_dec, _, feature_scale, *_ = inputs
     grad_out, row_scale, grad_penalty = grads
-    wide = torch.promote_types(x.dtype, torch.float32)
+    gates = _gates(x)
+    wide = _wide(x.dtype)
     W_enc_t = W_enc.t()
     of_weights = needs.weight_dtype or x.dtype
     # in the layout of the weights: autograd would copy another, and a copy that transposes takes a fifth of a product's time
     grad_W_enc_t = None
     if needs.W_enc:
         grad_W_enc_t = empty_like(W_enc, of_weights).t() if W_enc.is_contiguous() else empty_like(W_enc_t, of_weights)
-    if spec.penalty == "l0":
-        feature_scale = None  # which weighs no count
     totals = AutoencodeGrads(
         x=torch.zeros_like(x, dtype=wide) if needs.x else None,
         W_enc=None if grad_W_enc_t is None else grad_W_enc_t.t(),
@@ -150,70 +156,33 @@ def backward(
         b_dec=weighted_sum(row_scale, grad_out),
         feature_scale=None if feature_scale is None else torch.zeros_like(feature_scale, dtype=wide),
     )
+    hidden_pre, is_kept = kept.hidden_pre, kept.hidden_pre is not None
     # each part of a sum over tokens is rounded to the dtype of the products, so that only fp32 and wider ones may be cut
-    is_kept = kept.hidden_pre is not None
-    for rows, of_tokens in _tiles(x, W_enc.shape[1], is_kept=is_kept, all_tokens=x.dtype != wide):
-        gate_threshold = threshold[rows, None]
-        scale = None if feature_scale is None else feature_scale[rows, None]
-        for tokens in of_tokens:
-            is_later = tokens.start > 0
+    tiles_of_features, tiles_of_tokens = _tiles(x, W_enc.shape[1], is_kept=is_kept, all_tokens=x.dtype != wide)
+    if len(tiles_of_tokens) == 1:
+        grad_out, row_scale = scaled(grad_out, row_scale), None
+    for rows in tiles_of_features:
+        features = _features(inputs, rows)
+        for tokens in tiles_of_tokens:
             of_rows = scaled(grad_out[tokens], None if row_scale is None else row_scale[tokens])
-            if kept.hidden_pre is None:
-                hidden_pre = _hidden_pre(x[tokens], W_enc_t[rows], b_enc[rows])
+            if hidden_pre is None:
+                of_tile = gates.hidden_pre(x[tokens], W_enc_t[rows], features, None)
             else:
-                hidden_pre = kept.hidden_pre[rows, tokens]
-            window = None
-            if spec.bandwidth:  # 0 and 1, as the gate
-                window = (hidden_pre - gate_threshold).abs_().lt_(spec.bandwidth / 2)
-            gate = _gate(hidden_pre, gate_threshold)
-            acts = torch.mul(hidden_pre, gate, out=hidden_pre if kept.hidden_pre is None else None)
-            del hidden_pre
-            if totals.W_dec is not None:
-                multiply(acts.to(x.dtype), of_rows, totals.W_dec[rows], add=is_later)
-            grad_acts = torch.empty_like(acts)
-            multiply(W_dec[rows], of_rows.t(), grad_acts)
-            del of_rows
-            if spec.penalty != "l0":
-                grad_scale = _penalty_backward(acts, scale, grad_penalty[tokens], grad_acts, spec)
-                if totals.feature_scale is not None and grad_scale is not None:
-                    totals.feature_scale[rows] += grad_scale
-            del acts
-            estimate = (
-                None if window is None else _estimate(window, gate_threshold, grad_acts, grad_penalty[tokens], spec)
+                of_tile = hidden_pre[rows, tokens]
+            found = gates.gate_tile_backward(
+                of_tile, W_dec[rows], of_rows, grad_penalty[tokens], features, spec, is_kept
             )
-            grad_hidden_pre = grad_acts.mul_(gate)
-            if estimate is not None:
-                totals.threshold[rows] -= estimate.sum(1)
-                if spec.ste_to_input:
-                    grad_hidden_pre += estimate
-            del window, gate, estimate  # before the products, whose operands are copied in places
-            totals.b_enc[rows] += grad_hidden_pre.sum(1)
-            narrow = grad_hidden_pre.to(x.dtype)
+            del of_tile  # before the products, whose operands are copied in places
+            is_later = tokens.start > 0
+            if totals.W_dec is not None:
+                multiply(found.acts, of_rows, totals.W_dec[rows], add=is_later)
             if grad_W_enc_t is not None:
-                multiply(narrow, x[tokens], grad_W_enc_t[rows], add=is_later)
+                multiply(found.grad_hidden_pre, x[tokens], grad_W_enc_t[rows], add=is_later)
             if totals.x is not None:
-                multiply(narrow.t(), W_enc_t[rows], totals.x[tokens], add=True)
+                multiply(found.grad_hidden_pre.t(), W_enc_t[rows], totals.x[tokens], add=True)
+            totals.b_enc[rows] += found.b_enc
+            if found.threshold is not None:
+                totals.threshold[rows] += found.threshold
+            if totals.feature_scale is not None and found.scale is not None:
+                totals.feature_scale[rows] += found.scale
     return totals
-
-
-def _penalty_backward(
-    acts: Tensor, scale: Tensor | None, grad_penalty: Tensor, grad_acts: Tensor, spec: AutoencodeSpec
-) -> Tensor | None:
-    """Adds the slope of the `l1` or `tanh` penalty to `grad_acts`; the gradient of the scale, if there is one."""
-    grad_scaled = penalty_slope(acts, scale, spec).mul_(grad_penalty)
-    if scale is None:
-        grad_acts += grad_scaled
-        return None
-    grad_acts.addcmul_(grad_scaled, scale)
-    return grad_scaled.mul_(acts).sum(1)
-
-
-def _estimate(
-    window: Tensor, threshold: Tensor, grad_acts: Tensor, grad_penalty: Tensor, spec: AutoencodeSpec
-) -> Tensor:
-    """The straight-through estimate of `loss_terms.gate_backward`, in the memory of `window`."""
-    if spec.penalty == "l0":
-        window *= torch.addcmul(grad_penalty, threshold, grad_acts)
-    else:
-        window *= threshold * grad_acts
-    return window.div_(spec.bandwidth)

@@ -1,4 +1,4 @@
-"""The terms of a loss and their gradients, shared by the backends: residual, sparsity penalty, straight-through gate.
+"""The residual of a pass and its gradients, shared by the backends.
 
 And the weights that the choice of a top-k looks at, where it is not that of the pre-activations themselves.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsae_kernels.memory import empty_like
-from fastsae_kernels.types import AutoencodeSpec, OutputGrads, PassInputs
+from fastsae_kernels.types import OutputGrads, PassInputs
 
 SUMMED_ROWS = 128  # whose weighted sum is formed by one product
 WIDENED_ROWS = 1024
@@ -101,51 +101,3 @@ def weighted_sum(weights: Tensor | None, rows: Tensor) -> Tensor:
         products = weights[:whole].unflatten(0, shape)[:, None] @ rows[:whole].unflatten(0, shape)
         rest = weights[whole:] @ rows[whole:]
     return torch.cat([products.squeeze(1), rest[None]]).sum(0, dtype=torch.float64).to(rows.dtype)
-
-
-def penalty_terms(acts: Tensor, scale: Tensor | None, spec: AutoencodeSpec) -> Tensor:
-    """The penalty of each activation (fp32, any shape): `[act > 0]`, `act * scale` or `tanh(c * act * scale)`."""
-    if spec.penalty == "l0":
-        return (acts > 0).float()
-    scaled = acts if scale is None else acts * scale
-    return scaled if spec.penalty == "l1" else torch.tanh(spec.tanh_scale * scaled)
-
-
-def penalty_slope(acts: Tensor, scale: Tensor | None, spec: AutoencodeSpec) -> Tensor:
-    """Derivative of `penalty_terms` with respect to `act * scale`: 1 for `l1`, `c * sech^2(c * act * scale)` for `tanh`."""
-    if spec.penalty == "l1":
-        return torch.ones_like(acts)
-    scaled = acts if scale is None else acts * scale
-    return spec.tanh_scale * (1 - torch.tanh(spec.tanh_scale * scaled) ** 2)
-
-
-def gate_backward(
-    active: Tensor, window: Tensor, threshold: Tensor, grad_acts: Tensor, grad_penalty: Tensor, spec: AutoencodeSpec
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients behind the JumpReLU gate, element by element.
-
-        estimate        = window * (threshold * grad_acts + [l0] grad_penalty) / bandwidth
-        grad_hidden_pre = active * grad_acts (+ estimate, if ste_to_input)
-        grad_threshold  = -estimate, still to be summed over tokens
-
-    Args:
-        active: Bool, any shape.
-        window: Bool, same shape; ignored without a bandwidth.
-        threshold: Same shape; overwritten.
-        grad_acts: Gradient with respect to the feature activations, penalty slope included; overwritten.
-        grad_penalty: Gradient with respect to the penalty of the element's token.
-        spec: The options.
-
-    Returns:
-        `(grad_hidden_pre, grad_threshold)`; the second is None without a bandwidth.
-    """
-    if spec.bandwidth == 0:
-        return grad_acts.masked_fill_(~active, 0), None
-    estimate = threshold.mul_(grad_acts)
-    if spec.penalty == "l0":
-        estimate += grad_penalty
-    estimate.masked_fill_(~window, 0).div_(spec.bandwidth)
-    grad_hidden_pre = grad_acts.masked_fill_(~active, 0)
-    if spec.ste_to_input:
-        grad_hidden_pre += estimate
-    return grad_hidden_pre, estimate.neg_()

@@ -14,7 +14,7 @@ from fastsae.sae.jumprelu import Sparsity
 from fastsae.sae.relu import FusedReLUSAE
 from fastsae.sae.topk import TopKFamily
 from fastsae_kernels import AutoencodeSpec, SparseActs
-from fastsae_kernels.loss_terms import gate_backward, penalty_slope
+from fastsae_kernels.gates import gate_backward, penalty_slope
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,8 @@ from fastsae_kernels.cpu.gradients import (
     to_rows,
     weight_gradient,
 )
-from fastsae_kernels.loss_terms import (
-    gate_backward,
-    penalty_slope,
-    penalty_terms,
-    scoring_encoder,
-    subtract_target,
-    weighted_sum,
-)
+from fastsae_kernels.gates import gate_backward, penalty_slope, penalty_terms
+from fastsae_kernels.loss_terms import scoring_encoder, subtract_target, weighted_sum
 from fastsae_kernels.types import (
     AutoencodeGrads,
     AutoencodeNeeds,

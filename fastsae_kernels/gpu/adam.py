@@ -44,21 +44,28 @@ from fastsae_kernels.gpu.weight_gradients import RowSums, keep_for_this_stream
 
 
 @triton.jit
-def _extent(entries, extra, extra_flag_ptr, feature):
-    """`(start, count, extra_depth)`: where a feature's entries lie, and D, or 0 where extra does not count."""
+def _extent(entries, feature):
+    """`(start, count)`: where a feature's entries lie."""
     start = tl.load(entries.offsets + feature)
-    count = (tl.load(entries.offsets + feature + 1) - start).to(tl.int32)
-    extra_depth = 0 if extra is None else entries.depth
-    if extra_flag_ptr is not None:
-        extra_depth = tl.where(tl.load(extra_flag_ptr) != 0, entries.depth, 0)
-    return start, count, extra_depth
+    return start, (tl.load(entries.offsets + feature + 1) - start).to(tl.int32)
 
 
 @triton.jit
-def _row_gradient(entries, extra, feature, start, count, extra_depth, columns_1, columns_2, BLOCK_E: tl.constexpr):
+def _extra_depth(entries, extra, extra_flag_ptr):
+    """D, or 0 where the extra gradient does not count."""
+    depth = 0 if extra is None else entries.depth
+    if extra_flag_ptr is not None:
+        depth = tl.where(tl.load(extra_flag_ptr) != 0, entries.depth, 0)
+    return depth
+
+
+@triton.jit
+def _row_gradient(entries, extra, extra_flag_ptr, feature, start, count, columns_1, columns_2, BLOCK_E: tl.constexpr):
     """Both pieces of a row, fp32: the sum of weight * vector over a feature's entries, and its extra gradient."""
     g_1, g_2 = feature_sum(entries, start, count, columns_1, columns_2, BLOCK_E)
     if extra is not None:
+        # the flag is read behind the gather: ahead of it a number more would be held in registers
+        extra_depth = _extra_depth(entries, extra, extra_flag_ptr)
         extra_1, extra_2 = read_row(extra, feature, columns_1, columns_2, extra_depth)
         g_1 += extra_1
         g_2 += extra_2
@@ -88,8 +95,8 @@ def _grad_norms_kernel(
     """Program owns one feature: the squared norm of its gradient."""
     feature = tl.program_id(0).to(tl.int64)
     columns_1, columns_2 = columns_of_pieces(BLOCK_1, BLOCK_2)
-    start, count, extra_depth = _extent(entries, extra, extra_flag_ptr, feature)
-    g_1, g_2 = _row_gradient(entries, extra, feature, start, count, extra_depth, columns_1, columns_2, BLOCK_E)
+    start, count = _extent(entries, feature)
+    g_1, g_2 = _row_gradient(entries, extra, extra_flag_ptr, feature, start, count, columns_1, columns_2, BLOCK_E)
     if PROJECT:
         p_1, p_2 = read_row(param, feature, columns_1, columns_2, entries.depth)
         g_1, g_2 = _without_part_along(g_1, g_2, p_1, p_2)
@@ -142,9 +149,9 @@ def _adam_rows_kernel(
     feature = tl.program_id(0).to(tl.int64)
     columns_1, columns_2 = columns_of_pieces(BLOCK_1, BLOCK_2)
     depth = entries.depth
-    start, count, extra_depth = _extent(entries, extra, extra_flag_ptr, feature)
+    start, count = _extent(entries, feature)
     if last_step_ptr is not None:  # noqa: SIM102 a compile-time branch must stand alone
-        if (count == 0) & (extra_depth == 0):
+        if (count == 0) & (_extra_depth(entries, extra, extra_flag_ptr) == 0):
             return
     if last_step_ptr is not None:
         # ahead of the row: between its loads this costs spilled registers
@@ -155,7 +162,7 @@ def _adam_rows_kernel(
     v_1, v_2 = read_row(exp_avg_sq, feature, columns_1, columns_2, depth)
     if exp_avg is not None:
         m_1, m_2 = read_row(exp_avg, feature, columns_1, columns_2, depth)
-    g_1, g_2 = _row_gradient(entries, extra, feature, start, count, extra_depth, columns_1, columns_2, BLOCK_E)
+    g_1, g_2 = _row_gradient(entries, extra, extra_flag_ptr, feature, start, count, columns_1, columns_2, BLOCK_E)
     if PROJECT:
         g_1, g_2 = _without_part_along(g_1, g_2, p_1, p_2)
     if scale_ptr is not None:

@@ -105,14 +105,10 @@ def entries_of(by_feature: FeatureOrder, weights: Tensor, vectors: Tensor) -> En
 def row_config(kernel: str, vectors: Tensor) -> LaunchConfig:
     """The launch parameters of a kernel whose programs hold a whole row, or `MAX_DEPTH` of its columns, in two pieces."""
     depth = vectors.shape[1]
-    config = launch_config(kernel, vectors, odd=depth % 16 != 0)
+    config = dict(launch_config(kernel, vectors, odd=depth % 16 != 0))
     block_1, block_2 = pieces_of(min(depth, MAX_DEPTH))
-    return {
-        "BLOCK_E": config["BLOCK_E"],
-        "BLOCK_1": block_1,
-        "BLOCK_2": block_2,
-        "num_warps": triton.next_power_of_2(triton.cdiv(block_1 + block_2, config["D_PER_WARP"])),
-    }
+    num_warps = triton.next_power_of_2(triton.cdiv(block_1 + block_2, config.pop("D_PER_WARP")))
+    return config | {"BLOCK_1": block_1, "BLOCK_2": block_2, "num_warps": num_warps}
 
 
 @triton.jit

@@ -31,6 +31,7 @@ from fastsae_kernels.gpu.feature_chunks import FeatureGradients, join_chunks, pl
 from fastsae_kernels.gpu.feature_sums import FeatureOrder, token_of
 from fastsae_kernels.gpu.tiles import (
     MAX_DEPTH,
+    add_three,
     columns_of_pieces,
     gate_gradients,
     gather_pieces,
@@ -43,12 +44,6 @@ from fastsae_kernels.types import AutoencodeSpec
 
 # columns of a row longer than MAX_DEPTH that are multiplied at a time
 LONG_ROW_BLOCK = 2048
-
-
-@triton.jit
-def _add_three(a, b, c, more_a, more_b, more_c):
-    """Three sums at once."""
-    return a + more_a, b + more_b, c + more_c
 
 
 @triton.jit
@@ -173,7 +168,7 @@ def _fused_backward_kernel(
         entry, value = next_entry, next_value
 
     # one reduction: on three of them side by side LLVM's SLP vectoriser, as Triton 3.8 has it, crashes
-    b_enc, threshold_total, scale_total = tl.reduce((b_enc_sum, threshold_sum, scale_sum), 0, _add_three)
+    b_enc, threshold_total, scale_total = tl.reduce((b_enc_sum, threshold_sum, scale_sum), 0, add_three)
     if plan.length is not None:  # noqa: SIM102 a compile-time branch must stand alone
         if pid < plan.n_slots:
             slot = pid.to(tl.int64)
@@ -225,8 +220,8 @@ def fused_backward(
     """
     (d_sae, d_out), nnz, device = W_dec.shape, values.numel(), W_dec.device
     d_in = 1 if x is None else x.shape[1]
-    config = launch_config("fused_backward", W_dec, odd=d_in % 16 != 0 or d_out % 16 != 0)
-    plan = plan_chunks(by_feature.offsets, nnz, grad_out.shape[0], config["CHUNK"])
+    config = dict(launch_config("fused_backward", W_dec, odd=d_in % 16 != 0 or d_out % 16 != 0))
+    plan = plan_chunks(by_feature.offsets, nnz, grad_out.shape[0], config.pop("CHUNK"))
 
     def per_feature() -> Tensor:
         return torch.empty(d_sae, dtype=torch.float32, device=device)
@@ -243,6 +238,7 @@ def fused_backward(
     is_long = d_out > MAX_DEPTH
     blocks_i, blocks_o = pieces_of(d_in), (LONG_ROW_BLOCK, 1) if is_long else pieces_of(d_out)
     lanes = max(sum(blocks_i) if x is not None else 1, sum(blocks_o))
+    num_warps = triton.next_power_of_2(triton.cdiv(lanes, config.pop("D_PER_WARP")))
     _fused_backward_kernel[(plan.n_slots + d_sae,)](
         by_feature=by_feature,
         values_ptr=values,
@@ -269,12 +265,12 @@ def fused_backward(
         PENALTY=spec.penalty,
         STE_TO_INPUT=spec.ste_to_input,
         LONG=is_long,
-        BLOCK_E=config["BLOCK_E"],
         BLOCK_I1=blocks_i[0],
         BLOCK_I2=blocks_i[1],
         BLOCK_O1=blocks_o[0],
         BLOCK_O2=blocks_o[1],
-        num_warps=triton.next_power_of_2(triton.cdiv(lanes, config["D_PER_WARP"])),
+        num_warps=num_warps,
+        **config,
     )
     if plan.n_slots:
         join_chunks(by_feature.offsets, plan, slots, grads, like=W_dec)

@@ -142,6 +142,12 @@ def store_pieces(ptr, row, columns_1, columns_2, depth, piece_1, piece_2):
 
 
 @triton.jit
+def add_three(a, b, c, more_a, more_b, more_c):
+    """Three sums at once, for `tl.reduce`."""
+    return a + more_a, b + more_b, c + more_c
+
+
+@triton.jit
 def gate(hidden_pre, threshold, half_bandwidth):
     """`(active, window)` of the strict gate and the open window; NaN is neither."""
     return hidden_pre > threshold, tl.abs(hidden_pre - threshold) < half_bandwidth

@@ -53,6 +53,8 @@ FEW_PROGRAMS = {
     "batch_again": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "GROUP_B": 2},
     "decode": {"BLOCK_E": 64, "BLOCK_D": 32},
     "row_stats": {"BLOCK_E": 64},
+    "gate_tile": {"BLOCK_C": 4, "BLOCK_T": 16},
+    "gate_tile_backward": {"BLOCK_C": 4, "BLOCK_T": 16},
     "feature_sums": {"BLOCK_E": 1, "D_PER_WARP": 512},
     "fused_backward": {"BLOCK_E": 16, "D_PER_WARP": 512, "CHUNK": 6},
     "join_chunks": {"BLOCK_C": 2, "BLOCK_D": 32},

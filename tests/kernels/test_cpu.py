@@ -13,7 +13,7 @@ from meter import Meter
 from small_products import force_product
 
 import fastsae_kernels as kernels
-from fastsae_kernels import AutoencodeSpec, dense
+from fastsae_kernels import AutoencodeSpec, dense, gates
 from fastsae_kernels.activity import sampled_share
 from fastsae_kernels.backend import BackendName as Backend
 from fastsae_kernels.cpu.product import has_fast_bf16
@@ -312,7 +312,8 @@ def test_a_small_dense_pass_multiplies_no_tile_again(dtype: torch.dtype, monkeyp
         products[0] += 1
         multiply(*operands, **options)
 
-    monkeypatch.setattr(dense, "multiply", counted)
+    for module in (dense, gates):
+        monkeypatch.setattr(module, "multiply", counted)
     for name in ("TILE", "KEPT_TILE"):
         monkeypatch.setattr(dense, name, 2**14)
     counts, results = [], []

@@ -168,6 +168,24 @@ def _train(dtype: torch.dtype) -> None:
     gpu.decode_backward(kept.acts, W_dec, output.sae_out)
 
 
+def _gate_tiles(dtype: torch.dtype) -> None:
+    """Launch what gates a tile of the dense backend, for each penalty."""
+    from fastsae_kernels.gates import Features
+    from fastsae_kernels.gpu import gates
+
+    tile, features, tokens = _empty(2048, N_TOKENS, dtype=dtype), _empty(2048), _empty(N_TOKENS)
+    W_dec, grad_out = _empty(2048, D_IN, dtype=dtype), _empty(N_TOKENS, D_IN, dtype=dtype)
+    for scale, spec in (
+        (None, AutoencodeSpec(bandwidth=0.05)),
+        (None, AutoencodeSpec()),
+        (features, AutoencodeSpec(penalty="l1")),
+        (features, AutoencodeSpec(bandwidth=0.05, penalty="tanh", ste_to_input=True)),
+    ):
+        of_tile = Features(_empty(2048, dtype=dtype), features, scale)
+        gates.gate_tile(tile, of_tile, spec, dtype, False)
+        gates.gate_tile_backward(tile, W_dec, grad_out, tokens, of_tile, spec, False)
+
+
 def _backward(dtype: torch.dtype) -> None:
     """Launch the fused backward, with and without long ones and all that is optional."""
     from fastsae_kernels.gpu.feature_sums import FeatureOrder
@@ -290,6 +308,7 @@ def collect(arch: str) -> list[Launch]:
                 _list_everything(dtype)
                 if name != "fp16":
                     _train(dtype)
+                    _gate_tiles(dtype)
                     _backward(dtype)
                     _update(dtype)
     _forget_line_numbers()
