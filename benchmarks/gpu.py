@@ -48,8 +48,8 @@ TESTS = {
     **{
         f"tests/kernels/test_{name}.py": ""
         for name in (
-            "gpu_topk gpu_residual gpu_autoencode gpu_graphs gpu_backward gpu_adam gpu_encode gpu_overflow gpu_ops "
-            "gpu_weight_gradients gpu_choice gpu_ranges rank_scale tune"
+            "gpu_topk gpu_residual gpu_autoencode gpu_graphs gpu_backward gpu_adam gpu_encode gpu_gates gpu_overflow "
+            "gpu_ops gpu_weight_gradients gpu_choice gpu_ranges rank_scale tune"
         ).split()
     },
     "tests/optim/test_fused_adam.py": "triton",

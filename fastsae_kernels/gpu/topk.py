@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastsae_kernels.gpu.config import LaunchConfig, launch_config
 from fastsae_kernels.gpu.tiles import entry_index, entry_value, rank_entry, unrank_entry, value_bits
 from fastsae_kernels.types import SparseActs
 
@@ -110,11 +111,11 @@ def _prune_rows_kernel(
             tl.store(bounds_ptr + row, tl.minimum(bits + 1, 0x7F800000).to(tl.float32, bitcast=True))
 
 
-def _block(capacity: int) -> dict[str, int]:
+def _block(capacity: int, counts: Tensor) -> LaunchConfig:
     """Tile and warps of a program that sorts a row."""
     block = max(16, triton.next_power_of_2(capacity))
-    # with 4 warps the sort of 512 spills under Triton 3.8 on sm_80 and sm_100
-    return {"BLOCK_K": block, "num_warps": 2 if block == 512 else max(1, min(16, block // 128))}
+    # with a bound on registers: without one the compiler takes so few that the sort of 512 spills
+    return {"BLOCK_K": block, "num_warps": max(1, min(16, block // 128)), **launch_config("sort_rows", counts)}
 
 
 def _ranks(entries: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,7 +170,7 @@ def prune_rows(entries: Tensor, cursors: Tensor, row_starts: Tensor, bounds: Ten
         bounds_ptr=bounds,
         capacity=capacity,
         K=k,
-        **_block(capacity),
+        **_block(capacity, cursors),
     )
 
 
@@ -246,7 +247,7 @@ def sort_rows(
             row_counts_ptr=row_counts,
             capacity=capacity,
             K=k or 0,
-            **_block(capacity),
+            **_block(capacity, counts),
         )
     return SparseActs(row_offsets, indices, values, shape, row_counts)
 

@@ -53,6 +53,7 @@ FEW_PROGRAMS = {
     "batch_again": {"BLOCK_B": 16, "BLOCK_S": 32, "BLOCK_D": 32, "GROUP_B": 2},
     "decode": {"BLOCK_E": 64, "BLOCK_D": 32},
     "row_stats": {"BLOCK_E": 64},
+    "sort_rows": {},
     "gate_tile": {"BLOCK_C": 4, "BLOCK_T": 16},
     "gate_tile_backward": {"BLOCK_C": 4, "BLOCK_T": 16},
     "feature_sums": {"BLOCK_E": 1, "D_PER_WARP": 512},
