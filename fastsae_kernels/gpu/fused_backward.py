@@ -220,7 +220,8 @@ def fused_backward(
     """
     (d_sae, d_out), nnz, device = W_dec.shape, values.numel(), W_dec.device
     d_in = 1 if x is None else x.shape[1]
-    config = dict(launch_config("fused_backward", W_dec, odd=d_in % 16 != 0 or d_out % 16 != 0))
+    is_odd = d_out % 16 != 0 or (x is not None and d_in % 16 != 0)
+    config = dict(launch_config("fused_backward", W_dec, odd=is_odd))
     plan = plan_chunks(by_feature.offsets, nnz, grad_out.shape[0], config.pop("CHUNK"))
 
     def per_feature() -> Tensor:
