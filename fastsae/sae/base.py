@@ -201,6 +201,10 @@ class SparseAutoencoder(SharedFeatures, StoredModule, ABC):
         )
         return output
 
+    @abstractmethod
+    def training_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> TrainOutput:
+        """One training pass over `x`, `[..., d_in]`: reconstruction, and the losses of the architecture, whose weights follow."""
+
     def _pass_collector(self) -> PassCollector | None:
         """None where a weight is computed from others, as by a parametrization: its gradient goes on to them."""
         W_enc, W_dec = (self._parameters.get(name) for name in ("W_enc", "W_dec"))

@@ -163,7 +163,7 @@ class Trainer:
             group["lr"] = learning_rate(self.step, config)
         x = acts.to(sae.device, sae.dtype) * self.scale
         with torch.autocast(sae.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
-            output = self._forward(x, sparsity_share(self.step, config))
+            output = sae.training_forward(x, **self.loss_options())
         self.optimizer.zero_grad(set_to_none=True)
         self.optimizer.backward(output.loss)
         if sae.sharding is not None:
@@ -192,22 +192,22 @@ class Trainer:
         n = mask.sum().item()
         return int(n) if self.sae.sharding is None else self.sae.sharding.total(int(n), mask.device)
 
-    def _forward(self, x: Tensor, share: float) -> TrainOutput:
-        config, sae, control, coefficient = self.config, self.sae, self.l0_control, self.sparsity_coefficient
-        if isinstance(sae, FusedTopKSAE | FusedBatchTopKSAE):
-            return sae.training_forward(x, dead_mask=self.dead_mask, aux_loss_coefficient=config.aux_loss_coefficient)
+    def loss_options(self) -> dict[str, Any]:
+        """What `training_forward` takes beside x at this step."""
+        config, control, coefficient = self.config, self.l0_control, self.sparsity_coefficient
+        if config.is_topk:
+            return {"dead_mask": self.dead_mask, "aux_loss_coefficient": config.aux_loss_coefficient}
         assert coefficient is not None  # where the options give none, the control has one
-        if isinstance(sae, FusedReLUSAE):
-            return sae.training_forward(x, coefficient * share)
-        assert isinstance(sae, FusedJumpReLUSAE)
-        return sae.training_forward(
-            x,
-            coefficient * share,
-            config.sparsity,
-            target_l0=config.target_l0 if control is None else control.target(self.step),
-            dead_mask=self.dead_mask,
-            pre_act_loss_coefficient=config.pre_act_loss_coefficient,
-        )
+        coefficient = coefficient * sparsity_share(self.step, config)
+        if config.architecture == "relu":
+            return {"l1_coefficient": coefficient}
+        return {
+            "l0_coefficient": coefficient,
+            "sparsity": config.sparsity,
+            "target_l0": config.target_l0 if control is None else control.target(self.step),
+            "dead_mask": self.dead_mask,
+            "pre_act_loss_coefficient": config.pre_act_loss_coefficient,
+        }
 
     def _accumulate(self, output: TrainOutput) -> None:
         """Sums on the device; the host reads them when a row is logged, not per step."""

@@ -34,7 +34,7 @@ def config(**options: Any) -> TrainConfig:
 def train_on(trainer: Trainer, x: torch.Tensor) -> None:
     """A step on activations as they are."""
     with torch.autocast("cpu", torch.bfloat16, enabled=trainer.config.dtype == "bfloat16"):
-        loss = trainer._forward(x, 1.0).loss
+        loss = trainer.sae.training_forward(x, **trainer.loss_options()).loss
     trainer.optimizer.backward(loss)
     trainer.optimizer.step()
 
