@@ -68,6 +68,7 @@ def test_values_on_the_threshold_and_the_edges_of_the_window(
     problems.assert_matches(run(edges), edges)
 
 
+@pytest.mark.parametrize("tiling", ["tiles"], indirect=True)
 @pytest.mark.parametrize("problem", problems.HOSTILE.values(), ids=problems.HOSTILE)
 def test_hostile_inputs(problem: problems.Problem, tiling: str) -> None:
     problems.assert_matches(run(problem), problem)
