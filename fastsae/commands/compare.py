@@ -54,7 +54,7 @@ def run(arguments: Namespace) -> None:
     """Runs the command."""
     from fastsae.comparison.costs import estimate
     from fastsae.comparison.run import PAGE_FILE, carry_out, new_plan, saved_plan
-    from fastsae.comparison.terminal import print_plan, print_result
+    from fastsae.comparison.summary import print_plan, print_result
 
     given = given_options(arguments)
     seeds = given.pop("seed", None)

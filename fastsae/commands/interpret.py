@@ -157,7 +157,7 @@ def run(arguments: Namespace) -> None:
     """Runs the command."""
     from fastsae.interpret.judges import EndpointOptions, judge_maker
     from fastsae.interpret.run import N_SCORED, PAGE_FILE, RESULT_FILE, interpret
-    from fastsae.interpret.terminal import print_calls, print_scores
+    from fastsae.interpret.summary import print_calls, print_scores
 
     if arguments.dry_run and not arguments.judge.startswith("openai:"):
         raise UsageError(f"--dry-run: expected a judge behind an endpoint, which has a price, got {arguments.judge}")

@@ -15,7 +15,7 @@ from fastsae.errors import UsageError
 from fastsae.flags import Commands, add_config_flags, given_options, path, place, whole_number
 
 if TYPE_CHECKING:
-    from fastsae.steering.plan import Plan, Subject
+    from fastsae.steering.options import Plan, Subject
     from fastsae.train.pipeline import Pipeline
 
 MODES = ("add", "clamp", "min_clamp", "scale", "ablate", "orthogonal")  # as fastsae.steering.edits has them
@@ -106,7 +106,7 @@ def add_parser(commands: Commands) -> None:
 def run(arguments: Namespace) -> None:
     """Runs the command."""
     from fastsae.steering.run import PAGE_FILE, RESULT_FILE, steer_texts
-    from fastsae.steering.terminal import print_result, print_texts, streamed
+    from fastsae.steering.summary import print_result, print_texts, streamed
     from fastsae.train.folder import check_writable
     from fastsae.train.pipeline import build_pipeline
 
@@ -134,7 +134,7 @@ def _prepared(arguments: Namespace, sae: Any, pipeline: Pipeline, output: Path, 
     from fastsae.disk import name_of
     from fastsae.interpret.examine import EXAMPLES, examples_of
     from fastsae.interpret.store import HEADER
-    from fastsae.steering.plan import Plan, Subject, check
+    from fastsae.steering.options import Plan, Subject, check
     from fastsae.steering.select import Chosen, choose
 
     dynamic = arguments.dynamic if arguments.dynamic is not None else DYNAMIC if arguments.mode == "add" else ()

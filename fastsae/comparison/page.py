@@ -15,7 +15,7 @@ from fastsae.comparison.result import Arm, Difference, Result
 from fastsae.evaluate.dialogues import CLASSES
 from fastsae.evaluate.marks import legend, mark
 from fastsae.evaluate.metrics import number
-from fastsae.evaluate.report import write_page
+from fastsae.evaluate.page import write_page
 from fastsae.evaluate.statistics import HIGHER, LOWER
 
 # class and metric of the columns of the table of arms, the name, and the factor to what is shown

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastsae.evaluate.report import write_page
+from fastsae.evaluate.page import write_page
 from fastsae.evaluate.style import CSS
 
 _HERE = Path(__file__).parent

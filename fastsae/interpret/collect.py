@@ -22,7 +22,7 @@ from fastsae.data.special_tokens import SpecialTokens
 from fastsae.errors import FastsaeError, UsageError, shown
 from fastsae.evaluate.reconstruction import check_width, features_of
 from fastsae.evaluate.token_kinds import KINDS, TokenKinds
-from fastsae.interpret.gathered import Gathered, Rows
+from fastsae.interpret.per_feature import Gathered, Rows
 from fastsae.interpret.store import ExampleStore, open_examples, write_examples
 from fastsae.interrupt import Interrupted, Postponed
 from fastsae.sae import SparseAutoencoder
@@ -57,7 +57,7 @@ def collect_examples(
     max_norm_multiple: float = MAX_NORM_MULTIPLE,
     progress: bool = True,
 ) -> ExampleStore:
-    """Writes an example store; memory and disk are bounded as `fastsae.interpret.gathered` says.
+    """Writes an example store; memory and disk are bounded as `fastsae.interpret.per_feature` says.
 
     Args:
         sae: The SAE, of any architecture.

@@ -19,7 +19,7 @@ from fastsae.disk import digest, is_temporary, write_json, write_tensors
 from fastsae.errors import FastsaeError, UsageError
 from fastsae.evaluate.token_kinds import KINDS
 from fastsae.fields import Fields, read_json
-from fastsae.interpret.gathered import EDGES, N_BINS, N_TOP, SPECIAL, window_starts
+from fastsae.interpret.per_feature import EDGES, N_BINS, N_TOP, SPECIAL, window_starts
 from fastsae.interpret.sampling import EMPTY, hashed
 from fastsae.interpret.windows import WINDOW, FeatureExamples, Window
 

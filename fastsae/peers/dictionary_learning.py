@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 import fastsae_kernels as kernels
 from fastsae.errors import UsageError
-from fastsae.peers import entries
-from fastsae.peers.entries import finite, smallest_of_rows
+from fastsae.peers import pair
 from fastsae.peers.handle import Accelerated, Handle, store_transposed
-from fastsae.peers.hooks import hook_on, in_transform
+from fastsae.peers.observers import hook_on, in_transform
+from fastsae.peers.pair import finite, smallest_of_rows
 from fastsae.peers.updates import fused, remove_parallel_, set_unit_norm_
 from fastsae_kernels import AutoencodeOutput, AutoencodeSpec, SparseActs
 
@@ -67,7 +67,7 @@ class FusedDictionary(Dictionary, Accelerated):
     def _list(self, x: Tensor, use_threshold: bool) -> tuple[SparseActs | None, str | None]:
         """The active entries of all tokens, or why there are none."""
         reason = why_not_module(self, self.known)
-        if reason is None and entries.wants_gradient([x, *self.parameters()]):
+        if reason is None and pair.wants_gradient([x, *self.parameters()]):
             reason = "a gradient is asked for (call it under torch.no_grad())"
         if reason is not None:
             return None, reason
@@ -79,7 +79,7 @@ class FusedDictionary(Dictionary, Accelerated):
         if getattr(self, "apply_b_dec_to_input", True):
             x = x - self.b_dec
         x = x.reshape(-1, x.shape[-1])
-        if len(x) == 0 or (spec.k is None and entries.is_dense(x, W_enc, b_enc, gate)):
+        if len(x) == 0 or (spec.k is None and pair.is_dense(x, W_enc, b_enc, gate)):
             return None, "too many features are active"
         try:
             return kernels.encode(x, W_enc, b_enc, gate, k=spec.k, batch_topk=spec.batch_topk), None
@@ -90,16 +90,16 @@ class FusedDictionary(Dictionary, Accelerated):
         acts, reason = (None, None) if self._fastsae.in_peer else self._list(x, use_threshold)
         if not self._is_fused("encode", reason) or acts is None:
             return self._by_peer(by_peer)
-        return entries.to_dense(acts, (*x.shape[:-1], self.dict_size), x.dtype, self._fastsae.spare)
+        return pair.to_dense(acts, (*x.shape[:-1], self.dict_size), x.dtype, self._fastsae.spare)
 
     def decode(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return super().decode(x)
         reason, acts = why_not_module(self, self.known), None
-        if reason is None and entries.wants_gradient([x, *self.parameters()]):
+        if reason is None and pair.wants_gradient([x, *self.parameters()]):
             reason = "a gradient is asked for (call it under torch.no_grad())"
         if reason is None and not self._fastsae.in_peer:
-            acts = entries.entries_of(x)
+            acts = pair.entries_of(x)
             reason = None if acts is not None else "the activations are not encode's own, or were edited"
         if not self._is_fused("decode", reason) or acts is None:
             return self._by_peer(super().decode, x)

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 import fastsae_kernels as kernels
-from fastsae.peers import entries
+from fastsae.peers import pair
 from fastsae.peers.handle import store_transposed
-from fastsae.peers.hooks import hook_on, in_transform
 from fastsae.peers.lazy import Lazy
+from fastsae.peers.observers import hook_on, in_transform
 from fastsae.peers.saelens_shared import MaybeShared
 from fastsae.sae.inference import from_sparse_tensor
 from fastsae_kernels import AutoencodeOutput, AutoencodeSpec, Collector, SparseActs
@@ -136,14 +136,14 @@ class FusedSAE(SAE, MaybeShared):
 
     def _list(self, x: Tensor) -> tuple[SparseActs | None, str | None]:
         """The active entries of all tokens, or why there are none."""
-        if entries.wants_gradient([x, *self.parameters()]):
+        if pair.wants_gradient([x, *self.parameters()]):
             return None, "a gradient is asked for (call it under torch.no_grad())"
         x, W_enc, b_enc = self._encoder_inputs(x)
         scale = self._rescaling()
         if scale is not None:
             W_enc, b_enc = (W_enc * scale).to(self.dtype), (b_enc * scale).to(self.dtype)
         x, gate, spec = x.reshape(-1, self.cfg.d_in), self._gate(), self._spec()
-        if not self._is_shared and (len(x) == 0 or (spec.k is None and entries.is_dense(x, W_enc, b_enc, gate))):
+        if not self._is_shared and (len(x) == 0 or (spec.k is None and pair.is_dense(x, W_enc, b_enc, gate))):
             return None, "too many features are active"
         try:
             return self._ops.encode(x, W_enc, b_enc, gate, k=spec.k, batch_topk=spec.batch_topk), None
@@ -160,16 +160,16 @@ class FusedSAE(SAE, MaybeShared):
             acts, reason = self._list(x)
         if not self._is_fused("encode", reason) or acts is None:
             return self._by_peer(super().encode, x)
-        return entries.to_dense(acts, (*x.shape[:-1], self.cfg.d_sae), self.dtype, self._fastsae.spare)
+        return pair.to_dense(acts, (*x.shape[:-1], self.cfg.d_sae), self.dtype, self._fastsae.spare)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
         if self._is_compiled("decode"):
             return super().decode(feature_acts)
         reason, acts = self._why_not(self.b_dec), None
-        if reason is None and entries.wants_gradient([feature_acts, self.W_dec, self.b_dec]):
+        if reason is None and pair.wants_gradient([feature_acts, self.W_dec, self.b_dec]):
             reason = "a gradient is asked for (call it under torch.no_grad())"
         if reason is None and not self._fastsae.in_peer:
-            acts = entries.entries_of(feature_acts)
+            acts = pair.entries_of(feature_acts)
             if acts is None and self._is_shared and feature_acts.shape[-1] == self.cfg.d_sae:
                 acts = from_sparse_tensor(feature_acts.to_sparse(), self._wide())
             reason = None if acts is not None else "the activations are not encode's own, or were edited"
@@ -330,7 +330,7 @@ class FusedTrainingSAE(FusedSAE):
         if getattr(self.activation_fn, "use_sparse_activations", False):
             at = torch.stack([acts.row_ids(), acts.indices.long()])
             return torch.sparse_coo_tensor(at, acts.values.to(self.dtype), acts.shape, is_coalesced=True)
-        return entries.to_dense(acts, acts.shape, self.dtype)
+        return pair.to_dense(acts, acts.shape, self.dtype)
 
     def _encode_again(self, x: Tensor) -> Callable[..., Tensor]:
         """A function that makes `feature_acts`, or with 1 `hidden_pre`, from the weights of now."""

@@ -13,7 +13,7 @@ from torch import Tensor
 import fastsae_kernels as kernels
 from fastsae.errors import UsageError
 from fastsae.peers.handle import Accelerated, Handle
-from fastsae.peers.hooks import hook_on, in_transform
+from fastsae.peers.observers import hook_on, in_transform
 from fastsae.peers.updates import remove_parallel_, set_unit_norm_
 from fastsae_kernels import AutoencodeOutput, AutoencodeSpec, SparseActs
 

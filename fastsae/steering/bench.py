@@ -18,7 +18,7 @@ from fastsae.steering.calibration import Calibration, calibrate, match
 from fastsae.steering.doses import Controller, Decay, Fixed, KLCap, SetPoint
 from fastsae.steering.edits import Edit, Unit
 from fastsae.steering.measures import measure, measure_all
-from fastsae.steering.plan import Plan, Subject
+from fastsae.steering.options import Plan, Subject
 from fastsae.steering.prompted import prompted_rollouts
 from fastsae.steering.result import Run, Text
 from fastsae.steering.rollout import Rollout, roll_out

@@ -15,8 +15,8 @@ from fastsae.disk import write_json
 from fastsae.steering.bench import Bench, arms_of
 from fastsae.steering.calibration import Calibration
 from fastsae.steering.measures import stable_range
+from fastsae.steering.options import Plan, Subject, check
 from fastsae.steering.page import write_steer_page
-from fastsae.steering.plan import Plan, Subject, check
 from fastsae.steering.result import Auto, Result, Run, Stable, Tried
 from fastsae.version import __version__
 

@@ -11,7 +11,7 @@ from fastsae.comparison.metrics import METRICS
 from fastsae.comparison.page import write_compare_page
 from fastsae.comparison.paper import FIGURES
 from fastsae.evaluate.dialogues import CLASSES
-from tests.evaluate.test_report import Checker
+from tests.evaluate.test_report_page import Checker
 
 ARMS = {"fast": 0.30, "bt-f": 0.45, "random-model": 0.6}
 SECTIONS = (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsae.evaluate.token_kinds import KINDS
-from fastsae.interpret.gathered import N_SAMPLED, N_TOP, SPECIAL, Gathered, Rows
+from fastsae.interpret.per_feature import N_SAMPLED, N_TOP, SPECIAL, Gathered, Rows
 from fastsae.interpret.sampling import hashed
 from fastsae.interpret.windows import WINDOW, FeatureExamples, Window
 from fastsae_kernels import SparseActs

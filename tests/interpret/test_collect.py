@@ -32,7 +32,7 @@ from fastsae.data.special_tokens import SpecialTokens
 from fastsae.evaluate.token_kinds import KINDS, TokenKinds
 from fastsae.interpret import collect
 from fastsae.interpret.collect import collect_examples
-from fastsae.interpret.gathered import SPECIAL
+from fastsae.interpret.per_feature import SPECIAL
 from fastsae.interpret.store import HEADER, ExampleStore
 from fastsae.interrupt import Interrupted
 

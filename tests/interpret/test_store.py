@@ -9,7 +9,7 @@ from store_problem import Talk, expected, gather, make_talks, sparse, window
 
 from fastsae import FastsaeError, UsageError
 from fastsae.evaluate.token_kinds import KINDS
-from fastsae.interpret.gathered import N_POOL, SPECIAL, Gathered, Rows
+from fastsae.interpret.per_feature import N_POOL, SPECIAL, Gathered, Rows
 from fastsae.interpret.store import HEADER, TENSORS, ExampleStore, write_examples
 from fastsae.interpret.windows import WINDOW
 
@@ -174,7 +174,7 @@ def test_no_entries(tmp_path):
 
 
 def test_windows_that_are_looked_up_in_parts(monkeypatch, talks, store, tmp_path):
-    monkeypatch.setattr("fastsae.interpret.gathered._LOOKUPS", 5)
+    monkeypatch.setattr("fastsae.interpret.per_feature._LOOKUPS", 5)
     other = stored(gather(Gathered(D_SAE, SEED), talks), tmp_path)
     assert [other.examples(feature) for feature in range(2, 9)] == [store.examples(feature) for feature in range(2, 9)]
 

@@ -16,7 +16,7 @@ import torch
 
 import fastsae_kernels as kernels
 from fastsae import SparseAutoencoder, UsageError, accelerate
-from fastsae.peers import entries
+from fastsae.peers import pair
 from fastsae.peers.handle import Handle, Options, Tally, store_transposed
 from fastsae.peers.lazy import Lazy
 
@@ -81,12 +81,12 @@ def listed(n: int, d_sae: int, dtype: torch.dtype = torch.float32) -> tuple[kern
 @pytest.mark.parametrize(("n", "d_sae"), [(1, 1), (1, 300), (40, 300), (12, 7)])
 def test_entries_become_dense_and_are_found_again(n: int, d_sae: int, dtype: torch.dtype) -> None:
     acts, expected = listed(n, d_sae, dtype)
-    dense = entries.to_dense(acts, (1, n, d_sae), dtype)
+    dense = pair.to_dense(acts, (1, n, d_sae), dtype)
     assert dense.dtype == dtype
     assert dense.shape == (1, n, d_sae)
     if dtype in (torch.float64, torch.float32):
         torch.testing.assert_close(dense[0].double(), expected, rtol=1e-5, atol=1e-5)
-    found = entries.entries_of(dense)
+    found = pair.entries_of(dense)
     assert found is not None
     assert torch.equal(found.to_dense(), dense[0].to(found.values.dtype))  # rounded as the dense numbers are
 
@@ -105,32 +105,32 @@ def test_padded_entries_become_dense() -> None:
     slots = torch.arange(len(acts.values)) - acts.row_offsets.long()[acts.row_ids()]
     at = acts.row_ids() * width + slots
     padded.indices[at], padded.values[at] = acts.indices, acts.values
-    assert torch.equal(entries.to_dense(padded, acts.shape, torch.float32), acts.to_dense())
+    assert torch.equal(pair.to_dense(padded, acts.shape, torch.float32), acts.to_dense())
 
 
 def test_a_tensor_is_forgotten_with_its_last_reference() -> None:
-    before = len(entries._entries)
-    dense = entries.to_dense(listed(4, 20)[0], (4, 20), torch.float32)
-    assert len(entries._entries) == before + 1
-    assert entries.entries_of(dense.clone()) is None
-    assert entries.entries_of(copy.deepcopy(dense)) is None
-    assert entries.entries_of(dense[:2]) is None
+    before = len(pair._entries)
+    dense = pair.to_dense(listed(4, 20)[0], (4, 20), torch.float32)
+    assert len(pair._entries) == before + 1
+    assert pair.entries_of(dense.clone()) is None
+    assert pair.entries_of(copy.deepcopy(dense)) is None
+    assert pair.entries_of(dense[:2]) is None
     del dense
     gc.collect()
-    assert len(entries._entries) == before
+    assert len(pair._entries) == before
 
 
 def test_an_exchange_of_two_numbers_is_an_edit() -> None:
     acts, _ = listed(4, 20)
-    dense = entries.to_dense(acts, (4, 20), torch.float32)
+    dense = pair.to_dense(acts, (4, 20), torch.float32)
     first, second = acts.values[:2].tolist()
     assert first != second
     dense[acts.row_ids()[0], acts.indices[0].long()] = second
-    assert entries.entries_of(dense) is None
+    assert pair.entries_of(dense) is None
     dense[acts.row_ids()[0], acts.indices[0].long()] = first
-    assert entries.entries_of(dense) is not None
+    assert pair.entries_of(dense) is not None
     dense[0, 0] = float("nan")
-    assert entries.entries_of(dense) is None
+    assert pair.entries_of(dense) is None
 
 
 def test_storage_moves_with_gradient_and_moments() -> None:

@@ -19,7 +19,7 @@ from fastsae.steering.order import alike, alphas, text_rows
 from fastsae.steering.page import write_steer_page
 from fastsae.steering.page_sections import over_length
 from fastsae.steering.words import MEASURES, MODES, stable_ends, stable_sentence
-from tests.evaluate.test_report import Checker
+from tests.evaluate.test_report_page import Checker
 from tests.steering.steer_examples import ALPHAS, FEATURE, FIXED_LIKE_CAPPED, HOSTILE, PROMPTS, changed, result, run
 
 ROOT = Path(__file__).parents[2]

@@ -16,8 +16,9 @@ from fastsae.data.tokens import render
 from fastsae.interpret.examine import EXAMPLES
 from fastsae.interpret.store import ExampleStore
 from fastsae.sae import SparseAutoencoder
-from fastsae.steering import bench, edits, plan, positions
+from fastsae.steering import bench, edits, positions
 from fastsae.steering.edits import Edit
+from fastsae.steering.options import DYNAMIC
 from fastsae.steering.prompted import prompted_rollouts
 from fastsae.steering.rollout import Rollout, roll_out
 from fastsae.steering.run import PAGE_FILE, RESULT_FILE
@@ -193,7 +194,7 @@ def test_the_command_knows_every_choice_without_importing_torch() -> None:
     assert get_args(edits.Mode) == command.MODES
     assert get_args(edits.Unit) == command.UNITS
     assert positions.POSITIONS == command.POSITIONS
-    assert plan.DYNAMIC == command.DYNAMIC
+    assert DYNAMIC == command.DYNAMIC
 
 
 def test_prompted_texts_are_measured_beside_the_prompt_alone(tiny_model: Path) -> None:

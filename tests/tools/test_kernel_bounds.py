@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 COMPILE = """
 import dataclasses, json, sys
 from tools.kernel_report.launches import collect
-from tools.kernel_report.report import compile_launch
+from tools.kernel_report.compiled import compile_launch
 arch, kernel, wanted = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]).items()
 found = [
     launch for launch in collect(arch)

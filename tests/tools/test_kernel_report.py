@@ -14,13 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from tools.kernel_report import launches, report
+from tools.kernel_report import compiled, launches
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 ROOT = Path(__file__).parents[2]
-CLEAN = report.Row("sm_90", "encode_kernel", "bf16", "-", 8, 4, 255, 0, 131072, 4, 900, 400, 1, "")
-SPILLING = report.Row("sm_90", "encode_kernel", "bf16", "-", 8, 4, 255, 1104, 131072, 4, 900, 400, 1, "spills")
+CLEAN = compiled.Row("sm_90", "encode_kernel", "bf16", "-", 8, 4, 255, 0, 131072, 4, 900, 400, 1, "")
+SPILLING = compiled.Row("sm_90", "encode_kernel", "bf16", "-", 8, 4, 255, 1104, 131072, 4, 900, 400, 1, "spills")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -58,7 +58,7 @@ def test_the_update_of_a_row_takes_no_slow_path_and_fits_four_times() -> None:
     """A correctly rounded division or root calls a function for numbers such as 0; registers allow four programs."""
     done = python(
         "from tools.kernel_report.launches import collect\n"
-        "from tools.kernel_report.report import _compile, _read_cubin\n"
+        "from tools.kernel_report.compiled import _compile, _read_cubin\n"
         "rows = [r for r in collect('sm_90') if r.name == 'adam_rows_kernel' and r.dtype == 'bf16']\n"
         "everything = [r for r in rows if dict(r.constants)['BLOCK_1'] == 2048 and dict(r.options)['num_warps'] == 4][-1]\n"
         "compiled = _compile(everything, 'sm_90')\n"
@@ -121,11 +121,11 @@ def test_large_tiles_that_list_entries_are_clean(arch: str) -> None:
     """With bounds, which take the most registers; the report compiles the others."""
     done = python(
         "import json, dataclasses\n"
-        "from tools.kernel_report import report\n"
+        "from tools.kernel_report import compiled\n"
         "names = ('list_pointers_kernel', 'list_descriptors_kernel')\n"
-        f"launches = [l for l in report.collect('{arch}') if l.name in names and l.dtype == 'bf16'\n"
+        f"launches = [l for l in compiled.collect('{arch}') if l.name in names and l.dtype == 'bf16'\n"
         "             and 'BLOCK_B=128' in l.variant and 'EVEN_D=False' not in l.variant and 'without' not in l.variant]\n"
-        f"print(json.dumps([dataclasses.asdict(report.compile_launch(l, '{arch}')) for l in launches]))\n"
+        f"print(json.dumps([dataclasses.asdict(compiled.compile_launch(l, '{arch}')) for l in launches]))\n"
     )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
@@ -162,9 +162,9 @@ def test_a_kernel_that_has_only_moved_is_not_compiled_again() -> None:
 def test_what_does_not_compile_is_a_finding() -> None:
     done = python(
         "from dataclasses import replace\n"
-        "from tools.kernel_report import report\n"
-        "launch = next(l for l in report.collect('sm_90') if l.name == 'row_stats_kernel')\n"
-        "row = report.compile_launch(replace(launch, constants=()), 'sm_90')\n"
+        "from tools.kernel_report import compiled\n"
+        "launch = next(l for l in compiled.collect('sm_90') if l.name == 'row_stats_kernel')\n"
+        "row = compiled.compile_launch(replace(launch, constants=()), 'sm_90')\n"
         "assert row.problem.startswith('does not compile: '), row\n"
     )
     assert done.returncode == 0, done.stderr
@@ -182,18 +182,18 @@ def test_a_compiler_that_crashes_is_a_red_line_that_names_the_kernel(
 ) -> None:
     """Compiling takes the process down on two kernels, with an exit status and with a signal; the report goes on."""
 
-    def compile_launch(launch: launches.Launch, arch: str) -> report.Row:
+    def compile_launch(launch: launches.Launch, arch: str) -> compiled.Row:
         if launch.name == "leaving_kernel":
             os._exit(3)
         if launch.name == "crashing_kernel":
             os.kill(os.getpid(), signal.SIGKILL)
-        return report.Row(arch, launch.name, launch.dtype, "-", 4, 3, 40, 0, 1024, 1, 90, 40, 12, "")
+        return compiled.Row(arch, launch.name, launch.dtype, "-", 4, 3, 40, 0, 1024, 1, 90, 40, 12, "")
 
     names = ["first", "leaving", "second", "crashing", "third", "last"]
-    monkeypatch.setattr(report, "collect", lambda arch: [fake_launch(name) for name in names])
-    monkeypatch.setattr(report, "compile_launch", compile_launch)
+    monkeypatch.setattr(compiled, "collect", lambda arch: [fake_launch(name) for name in names])
+    monkeypatch.setattr(compiled, "compile_launch", compile_launch)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
-    assert report.main(["--arch", "90"]) == 1
+    assert compiled.main(["--arch", "90"]) == 1
     *lines, summary = capfd.readouterr().out.splitlines()[1:]
     assert summary == "6 kernels compiled, 2 with a problem"
     assert [line.split()[1] for line in lines] == [f"{name}_kernel" for name in names]
@@ -206,24 +206,26 @@ def test_a_compiler_that_crashes_is_a_red_line_that_names_the_kernel(
 def test_kernels_are_chosen_by_parts_of_their_names(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(report, "collect", lambda arch: [fake_launch(name) for name in ("decode", "adam_rows", "sort")])
+    monkeypatch.setattr(
+        compiled, "collect", lambda arch: [fake_launch(name) for name in ("decode", "adam_rows", "sort")]
+    )
     chosen: list[str] = []
     monkeypatch.setattr(
-        report, "compile_all", lambda work: iter(chosen.extend(launch.name for launch, _ in work) or ())
+        compiled, "compile_all", lambda work: iter(chosen.extend(launch.name for launch, _ in work) or ())
     )
-    assert report.main(["--arch", "90", "--kernel", "adam", "sort"]) == 0
+    assert compiled.main(["--arch", "90", "--kernel", "adam", "sort"]) == 0
     assert chosen == ["adam_rows_kernel", "sort_kernel"]
 
 
 def test_what_a_worker_raises_ends_the_report_with_its_message(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def compile_launch(launch: launches.Launch, arch: str) -> report.Row:
+    def compile_launch(launch: launches.Launch, arch: str) -> compiled.Row:
         raise launches.ReportError("cuobjdump: expected on PATH, found nowhere")
 
-    monkeypatch.setattr(report, "collect", lambda arch: [fake_launch(str(i)) for i in range(5)])
-    monkeypatch.setattr(report, "compile_launch", compile_launch)
-    assert report.main(["--arch", "90"]) == 1
+    monkeypatch.setattr(compiled, "collect", lambda arch: [fake_launch(str(i)) for i in range(5)])
+    monkeypatch.setattr(compiled, "compile_launch", compile_launch)
+    assert compiled.main(["--arch", "90"]) == 1
     assert capfd.readouterr().err == "report: cuobjdump: expected on PATH, found nowhere\n"
     assert not multiprocessing.active_children()
 
@@ -232,10 +234,10 @@ def test_exit_status_and_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for rows, status in (([CLEAN], 0), ([CLEAN, SPILLING], 1)):
-        monkeypatch.setattr(report, "collect", lambda arch: [])
-        monkeypatch.setattr(report, "compile_all", lambda work, rows=rows: iter(rows))
+        monkeypatch.setattr(compiled, "collect", lambda arch: [])
+        monkeypatch.setattr(compiled, "compile_all", lambda work, rows=rows: iter(rows))
         path = tmp_path / "report.json"
-        assert report.main(["--arch", "90", "--json", str(path)]) == status
+        assert compiled.main(["--arch", "90", "--json", str(path)]) == status
         printed = capsys.readouterr().out
         assert printed.count("encode_kernel") == len(rows)
         assert ("spills" in printed) == bool(status)
@@ -245,12 +247,12 @@ def test_exit_status_and_json(
 @pytest.mark.parametrize("arguments", [["--arch", "12"], ["--arch", "ninety"], ["--arch", "gfx1"], ["--colour"]])
 def test_wrong_arguments_end_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        report.main(arguments)
+        compiled.main(arguments)
     assert ended.value.code == 2
 
 
 def test_interpreter_and_missing_triton_are_one_clear_line() -> None:
-    main = "import sys\nfrom tools.kernel_report import report\nsys.exit(report.main([]))\n"
+    main = "import sys\nfrom tools.kernel_report import compiled\nsys.exit(compiled.main([]))\n"
     interpreted = python(main, TRITON_INTERPRET="1")
     assert interpreted.returncode == 1
     assert interpreted.stderr.strip().endswith("unset it")
@@ -261,5 +263,5 @@ def test_interpreter_and_missing_triton_are_one_clear_line() -> None:
 
 
 def test_package_and_report_import_without_triton() -> None:
-    done = python("import sys\nsys.modules['triton'] = None\nimport fastsae_kernels, tools.kernel_report.report\n")
+    done = python("import sys\nsys.modules['triton'] = None\nimport fastsae_kernels, tools.kernel_report.compiled\n")
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,6 @@
 
 import sys
 
-from tools.kernel_report.report import main
+from tools.kernel_report.compiled import main
 
 sys.exit(main())

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from fastsae.steering.columns import beside, pad, printable, width, wrap
-from fastsae.steering.terminal import print_result, print_texts, streamed
+from fastsae.steering.summary import print_result, print_texts, streamed
 from tests.steering.steer_examples import HOSTILE, PROMPTS, result
 
 ROWS = ("unsteered", "prompted", "  alpha", "  from", "  budget", "  target")

@@ -10,7 +10,7 @@ import torch
 
 from fastsae.evaluate import Evaluation, plots, write_report
 from fastsae.evaluate.dialogues import CLASSES, FIELDS, DialogueSums
-from fastsae.evaluate.report import number, visible
+from fastsae.evaluate.page import number, visible
 from fastsae.summary import print_summary
 
 VOID = {"meta"}
