@@ -26,7 +26,7 @@ from fastsae_kernels.types import AutoencodeSpec
 SPLITS = 8  # into which a tile's features go, so that there are enough programs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_features"])
 def _gate_tile_kernel(
     hidden_pre_ptr,  # [C, T], without the bias
     b_enc_ptr,  # [C]
@@ -76,7 +76,7 @@ def _gate_tile_kernel(
         tl.store(penalty_ptr + split * n_tokens + offs_t, penalty, mask=mask_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_features"])
 def _gate_tile_backward_kernel(
     hidden_pre_ptr,  # [C, T], without the bias
     b_enc_ptr,  # [C]

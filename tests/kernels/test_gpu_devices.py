@@ -100,6 +100,8 @@ def passes(spec: AutoencodeSpec, d_in: int, dtype: torch.dtype) -> tuple[PassInp
 
 def test_every_kernel_is_launched_on_the_device_of_its_tensors(launches: Launches) -> None:
     from fastsae_kernels import gpu
+    from fastsae_kernels.gates import Features
+    from fastsae_kernels.gpu import gates
     from fastsae_kernels.gpu.adam import adam_rows, grad_norms
 
     for spec, d_in, dtype in (
@@ -116,6 +118,9 @@ def test_every_kernel_is_launched_on_the_device_of_its_tensors(launches: Launche
     gpu.decode_backward(acts, W_dec, x)
     gpu.encode_backward(acts, x, W_enc, acts.values, True)
     gpu.encode(x[:8], W_enc, b_enc, threshold, AutoencodeSpec(k=4))  # so few that tiles through pointers list them
+    tile, of_tile = empty(D_SAE, N), Features(b_enc.float(), threshold, None)
+    gates.gate_tile(tile, of_tile, AutoencodeSpec(), tile.dtype, False)
+    gates.gate_tile_backward(tile, W_dec.float(), x.float(), tile[0], of_tile, AutoencodeSpec(), False)
     for sums in collected.gpu or ():
         assert sums is not None
         rows = empty(D_SAE, D_IN)
