@@ -1,4 +1,4 @@
-"""Adam by the GPU's kernel: one visit of each row sums its gradient and updates it, its moments and its 16-bit copy."""
+"""Adam by the GPU's kernel: one pass over each row sums its gradient and updates it, its moments and its 16-bit copy."""
 
 from __future__ import annotations
 

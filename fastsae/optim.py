@@ -48,7 +48,7 @@ class FusedSAEAdam(torch.optim.Adam):
 
     It stores `W_enc` feature by feature (`sae.store_by_feature_`), as its kernels read it.
 
-    On a GPU one kernel visits each row once: it sums the row's gradient, updates the row, its moments and its 16-bit copy,
+    On a GPU one kernel reads each row once: it sums the row's gradient, updates the row, its moments and its 16-bit copy,
     and no step waits for the device. It wants fp32 weights and no `maximize`; otherwise gradients are written out first.
 
     Args:
@@ -341,7 +341,7 @@ class FusedSAEAdam(torch.optim.Adam):
         self._owed.last_step.clear()
 
     def _finish(self, weights: list[nn.Parameter], changed: set[nn.Parameter]) -> None:
-        """Counts the step; weights that were `changed` elsewhere get what a step that visits every row would have done."""
+        """Counts the step; weights that were `changed` elsewhere get what a step over every row would have done."""
         for p in weights:
             self._moments(p)  # made here where a process holds no features, and so updates no rows
             self._steps[p] = self._step_of(p) + 1

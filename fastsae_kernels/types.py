@@ -99,9 +99,9 @@ class SparseActs:
 
     def row_ids(self) -> Tensor:
         """Token of each stored entry, `[nnz]` int64 (padding included)."""
-        spans = self.row_offsets.diff()
+        counts = self.row_offsets.diff()
         rows = torch.arange(self.shape[0], device=self.device)
-        return rows.repeat_interleave(spans, output_size=self.indices.numel())
+        return rows.repeat_interleave(counts, output_size=self.indices.numel())
 
     def valid(self) -> Tensor | None:
         """`[nnz]` bool, False on padding; None when the structure is packed."""

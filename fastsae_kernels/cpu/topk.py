@@ -38,7 +38,7 @@ NOTHING = float("-inf")
 
 
 def listed_width(d_sae: int, k: int) -> int:
-    """Places of each token."""
+    """Slots of each token."""
     return min(d_sae, 6 * k + 64)
 
 
@@ -206,8 +206,8 @@ class _Block:
             left = ~self.crowded[rows]
             rows, features, upper = rows[left], features[left], upper[left]
             first = row_offsets_of(rows, self.x.shape[0])
-        places = torch.arange(self.x.shape[0]) * self.width + self.fill - first[:-1]
-        at = np.repeat(places.numpy(), first.diff().numpy()) + np.arange(rows.numel())
+        slots = torch.arange(self.x.shape[0]) * self.width + self.fill - first[:-1]
+        at = np.repeat(slots.numpy(), first.diff().numpy()) + np.arange(rows.numel())
         self.upper.numpy().reshape(-1)[at] = upper.numpy()
         self.features.numpy().reshape(-1)[at] = features.numpy()
         self.fill += first.diff()

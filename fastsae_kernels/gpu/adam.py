@@ -1,4 +1,4 @@
-"""A weight's gradient and its Adam step in one visit of each feature: the gradient is never written.
+"""A weight's gradient and its Adam step in one pass over each row: the gradient is never written.
 
     g_j  = sum over the entries e of feature j of  weight_e * vector[token_e]     as in `backward`, in fp32
     g_j += extra_j                                                                another gradient, if the flag is set

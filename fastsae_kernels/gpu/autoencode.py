@@ -58,7 +58,7 @@ def _list(
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
     if spec.batch_topk and spec.k is not None:
         acts, min_active = encode_batch_topk(x, W_enc, b_enc, threshold, spec.k)
-        assert acts.row_counts is not None  # its places are as many in every step, its entries are not
+        assert acts.row_counts is not None  # its slots are as many in every step, its entries are not
         return Listed(acts, None, acts.row_counts, min_active)
     if spec.k is not None:
         acts, flagged, listed = list_topk(x, W_enc, b_enc, threshold, spec.k, spec.bandwidth)

@@ -12,7 +12,7 @@ is exact. The first range cannot overflow the buffer; for features in no particu
 the bound is found over recomputed activations (`radix.cut_activations`), and one more pass lists what reaches it: at most
 `k * N` entries and one token's ties. In every other step these kernels leave at once. No host synchronisation.
 
-Listing is a kernel of this module, and not one of those behind `encode.list_entries`, which fill a span of each row. Here a
+Listing is a kernel of this module, and not one of those behind `encode.list_entries`, which fill the slots of each row. Here a
 tile claims its slots by one atomic on the buffer's cursor; inside, they follow from running sums along its rows. One
 atomic per entry on a single address would serialise. The order in the buffer is arbitrary and the result a function of
 the set alone: deterministic. Letters: `B` tokens, `D` d_in, `S` d_sae.

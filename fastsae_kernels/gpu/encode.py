@@ -64,13 +64,13 @@ def list_entries(
     bounds: Tensor | None = None,
     first_feature: int = 0,
 ) -> None:
-    """Append the entries of a range of features to every row's span, in any order.
+    """Append the entries of a range of features to every row's slots, in any order.
 
     Args:
         x: `[N, d_in]`; fp32, bf16 or fp16. Strides are free, here and below.
         W_enc, b_enc, threshold: `[d_in, S]`, `[S]`, `[S]` of that range, the last two contiguous, the last fp32.
         cursors: `[N]` int32, the next slot of each row; moves on by every entry, also those that find no slot.
-        row_ends: `[N]` int32, where the span of each row ends.
+        row_ends: `[N]` int32, where the slots of each row end.
         entries: `[nnz]` int64, see `tiles.pack_entry`.
         bandwidth: Width of the straight-through window.
         bounds: `[N]` fp32 >= 0 or None: entries with a smaller value are left out, hence the window's where it is positive.
@@ -83,7 +83,7 @@ def list_entries(
     if x.dtype == torch.float64:
         raise TypeError("x: expected float32, bfloat16 or float16 on the Triton path, got float64")
     n_tokens, d_sae = x.shape[0], W_enc.shape[1]
-    if entries.numel() + first_feature + d_sae >= 2**31:  # a cursor may run that far past the last span
+    if entries.numel() + first_feature + d_sae >= 2**31:  # a cursor may run that far past the last slot
         raise ValueError(f"x: expected fewer than 2**31 entries in one call, got {entries.numel()}; split the tokens")
     if n_tokens == 0:
         return
@@ -101,7 +101,7 @@ def list_all_entries(
     nnz: int,
     bandwidth: float,
 ) -> tuple[Tensor, Tensor]:
-    """`counts [N]` int32, entries that found no slot included, and `entries [nnz]` int64, over spans `row_offsets`."""
+    """`counts [N]` int32, entries that found no slot included, and `entries [nnz]` int64; `row_offsets` gives each row its slots."""
     starts, ends = row_offsets[:-1], row_offsets[1:]
     cursors = starts.clone()
     entries = torch.empty(nnz, dtype=torch.int64, device=x.device)
@@ -110,7 +110,7 @@ def list_all_entries(
 
 
 def padded_offsets(n_tokens: int, capacity: int, device: torch.device) -> Tensor:
-    """`arange(n_tokens + 1) * capacity`, int32: every row the same span."""
+    """`arange(n_tokens + 1) * capacity`, int32: as many slots for every row."""
     return torch.arange(n_tokens + 1, device=device, dtype=torch.int32) * capacity
 
 
@@ -126,7 +126,7 @@ def encode(
     """Active (and window) entries of every row, for inference; one host synchronisation.
 
     Equivalent to `fastsae_kernels.reference.encode` without `k` (with it: `row_topk.encode_topk`). Rows are tried with a fixed
-    span; where one has more entries, the call is repeated with exactly the spans that the first one counted.
+    number of slots; where one has more entries, the call is repeated with as many as the first one counted.
 
     Args:
         x: `[N, d_in]`; fp32, bf16 or fp16. Strides are free, here and below.

@@ -31,7 +31,7 @@ MULTIPROCESSORS = 4  # where there is no device to ask (Triton's interpreter, th
 def _list_descriptors_kernel(
     x_desc,  # [B, D]
     W_enc_desc,  # [S, D]
-    gate_and_spans,  # GateAndSpans
+    gate_and_rows,  # GateAndRows
     first_feature,
     n_tokens,
     d_in,
@@ -43,7 +43,7 @@ def _list_descriptors_kernel(
     LANES: tl.constexpr,
 ):
     """Program walks over every num_programs-th tile of BLOCK_B tokens and BLOCK_S features."""
-    d_sae = gate_and_spans.d_sae
+    d_sae = gate_and_rows.d_sae
     n_tiles = tl.cdiv(n_tokens, BLOCK_B) * tl.cdiv(d_sae, BLOCK_S)
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         start_b, start_s = start_of_tile(tile, n_tokens, d_sae, BLOCK_B, BLOCK_S, GROUP_B)
@@ -52,7 +52,7 @@ def _list_descriptors_kernel(
             x = x_desc.load([start_b, start_d])
             W_enc = W_enc_desc.load([start_s, start_d])
             product = tl.dot(x, W_enc.T, product)
-        list_tile(product, start_b, start_s, gate_and_spans, first_feature, n_tokens, RUN, LANES)
+        list_tile(product, start_b, start_s, gate_and_rows, first_feature, n_tokens, RUN, LANES)
 
 
 def _unfit(name: str, matrix: Tensor) -> str:

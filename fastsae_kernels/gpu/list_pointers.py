@@ -25,7 +25,7 @@ from fastsae_kernels.gpu.tiles import matrix_of, start_of_tile, tile_product
 def _list_pointers_kernel(
     x,  # Matrix [B, D]
     W_enc,  # Matrix [D, S]
-    gate_and_spans,  # GateAndSpans
+    gate_and_rows,  # GateAndRows
     first_feature,
     n_tokens,
     d_in,
@@ -38,7 +38,7 @@ def _list_pointers_kernel(
     LANES: tl.constexpr,
 ):
     """Program owns one tile: BLOCK_B tokens, BLOCK_S features; it lists the entries of that tile."""
-    d_sae = gate_and_spans.d_sae
+    d_sae = gate_and_rows.d_sae
     start_b, start_s = start_of_tile(tl.program_id(0), n_tokens, d_sae, BLOCK_B, BLOCK_S, GROUP_B)
     rows = (start_b + tl.arange(0, BLOCK_B)) % n_tokens  # wrap around rather than mask: the loop stays free of masks
     columns = (start_s + tl.arange(0, BLOCK_S)) % d_sae
@@ -46,7 +46,7 @@ def _list_pointers_kernel(
         x.rows, rows, x.stride_row, x.stride_column, W_enc.rows, columns, W_enc.stride_row, W_enc.stride_column, d_in,
         BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D,
     )  # fmt: skip
-    list_tile(product, start_b, start_s, gate_and_spans, first_feature, n_tokens, RUN, LANES)
+    list_tile(product, start_b, start_s, gate_and_rows, first_feature, n_tokens, RUN, LANES)
 
 
 def refuses(x: Tensor, W_enc: Tensor) -> str:

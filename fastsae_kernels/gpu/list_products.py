@@ -30,7 +30,7 @@ DENSE_SHARE = 0.03
 @triton.jit(do_not_specialize=["n_tokens", "first_feature"])
 def _list_products_kernel(
     product_ptr,  # [B, S] fp32, contiguous
-    gate_and_spans,  # GateAndSpans
+    gate_and_rows,  # GateAndRows
     first_feature,
     n_tokens,
     BLOCK_B: tl.constexpr,
@@ -39,14 +39,14 @@ def _list_products_kernel(
     LANES: tl.constexpr,
 ):
     """Program owns one tile of the product and appends its entries."""
-    d_sae = gate_and_spans.d_sae
+    d_sae = gate_and_rows.d_sae
     tiles_s = tl.cdiv(d_sae, BLOCK_S)
     start_b, start_s = tl.program_id(0) // tiles_s * BLOCK_B, tl.program_id(0) % tiles_s * BLOCK_S
     offs_b, offs_s = start_b + tl.arange(0, BLOCK_B), start_s + tl.arange(0, BLOCK_S)
     mask = (offs_b < n_tokens)[:, None] & (offs_s < d_sae)[None, :]
     # int64: row * d_sae can pass 2^31
     product = tl.load(product_ptr + offs_b.to(tl.int64)[:, None] * d_sae + offs_s[None, :], mask=mask, other=0.0)
-    list_tile(product, start_b, start_s, gate_and_spans, first_feature, n_tokens, RUN, LANES)
+    list_tile(product, start_b, start_s, gate_and_rows, first_feature, n_tokens, RUN, LANES)
 
 
 def _fp32_products_use_tf32() -> bool:

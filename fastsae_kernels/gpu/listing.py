@@ -11,7 +11,7 @@ A row of the tile is cut into strips, each of the columns that one thread holds 
 `RUN * LANES`. So nothing travels between threads. Each strip becomes a bit mask, takes its slots from the cursor of the row by
 one atomic, and writes its entries from the lowest bit to the highest; the loop runs as often as the fullest strip of the
 tile has entries, once or twice where features are sparse. `RUN` and `LANES` tell how the matrix unit of an architecture
-deals out its result; with wrong ones the result is the same, and slower. The cursor moves on past the end of the row's span
+deals out its result; with wrong ones the result is the same, and slower. The cursor moves on past the row's last slot
 while the stores stop, so it counts the true number of entries and an overflow is never silent.
 """
 
@@ -30,14 +30,14 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # every value that is listed reac
 WORD = tl.constexpr(16)  # bits of a mask whose sum as fp32 is exact
 
 
-class GateAndSpans(NamedTuple):
-    """What a tile of the product is gated with, and the rows' spans that its entries go to; a kernel sees pointers."""
+class GateAndRows(NamedTuple):
+    """What a tile of the product is gated with, and the rows whose slots its entries go to; a kernel sees pointers."""
 
     b_enc: Tensor  # [S]
     threshold: Tensor  # [S] fp32
-    row_ends: Tensor  # [B] int32: where the span of each row ends
+    row_ends: Tensor  # [B] int32: where the slots of each row end
     bounds: Tensor | None  # [B] fp32: smaller entries of a row are left out; where positive, its window too
-    cursors: Tensor  # [B] int32: where each span starts; moves on by every entry, also those that find no slot
+    cursors: Tensor  # [B] int32: the next slot of each row; moves on by every entry, also those that find no slot
     entries: Tensor  # [nnz] int64: index and bits of the value
     half_bandwidth: float
     d_sae: int  # S
@@ -72,11 +72,11 @@ class Listing(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         """What every listing kernel takes beside the operands of its product."""
-        gate_and_spans = GateAndSpans(
+        gate_and_rows = GateAndRows(
             self.b_enc, self.threshold, self.row_ends, self.bounds, self.cursors, self.entries, self.bandwidth / 2,
             self.W_enc.shape[1],
         )  # fmt: skip
-        return {"gate_and_spans": gate_and_spans, "first_feature": self.first_feature, "n_tokens": self.x.shape[0]}
+        return {"gate_and_rows": gate_and_rows, "first_feature": self.first_feature, "n_tokens": self.x.shape[0]}
 
 
 @triton.jit
@@ -112,13 +112,13 @@ def list_tile(
     product,  # [BLOCK_B, BLOCK_S] fp32, x @ W_enc
     start_b,  # its first token
     start_s,  # its first feature, counted from the first column of W_enc
-    gate_and_spans,  # GateAndSpans
+    gate_and_rows,  # GateAndRows
     first_feature,  # index of the first column of W_enc
     n_tokens,
     RUN: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Append the entries of one tile, which may reach past the last token and the last feature, to the rows' spans."""
+    """Append the entries of one tile, which may reach past the last token and the last feature, to their rows."""
     BLOCK_B: tl.constexpr = product.shape[0]
     BLOCK_S: tl.constexpr = product.shape[1]
     STRIPS: tl.constexpr = BLOCK_B * LANES
@@ -126,18 +126,18 @@ def list_tile(
     BITS: tl.constexpr = min(WORD, WIDTH)
     WORDS: tl.constexpr = WIDTH // BITS
 
-    d_sae = gate_and_spans.d_sae
+    d_sae = gate_and_rows.d_sae
     offs_s = tl.arange(0, BLOCK_S)
     columns = tl.minimum(start_s + offs_s, d_sae - 1)
-    hidden_pre = product + tl.load(gate_and_spans.b_enc + columns).to(tl.float32)[None, :]
-    threshold = tl.load(gate_and_spans.threshold + columns)
+    hidden_pre = product + tl.load(gate_and_rows.b_enc + columns).to(tl.float32)[None, :]
+    threshold = tl.load(gate_and_rows.threshold + columns)
     # a NaN of hidden_pre is listed, one of the threshold is not
     threshold = tl.where(threshold != threshold, float("inf"), threshold)[None, :]
-    _, window = gate(hidden_pre, threshold, gate_and_spans.half_bandwidth)
+    _, window = gate(hidden_pre, threshold, gate_and_rows.half_bandwidth)
     value = tl.where(hidden_pre <= threshold, tl.where(window, 0.0, NOT_LISTED), hidden_pre)
     bound = LOWEST
-    if gate_and_spans.bounds is not None:
-        bound = tl.load(gate_and_spans.bounds + tl.minimum(start_b + tl.arange(0, BLOCK_B), n_tokens - 1))[:, None]
+    if gate_and_rows.bounds is not None:
+        bound = tl.load(gate_and_rows.bounds + tl.minimum(start_b + tl.arange(0, BLOCK_B), n_tokens - 1))[:, None]
     bit = 1 << (offs_s // (RUN * LANES) * RUN + offs_s % RUN) % BITS
     bits = tl.where(value < bound, 0.0, bit.to(tl.float32)[None, :])  # NaN stays
     # a sum of fp32, for LLVM would gather one of integers by way of the stack
@@ -156,13 +156,13 @@ def list_tile(
     words &= (1 << tl.minimum(tl.maximum(inside[:, None] - first_bit, 0), BITS)) - 1
 
     count = tl.sum(_popcount(words), 1)
-    slot = tl.atomic_add(gate_and_spans.cursors + rows, count, mask=count > 0, sem="relaxed")
-    end = tl.minimum(tl.load(gate_and_spans.row_ends + rows), slot + count)
+    slot = tl.atomic_add(gate_and_rows.cursors + rows, count, mask=count > 0, sem="relaxed")
+    end = tl.minimum(tl.load(gate_and_rows.row_ends + rows), slot + count)
     # over two dimensions, for Triton 3.6 cannot compile the maximum of a vector that comes from tensor memory (sm_100)
     for _ in range(0, tl.max(count[:, None])):
         lowest = first_bit + _popcount(~words & (words - 1))
         at = tl.min(tl.where(words != 0, lowest, WIDTH), 1)
         words = tl.where(lowest == at[:, None], words & (words - 1), words)
         index = first_feature + start_s + column + at // RUN * (RUN * LANES) + at % RUN
-        tl.store(gate_and_spans.entries + slot, pack_entry(index, _pick(value, at)), mask=slot < end)
+        tl.store(gate_and_rows.entries + slot, pack_entry(index, _pick(value, at)), mask=slot < end)
         slot += 1

@@ -110,7 +110,7 @@ def _overflow_select_kernel(
     kth = kth.to(tl.int32)
     n_active = tl.zeros((BLOCK_B,), dtype=tl.int32)
     slot = tl.zeros((BLOCK_B,), dtype=tl.int32)
-    ties = tl.where(kth > 0, k - above, 0)  # that still find a place: the first ones; what is inactive finds none
+    ties = tl.where(kth > 0, k - above, 0)  # that are still kept: the first ones; nothing inactive is
     for start in range(0, operands.d_sae, BLOCK_S):
         offs_s = start + tl.arange(0, BLOCK_S)
         bits, hidden_pre = active_bits(operands, rows, offs_s, BLOCK_B, BLOCK_S, BLOCK_D, EVEN_D)

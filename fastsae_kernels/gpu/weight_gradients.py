@@ -1,4 +1,4 @@
-"""What a GPU pass leaves of its weight gradients: the entries that `adam` sums inside its own visit of each row.
+"""What a GPU pass leaves of its weight gradients: the entries that `adam` sums while it updates each row.
 
     grad_W[j] = sum over the entries e of feature j of  weight_e * vector[token_e]   + extra[j]
 

@@ -243,7 +243,7 @@ def test_any_strides_and_rows_of_one_span() -> None:
 
 
 def test_rows_that_rest_are_free_and_exact() -> None:
-    """With beta1 = 0 untouched rows keep every bit, and all ends as in a dense Adam that visits them."""
+    """With beta1 = 0 untouched rows keep every bit, and all ends as in a dense Adam that updates them."""
     param = unit_rows()
     fused, truth, eager = three_ways(param, 0.0, lazy=True)
     last_touched = torch.zeros(N_FEATURES, dtype=torch.int32)

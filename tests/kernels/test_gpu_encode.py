@@ -53,12 +53,12 @@ class Listed(NamedTuple):
     """What one listing found."""
 
     values: Tensor  # [N, d_sae], 0 where nothing is listed
-    listed: Tensor  # [N, d_sae] bool: stored in the row's span
+    listed: Tensor  # [N, d_sae] bool: stored in the row's slots
     counts: Tensor  # [N] how far the cursors moved
 
 
 def run(kernel: str, p: problems.Problem, *, capacity: int | None = None, first: int = 0, **options: Any) -> Listed:
-    """List the entries of a problem through one kernel, into spans of `capacity`."""
+    """List the entries of a problem through one kernel, into rows of `capacity` slots."""
     from fastsae_kernels.gpu.choice import use_listing
     from fastsae_kernels.gpu.encode import list_entries
 
@@ -74,9 +74,9 @@ def run(kernel: str, p: problems.Problem, *, capacity: int | None = None, first:
         )  # fmt: skip
     counts = (cursors - offsets[:-1]).cpu()
     values, listed = torch.zeros(n_tokens, d_sae), torch.zeros(n_tokens, d_sae, dtype=torch.bool)
-    for row, span in enumerate(entries.cpu().view(n_tokens, capacity)):
-        stored = span[: int(counts[row])]
-        assert (span[len(stored) :] == -1).all(), "an entry in a place that no cursor passed"
+    for row, slots in enumerate(entries.cpu().view(n_tokens, capacity)):
+        stored = slots[: int(counts[row])]
+        assert (slots[len(stored) :] == -1).all(), "an entry in a slot that no cursor passed"
         index = (stored >> 32) - first
         assert len(set(index.tolist())) == len(index), "an entry twice"
         values[row, index] = stored.int().view(torch.float32)
@@ -85,7 +85,7 @@ def run(kernel: str, p: problems.Problem, *, capacity: int | None = None, first:
 
 
 def expected(p: problems.Problem, bounds: Tensor | None = None) -> Listed:
-    """The same by the dense fp64 reference, spans long enough."""
+    """The same by the dense fp64 reference, with slots enough."""
     pre = reference.hidden_pre(p.x.double(), p.W_enc.double(), p.b_enc.double())
     active = pre > p.threshold.double()
     window = (pre - p.threshold.double()).abs() < p.spec.bandwidth / 2
@@ -177,7 +177,7 @@ def test_overflow_counts_on_and_fills_the_span(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_range_of_features_continues_the_rows(kernel: str) -> None:
-    """Two ranges into the same spans list what one call over all features does."""
+    """Two ranges into the same rows list what one call over all features does."""
     from fastsae_kernels.gpu.choice import use_listing
     from fastsae_kernels.gpu.encode import list_entries
 

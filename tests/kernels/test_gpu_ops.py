@@ -26,8 +26,8 @@ def few_programs() -> Iterator[None]:
 def entries_of(acts: SparseActs) -> list[list[int]]:
     """Listed features of each row, in their order."""
     counts = acts.row_offsets.diff() if acts.row_counts is None else acts.row_counts
-    spans = zip(acts.row_offsets.tolist(), counts.tolist(), strict=False)
-    return [acts.indices[start : start + count].tolist() for start, count in spans]
+    rows = zip(acts.row_offsets.tolist(), counts.tolist(), strict=False)
+    return [acts.indices[start : start + count].tolist() for start, count in rows]
 
 
 @pytest.mark.parametrize("capacity", [256, 4], ids=["fits", "is repeated"])

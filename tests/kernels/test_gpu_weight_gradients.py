@@ -13,7 +13,7 @@ from fastsae_kernels import SparseActs
 
 pytestmark = needs_kernels
 
-N_TOKENS, N_FEATURES, D_IN, SPAN = 6, 7, 10, 4
+N_TOKENS, N_FEATURES, D_IN, CAPACITY = 6, 7, 10, 4
 
 
 @pytest.fixture(autouse=True)
@@ -23,12 +23,12 @@ def few_programs() -> Iterator[None]:
 
 
 def make_acts() -> SparseActs:
-    """Rows of one span, the last places padding."""
+    """Rows of one length, whose last slots are padding."""
     counts = torch.tensor([4, 0, 2, 3, 1, 4])
-    valid = torch.arange(SPAN) < counts[:, None]
-    indices = torch.stack([torch.randperm(N_FEATURES)[:SPAN].sort().values for _ in counts])
-    values = torch.rand(N_TOKENS, SPAN) * valid
-    tensors = (torch.arange(0, N_TOKENS * SPAN + 1, SPAN), (indices * valid).flatten().int(), values.flatten())
+    valid = torch.arange(CAPACITY) < counts[:, None]
+    indices = torch.stack([torch.randperm(N_FEATURES)[:CAPACITY].sort().values for _ in counts])
+    values = torch.rand(N_TOKENS, CAPACITY) * valid
+    tensors = (torch.arange(0, N_TOKENS * CAPACITY + 1, CAPACITY), (indices * valid).flatten().int(), values.flatten())
     return SparseActs(*(t.to(DEVICE) for t in tensors), (N_TOKENS, N_FEATURES), counts.to(DEVICE))
 
 
@@ -47,9 +47,9 @@ def test_clears_where_the_flag_is_set(dtype: torch.dtype, n: int, monkeypatch: p
 
 
 @pytest.mark.parametrize("n_overflow", [None, 0, 2], ids=lambda n: f"{n} overflowed")
-@pytest.mark.parametrize("span", [None, SPAN], ids=["tokens", "span"])
+@pytest.mark.parametrize("row_length", [None, CAPACITY], ids=["tokens", "row_length"])
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled rows"])
-def test_share_is_the_dense_gradient(scaled: bool, span: int | None, n_overflow: int | None) -> None:
+def test_share_is_the_dense_gradient(scaled: bool, row_length: int | None, n_overflow: int | None) -> None:
     """Whatever an earlier step left in the buffer."""
     from fastsae_kernels.gpu.feature_sums import feature_order
     from fastsae_kernels.gpu.weight_gradients import gpu_share
@@ -62,7 +62,7 @@ def test_share_is_the_dense_gradient(scaled: bool, span: int | None, n_overflow:
     buffer = torch.full((N_FEATURES * (2 * D_IN + 1),), torch.nan, device=DEVICE)
     flag = None if n_overflow is None else torch.tensor([n_overflow], dtype=torch.int32, device=DEVICE)
     share = gpu_share(
-        feature_order(acts, span),
+        feature_order(acts, row_length),
         acts.values,
         grad_hidden_pre.to(DEVICE),
         x.to(DEVICE),

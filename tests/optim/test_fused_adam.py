@@ -261,17 +261,17 @@ def on_kernels(capacity: int, overflowed: list[int]) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("road", ["cpu", pytest.param("triton", marks=needs_kernels)])
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=needs_kernels)])
 @pytest.mark.parametrize(
     ("betas", "clip", "normalize"),
     [((0.9, 0.999), None, False), ((0.9, 0.999), 0.5, True), ((0.0, 0.9), None, True), ((0.0, 0.9), 0.5, False)],
     ids=str,
 )
-def test_steps_of_every_kind(betas: tuple[float, float], clip: float | None, normalize: bool, road: Backend) -> None:
+def test_steps_of_every_kind(betas: tuple[float, float], clip: float | None, normalize: bool, backend: Backend) -> None:
     """Rows overflow in some steps; accumulated, dense and mixed steps between, changed rates and weights, swapped states."""
     options = {"lr": 3e-3, "betas": betas, "max_grad_norm": clip, "normalize_decoder": normalize}
     fused, unfused, exact = trio(**options, compute_dtype=torch.float16)
-    fused.sae.to(DEVICE if road == "triton" else "cpu")
+    fused.sae.to(DEVICE if backend == "triton" else "cpu")
     overflowed: list[int] = []
 
     def step(optimizer: Any, at: int, backend: Backend) -> None:
@@ -294,9 +294,9 @@ def test_steps_of_every_kind(betas: tuple[float, float], clip: float | None, nor
         for optimizer in (unfused, exact):
             step(optimizer, at, "cpu")
         capacity = (D_SAE - 1, 4, D_SAE // 2)[at % 3]
-        with on_kernels(capacity, overflowed) if road == "triton" else nullcontext():
-            step(fused, at, road)
-        leaves_grad = at in (6, 12, 14, 20) or (at == 5 and road == "triton")
+        with on_kernels(capacity, overflowed) if backend == "triton" else nullcontext():
+            step(fused, at, backend)
+        leaves_grad = at in (6, 12, 14, 20) or (at == 5 and backend == "triton")
         assert (matrices[0].grad is not None) == leaves_grad
         assert_as_close_as_rounding_allows(fused, unfused, exact)
         for p, version in zip(matrices, versions, strict=True):
@@ -311,8 +311,8 @@ def test_steps_of_every_kind(betas: tuple[float, float], clip: float | None, nor
             fused = FusedSAEAdam(fused.sae, **options, compute_dtype=torch.float16)  # type: ignore[arg-type]
             fused.load_state_dict(theirs)
             unfused.optimizer.load_state_dict(ours)
-    assert len(overflowed) == (22 if road == "triton" else 0)
-    assert road == "cpu" or 5 < sum(n > 0 for n in overflowed) < 17
+    assert len(overflowed) == (22 if backend == "triton" else 0)
+    assert backend == "cpu" or 5 < sum(n > 0 for n in overflowed) < 17
     if betas[0] == 0:
         assert min(last_step.min() for last_step in fused._owed.last_step.values()) < 24
 
