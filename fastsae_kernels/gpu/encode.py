@@ -101,7 +101,7 @@ def list_all_entries(
     nnz: int,
     bandwidth: float,
 ) -> tuple[Tensor, Tensor]:
-    """`counts [N]` int32, entries that found no slot included, and `entries [nnz]` int64; `row_offsets` gives each row its slots."""
+    """`counts [N]` int32, entries that found no slot included, and `entries [nnz]` int64, in each row's slots (`row_offsets`)."""
     starts, ends = row_offsets[:-1], row_offsets[1:]
     cursors = starts.clone()
     entries = torch.empty(nnz, dtype=torch.int64, device=x.device)
