@@ -47,28 +47,21 @@ def texts(results: list[Result], folder: Path, readme: Path) -> dict[Path, str]:
     link = Path(os.path.relpath(folder, readme.parent)).as_posix()
     blocks = {folder / "README.md": all_tables(results), readme: headline_table(results, link)}
     values = figures(results)
-    return {path: with_figures(with_block(path, block), path, values) for path, block in blocks.items()}
+    return {path: _filled_in(path, block, values) for path, block in blocks.items()}
 
 
-def with_block(readme: Path, block: str) -> str:
-    """Returns a README's text with the block between its markers.
+def _filled_in(readme: Path, block: str, values: dict[str, str]) -> str:
+    """Returns a README's text with the block between its markers, and each figure between its own.
 
     Raises:
-        ReportError: There is no README, or not exactly one pair of markers.
+        ReportError: There is no README, or not exactly one pair of markers for the block; a figure's marker has no pair, or
+            names what is no figure, or one that the results do not tell.
     """
     before, begin, rest = _read(readme).partition(BEGIN)
     old, end, after = rest.partition(END)
     if not (begin and end) or any(marker in before + old + after for marker in (BEGIN, END)):
         raise ReportError(f"{readme}: one {BEGIN} and, below it, one {END} must stand there")
-    return f"{before}{BEGIN}\n{block}{END}{after}"
-
-
-def with_figures(text: str, readme: Path, values: dict[str, str]) -> str:
-    """Returns a README's text with the figure between each pair of markers.
-
-    Raises:
-        ReportError: A marker has no pair, or names what is no figure, or one that the results do not tell.
-    """
+    text = f"{before}{BEGIN}\n{block}{END}{after}"
     names = FIGURE.findall(text)
     if not len(names) == text.count(OPEN) == text.count(CLOSE):
         raise ReportError(f"{readme}: a figure stands between '{OPEN}NAME -->' and '{CLOSE}'; one of them has no pair")

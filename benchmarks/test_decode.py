@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import fastsae_kernels as kernels
 from benchmarks.floor import DTYPES, Work, gathered_bytes
-from benchmarks.harness import Case, Provider, cases_and_providers
+from benchmarks.harness import Case, Provider, benchmark_of
 from benchmarks.shapes import DEVICE, HEADLINE, SHAPES, Shape
 from fastsae_kernels import SparseActs
 
@@ -89,6 +89,4 @@ def case(shape_name: str, dtype: str) -> Case:
     return Case("decode", shape_name, SHAPES[shape_name], providers, dtype, partial(work, SHAPES[shape_name]))
 
 
-@cases_and_providers([case(shape_name, dtype) for shape_name in DECODE_SHAPES for dtype in ("fp32", "bf16")])
-def test_decode(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
-    timed(case, provider)
+test_decode = benchmark_of([case(shape_name, dtype) for shape_name in DECODE_SHAPES for dtype in ("fp32", "bf16")])

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 import fastsae_kernels as kernels
 from benchmarks.floor import DTYPES, encode_work
-from benchmarks.harness import Call, Case, Provider, cases_and_providers
+from benchmarks.harness import Call, Case, Provider, benchmark_of
 from benchmarks.shapes import CPU_SHAPES, DEVICE, GPU_SHAPES, HEADLINE, Shape, threshold_for
 from fastsae_kernels import SparseActs
 
@@ -154,6 +154,4 @@ CASES = [
 ]
 
 
-@cases_and_providers(CASES)
-def test_encode(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
-    timed(case, provider)
+test_encode = benchmark_of(CASES)

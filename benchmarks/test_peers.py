@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from benchmarks.floor import encode_work, step_work
-from benchmarks.harness import Call, Case, Provider, cases_and_providers
+from benchmarks.harness import Call, Case, Provider, benchmark_of
 from benchmarks.peers import PEERS, Peer, accelerated, own, why_not
 from benchmarks.result import PEERS as OPERATION
 from benchmarks.shapes import CPU_SHAPES, DEVICE, GPU_SHAPES, HEADLINE, Shape, tokens
@@ -39,6 +39,4 @@ def case(peer: Peer, shape_name: str) -> Case:
     return Case(OPERATION, shape_name, shape, providers, work=work, subject=f"{peer.package} {peer.what}", goal=goal)
 
 
-@cases_and_providers([case(peer, shape_name) for shape_name in PEER_SHAPES for peer in PEERS])
-def test_peer(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
-    timed(case, provider)
+test_peer = benchmark_of([case(peer, shape_name) for shape_name in PEER_SHAPES for peer in PEERS])

@@ -15,7 +15,7 @@ from torch import Tensor
 import fastsae_kernels as kernels
 from benchmarks.baselines import L0_COEFFICIENT, Loss, compiled, dense_loss, in_bf16, in_tf32
 from benchmarks.floor import step_work
-from benchmarks.harness import Call, Case, Provider, cases_and_providers
+from benchmarks.harness import Call, Case, Provider, benchmark_of
 from benchmarks.shapes import DEVICE, EARLY_SHAPES, HEADLINE, SHAPES, Shape, tokens, too_large
 from benchmarks.steps import MAX_GRAD_NORM, Forward, Make, Step, Training, check, fused_step, make_sae, plain_step
 from fastsae import FusedJumpReLUSAE, FusedSAEAdam
@@ -162,21 +162,7 @@ OPTIMISER_NAMES = tuple(SHAPES) if DEVICE == "cuda" else (*STEP_NAMES, "gemma-2-
 OPTIMISER_CASES = [case(name, shape, SHAPES[shape]) for name in list(OPERATIONS)[2:] for shape in OPTIMISER_NAMES]
 
 
-@cases_and_providers(STEPS)
-def test_whole_step(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
-    timed(case, provider)
-
-
-@cases_and_providers(PASSES)
-def test_forward_backward(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
-    timed(case, provider)
-
-
-@cases_and_providers(SCALING)
-def test_scaling(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
-    timed(case, provider)
-
-
-@cases_and_providers(OPTIMISER_CASES)
-def test_optimiser(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
-    timed(case, provider)
+test_whole_step = benchmark_of(STEPS)
+test_forward_backward = benchmark_of(PASSES)
+test_scaling = benchmark_of(SCALING)
+test_optimiser = benchmark_of(OPTIMISER_CASES)
