@@ -24,19 +24,12 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16} 
 
 @dataclass(frozen=True)
 class Work:
-    """What an operation cannot do without.
+    """What an operation cannot do without."""
 
-    Args:
-        flops: How many its dense products take.
-        product_dtype: The name of the dtype in which they may run without changing the result.
-        n_bytes: How many bytes are read and written, each once.
-        gathered_bytes: How many bytes of rows the entries gather, where no cache holds a row that was read before.
-    """
-
-    flops: float
-    product_dtype: str
-    n_bytes: float
-    gathered_bytes: float = 0.0
+    flops: float  # of its dense products
+    product_dtype: str  # in which they may run without changing the result
+    n_bytes: float  # read and written, each once
+    gathered_bytes: float = 0.0  # of rows that the entries read, where no cache holds a row that was read before
 
     def floor_s(self, with_gathers: bool = False) -> float:
         """Returns the seconds of the products and of the bytes, one after the other."""
@@ -96,13 +89,12 @@ def product_tflop_per_s(dtype: str) -> float:
 
 
 def _best_seconds(call: Callable[[], object]) -> float:
+    wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
     seconds = []
     for _ in range(CALLS + 1):
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
         call()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        wait()
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])

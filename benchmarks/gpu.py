@@ -44,14 +44,12 @@ LAST_WORDS_S = 10.0  # for what failed so far, when a process is stopped
 NEEDED = {"triton": "triton", "numpy": "numpy", "safetensors": "safetensors", "pytest": "pytest",
           "pytest_benchmark": "pytest-benchmark"}  # fmt: skip
 # what compiles most comes first, or at the end all others would wait for it; of some files, the few tests that use the GPU
+KERNEL_TESTS = (
+    "gpu_topk gpu_residual gpu_autoencode gpu_graphs gpu_backward gpu_adam gpu_encode gpu_overflow gpu_ops "
+    "gpu_weight_gradients gpu_choice gpu_ranges rank_scale tune"
+)
 TESTS = {
-    **{
-        f"tests/kernels/test_{name}.py": ""
-        for name in (
-            "gpu_topk gpu_residual gpu_autoencode gpu_graphs gpu_backward gpu_adam gpu_encode gpu_overflow gpu_ops "
-            "gpu_weight_gradients gpu_choice gpu_ranges rank_scale tune"
-        ).split()
-    },
+    **{f"tests/kernels/test_{name}.py": "" for name in KERNEL_TESTS.split()},
     "tests/optim/test_fused_adam.py": "triton",
     "tests/optim/test_pending_gradients.py": "kernels",
     "tests/kernels/test_residual.py": "triton",
@@ -151,10 +149,9 @@ def missing() -> str:
 
 def describe_machine(commit: str) -> None:
     """Says what runs here, and what may be in the way."""
-    properties = torch.cuda.get_device_properties(0)
-    print(f"{properties.name}, compute capability {properties.major}.{properties.minor}, ", end="")
-    print(f"{properties.total_memory / 2**30:.0f} GiB; torch {torch.__version__}, CUDA {torch.version.cuda}, ", end="")
-    print(f"commit {commit}", flush=True)
+    gpu = torch.cuda.get_device_properties(0)
+    memory = f"compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+    print(f"{gpu.name}, {memory}; torch {torch.__version__}, CUDA {torch.version.cuda}, commit {commit}", flush=True)
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         print("Python.h is missing: Triton may fail to build its launcher (Debian: python3-dev)", flush=True)
 

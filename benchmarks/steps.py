@@ -23,19 +23,12 @@ Forward = Callable[[Tensor], Tensor]
 
 
 class Training(NamedTuple):
-    """An SAE that is ready to be trained, or to be run.
-
-    Args:
-        module: The SAE.
-        step: One training step; at inference it returns the reconstruction.
-        loss: Returns the loss of a batch; None at inference.
-        target: What `fastsae.accelerate` takes, of a peer.
-    """
+    """An SAE that is ready to be trained, or to be run."""
 
     module: nn.Module
-    step: Step
-    loss: Forward | None = None
-    target: Any = None
+    step: Step  # at inference it returns the reconstruction
+    loss: Forward | None = None  # of a batch; None at inference
+    target: Any = None  # what `fastsae.accelerate` takes, of a peer
 
 
 Make = Callable[[Shape, torch.dtype], Training]
@@ -52,11 +45,7 @@ def plain_step(
 ) -> Step:
     """Returns a step that finds gradients in `.grad`.
 
-    Args:
-        sae: The SAE that it trains.
-        forward: Returns the loss.
-        optimizer: The optimiser of its parameters.
-        clipped: Whether the decoder's gradient is projected, all are clipped, and the decoder's rows have unit norm after it.
+    Where it is `clipped`, the decoder's gradient is projected, all are clipped, and the decoder's rows have unit norm after it.
     """
 
     def step(x: Tensor) -> None:
@@ -129,7 +118,7 @@ def check(make: Make, shape: Shape, baseline: Make, exact: Make, architecture: s
         make: Makes what is compared.
         shape: The shape, of which a part is compared where it is large.
         baseline: Makes the same as one writes it in PyTorch, or as the peer has it, in the dtype of `make`.
-        exact: Makes what is exact in fp64.
+        exact: Makes what gives the right numbers when it computes in fp64.
         architecture: "jumprelu" or "topk".
     """
     part = checked(shape)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
 import fastsae_kernels as kernels
 from benchmarks.baselines import L0_COEFFICIENT, Loss, compiled, dense_loss, in_bf16, in_tf32
@@ -33,14 +32,6 @@ def fused(sae: SAE) -> Forward:
     return lambda x: sae.training_forward(x, L0_COEFFICIENT).loss
 
 
-def in_tiles(sae: SAE) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        with kernels.use_backend("dense"):
-            return fused(sae)(x)
-
-    return forward
-
-
 LOSSES: dict[str, Callable[[SAE], Forward]] = {
     "dense eager fp32": partial(dense, lambda: dense_loss),
     "dense compiled fp32": partial(dense, lambda: compiled(dense_loss)),
@@ -52,7 +43,7 @@ LOSSES: dict[str, Callable[[SAE], Forward]] = {
     } if DEVICE == "cuda" else {}),
     "fused fp32": fused,
     "fused bf16": lambda sae: in_bf16(fused(sae)),
-    "dense in tiles fp32": in_tiles,
+    "dense in tiles fp32": lambda sae: kernels.use_backend("dense")(fused(sae)),
 }  # fmt: skip
 COSTLY = ("dense eager bf16", "dense in tiles fp32")
 
