@@ -12,7 +12,7 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,26 +28,20 @@ FILE = pytest.StashKey[ResultFile]()
 NO_TIME = "no time left"
 # an even number has each setting of the allocator as often; the largest is reached where there is time
 FEWEST_ROUNDS, MOST_ROUNDS = 4, 6
-ROUNDS_S = {"full": 1200.0, "small": 90.0}  # the seconds after which no round begins but the fewest
+# the seconds after which no round begins but the fewest; the epoch, whole runs and what is measured again come after them
+ROUNDS_S = {"full": 1200.0, "small": 90.0}
 MOST_EXTRA_ROUNDS = 4  # a group whose times are unsteady is measured again so often at most
 
 
 class Run:
-    """The groups of a run, and their rows.
-
-    Args:
-        rounds_s: The seconds after which no round begins but the fewest.
-        last_s: The seconds after which nothing begins; groups that have not begun by then are skipped and named.
-        say: Tells the user what is measured.
-        save: Takes all rows so far, after each round of a group.
-    """
+    """The groups of a run, and their rows."""
 
     def __init__(
         self,
-        rounds_s: float,
-        last_s: float = math.inf,
-        say: Callable[[str], None] = lambda text: None,
-        save: Callable[[list[Row]], None] = lambda rows: None,
+        rounds_s: float,  # after so many seconds no round begins but the fewest
+        last_s: float,  # after so many nothing begins; groups that have not begun by then are skipped and named
+        say: Callable[[str], None],  # tells the user what is measured
+        save: Callable[[list[Row]], None],  # takes all rows so far, after each round of a group
     ) -> None:
         self.rounds_s, self.last_s, self._say, self._save = rounds_s, last_s, say, save
         self._started = time.monotonic()
@@ -169,30 +163,25 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.fixture
-def timed_rows(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
-    """The rows of this run, to be added to."""
-    run = request.config.stash[RUN]
-    yield run.rows
-    run.save()
+def run(request: pytest.FixtureRequest) -> Run:
+    """This run, for benchmarks that add rows of their own."""
+    return request.config.stash[RUN]
 
 
 @pytest.fixture
-def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Case, str], None]:
+def timed(benchmark: Any, run: Run) -> Callable[[Case, str], None]:
     """Reports the time of a case's provider; fails where its numbers are wrong."""
-    return partial(request.config.stash[RUN].report, benchmark)
+    return partial(run.report, benchmark)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     run = config.stash[RUN]
     if run.late:
         terminalreporter.section(f"{NO_TIME} for {len(run.late)} groups")
-        for group in run.late:
-            terminalreporter.write_line(group)
+        terminalreporter.write_line("\n".join(run.late))
     if not run.rows or config.getoption("--benchmark-disable"):
         return
     terminalreporter.section("ratio to the baseline of each group (above 1: faster)")
-    for row in run.rows:
-        terminalreporter.write_line(row.line())
-    terminalreporter.write_line(str(Machine.here()))
+    terminalreporter.write_line("\n".join([*(row.line() for row in run.rows), str(Machine.here())]))
     if FILE in config.stash:
-        terminalreporter.write_line(f"written to {config.stash[FILE].path}")
+        terminalreporter.write_line(f"written to {config.stash[FILE].result.path}")

@@ -6,14 +6,14 @@ Both rates are measured here, in the same process, not taken from a data sheet.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import in_tf32
 from benchmarks.shapes import DEVICE, Shape
 
 COPY_BYTES = 2**28 if DEVICE == "cpu" else 2**31
@@ -68,6 +68,17 @@ def _fastest(dtype: str) -> str:
     return "bf16" if DEVICE == "cpu" and rounds(DTYPES[dtype]) else dtype
 
 
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """Computes fp32 products of the block, or of the function that it decorates, in tf32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @cache
 def copy_gb_per_s() -> float:
     """Bytes read and written per second by a copy that no cache holds."""
@@ -85,7 +96,7 @@ def product_tflop_per_s(dtype: str) -> float:
     def product() -> Tensor:
         return left @ right.t()
 
-    return 2 * n * d * m / _best_seconds(in_tf32(product) if dtype == "tf32" else product) / 1e12
+    return 2 * n * d * m / _best_seconds(tf32_products()(product) if dtype == "tf32" else product) / 1e12
 
 
 def _best_seconds(call: Callable[[], object]) -> float:

@@ -53,9 +53,8 @@ def times_as_fast(ratio: float | None) -> str:
 
 
 def why_no_time(row: Row) -> str:
-    return (
-        f"{'RED' if row.status == 'red' else 'skipped'}: {shorten(row.reason or '', LONGEST_REASON, placeholder=' …')}"
-    )
+    reason = shorten(row.reason or "", LONGEST_REASON, placeholder=" …")
+    return f"{'RED' if row.status == 'red' else 'skipped'}: {reason}"
 
 
 def time_of(row: Row | None, unit_s: float = 1e-3, unit: str = "", iqr: bool = False) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.conftest import RUN
 from benchmarks.harness import Call, Case, Group, Outcome, Provider, cases_and_providers, report
 from benchmarks.peers import PEERS, why_not
 from benchmarks.result import RUNS
@@ -117,13 +116,13 @@ CASES = [
 
 
 @cases_and_providers(CASES)
-def test_run(benchmark, request, timed_rows, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
+def test_run(benchmark: Any, pytestconfig: pytest.Config, run: Any, case: Case, provider: str) -> None:
     is_tiny = case in TINY
-    if is_tiny and request.config.getoption("--full"):
+    if is_tiny and pytestconfig.getoption("--full"):
         pytest.skip("larger runs show it")
     if case.group not in GROUPS:
-        group = GROUPS[case.group] = Runs(case, request.config.stash[RUN].save)
-        timed_rows += [outcome.row for outcome in group.outcomes.values()]
+        group = GROUPS[case.group] = Runs(case, run.save)
+        run.rows += [outcome.row for outcome in group.outcomes.values()]
         for _ in range(1 if is_tiny else ROUNDS):
             group.measure()
     report(benchmark, GROUPS[case.group], provider)
