@@ -1,6 +1,6 @@
 """Collects a row for each provider, prints them after a run, and writes them where `--results DIR` says.
 
-The first benchmark of a run measures all groups: it visits them in every round, in another order each time, so that no group
+The first benchmark of a run measures all groups: every round has each of them, in another order each time, so that no group
 always follows the same one. Groups whose times are unsteady after the last round are measured again. On a CPU only small shapes
 are measured, in less than three minutes; `--full`, or the names of files or tests, add the others. With `--minutes M` nothing
 begins after M minutes. The file is written anew after every round of a group, so that a run that ends early keeps what it has.
@@ -48,13 +48,13 @@ class Run:
         self.rows: list[Row] = []
         self.groups: dict[str, Group] = {}
         self.late: list[str] = []
-        self.to_visit: list[Case] = []
+        self.to_measure: list[Case] = []
 
     def report(self, benchmark: Any, case: Case, provider: str) -> None:
         """Reports the time of a case's provider; the first report measures all groups."""
-        cases, self.to_visit = self.to_visit, []
+        cases, self.to_measure = self.to_measure, []
         if cases:
-            self._measure(cases)
+            self._measure_all(cases)
         if case.group not in self.groups:
             self.late += [case.group] if case.group not in self.late else []
             pytest.skip(NO_TIME)
@@ -66,11 +66,13 @@ class Run:
     def _elapsed(self) -> float:
         return time.monotonic() - self._started
 
-    def _measure(self, cases: list[Case]) -> None:
+    def _measure_all(self, cases: list[Case]) -> None:
         for n in range(MOST_ROUNDS):
             started = time.monotonic()
             for at, case in enumerate(random.Random(n).sample(cases, len(cases)) if n else cases):
-                self._visit(case, f"round {n + 1} of {FEWEST_ROUNDS} to {MOST_ROUNDS}, {len(cases) - at} groups left")
+                self._measure_round(
+                    case, f"round {n + 1} of {FEWEST_ROUNDS} to {MOST_ROUNDS}, {len(cases) - at} groups left"
+                )
             # all further rounds or none, for an odd number would have one setting more often
             further_s = (time.monotonic() - started) * (MOST_ROUNDS - n - 1)
             if n + 1 >= FEWEST_ROUNDS and self._elapsed() + further_s > self.rounds_s:
@@ -79,10 +81,10 @@ class Run:
             for case in cases:
                 unsteady = self.groups[case.group].unsteady() if case.group in self.groups else []
                 if unsteady and self._elapsed() < self.rounds_s:
-                    self._visit(case, f"again, because of {', '.join(unsteady[1:] or unsteady)}", unsteady)
+                    self._measure_round(case, f"again, because of {', '.join(unsteady[1:] or unsteady)}", unsteady)
         gc.unfreeze()
 
-    def _visit(self, case: Case, why: str, providers: list[str] | None = None) -> None:
+    def _measure_round(self, case: Case, why: str, providers: list[str] | None = None) -> None:
         if self._elapsed() >= self.last_s:
             return
         self._say(f"{why}: {case.group}")
@@ -159,7 +161,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     cases = [_case(item) for item in session.items if "timed" in getattr(item, "fixturenames", ())]
     groups = {case.group: case for case in cases if case is not None}.values()
     # the headline comes first: where time runs out, it is not what is missing
-    session.config.stash[RUN].to_visit = sorted(groups, key=lambda case: case.operation != "whole step")
+    session.config.stash[RUN].to_measure = sorted(groups, key=lambda case: case.operation != "whole step")
 
 
 @pytest.fixture

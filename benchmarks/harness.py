@@ -3,9 +3,9 @@
 A machine's speed drifts: by a tenth in a minute, by more in a quarter of an hour, and one call differs from the next by up to a
 third, depending on where its arrays happen to lie. Some of the differences that count are smaller than that. So a group is
 measured in several rounds. A round makes every provider anew and times a few calls of each, in an order that changes from round
-to round; a run visits all its groups in every round, so that the rounds of a group are minutes apart. The spread in a row is
-that of all rounds, and a ratio compares two providers in the same round. Rounds have one setting of `benchmarks.allocator` in
-turn: a provider to which page faults cost time has the better one in its row.
+to round; every round of a run has all its groups, so that the rounds of a group are minutes apart. The spread in a row is that of
+all rounds, and a ratio compares two providers in the same round. Rounds have one setting of `benchmarks.allocator` in turn: a
+provider to which page faults cost time has the better one in its row.
 """
 
 from __future__ import annotations

@@ -97,7 +97,13 @@ def main(argv: list[str] | None = None, folder: Path = HERE, readme: Path = READ
         written = {path: text for path, text in texts(results, folder, readme).items() if _read(path) != text}
         to_draw, to_remove = stale_plots(results, plots)
         if is_check:
-            return _tell_stale([*written, *(plots / name for name in to_draw), *to_remove])
+            stale = [*written, *(plots / name for name in to_draw), *to_remove]
+            for path in stale:
+                print(f"stale: {path}", file=sys.stderr)
+            if stale:
+                raise ReportError("run `python -m benchmarks.report` and commit what it writes")
+            print("benchmarks.report: tables and plots are what the results give")
+            return 0
         if to_draw and find_spec("matplotlib") is None:  # before anything is written
             raise ReportError('the plots need matplotlib: pip install -e ".[plots]"')
     except ReportError as error:
@@ -111,16 +117,6 @@ def main(argv: list[str] | None = None, folder: Path = HERE, readme: Path = READ
     for path in to_remove:
         path.unlink()
         print(f"removed: {path}")
-    return 0
-
-
-def _tell_stale(paths: list[Path]) -> int:
-    for path in paths:
-        print(f"stale: {path}", file=sys.stderr)
-    if paths:
-        print("Run `python -m benchmarks.report` and commit what it writes.", file=sys.stderr)
-        return 1
-    print("benchmarks.report: tables and plots are what the results give")
     return 0
 
 

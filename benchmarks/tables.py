@@ -13,6 +13,7 @@ from benchmarks.allocator import DEFAULT
 from benchmarks.result import PEERS, RUNS, Result, Row, faster_by, fastest, lost
 from benchmarks.runs import PARTS
 from benchmarks.shapes import HEADLINE
+from fastsae_kernels.activity import MAX_DENSITY
 
 NONE = "-"
 LONGEST_REASON = 160
@@ -369,8 +370,6 @@ def figures(results: list[Result]) -> dict[str, str]:
 
 def max_density(result: Result) -> float:
     """Returns the share of active features up to which the ops of a step take the sparse path."""
-    from fastsae_kernels.activity import MAX_DENSITY
-
     return MAX_DENSITY["cuda" if result.machine.gpu else "cpu"]
 
 

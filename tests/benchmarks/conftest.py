@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,10 @@ def make_row() -> Callable[..., Row]:
 
 
 @pytest.fixture
-def bench_file(tmp_path: Path) -> Path:
-    """A file of benchmarks, with the options and fixtures of the real ones beside it."""
+def bench_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of benchmarks, with the options and fixtures of the real ones beside it; it refuses to run in a worker."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)  # those of the worker that runs the test
     path = tmp_path / "bench" / "test_tiny.py"
     path.parent.mkdir()
     path.write_text(BENCHMARKS)

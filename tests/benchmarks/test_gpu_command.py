@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,22 @@ from benchmarks import gpu
 from benchmarks.result import ROOT
 
 
-def test_without_a_device_it_says_what_to_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("has_gpu", "absent", "message"),
+    [
+        (False, "", "no CUDA device: on a CPU run `pytest benchmarks/"),
+        (True, "pytest_benchmark", "not installed: pytest-benchmark; run `pip install pytest-benchmark`\n"),
+        (True, "", "no C compiler"),
+    ],
+)
+def test_what_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, has_gpu: bool, absent: str, message: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name == absent else object())
+    monkeypatch.setenv("PATH", "")
     assert gpu.main([str(tmp_path / "results")]) == 2
-    assert capsys.readouterr().err.startswith("no CUDA device: on a CPU run `pytest benchmarks/")
+    assert capsys.readouterr().err.startswith(message)
     assert not (tmp_path / "results").exists()
 
 
@@ -49,15 +60,6 @@ def test_cublas_may_multiply_in_deterministic_mode(monkeypatch: pytest.MonkeyPat
     assert gpu.environment()["CUBLAS_WORKSPACE_CONFIG"] == os.environ["CUBLAS_WORKSPACE_CONFIG"]
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     assert gpu.environment()["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-
-
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name == "pytest_benchmark" else object())
-    assert gpu.missing() == "not installed: pytest-benchmark; run `pip install pytest-benchmark`"
-    monkeypatch.setattr(gpu, "find_spec", lambda name: object())
-    monkeypatch.setenv("PATH", "")
-    assert gpu.missing().startswith("no C compiler")
 
 
 @pytest.fixture

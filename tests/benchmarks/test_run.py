@@ -1,10 +1,9 @@
-"""A run visits each group in several rounds, minutes apart, and tells at any time what it knows."""
+"""A run measures each group in several rounds, minutes apart, and tells at any time what it knows."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
@@ -31,7 +30,7 @@ class Bench:
     """A run whose groups take so many seconds a round."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float, last_s: float = math.inf) -> None:
-        self.now, self.visited, self.saved, self.said = 0.0, [], [], []  # type: ignore[var-annotated]
+        self.now, self.measured, self.saved, self.said = 0.0, [], [], []  # type: ignore[var-annotated]
         self.unsteady: dict[str, int] = {}  # in how many rounds after the last a group's times are too far apart
         bench = self
 
@@ -39,30 +38,30 @@ class Bench:
             def measure(self, providers: Any = None) -> None:
                 name, outcome = self.case.shape_name, self.outcomes["it"]
                 bench.now += seconds
-                bench.visited.append(name)
+                bench.measured.append(name)
                 bench.unsteady[name] = bench.unsteady.get(name, 0) - (providers is not None)
                 outcome.rounds = {0: [1.0, 1.0, 100.0] if bench.unsteady[name] > 0 else [1.0, 1.0]}
                 outcome.fill_in(outcome)
 
         monkeypatch.setattr(conftest.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(conftest, "Group", Fake)
-        self.run = Run(1000.0, last_s, self.said.append, lambda rows: self.saved.append(len(self.visited)))
-        self.run.to_visit = list(CASES)
+        self.run = Run(1000.0, last_s, self.said.append, lambda rows: self.saved.append(len(self.measured)))
+        self.run.to_measure = list(CASES)
 
     def report(self, case: Case = CASES[0]) -> None:
         self.run.report(SimpleNamespace(_timer=None, pedantic=lambda call, rounds: None), case, "it")
 
 
-def test_each_round_visits_each_group_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_round_measures_each_group_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(monkeypatch, 1.0)
     for case in CASES:
         bench.report(case)
-    rounds = [bench.visited[at : at + len(CASES)] for at in range(0, len(bench.visited), len(CASES))]
+    rounds = [bench.measured[at : at + len(CASES)] for at in range(0, len(bench.measured), len(CASES))]
     assert len(rounds) == MOST_ROUNDS
     assert rounds[0] == ["a", "b", "c", "d"]  # groups share what they are compared with
     assert all(sorted(order) == rounds[0] for order in rounds)
     assert len(set(map(tuple, rounds))) > 2
-    assert len(bench.said) == len(bench.visited)
+    assert len(bench.said) == len(bench.measured)
     assert bench.saved == list(range(1, len(CASES) * MOST_ROUNDS + 1))
     assert [row.shape for row in bench.run.rows] == ["a", "b", "c", "d"]
 
@@ -76,7 +75,7 @@ def test_more_rounds_begin_where_all_of_them_have_time(
     """An odd number would have one setting of the allocator more often."""
     bench = Bench(monkeypatch, share * 1000.0 / len(CASES))
     bench.report()
-    assert len(bench.visited) == rounds * len(CASES)
+    assert len(bench.measured) == rounds * len(CASES)
     assert FEWEST_ROUNDS % 2 == MOST_ROUNDS % 2 == 0
 
 
@@ -88,7 +87,7 @@ def test_nothing_begins_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> N
         bench.report(case)
     with pytest.raises(pytest.skip.Exception, match="no time left"):
         bench.report(CASES[2])
-    assert (bench.visited, bench.run.late) == (["a", "b"], ["encode, c"])
+    assert (bench.measured, bench.run.late) == (["a", "b"], ["encode, c"])
 
 
 def test_what_is_unsteady_is_measured_again_until_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +95,7 @@ def test_what_is_unsteady_is_measured_again_until_it_is_not(monkeypatch: pytest.
     bench = Bench(monkeypatch, 1.0)
     bench.unsteady = {"b": 2, "d": 99}
     bench.report()
-    again = bench.visited[len(CASES) * MOST_ROUNDS :]
+    again = bench.measured[len(CASES) * MOST_ROUNDS :]
     assert (again.count("b"), again.count("d"), len(again)) == (2, MOST_EXTRA_ROUNDS, 2 + MOST_EXTRA_ROUNDS)
     assert bench.said[-1] == "again, because of it: encode, d"
 
@@ -105,9 +104,8 @@ def run(path: Path, *options: str | Path) -> tuple[int, str, list[dict[str, Any]
     """Exit status, what was printed, and the rows of the file; seconds are those of torch's import."""
     folder = path.parent if path.suffix else path
     results = folder.parent / "results"
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     command = [sys.executable, "-m", "pytest", path, "-rs", "--results", results, "--commit", "abc1234", *options]
-    done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     files = list(results.glob("*"))
     assert len(files) <= 1, "something beside the result file was left behind"
     rows: list[dict[str, Any]] = json.loads(files[0].read_text())["results"] if files else []
