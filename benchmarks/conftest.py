@@ -1,6 +1,6 @@
 """Collects a row for each provider, prints them after a run, and writes them where `--results DIR` says.
 
-The first benchmark of a run measures all groups: it visits them in every round, in another order each time, so that no group
+The first benchmark of a run measures all groups: every round has each of them, in another order each time, so that no group
 always follows the same one. Groups whose times are unsteady after the last round are measured again. On a CPU only small shapes
 are measured, in less than three minutes; `--full`, or the names of files or tests, add the others. With `--minutes M` nothing
 begins after M minutes. The file is written anew after every round of a group, so that a run that ends early keeps what it has.
@@ -12,7 +12,7 @@ import gc
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,39 +28,33 @@ FILE = pytest.StashKey[ResultFile]()
 NO_TIME = "no time left"
 # an even number has each setting of the allocator as often; the largest is reached where there is time
 FEWEST_ROUNDS, MOST_ROUNDS = 4, 6
-ROUNDS_S = {"full": 1200.0, "small": 90.0}  # the seconds after which no round begins but the fewest
+# the seconds after which no round begins but the fewest; the epoch, whole runs and what is measured again come after them
+ROUNDS_S = {"full": 1200.0, "small": 90.0}
 MOST_EXTRA_ROUNDS = 4  # a group whose times are unsteady is measured again so often at most
 
 
 class Run:
-    """The groups of a run, and their rows.
-
-    Args:
-        rounds_s: The seconds after which no round begins but the fewest.
-        last_s: The seconds after which nothing begins; groups that have not begun by then are skipped and named.
-        say: Tells the user what is measured.
-        save: Takes all rows so far, after each round of a group.
-    """
+    """The groups of a run, and their rows."""
 
     def __init__(
         self,
-        rounds_s: float,
-        last_s: float = math.inf,
-        say: Callable[[str], None] = lambda text: None,
-        save: Callable[[list[Row]], None] = lambda rows: None,
+        rounds_s: float,  # after so many seconds no round begins but the fewest
+        last_s: float,  # after so many nothing begins; groups that have not begun by then are skipped and named
+        say: Callable[[str], None],  # tells the user what is measured
+        save: Callable[[list[Row]], None],  # takes all rows so far, after each round of a group
     ) -> None:
         self.rounds_s, self.last_s, self._say, self._save = rounds_s, last_s, say, save
         self._started = time.monotonic()
         self.rows: list[Row] = []
         self.groups: dict[str, Group] = {}
         self.late: list[str] = []
-        self.to_visit: list[Case] = []
+        self.to_measure: list[Case] = []
 
     def report(self, benchmark: Any, case: Case, provider: str) -> None:
         """Reports the time of a case's provider; the first report measures all groups."""
-        cases, self.to_visit = self.to_visit, []
+        cases, self.to_measure = self.to_measure, []
         if cases:
-            self._measure(cases)
+            self._measure_all(cases)
         if case.group not in self.groups:
             self.late += [case.group] if case.group not in self.late else []
             pytest.skip(NO_TIME)
@@ -72,11 +66,13 @@ class Run:
     def _elapsed(self) -> float:
         return time.monotonic() - self._started
 
-    def _measure(self, cases: list[Case]) -> None:
+    def _measure_all(self, cases: list[Case]) -> None:
         for n in range(MOST_ROUNDS):
             started = time.monotonic()
             for at, case in enumerate(random.Random(n).sample(cases, len(cases)) if n else cases):
-                self._visit(case, f"round {n + 1} of {FEWEST_ROUNDS} to {MOST_ROUNDS}, {len(cases) - at} groups left")
+                self._measure_round(
+                    case, f"round {n + 1} of {FEWEST_ROUNDS} to {MOST_ROUNDS}, {len(cases) - at} groups left"
+                )
             # all further rounds or none, for an odd number would have one setting more often
             further_s = (time.monotonic() - started) * (MOST_ROUNDS - n - 1)
             if n + 1 >= FEWEST_ROUNDS and self._elapsed() + further_s > self.rounds_s:
@@ -85,10 +81,10 @@ class Run:
             for case in cases:
                 unsteady = self.groups[case.group].unsteady() if case.group in self.groups else []
                 if unsteady and self._elapsed() < self.rounds_s:
-                    self._visit(case, f"again, because of {', '.join(unsteady[1:] or unsteady)}", unsteady)
+                    self._measure_round(case, f"again, because of {', '.join(unsteady[1:] or unsteady)}", unsteady)
         gc.unfreeze()
 
-    def _visit(self, case: Case, why: str, providers: list[str] | None = None) -> None:
+    def _measure_round(self, case: Case, why: str, providers: list[str] | None = None) -> None:
         if self._elapsed() >= self.last_s:
             return
         self._say(f"{why}: {case.group}")
@@ -165,34 +161,29 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     cases = [_case(item) for item in session.items if "timed" in getattr(item, "fixturenames", ())]
     groups = {case.group: case for case in cases if case is not None}.values()
     # the headline comes first: where time runs out, it is not what is missing
-    session.config.stash[RUN].to_visit = sorted(groups, key=lambda case: case.operation != "whole step")
+    session.config.stash[RUN].to_measure = sorted(groups, key=lambda case: case.operation != "whole step")
 
 
 @pytest.fixture
-def timed_rows(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
-    """The rows of this run, to be added to."""
-    run = request.config.stash[RUN]
-    yield run.rows
-    run.save()
+def run(request: pytest.FixtureRequest) -> Run:
+    """This run, for benchmarks that add rows of their own."""
+    return request.config.stash[RUN]
 
 
 @pytest.fixture
-def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Case, str], None]:
+def timed(benchmark: Any, run: Run) -> Callable[[Case, str], None]:
     """Reports the time of a case's provider; fails where its numbers are wrong."""
-    return partial(request.config.stash[RUN].report, benchmark)
+    return partial(run.report, benchmark)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     run = config.stash[RUN]
     if run.late:
         terminalreporter.section(f"{NO_TIME} for {len(run.late)} groups")
-        for group in run.late:
-            terminalreporter.write_line(group)
+        terminalreporter.write_line("\n".join(run.late))
     if not run.rows or config.getoption("--benchmark-disable"):
         return
     terminalreporter.section("ratio to the baseline of each group (above 1: faster)")
-    for row in run.rows:
-        terminalreporter.write_line(row.line())
-    terminalreporter.write_line(str(Machine.here()))
+    terminalreporter.write_line("\n".join([*(row.line() for row in run.rows), str(Machine.here())]))
     if FILE in config.stash:
-        terminalreporter.write_line(f"written to {config.stash[FILE].path}")
+        terminalreporter.write_line(f"written to {config.stash[FILE].result.path}")

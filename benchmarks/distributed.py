@@ -14,17 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import re
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
+from benchmarks.peak import resident_mib
 from fastsae.distributed import launch
 from fastsae.distributed.launch import Processes
+from fastsae.distributed.mesh import Groups
 from fastsae.environment import is_first, n_processes
 from fastsae.train.config import TrainConfig
 from fastsae.train.plan import step_traffic
@@ -33,31 +32,13 @@ from fastsae.train.trainer import Trainer, build_sae
 WARM_UP = 3
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one way to divide the features takes."""
-
-    processes: int
-    shard_features: int
-    ms: float
-    tokens_per_second: float
-    mb_sent: float
-    mb_planned: float
-    mb_held: float
-
-
 def main() -> None:
-    """Measures one way to divide the features, and prints a row of a table and a line of JSON."""
+    """Measures one way to divide the features, and prints the options and a line of JSON."""
     arguments = _arguments()
     row = _measured(arguments, arguments.shard_features or n_processes())
     if is_first():
         print(f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {arguments}")
-        print("processes  sharing      ms  tokens/s  MB sent  MB planned  MB held")
-        print(
-            f"{row.processes:9} {row.shard_features:8} {row.ms:7.1f} {row.tokens_per_second:9,.0f} {row.mb_sent:8.2f} "
-            f"{row.mb_planned:11.2f} {row.mb_held:8.0f}"
-        )
-        print(json.dumps(asdict(row)))
+        print(json.dumps({name: round(value, 2) for name, value in row.items()}))
 
 
 def _arguments() -> argparse.Namespace:
@@ -75,7 +56,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _measured(arguments: argparse.Namespace, n_sharing: int) -> Row:
+def _measured(arguments: argparse.Namespace, n_sharing: int) -> dict[str, float]:
     options: dict[str, Any] = {"k": 32} if "topk" in arguments.architecture else {"init_l0": 32.0}
     config = TrainConfig(
         d_sae=arguments.d_sae, batch_size=arguments.batch_size, tokens=10**6 * arguments.batch_size, log_every=10**6,
@@ -83,52 +64,53 @@ def _measured(arguments: argparse.Namespace, n_sharing: int) -> Row:
         architecture=arguments.architecture, reduce_dtype=arguments.reduce_dtype, overlap_chunks=arguments.overlap_chunks,
         **options,
     )  # fmt: skip
+    dtype = getattr(torch, config.dtype)
     with launch.start(n_sharing, 600, arguments.device) as processes:
-        before = _memory(processes.device)
-        seconds, sent, held = _steps(config, arguments, processes)
-        found = processes.groups.world.gather_objects([seconds, held - before])
-        bytes_of_acts = 2 if arguments.dtype == "bfloat16" else 4
-        planned = step_traffic(config, arguments.d_in, arguments.d_sae, processes.size, bytes_of_acts)
-        slowest = max(one[0] for one in found)
-        return Row(
-            processes.size,
-            n_sharing,
-            1e3 * slowest,
-            config.batch_size / slowest,
-            sent / 1e6,
-            sum(planned.values()) / 1e6,
-            max(one[1] for one in found) / 1e6,
-        )
+        seconds, sent, held = _steps(config, arguments.d_in, dtype, arguments.steps, processes)
+        found = processes.groups.world.gather_objects([seconds, held])
+        planned = step_traffic(config, arguments.d_in, arguments.d_sae, processes.size, dtype.itemsize)
+        slowest = max(seconds for seconds, _ in found)
+        return {
+            "processes": processes.size,
+            "shard_features": n_sharing,
+            "ms": 1e3 * slowest,
+            "tokens_per_second": config.batch_size / slowest,
+            "mb_sent": sent / 1e6,
+            "mb_planned": sum(planned.values()) / 1e6,
+            "mb_held": max(held for _, held in found),
+        }
 
 
-def _steps(config: TrainConfig, arguments: argparse.Namespace, processes: Processes) -> tuple[float, int, int]:
-    """The median seconds of a step, the bytes of the last one, and the memory of this process."""
+def _steps(
+    config: TrainConfig, d_in: int, dtype: torch.dtype, n_steps: int, processes: Processes
+) -> tuple[float, int, float]:
+    """The median seconds of a step, the bytes of the last one, and the MB that SAE and steps have taken."""
     groups, device = processes.groups, processes.device
+    before = _held_mb(device)
     rows, of_group = groups.rows_of_batch(config.batch_size), groups.rows_of_group(config.batch_size)
     generator = torch.Generator().manual_seed(processes.rank)
-    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-    own = torch.randn(rows[processes.rank], arguments.d_in, generator=generator).to(device, dtype)
-    trainer = Trainer(build_sae(config, arguments.d_in, device, groups), iter(()), config, groups)
-    trainer.initialize(torch.randn(4096, arguments.d_in, generator=torch.Generator().manual_seed(9)))
+    own = torch.randn(rows[processes.rank], d_in, generator=generator).to(device, dtype)
+    trainer = Trainer(build_sae(config, d_in, device, groups), iter(()), config, groups)
+    trainer.initialize(torch.randn(4096, d_in, generator=torch.Generator().manual_seed(9)))
     seconds, sent = [], 0
-    for _ in range(WARM_UP + arguments.steps):
+    for _ in range(WARM_UP + n_steps):
         processes.wait_for_all()
-        sent = sum(sum(group.traffic.values()) for group in (groups.features, groups.data, groups.world))
-        started = time.perf_counter()
+        sent, started = _sent(groups), time.perf_counter()
         trainer.train_step(groups.features.gather_rows(own, of_group, "rows"))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    after = sum(sum(group.traffic.values()) for group in (groups.features, groups.data, groups.world))
-    return median(seconds[WARM_UP:]), after - sent, _memory(device)
+    return median(seconds[WARM_UP:]), _sent(groups) - sent, _held_mb(device) - before
 
 
-def _memory(device: torch.device) -> int:
-    """Bytes that this process holds: on a GPU the most that tensors have taken, else what is resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    found = re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024 if found else 0
+def _sent(groups: Groups) -> int:
+    return sum(sum(group.traffic.values()) for group in (groups.features, groups.data, groups.world))
+
+
+def _held_mb(device: torch.device) -> float:
+    """What this process holds: on a GPU the most that tensors have taken, else what is resident."""
+    n_bytes = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_mib() * 2**20
+    return n_bytes / 1e6
 
 
 if __name__ == "__main__":

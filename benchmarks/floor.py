@@ -6,14 +6,14 @@ Both rates are measured here, in the same process, not taken from a data sheet.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import in_tf32
 from benchmarks.shapes import DEVICE, Shape
 
 COPY_BYTES = 2**28 if DEVICE == "cpu" else 2**31
@@ -24,19 +24,12 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16} 
 
 @dataclass(frozen=True)
 class Work:
-    """What an operation cannot do without.
+    """What an operation cannot do without."""
 
-    Args:
-        flops: How many its dense products take.
-        product_dtype: The name of the dtype in which they may run without changing the result.
-        n_bytes: How many bytes are read and written, each once.
-        gathered_bytes: How many bytes of rows the entries gather, where no cache holds a row that was read before.
-    """
-
-    flops: float
-    product_dtype: str
-    n_bytes: float
-    gathered_bytes: float = 0.0
+    flops: float  # of its dense products
+    product_dtype: str  # in which they may run without changing the result
+    n_bytes: float  # read and written, each once
+    gathered_bytes: float = 0.0  # of rows that the entries read, where no cache holds a row that was read before
 
     def floor_s(self, with_gathers: bool = False) -> float:
         """Returns the seconds of the products and of the bytes, one after the other."""
@@ -75,6 +68,17 @@ def _fastest(dtype: str) -> str:
     return "bf16" if DEVICE == "cpu" and rounds(DTYPES[dtype]) else dtype
 
 
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """Computes fp32 products of the block, or of the function that it decorates, in tf32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @cache
 def copy_gb_per_s() -> float:
     """Bytes read and written per second by a copy that no cache holds."""
@@ -92,17 +96,16 @@ def product_tflop_per_s(dtype: str) -> float:
     def product() -> Tensor:
         return left @ right.t()
 
-    return 2 * n * d * m / _best_seconds(in_tf32(product) if dtype == "tf32" else product) / 1e12
+    return 2 * n * d * m / _best_seconds(tf32_products()(product) if dtype == "tf32" else product) / 1e12
 
 
 def _best_seconds(call: Callable[[], object]) -> float:
+    wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
     seconds = []
     for _ in range(CALLS + 1):
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        wait()
         start = time.perf_counter()
         call()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        wait()
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])

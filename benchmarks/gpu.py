@@ -43,23 +43,23 @@ GROUP_S = 45.0  # about as long as a group of benchmarks takes: none begins late
 LAST_WORDS_S = 10.0  # for what failed so far, when a process is stopped
 NEEDED = {"triton": "triton", "numpy": "numpy", "safetensors": "safetensors", "pytest": "pytest",
           "pytest_benchmark": "pytest-benchmark"}  # fmt: skip
-# what compiles most comes first, or at the end all others would wait for it; of some files, the few tests that use the GPU
+# what compiles most comes first, or at the end all others would wait for it, and in halves; of some files, the few tests that
+# use the GPU
+KERNEL_TESTS = (
+    "gpu_residual gpu_autoencode gpu_graphs gpu_backward gpu_gates gpu_adam gpu_encode gpu_overflow gpu_ops "
+    "gpu_weight_gradients gpu_choice gpu_ranges rank_scale tune"
+)
 TESTS = {
-    **{
-        f"tests/kernels/test_{name}.py": ""
-        for name in (
-            "gpu_topk gpu_residual gpu_autoencode gpu_graphs gpu_backward gpu_adam gpu_encode gpu_gates gpu_overflow "
-            "gpu_ops gpu_weight_gradients gpu_choice gpu_ranges rank_scale tune"
-        ).split()
-    },
-    "tests/optim/test_fused_adam.py": "triton",
-    "tests/optim/test_pending_gradients.py": "kernels",
-    "tests/kernels/test_residual.py": "triton",
-    "tests/kernels/test_graph.py": "triton",
-    "tests/kernels/test_autocast.py": "triton",
-    "tests/sae/test_topk.py": "triton",
-    "tests/train/test_deterministic.py": "triton",
-    "tests/train/test_host_reads.py": "gpu",
+    "tests/kernels/test_gpu_topk.py": ("batch", "not batch"),
+    **{f"tests/kernels/test_{name}.py": ("",) for name in KERNEL_TESTS.split()},
+    "tests/optim/test_fused_adam.py": ("triton",),
+    "tests/optim/test_pending_gradients.py": ("kernels",),
+    "tests/kernels/test_residual.py": ("triton",),
+    "tests/kernels/test_graph.py": ("triton",),
+    "tests/kernels/test_autocast.py": ("triton",),
+    "tests/sae/test_topk.py": ("triton",),
+    "tests/train/test_deterministic.py": ("triton",),
+    "tests/train/test_host_reads.py": ("gpu",),
 }
 FOLDER = "benchmarks"
 GEMMA, LLAMA, MILLION = "gemma-2-2b and 65k", "llama and x32", "1M"
@@ -151,20 +151,20 @@ def missing() -> str:
 
 def describe_machine(commit: str) -> None:
     """Says what runs here, and what may be in the way."""
-    properties = torch.cuda.get_device_properties(0)
-    print(f"{properties.name}, compute capability {properties.major}.{properties.minor}, ", end="")
-    print(f"{properties.total_memory / 2**30:.0f} GiB; torch {torch.__version__}, CUDA {torch.version.cuda}, ", end="")
-    print(f"commit {commit}", flush=True)
+    gpu = torch.cuda.get_device_properties(0)
+    memory = f"compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+    print(f"{gpu.name}, {memory}; torch {torch.__version__}, CUDA {torch.version.cuda}, commit {commit}", flush=True)
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         print("Python.h is missing: Triton may fail to build its launcher (Debian: python3-dev)", flush=True)
 
 
 def run_tests(logs: Path, deadline: float) -> list[Part]:
-    """A process for each file, as many at a time as there are cores: on one, 600 variants of kernels take ten minutes."""
+    """A process for each choice, as many at a time as there are cores: on one, 780 variants of kernels take ten minutes."""
     options = ("-o", "faulthandler_timeout=60", "--durations=10", "--tb=short")  # a test that hangs says where
     parts = [
-        Part(file, (file, *options, *(("-k", chosen) if chosen else ())), logs / f"{Path(file).stem}.log")
-        for file, chosen in TESTS.items()
+        Part(f"{file} {chosen}".strip(), (file, *options, "-k", chosen), logs / f"{Path(file).stem}_{number}.log")
+        for file, choices in TESTS.items()
+        for number, chosen in enumerate(choices)
     ]
     with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1)) as pool:
         list(pool.map(lambda part: part.run(deadline - time.monotonic()), parts))

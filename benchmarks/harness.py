@@ -3,9 +3,9 @@
 A machine's speed drifts: by a tenth in a minute, by more in a quarter of an hour, and one call differs from the next by up to a
 third, depending on where its arrays happen to lie. Some of the differences that count are smaller than that. So a group is
 measured in several rounds. A round makes every provider anew and times a few calls of each, in an order that changes from round
-to round; a run visits all its groups in every round, so that the rounds of a group are minutes apart. The spread in a row is
-that of all rounds, and a ratio compares two providers in the same round. Rounds have one setting of `benchmarks.allocator` in
-turn: a provider to which page faults cost time has the better one in its row.
+to round; every round of a run has all its groups, so that the rounds of a group are minutes apart. The spread in a row is that of
+all rounds, and a ratio compares two providers in the same round. Rounds have one setting of `benchmarks.allocator` in turn: a
+provider to which page faults cost time has the better one in its row.
 """
 
 from __future__ import annotations
@@ -45,46 +45,28 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to do an operation.
+    """One way to do an operation."""
 
-    Args:
-        make: Returns the call to be timed.
-        check: Returns the error of what that call does against fp64, and how large it may be; None where nothing is computed.
-        dtype: The name of the dtype of its products; empty where it is that of the case.
-        skip: Returns why it cannot run here; None or empty where it can.
-    """
-
-    make: Callable[[], Call]
+    make: Callable[[], Call]  # returns the call to be timed
+    # returns the error of what that call does against fp64, and how large it may be; None where nothing is computed
     check: Callable[[], tuple[float, float]] | None = None
-    dtype: str = ""
-    skip: Callable[[], str | None] | None = None
+    dtype: str = ""  # of its products; empty where it is that of the case
+    skip: Callable[[], str | None] | None = None  # returns why it cannot run here; None or empty where it can
 
 
 @dataclass(frozen=True)
 class Case:
-    """An operation at a shape; its providers, the first of which is the baseline of the ratios.
-
-    Args:
-        operation: The operation, whose groups share a table.
-        shape_name: The name of the shape.
-        shape: The sizes.
-        providers: The providers by name.
-        dtype: The dtype of all providers, where a group has one for each.
-        work: Returns what the operation cannot do without, given the dtype of a provider.
-        x: The place in a series.
-        subject: What is compared, where an operation has several groups at a shape.
-        goal: How many times as fast as the baseline ours should be.
-    """
+    """An operation at a shape, and its providers by name, the first of which is the baseline of the ratios."""
 
     operation: str
     shape_name: str
     shape: Shape
-    providers: dict[str, Provider] = field(hash=False, compare=False)
-    dtype: str = ""
-    work: Callable[[str], Work] | None = field(default=None, hash=False, compare=False)
-    x: float | None = None
-    subject: str = ""
-    goal: float | None = None
+    providers: dict[str, Provider]
+    dtype: str = ""  # of all providers, where each dtype has a group of its own
+    work: Callable[[str], Work] | None = None  # returns what the operation cannot do without, given a provider's dtype
+    x: float | None = None  # the place in a series
+    subject: str = ""  # what is compared, where an operation has several groups at a shape
+    goal: float | None = None  # how many times as fast as the baseline ours should be
 
     @property
     def group(self) -> str:
@@ -99,9 +81,10 @@ class Case:
     def row(self, provider: str) -> Row:
         """Returns what a result file says of a provider before it is timed."""
         dtype, baseline = self.providers[provider].dtype or self.dtype, next(iter(self.providers))
-        about = {"subject": self.subject, "goal": self.goal, "x": self.x}
-        row = Row(self.operation, self.group, self.shape_name, **asdict(self.shape), dtype=dtype, provider=provider,
-                  baseline=baseline, **about)  # fmt: skip
+        row = Row(
+            self.operation, self.group, self.shape_name, **asdict(self.shape), dtype=dtype, provider=provider, baseline=baseline,
+            subject=self.subject, goal=self.goal, x=self.x,
+        )  # fmt: skip
         if self.work is not None:
             work = self.work(dtype)
             row.floor_s = work.floor_s()
@@ -211,9 +194,9 @@ class Group:
                 outcome.reject("skipped", reason)
             elif provider.check is not None:
                 row.error, row.error_limit = provider.check()
-                if not row.error <= row.error_limit:
-                    limit = f"over the limit of {row.error_limit:.2g}"
-                    outcome.reject("red", f"error {row.error:.2g} against fp64, {limit}")
+                if not row.error <= row.error_limit:  # NaN is wrong, too
+                    reason = f"error {row.error:.2g} against fp64, over the limit of {row.error_limit:.2g}"
+                    outcome.reject("red", reason)
         return row.status == "ok"
 
     @contextmanager
@@ -290,6 +273,16 @@ def cases_and_providers(cases: list[Case]) -> Any:
     """Parametrises a benchmark by case and provider."""
     pairs = [pytest.param(case, name, id=f"{case.group}-{name}") for case in cases for name in case.providers]
     return pytest.mark.parametrize(("case", "provider"), pairs)
+
+
+def benchmark_of(cases: list[Case]) -> Any:
+    """Returns a test that reports the time of each provider of each case."""
+
+    @cases_and_providers(cases)
+    def test(timed: Callable[[Case, str], None], case: Case, provider: str) -> None:
+        timed(case, provider)
+
+    return test
 
 
 def replay(benchmark: Any, calls: list[float]) -> None:

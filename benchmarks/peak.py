@@ -26,7 +26,12 @@ def memory_bytes() -> int:
 
 def process_peak_mib() -> float | None:
     """Returns the most that this process has held at a time; None where the system does not tell."""
-    return _field("VmHWM") if STATUS.exists() else None
+    return _status_mib("VmHWM") if STATUS.exists() else None
+
+
+def resident_mib() -> float:
+    """Returns what this process holds; NaN where the system does not tell."""
+    return _status_mib("VmRSS") if STATUS.exists() else math.nan
 
 
 @dataclass
@@ -53,13 +58,13 @@ def measured() -> Iterator[Peak]:
     with allocator.use(allocator.EXACT):
         try:
             RESET.write_text("5")  # sets the high-water mark to what is in use
-            start = _field("VmRSS")
+            start = resident_mib()
         except OSError:
             start = math.nan
         yield peak
-        peak.mib = None if math.isnan(start) else _field("VmHWM") - start
+        peak.mib = None if math.isnan(start) else _status_mib("VmHWM") - start
 
 
-def _field(name: str) -> float:
+def _status_mib(name: str) -> float:
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) / 1024

@@ -170,6 +170,21 @@ class Peer:
         """Its name, and its version where it is installed."""
         return f"{self.package} {version(self.package)}" if _is_installed(self.package) else self.package
 
+    def own(self, shape: Shape, dtype: torch.dtype) -> Training:
+        """Returns the peer's object, with the weights of `benchmarks.shapes.parameters`."""
+        found, p = self.make(shape, dtype), dict(parameters(shape))
+        p |= {"encoder.weight": p["W_enc"].t(), "encoder.bias": p["b_enc"], "decoder.weight": p["W_dec"].t()}
+        with torch.no_grad():
+            for name, parameter in found.module.named_parameters():
+                parameter.copy_(p[name])
+        return found
+
+    def accelerated(self, shape: Shape, dtype: torch.dtype, optimizer: bool = False) -> Training:
+        """Returns the same, accelerated."""
+        found = self.own(shape, dtype)
+        fastsae.accelerate(found.target, optimizer=optimizer)
+        return found
+
     @property
     def is_inference(self) -> bool:
         return "encode" in self.what
@@ -189,29 +204,3 @@ PEERS = (
     Peer("eai-sparsify", "TopK", sparsify, 2.0),
     Peer("sae-lens", "JumpReLU, encode and decode", saelens_pair, 3.5),
 )
-
-
-@cache  # one object for each, so that what it gives is computed once
-def own(peer: Peer) -> Make:
-    """Returns what makes the peer's object, with the weights of `benchmarks.shapes.parameters`."""
-
-    def make(shape: Shape, dtype: torch.dtype) -> Training:
-        found, p = peer.make(shape, dtype), dict(parameters(shape))
-        p |= {"encoder.weight": p["W_enc"].t(), "encoder.bias": p["b_enc"], "decoder.weight": p["W_dec"].t()}
-        with torch.no_grad():
-            for name, parameter in found.module.named_parameters():
-                parameter.copy_(p[name])
-        return found
-
-    return make
-
-
-def accelerated(peer: Peer, optimizer: bool = False) -> Make:
-    """Returns what makes the same, accelerated."""
-
-    def make(shape: Shape, dtype: torch.dtype) -> Training:
-        found = own(peer)(shape, dtype)
-        fastsae.accelerate(found.target, optimizer=optimizer)
-        return found
-
-    return make

@@ -25,10 +25,10 @@ class Run:
     """An SAE on a language model of known sizes."""
 
     name: str
-    config_class: str
-    sizes: dict[str, Any]
     layer: int
     d_sae: int
+    config_class: str  # of transformers
+    sizes: dict[str, Any]
 
     def model(self) -> Model:
         """The language model in 16 bits, as a plan takes it; all its blocks are alike, so that one of them is enough."""
@@ -40,58 +40,32 @@ class Run:
         n_all = n_weights + (self.sizes["num_hidden_layers"] - 1) * n_block
         return Model(self.sizes["hidden_size"], (self.layer + 1) * n_block, n_all, 2)
 
+    def plan(self, model: Model, n_processes: int, n_sharing: int) -> Plan:
+        """Its plan on so many processes, of which so many share the features."""
+        batch = n_processes * TOKENS_OF_A_PROCESS
+        config = TrainConfig(
+            d_sae=self.d_sae, batch_size=batch, buffer_tokens=16 * batch, tokens=TOKENS, target_l0=64.0, dtype="bfloat16",
+            shard_features=n_sharing,
+        )  # fmt: skip
+        return make_plan([config], model, n_processes)
+
 
 RUNS = (
-    Run(
-        "gemma-2-2b, layer 12, 65,536 features",
-        "Gemma2Config",
-        {
-            "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
-            "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256_000,
-        },
-        12,
-        65_536,
-    ),
-    Run(
-        "llama-3.1-8b, layer 16, 131,072 features (x32)",
-        "LlamaConfig",
-        {
-            "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
-            "num_key_value_heads": 8, "vocab_size": 128_256,
-        },
-        16,
-        131_072,
-    ),
-    Run(
-        "Qwen2.5-7B, layer 14, 1,048,576 features",
-        "Qwen2Config",
-        {
-            "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
-            "num_key_value_heads": 4, "vocab_size": 152_064,
-        },
-        14,
-        1_048_576,
-    ),
+    Run("gemma-2-2b, layer 12, 65,536 features", 12, 65_536, "Gemma2Config", {
+        "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 256_000,
+    }),
+    Run("llama-3.1-8b, layer 16, 131,072 features (x32)", 16, 131_072, "LlamaConfig", {
+        "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128_256,
+    }),
+    Run("Qwen2.5-7B, layer 14, 1,048,576 features", 14, 1_048_576, "Qwen2Config", {
+        "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152_064,
+    }),
 )  # fmt: skip
-
-
-def plans(run: Run) -> list[Plan]:
-    """Its plans on 8 and on 64 processes: data parallel, and with features shared by a machine, and by all."""
-    model, found = run.model(), []
-    for n in (8, 64):
-        batch = n * TOKENS_OF_A_PROCESS
-        for n_shards in sorted({1, 8, n}):
-            config = TrainConfig(
-                d_sae=run.d_sae,
-                batch_size=batch,
-                buffer_tokens=16 * batch,
-                tokens=TOKENS,
-                target_l0=64.0,
-                dtype="bfloat16",
-                shard_features=n_shards,
-            )
-            found.append(make_plan([config], model, n))
-    return found
+# processes, and how many of them share the features: none, those of a machine, all
+WAYS = ((8, 1), (8, 8), (64, 1), (64, 8), (64, 64))
 
 
 def table() -> str:
@@ -103,18 +77,19 @@ def table() -> str:
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for run in RUNS:
-        for plan in plans(run):
+        model = run.model()
+        for n_processes, n_sharing in WAYS:
+            plan = run.plan(model, n_processes, n_sharing)
             seconds, computed = plan.seconds(hardware), sum(part.seconds(hardware) for part in plan.parts)
-            n_shards, fits = plan.config.shard_features, plan.n_bytes <= hardware.memory
-            hours = f"{seconds * plan.config.steps / 3600:.2f}"
+            gigabytes, fits = f"{plan.n_bytes / 1e9:.1f}", plan.n_bytes <= hardware.memory
             cells = (
                 run.name,
-                plan.n_processes,
-                "none: data parallel" if n_shards == 1 else n_shards,
-                f"{plan.n_bytes / 1e9:.1f}" if fits else f"**{plan.n_bytes / 1e9:.1f}**",
+                n_processes,
+                "none: data parallel" if n_sharing == 1 else n_sharing,
+                gigabytes if fits else f"**{gigabytes}**",
                 f"{plan.sent / 1e6:,.0f}",
                 f"{1e3 * seconds:.1f}, {1e3 * computed:.1f}",
-                hours if fits else "does not fit",
+                f"{seconds * plan.config.steps / 3600:.2f}" if fits else "does not fit",
             )
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

@@ -6,8 +6,8 @@ import io
 import re
 from typing import Any
 
-from benchmarks.result import Kind, Result, Row, faster_by
-from benchmarks.tables import digits, has_plot, max_density, plain, provider_of, sizes, times_as_fast
+from benchmarks.result import Kind, Result, Row
+from benchmarks.tables import digits, has_plot, max_density, plain, ratio_to, sizes
 
 # Okabe and Ito's colours that stand out from a white page and from a dark one (at least 3 to 1), told apart by colour-blind
 # readers too; the grey of text is as far from white as from black
@@ -20,10 +20,12 @@ MARK = "drawn by benchmarks.report from"
 
 def plotted(results: list[Result]) -> dict[str, tuple[Result, str]]:
     """Returns what each plot shows, by file name."""
-    found = [
-        (result, operation) for result in results for operation in result.operations() if has_plot(result, operation)
-    ]
-    return {result.plot_of(operation): (result, operation) for result, operation in found}
+    return {
+        result.plot_of(operation): (result, operation)
+        for result in results
+        for operation in result.operations()
+        if has_plot(result, operation)
+    }
 
 
 def mark_of(result: Result) -> str:
@@ -87,9 +89,7 @@ def _bars(figure: Any, result: Result, operation: str) -> str:
 def _label(row: Row, group: list[Row]) -> str:
     if row.median_s is None:
         return "RED, no time" if row.status == "red" else "skipped"
-    ratio = (
-        f", {times_as_fast(faster_by(row, provider_of(group, row.baseline)))}" if row.provider != row.baseline else ""
-    )
+    ratio = "" if row.provider == row.baseline else f", {ratio_to(row.baseline, row, group)}"
     return f"{digits(row.ms)} ms{ratio}"
 
 

@@ -47,28 +47,21 @@ def texts(results: list[Result], folder: Path, readme: Path) -> dict[Path, str]:
     link = Path(os.path.relpath(folder, readme.parent)).as_posix()
     blocks = {folder / "README.md": all_tables(results), readme: headline_table(results, link)}
     values = figures(results)
-    return {path: with_figures(with_block(path, block), path, values) for path, block in blocks.items()}
+    return {path: _filled_in(path, block, values) for path, block in blocks.items()}
 
 
-def with_block(readme: Path, block: str) -> str:
-    """Returns a README's text with the block between its markers.
+def _filled_in(readme: Path, block: str, values: dict[str, str]) -> str:
+    """Returns a README's text with the block between its markers, and each figure between its own.
 
     Raises:
-        ReportError: There is no README, or not exactly one pair of markers.
+        ReportError: There is no README, or not exactly one pair of markers for the block; a figure's marker has no pair, or
+            names what is no figure, or one that the results do not tell.
     """
     before, begin, rest = _read(readme).partition(BEGIN)
     old, end, after = rest.partition(END)
     if not (begin and end) or any(marker in before + old + after for marker in (BEGIN, END)):
         raise ReportError(f"{readme}: one {BEGIN} and, below it, one {END} must stand there")
-    return f"{before}{BEGIN}\n{block}{END}{after}"
-
-
-def with_figures(text: str, readme: Path, values: dict[str, str]) -> str:
-    """Returns a README's text with the figure between each pair of markers.
-
-    Raises:
-        ReportError: A marker has no pair, or names what is no figure, or one that the results do not tell.
-    """
+    text = f"{before}{BEGIN}\n{block}{END}{after}"
     names = FIGURE.findall(text)
     if not len(names) == text.count(OPEN) == text.count(CLOSE):
         raise ReportError(f"{readme}: a figure stands between '{OPEN}NAME -->' and '{CLOSE}'; one of them has no pair")
@@ -104,7 +97,13 @@ def main(argv: list[str] | None = None, folder: Path = HERE, readme: Path = READ
         written = {path: text for path, text in texts(results, folder, readme).items() if _read(path) != text}
         to_draw, to_remove = stale_plots(results, plots)
         if is_check:
-            return _tell_stale([*written, *(plots / name for name in to_draw), *to_remove])
+            stale = [*written, *(plots / name for name in to_draw), *to_remove]
+            for path in stale:
+                print(f"stale: {path}", file=sys.stderr)
+            if stale:
+                raise ReportError("run `python -m benchmarks.report` and commit what it writes")
+            print("benchmarks.report: tables and plots are what the results give")
+            return 0
         if to_draw and find_spec("matplotlib") is None:  # before anything is written
             raise ReportError('the plots need matplotlib: pip install -e ".[plots]"')
     except ReportError as error:
@@ -118,16 +117,6 @@ def main(argv: list[str] | None = None, folder: Path = HERE, readme: Path = READ
     for path in to_remove:
         path.unlink()
         print(f"removed: {path}")
-    return 0
-
-
-def _tell_stale(paths: list[Path]) -> int:
-    for path in paths:
-        print(f"stale: {path}", file=sys.stderr)
-    if paths:
-        print("Run `python -m benchmarks.report` and commit what it writes.", file=sys.stderr)
-        return 1
-    print("benchmarks.report: tables and plots are what the results give")
     return 0
 
 

@@ -8,13 +8,13 @@ import platform
 import re
 import subprocess
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -152,13 +152,15 @@ class Machine:
         )
 
     @property
+    def model(self) -> str:
+        """The GPU's name where there is one, else the processor's."""
+        return self.gpu or self.processor
+
+    @property
     def name(self) -> str:
         """The GPU's name where there is one; else the processor's, with what its times depend on."""
-        if self.gpu:
-            return self.gpu
-        units = [self.capability] if self.capability else []
-        units += ["bf16 units"] if self.bf16_units else []
-        return f"{self.processor} ({', '.join([*units, f'{self.threads} threads'])})"
+        about = (self.capability, "bf16 units" if self.bf16_units else None, f"{self.threads} threads")
+        return self.gpu or f"{self.processor} ({', '.join(filter(None, about))})"
 
     @property
     def versions(self) -> str:
@@ -245,32 +247,30 @@ class ResultFile:
         self.folder, self.commit, self._started = folder, commit, time.time()
         found = all_in(folder)  # at once: a file that cannot be read should not end a run of many minutes
         self._found = [] if is_whole else found
-        self._earlier: Result | None = None
-        self._result: Result | None = None
 
-    @property
-    def path(self) -> Path | None:
-        return self._result and self._result.path
+    @cached_property
+    def result(self) -> Result:
+        """What is written; the first use measures the machine's rates."""
+        machine, date = Machine.here(), str(datetime.now(timezone.utc).date())
+        path = self.folder / f"{'-'.join(machine.model.split())}_{date}_{self.commit}.json"
+        return Result(path, machine, self.commit, date, "", 0.0, [])
+
+    @cached_property
+    def _earlier(self) -> Result | None:
+        same = [result for result in self._found if result.machine.model == self.result.machine.model]
+        return max(same, key=lambda result: result.finished, default=None)
 
     def write(self, rows: list[Row]) -> None:
         """Writes all rows of the run so far."""
-        now = datetime.now(timezone.utc)
-        if self._result is None:
-            machine, date = Machine.here(), str(now.date())
-            stem = "-".join((machine.gpu or machine.processor).split())
-            earlier = [result for result in self._found if result.path.name.startswith(f"{stem}_")]
-            self._earlier = max(earlier, key=lambda result: result.finished, default=None)
-            path = self.folder / f"{stem}_{date}_{self.commit}.json"
-            self._result = Result(path, machine, self.commit, date, "", 0.0, [])
-        measured, kept = {row.group for row in rows}, []
-        for row in self._earlier.rows if self._earlier else []:
-            row.commit = row.commit or self._earlier.commit
-            kept += [row] if row.group not in measured else []
+        result, measured = self.result, {row.group for row in rows}
         for row in rows:
             row.commit = self.commit
-        self._result.rows, self._result.finished = rows + kept, now.isoformat(timespec="seconds")
-        self._result.seconds = round(time.time() - self._started) + (self._earlier.seconds if kept else 0)
-        self._result.write()
+        result.rows, result.seconds = list(rows), round(time.time() - self._started)
+        result.finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        if self._earlier and (kept := [row for row in self._earlier.rows if row.group not in measured]):
+            result.rows += [replace(row, commit=row.commit or self._earlier.commit) for row in kept]
+            result.seconds += self._earlier.seconds
+        result.write()
 
 
 def all_in(folder: Path) -> list[Result]:
@@ -302,16 +302,11 @@ def read(path: Path) -> Result:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        rows = [_known(Row, values) for values in content.pop("results")]
-        return Result(path, _known(Machine, content.pop("machine")), rows=rows, **content)
+        rows = [Row(**values) for values in content.pop("results")]
+        return Result(path, Machine(**content.pop("machine")), rows=rows, **content)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"not a result file ({type(error).__name__}: {error})"
         raise ReportError(f"{path}: {reason}; run the benchmarks again, or delete the file") from None
-
-
-def _known(kind: type, values: dict[str, Any]) -> Any:
-    names = {f.name for f in fields(kind)}
-    return kind(**{name: value for name, value in values.items() if name in names})
 
 
 # ---- comparisons
@@ -337,8 +332,8 @@ def fastest(rows: list[Row]) -> Row | None:
 def lost(result: Result) -> list[tuple[Row, Row]]:
     """Returns, for each group and dtype, what has a lower median than the fastest of ours, and that.
 
-    Our dense path, asked for, is compared by itself: dispatch should have taken it. Where none of ours is right, its first row
-    stands for it; where one is unsteady and none is steady, nothing is claimed.
+    Our dense path, asked for, is compared by itself: dispatch should have taken it. Where no provider of ours has right
+    numbers, its first row stands for them; where one is unsteady and none is steady, nothing is claimed.
     """
     found = []
     for group in result.groups.values():

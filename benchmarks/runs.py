@@ -30,54 +30,31 @@ PARTS = (MODEL, SAE, BUFFER, HOST)  # what the time of a run is divided into
 
 @dataclass(frozen=True)
 class Run:
-    """A run of either library.
+    """A run of either library."""
 
-    Args:
-        model: A folder of transformers.
-        layer: The block whose output the SAEs learn.
-        d_in: The width of the model.
-        d_sae: The number of features of each SAE.
-        tokens: How many each SAE is trained on.
-        buffer_tokens: How many activations are mixed.
-        chats: A folder with the dialogues, `train.jsonl`.
-        output: The folder of the SAEs.
-        architecture: "jumprelu" or "topk".
-        n_saes: How many SAEs are trained on one stream.
-        batch_tokens: Tokens of a step.
-        cache: The folder of stored activations, for the runs that write or read them.
-    """
-
-    model: str
-    layer: int
-    d_in: int
+    model: str  # a folder of transformers
+    layer: int  # the block whose output the SAEs learn
+    d_in: int  # the width of the model
     d_sae: int
-    tokens: int
-    buffer_tokens: int
-    chats: str
-    output: str
-    architecture: str = "jumprelu"
-    n_saes: int = 1
-    batch_tokens: int = BATCH_TOKENS
-    cache: str = ""
+    tokens: int  # that each SAE is trained on
+    buffer_tokens: int  # how many activations are mixed
+    chats: str  # a folder with the dialogues, `train.jsonl`
+    output: str  # the folder of the SAEs
+    architecture: str = "jumprelu"  # or "topk"
+    n_saes: int = 1  # that are trained on one stream
+    batch_tokens: int = BATCH_TOKENS  # of a step
+    cache: str = ""  # the folder of stored activations, for the runs that write or read them
 
 
 @dataclass(frozen=True)
 class Took:
-    """What a run took.
+    """What a run took."""
 
-    Args:
-        parts: Seconds by part, the evaluation left out; their sum is the time of the run.
-        peak_mib: The most memory that the process has held at a time; None where the system does not tell.
-        tokens: How many each SAE was trained on.
-        n_saes: How many there were.
-        padding_share: The share of padding in the tokens that the model computed; None where there is no such number.
-    """
-
-    parts: dict[str, float]
-    peak_mib: float | None
-    tokens: int
+    parts: dict[str, float]  # seconds by part, the evaluation left out; their sum is the time of the run
+    peak_mib: float | None  # the most memory that the process has held at a time; None where the system does not tell
+    tokens: int  # that each SAE was trained on
     n_saes: int
-    padding_share: float | None
+    padding_share: float | None  # in the tokens that the model computed; None where there is no such number
 
     @property
     def seconds(self) -> float:

@@ -7,28 +7,29 @@ import re
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from functools import partial
+from textwrap import shorten
 
 from benchmarks.allocator import DEFAULT
 from benchmarks.result import PEERS, RUNS, Result, Row, faster_by, fastest, lost
 from benchmarks.runs import PARTS
 from benchmarks.shapes import HEADLINE
+from fastsae_kernels.activity import MAX_DENSITY
 
 NONE = "-"
 LONGEST_REASON = 160
 # the shapes that may stand in the README, of which the first that a machine has measured does
 HEADLINES = (HEADLINE, "gemma-2-2b 16k")
-STEP, PASSES = "whole step", "forward+backward"
+STEP = "whole step"
 DENSE = {
     "dense eager fp32": "dense PyTorch, eager",
     "dense compiled fp32": "dense PyTorch, `torch.compile`",
     "dense compiled bf16": "dense PyTorch in bf16, `torch.compile`",
 }
-# passes with little to save, of many active features and of few tokens: there each dtype is compared with its own
-HARD = {
+# passes with little to save, where each dtype is compared with its own
+HALF_ACTIVE = {
     "half-active": f"{HEADLINE}, half active",
     "half-active-demo": "demo, half active",
     "half-active-64-tokens": "64 tokens, half active",
-    "few-tokens": "qwen2.5-7b x8",
 }
 TRAIN = "fastsae train"  # a whole run; what follows is another job than its baseline's
 ALONE, CACHE = "one of them alone", "fastsae cache"
@@ -53,16 +54,16 @@ def times_as_fast(ratio: float | None) -> str:
 
 
 def why_no_time(row: Row) -> str:
-    reason = " ".join((row.reason or "no reason given").split())
-    short = reason if len(reason) <= LONGEST_REASON else reason[: LONGEST_REASON - 1] + "…"
-    return f"{'RED' if row.status == 'red' else 'skipped'}: {short}"
+    reason = shorten(row.reason or "", LONGEST_REASON, placeholder=" …")
+    return f"{'RED' if row.status == 'red' else 'skipped'}: {reason}"
 
 
-def milliseconds(row: Row | None, unit: str = "") -> str:
-    """Returns the median, marked where no claim rests on it, or why there is none."""
-    if row is None:
-        return NONE
-    return why_no_time(row) if row.median_s is None else digits(row.ms, unit=unit) + " (unsteady)" * row.is_unsteady
+def time_of(row: Row | None, unit_s: float = 1e-3, unit: str = "", iqr: bool = False) -> str:
+    """Returns the median, in units of so many seconds, marked where no claim rests on it; or why there is none."""
+    if row is None or row.median_s is None:
+        return NONE if row is None else why_no_time(row)
+    spread = f" ± {digits(row.iqr_s / unit_s)}" if iqr and row.iqr_s is not None else ""
+    return digits(row.median_s / unit_s, unit=unit) + spread + " (unsteady)" * row.is_unsteady
 
 
 def table(lines: list[Cells], n_words: int = 1) -> str:
@@ -159,7 +160,7 @@ def provider_cells(first: str, row: Row, group: list[Row]) -> Cells:
         first: shape_name(row) if row.x is None else plain(row.x),
         "dtype": row.dtype or NONE,
         "provider": row.provider,
-        "median ± IQR, ms": median_and_iqr(row),
+        "median ± IQR, ms": time_of(row, iqr=True),
         "with the other allocator setting": other_median(row),
         f"vs {row.baseline}": ratio_to(row.baseline, row, group),
         "vs dense compiled, same dtype": ratio_to(f"dense compiled {row.dtype}", row, group),
@@ -177,7 +178,7 @@ def run_cells(row: Row, group: list[Row]) -> Cells:
         "SAEs": f"{row.subject}, {shape_name(row)}",
         "provider": row.provider,
         "tokens": plain(row.run_tokens) if row.run_tokens else NONE,
-        "median ± IQR, s": median_and_iqr(row, unit_s=1.0),
+        "median ± IQR, s": time_of(row, 1.0, iqr=True),
         "tokens/s": digits((row.run_tokens or 0) / row.median_s) if row.median_s else NONE,
         f"vs {row.baseline}": NONE if row.provider in (ALONE, CACHE) else ratio_to(row.baseline, row, group),
         "goal": times_as_fast(row.goal) if row.provider == TRAIN else NONE,
@@ -211,13 +212,6 @@ def ratio_to(name: str, row: Row, group: list[Row]) -> str:
     return times_as_fast(faster_by(row, provider_of(group, name)))
 
 
-def median_and_iqr(row: Row, unit_s: float = 1e-3) -> str:
-    if row.median_s is None:
-        return why_no_time(row)
-    spread = "" if row.iqr_s is None else f" ± {digits(row.iqr_s / unit_s)}"
-    return f"{digits(row.median_s / unit_s)}{spread}" + " (unsteady)" * row.is_unsteady
-
-
 def other_median(row: Row) -> str:
     if row.other_median_s is None:
         return NONE
@@ -231,26 +225,24 @@ def share_of(floor_s: float | None, row: Row) -> str:
 def peer_lines(result: Result, shape: str | None = None) -> list[Cells]:
     """Returns a line for each peer's step, as it is and accelerated; of one shape, where that is given."""
     lines = []
-    for before in result.rows_of(PEERS, shape):
-        if before.provider == before.baseline:
-            group = result.groups[before.group]
-            after, adam = (provider_of(group, name) for name in (ACCELERATED, WITH_OPTIMIZER))
-            lines.append(
-                {
-                    "peer": before.subject,
-                    "shape": before.shape,
-                    "as it is, ms": milliseconds(before),
-                    "accelerated, ms": milliseconds(after),
-                    "times as fast": times_as_fast(faster_by(after, before)),
-                    "with glibc's default allocator": times_as_fast(faster_by_default(after, before)),
-                    "with FusedSAEAdam, ms": milliseconds(adam),
-                    "times as fast with it": times_as_fast(faster_by(adam, before)),
-                    "goal": times_as_fast(before.goal),
-                    "peak as it is, MiB": digits(before.peak_mib),
-                    "peak, MiB": digits(after and after.peak_mib),
-                    "peak with FusedSAEAdam, MiB": digits(adam and adam.peak_mib),
-                }
-            )
+    for before in (row for row in result.rows_of(PEERS, shape) if row.provider == row.baseline):
+        group = result.groups[before.group]
+        after, adam = (provider_of(group, name) for name in (ACCELERATED, WITH_OPTIMIZER))
+        line = {
+            "peer": before.subject,
+            "shape": before.shape,
+            "as it is, ms": time_of(before),
+            "accelerated, ms": time_of(after),
+            "times as fast": times_as_fast(faster_by(after, before)),
+            "with glibc's default allocator": times_as_fast(faster_by_default(after, before)),
+            "with FusedSAEAdam, ms": time_of(adam),
+            "times as fast with it": times_as_fast(faster_by(adam, before)),
+            "goal": times_as_fast(before.goal),
+            "peak as it is, MiB": digits(before.peak_mib),
+            "peak, MiB": digits(after and after.peak_mib),
+            "peak with FusedSAEAdam, MiB": digits(adam and adam.peak_mib),
+        }
+        lines.append(line)
     return lines
 
 
@@ -311,7 +303,7 @@ def headline_table(results: list[Result], folder: str) -> str:
     lines = [
         {
             "": name,
-            "a training step": milliseconds(row, " ms"),
+            "a training step": time_of(row, unit=" ms"),
             "fastsae vs it": NONE if row is ours else times_as_fast(faster_by(ours, row)),
             "peak MiB": digits(row.peak_mib),
             "with glibc's default allocator": (
@@ -338,47 +330,38 @@ def ours_in(rows: list[Row]) -> Row | None:
 def figures(results: list[Result]) -> dict[str, str]:
     """Returns the numbers that sentences can hold, by name; `-` where the results do not tell.
 
-    `step` and `pass` are our median in fp32, `step/PROVIDER` how many times as fast as a provider that is, `step/peak` the MiB
-    that it takes; `half-active/PROVIDER` and `few-tokens/PROVIDER` are ratios of a pass to a provider in the same dtype.
-    `accelerate/PEER` is how many times as fast a peer's step becomes, and `accelerate/PEER/FusedSAEAdam` with that optimiser,
-    `accelerate-512-tokens/...` the same at a small shape; `accelerate/least` is the least of them. `run/SAES/SHAPE` is how many
-    times as fast as SAELens a whole run of `fastsae train` is, and `run/SAES/SHAPE/PROVIDER` the seconds of a provider's.
+    `step` is our median in fp32, `step/PROVIDER` how many times as fast as a provider that is; `half-active.../PROVIDER` is the
+    ratio of a pass to a provider in the same dtype. `accelerate/PEER` is how many times as fast a peer's step becomes, and
+    `accelerate/PEER/FusedSAEAdam` with that optimiser, `accelerate-512-tokens/...` the same at a small shape; `accelerate/least`
+    is the least of them. `run/SAES/SHAPE` is how many times as fast as SAELens a whole run of `fastsae train` is, and
+    `run/SAES/SHAPE/PROVIDER` the seconds of a provider's.
     """
     if (shown := headline(results)) is None:
         return {}
     result, shape = shown
+    steps = result.rows_of(STEP, shape)
+    ours = ours_in(steps)
     found = {
-        "machine": result.machine.name,
         "max-density": f"{100 * max_density(result):g} %",
         "cases-that-dense-wins": str(len(lost(result))),
         "unsteady-rows": str(sum(row.is_unsteady for row in result.rows)),
+        "step": digits(ours and ours.ms, unit=" ms"),
     }
-    for name, operation in {"step": STEP, "pass": PASSES}.items():
-        rows = result.rows_of(operation, shape)
-        ours = ours_in(rows)
-        found |= {
-            name: digits(ours and ours.ms, unit=" ms"),
-            f"{name}/peak": digits(ours and ours.peak_mib, unit=" MiB"),
-        }
-        found |= {
-            f"{name}/{slug(row.provider)}": times_as_fast(faster_by(ours, row)) for row in rows if row.kind != "fused"
-        }
-    for name, hard in HARD.items():
-        rows = result.rows_of(PASSES, hard)
+    found |= {f"step/{slug(row.provider)}": times_as_fast(faster_by(ours, row)) for row in steps if row.kind != "fused"}
+    for name, half_active in HALF_ACTIVE.items():
+        rows = result.rows_of("forward+backward", half_active)
         for row in (row for row in rows if row.kind != "fused"):
-            ours = fastest([r for r in rows if r.kind == "fused" and r.dtype == row.dtype])
-            found[f"{name}/{slug(row.provider)}"] = times_as_fast(faster_by(ours, row))
-    for row in result.rows_of(PEERS):
+            same = fastest([other for other in rows if other.kind == "fused" and other.dtype == row.dtype])
+            found[f"{name}/{slug(row.provider)}"] = times_as_fast(faster_by(same, row))
+    for row in (row for row in result.rows_of(PEERS) if row.kind == "fused"):
         name = "accelerate" if row.shape == shape else f"accelerate-{slug(row.shape)}"
         adam = "/FusedSAEAdam" if row.provider == WITH_OPTIMIZER else ""
-        if row.kind == "fused":
-            before = provider_of(result.groups[row.group], row.baseline)
-            found[f"{name}/{slug(row.subject)}{adam}"] = times_as_fast(faster_by(row, before))
+        found[f"{name}/{slug(row.subject)}{adam}"] = ratio_to(row.baseline, row, result.groups[row.group])
     for row in result.rows_of(RUNS):
         name = f"run/{slug(row.subject)}/{slug(row.shape)}"
         found[f"{name}/{slug(row.provider)}"] = digits(row.median_s, 2, " s") if row.is_sound else NONE
         if row.provider == TRAIN:
-            found[name] = times_as_fast(faster_by(row, provider_of(result.groups[row.group], row.baseline)))
+            found[name] = ratio_to(row.baseline, row, result.groups[row.group])
     for name in {name.partition("/")[0] for name in found if name.startswith("accelerate")}:
         ratios = [value for key, value in found.items() if key.startswith(f"{name}/") and value != NONE]
         found[f"{name}/least"] = min(ratios, key=lambda ratio: float(ratio[:-1]), default=NONE)
@@ -387,8 +370,6 @@ def figures(results: list[Result]) -> dict[str, str]:
 
 def max_density(result: Result) -> float:
     """Returns the share of active features up to which the ops of a step take the sparse path."""
-    from fastsae_kernels.activity import MAX_DENSITY
-
     return MAX_DENSITY["cuda" if result.machine.gpu else "cpu"]
 
 

@@ -12,24 +12,22 @@ from torch.nn import functional
 
 import fastsae_kernels as kernels
 from benchmarks.floor import DTYPES, Work, gathered_bytes
-from benchmarks.harness import Case, Provider, cases_and_providers
+from benchmarks.harness import Case, Provider, benchmark_of
 from benchmarks.shapes import DEVICE, HEADLINE, SHAPES, Shape
 from fastsae_kernels import SparseActs
 
 DECODE_SHAPES = {"cpu": (HEADLINE, "demo"), "cuda": ("gemma-2-2b 65k", "llama-3.1-8b x32")}[DEVICE]
 CHECKED_TOKENS = 64
+Decode = Callable[[], Tensor]
 
 
 class Problem(NamedTuple):
-    """As many entries in each row, features ascending."""
+    """`k` entries in each row, features ascending."""
 
     acts: SparseActs
     W_dec: Tensor
     b_dec: Tensor
-
-    @property
-    def dense(self) -> Tensor:
-        return self.acts.to_dense().to(self.W_dec.dtype)
+    k: int
 
 
 @lru_cache(1)
@@ -41,37 +39,34 @@ def problem(s: Shape, dtype: torch.dtype) -> Problem:
     values = torch.rand(s.n_tokens * k, generator=g, device=DEVICE) + 0.5
     W_dec = functional.normalize(torch.randn(s.d_sae, s.d_in, generator=g, device=DEVICE), dim=1).to(dtype)
     acts = SparseActs(offsets, chosen.flatten().int(), values, (s.n_tokens, s.d_sae))
-    return Problem(acts, W_dec, torch.randn(s.d_in, generator=g, device=DEVICE).to(dtype))
+    return Problem(acts, W_dec, torch.randn(s.d_in, generator=g, device=DEVICE).to(dtype), k)
 
 
-def dense_product(s: Shape, dtype: torch.dtype) -> Callable[[], Tensor]:
-    p = problem(s, dtype)
-    return partial(torch.addmm, p.b_dec, p.dense, p.W_dec)
+def dense_product(p: Problem) -> Decode:
+    return partial(torch.addmm, p.b_dec, p.acts.to_dense().to(p.W_dec.dtype), p.W_dec)
 
 
-def embedding_bag(s: Shape, dtype: torch.dtype) -> Callable[[], Tensor]:
-    p, k = problem(s, dtype), int(s.l0)
-    indices, weights = p.acts.indices.view(-1, k), p.acts.values.view(-1, k).to(dtype)
+def embedding_bag(p: Problem) -> Decode:
+    indices, weights = p.acts.indices.view(-1, p.k), p.acts.values.view(-1, p.k).to(p.W_dec.dtype)
     return lambda: functional.embedding_bag(indices, p.W_dec, per_sample_weights=weights, mode="sum") + p.b_dec
 
 
-def fused(s: Shape, dtype: torch.dtype) -> Callable[[], Tensor]:
-    p = problem(s, dtype)
+def fused(p: Problem) -> Decode:
     return partial(kernels.decode, p.acts, p.W_dec, p.b_dec)
 
 
 DECODERS = {"dense eager": dense_product, "embedding_bag": embedding_bag, "fused": fused}
 
 
-def error_of(name: str, s: Shape, dtype: torch.dtype) -> float:
-    p = problem(s, dtype)
+def error_of(name: str, p: Problem) -> float:
     exact = p.acts.to_dense()[:CHECKED_TOKENS].double() @ p.W_dec.double() + p.b_dec.double()
-    got = DECODERS[name](s, dtype)()[:CHECKED_TOKENS].double()
+    got = DECODERS[name](p)()[:CHECKED_TOKENS].double()
     return ((got - exact).norm() / exact.norm()).item()
 
 
 def check(name: str, s: Shape, dtype: torch.dtype) -> tuple[float, float]:
-    return error_of(name, s, dtype), 2 * error_of("dense eager", s, dtype) + 1e-6
+    p = problem(s, dtype)
+    return error_of(name, p), 2 * error_of("dense eager", p) + 1e-6
 
 
 def work(s: Shape, dtype: str) -> Work:
@@ -81,14 +76,15 @@ def work(s: Shape, dtype: str) -> Work:
 
 
 def case(shape_name: str, dtype: str) -> Case:
-    arguments = (SHAPES[shape_name], DTYPES[dtype])
+    shape, torch_dtype = SHAPES[shape_name], DTYPES[dtype]
     providers = {
-        name: Provider(lambda make=make: torch.no_grad()(make(*arguments)), partial(check, name, *arguments))
+        name: Provider(
+            lambda make=make: torch.no_grad()(make(problem(shape, torch_dtype))),
+            partial(check, name, shape, torch_dtype),
+        )
         for name, make in DECODERS.items()
     }
-    return Case("decode", shape_name, SHAPES[shape_name], providers, dtype, partial(work, SHAPES[shape_name]))
+    return Case("decode", shape_name, shape, providers, dtype, partial(work, shape))
 
 
-@cases_and_providers([case(shape_name, dtype) for shape_name in DECODE_SHAPES for dtype in ("fp32", "bf16")])
-def test_decode(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
-    timed(case, provider)
+test_decode = benchmark_of([case(shape_name, dtype) for shape_name in DECODE_SHAPES for dtype in ("fp32", "bf16")])

@@ -1,7 +1,5 @@
 """Encode with its selection against the matrix product alone, and against what one writes without this library.
 
-    pytest benchmarks/test_encode.py --results benchmarks/results       on a CPU, or on a GPU where there is one
-
 Each provider's entries are compared with fp64 before it is timed.
 """
 
@@ -17,7 +15,7 @@ from torch.nn import functional
 
 import fastsae_kernels as kernels
 from benchmarks.floor import DTYPES, encode_work
-from benchmarks.harness import Call, Case, Provider, cases_and_providers
+from benchmarks.harness import Call, Case, Provider, benchmark_of
 from benchmarks.shapes import CPU_SHAPES, DEVICE, GPU_SHAPES, HEADLINE, Shape, threshold_for
 from fastsae_kernels import SparseActs
 
@@ -137,10 +135,8 @@ def case(operation: str, shape_name: str, dtype: str) -> Case:
     for name, encode in encoders.items():
         arguments = (encode, shape, DTYPES[dtype], top_k)
         # what a batch keeps hangs on all tokens: its tests compare it with fp64, here the whole product would not fit
-        has_entries = name.startswith("fused") and operation != "batch top-k"
-        providers[name] = Provider(
-            partial(make, *arguments), partial(check, *arguments) if has_entries else None, dtype
-        )
+        has_gate = name.startswith("fused") and operation != "batch top-k"
+        providers[name] = Provider(partial(make, *arguments), partial(check, *arguments) if has_gate else None, dtype)
     return Case(operation, shape_name, shape, providers, dtype, partial(encode_work, shape))
 
 
@@ -154,6 +150,4 @@ CASES = [
 ]
 
 
-@cases_and_providers(CASES)
-def test_encode(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
-    timed(case, provider)
+test_encode = benchmark_of(CASES)

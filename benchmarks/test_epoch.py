@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import Case, Provider, cases_and_providers, replay
 from benchmarks.result import ROOT
@@ -27,7 +28,7 @@ CASE = Case("epoch", "embedded model", CPU_SHAPES["demo"], {PROVIDER: Provider(l
 
 
 @cases_and_providers([CASE])
-def test_epoch(benchmark, timed_rows, case: Case, provider: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_epoch(benchmark: Any, run: Any, case: Case, provider: str, tmp_path: Path) -> None:
     """One run in a process of its own; red where the SAE that comes out is a bad one."""
     started = time.perf_counter()
     command = [sys.executable, "-c", PROGRAM, tmp_path / "peak", "train", "--output", tmp_path / "run"]
@@ -42,7 +43,8 @@ def test_epoch(benchmark, timed_rows, case: Case, provider: str, tmp_path: Path)
     else:
         row.median_s, row.rounds, row.calls = seconds, 1, 1
         row.peak_mib = json.loads((tmp_path / "peak").read_text())
-    timed_rows.append(row)
+    run.rows.append(row)
+    run.save()
     assert row.status == "ok", row.reason
     benchmark.group = case.group
     replay(benchmark, [seconds])

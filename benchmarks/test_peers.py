@@ -7,8 +7,8 @@ from functools import partial
 import torch
 
 from benchmarks.floor import encode_work, step_work
-from benchmarks.harness import Call, Case, Provider, cases_and_providers
-from benchmarks.peers import PEERS, Peer, accelerated, own, why_not
+from benchmarks.harness import Call, Case, Provider, benchmark_of
+from benchmarks.peers import PEERS, Peer, why_not
 from benchmarks.result import PEERS as OPERATION
 from benchmarks.shapes import CPU_SHAPES, DEVICE, GPU_SHAPES, HEADLINE, Shape, tokens
 from benchmarks.steps import Make, check
@@ -25,20 +25,18 @@ def call(make: Make, shape: Shape) -> Call:
 
 
 def case(peer: Peer, shape_name: str) -> Case:
-    shape, makes = PEER_SHAPES[shape_name], {peer.title: own(peer), "accelerated": accelerated(peer)}
+    shape, makes = PEER_SHAPES[shape_name], {peer.title: peer.own, "accelerated": peer.accelerated}
     if peer.has_optimizer:
-        makes["accelerated, FusedSAEAdam"] = accelerated(peer, optimizer=True)
-    providers, own_make = {}, own(peer)
+        makes["accelerated, FusedSAEAdam"] = partial(peer.accelerated, optimizer=True)
+    providers = {}
     for name, make in makes.items():
         # the peer in fp64 is what is right, so that it has nothing to be compared with; on a GPU eai-sparsify is always in bf16
-        has_none = make is own_make or (peer.package == "eai-sparsify" and DEVICE == "cuda")
-        gate = None if has_none else partial(check, make, shape, own_make, own_make, peer.architecture)
+        has_none = name == peer.title or (peer.package == "eai-sparsify" and DEVICE == "cuda")
+        gate = None if has_none else partial(check, make, shape, peer.own, peer.own, peer.architecture)
         providers[name] = Provider(partial(call, make, shape), gate, "fp32", partial(why_not, peer.package))
     work = partial(encode_work, shape) if peer.is_inference else partial(step_work, shape, adam=True)
     goal = peer.goal if shape_name != "512 tokens" else SMALL_GOAL
     return Case(OPERATION, shape_name, shape, providers, work=work, subject=f"{peer.package} {peer.what}", goal=goal)
 
 
-@cases_and_providers([case(peer, shape_name) for shape_name in PEER_SHAPES for peer in PEERS])
-def test_peer(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
-    timed(case, provider)
+test_peer = benchmark_of([case(peer, shape_name) for shape_name in PEER_SHAPES for peer in PEERS])

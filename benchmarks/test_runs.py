@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.conftest import RUN
 from benchmarks.harness import Call, Case, Group, Outcome, Provider, cases_and_providers, report
 from benchmarks.peers import PEERS, why_not
 from benchmarks.result import RUNS
@@ -47,30 +46,18 @@ def whole_run(runner: str, model: Model, options: dict[str, Any]) -> Call:
 
 def case(
     model: Model,
-    expansion: int,
+    expansion: int,  # features of an SAE for each dimension of the model
     n_saes: int,
-    tokens: int,
-    goal: float | None = None,
-    architecture: str = "JumpReLU",
+    tokens: int,  # that each SAE is trained on
+    goal: float | None = None,  # how many times as fast as SAELens ours should be
     batch_tokens: int = BATCH_TOKENS,
-    ways: bool = False,
+    ways: bool = False,  # whether other ways to get the same activations are timed as well
 ) -> Case:
-    """Returns the runs of one set-up.
-
-    Args:
-        model: The model.
-        expansion: Features of an SAE for each dimension of the model.
-        n_saes: SAEs on one stream.
-        tokens: How many each SAE is trained on.
-        goal: How many times as fast as SAELens ours should be.
-        architecture: As SAELens names it.
-        batch_tokens: Tokens of a step.
-        ways: Whether other ways to get the same activations are timed as well.
-    """
+    """Returns the runs of one set-up."""
     shape = Shape(batch_tokens, model.d_in, expansion * model.d_in, TARGET_L0)
     options: dict[str, Any] = {
         "d_sae": shape.d_sae, "tokens": tokens, "batch_tokens": batch_tokens, "buffer_tokens": min(tokens, 32_768),
-        "architecture": architecture.lower(), "n_saes": n_saes,
+        "n_saes": n_saes,
     }  # fmt: skip
 
     def provider(runner: str, **changes: Any) -> Provider:
@@ -86,7 +73,7 @@ def case(
         providers[ALONE] = provider("fastsae", n_saes=1)
     if ways:  # a round that goes backwards reads the activations that the one before has written
         providers |= {name: provider(runner) for name, runner in WAYS.items()}
-    subject = f"{NUMBERS[n_saes]} {architecture} SAE{'s' * (n_saes > 1)}"
+    subject = f"{NUMBERS[n_saes]} JumpReLU SAE{'s' * (n_saes > 1)}"
     return Case(RUNS, f"{model.name} x{expansion}", shape, providers, "fp32", subject=subject, goal=goal)
 
 
@@ -118,8 +105,6 @@ class Runs(Group):
 
 
 GROUPS: dict[str, Runs] = {}  # those that were measured
-
-
 TINY = [case(DEMO, 4, n_saes, 4096, batch_tokens=1024, ways=n_saes == 1) for n_saes in NUMBERS]
 CASES = [
     *TINY,
@@ -131,13 +116,13 @@ CASES = [
 
 
 @cases_and_providers(CASES)
-def test_run(benchmark, request, timed_rows, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
+def test_run(benchmark: Any, pytestconfig: pytest.Config, run: Any, case: Case, provider: str) -> None:
     is_tiny = case in TINY
-    if is_tiny and request.config.getoption("--full"):
+    if is_tiny and pytestconfig.getoption("--full"):
         pytest.skip("larger runs show it")
     if case.group not in GROUPS:
-        group = GROUPS[case.group] = Runs(case, request.config.stash[RUN].save)
-        timed_rows += [outcome.row for outcome in group.outcomes.values()]
+        group = GROUPS[case.group] = Runs(case, run.save)
+        run.rows += [outcome.row for outcome in group.outcomes.values()]
         for _ in range(1 if is_tiny else ROUNDS):
             group.measure()
     report(benchmark, GROUPS[case.group], provider)

@@ -13,46 +13,59 @@ import torch
 from torch import Tensor
 
 import fastsae_kernels as kernels
-from benchmarks.baselines import L0_COEFFICIENT, Loss, compiled, dense_loss, in_bf16, in_tf32
-from benchmarks.floor import step_work
-from benchmarks.harness import Call, Case, Provider, cases_and_providers
-from benchmarks.shapes import DEVICE, EARLY_SHAPES, HEADLINE, SHAPES, Shape, tokens, too_large
+from benchmarks.floor import step_work, tf32_products
+from benchmarks.harness import Call, Case, Provider, benchmark_of
+from benchmarks.shapes import BANDWIDTH, DEVICE, EARLY_SHAPES, HEADLINE, SHAPES, Shape, tokens, too_large
 from benchmarks.steps import MAX_GRAD_NORM, Forward, Make, Step, Training, check, fused_step, make_sae, plain_step
 from fastsae import FusedJumpReLUSAE, FusedSAEAdam
+from fastsae_kernels import AutoencodeSpec, reference
 
-LR = 1e-4
+LR, L0_COEFFICIENT = 1e-4, 0.01
+SPEC = AutoencodeSpec(bandwidth=BANDWIDTH)
 SAE = FusedJumpReLUSAE
+Loss = Callable[..., Tensor]
 
 
-def dense(loss: Callable[[], Loss], sae: SAE) -> Forward:
-    p, made = {name: getattr(sae, name) for name in ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")}, loss()
-    return lambda x: made(x, p)
+def dense_loss(x: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """The loss as one writes it in PyTorch."""
+    sae_out, penalty, _ = reference.autoencode(x, *p.values(), None, SPEC)
+    return (sae_out - x).square().sum(-1).mean() + L0_COEFFICIENT * penalty.mean()
+
+
+def in_bf16(loss: Loss) -> Loss:
+    return torch.autocast(DEVICE, torch.bfloat16)(loss)
+
+
+def in_tf32(loss: Loss) -> Loss:
+    return tf32_products()(loss)
+
+
+def compiled(loss: Loss) -> Loss:
+    """Compiled for the shapes it meets, as for a training run."""
+    return torch.compile(loss, dynamic=False)
+
+
+def dense(sae: SAE, loss: Loss = dense_loss) -> Forward:
+    p = {name: getattr(sae, name) for name in ("W_enc", "b_enc", "threshold", "W_dec", "b_dec")}
+    return lambda x: loss(x, p)
 
 
 def fused(sae: SAE) -> Forward:
     return lambda x: sae.training_forward(x, L0_COEFFICIENT).loss
 
 
-def in_tiles(sae: SAE) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        with kernels.use_backend("dense"):
-            return fused(sae)(x)
-
-    return forward
-
-
 LOSSES: dict[str, Callable[[SAE], Forward]] = {
-    "dense eager fp32": partial(dense, lambda: dense_loss),
-    "dense compiled fp32": partial(dense, lambda: compiled(dense_loss)),
-    "dense eager bf16": partial(dense, lambda: in_bf16(dense_loss)),
-    "dense compiled bf16": partial(dense, lambda: compiled(in_bf16(dense_loss))),
+    "dense eager fp32": dense,
+    "dense compiled fp32": lambda sae: dense(sae, compiled(dense_loss)),
+    "dense eager bf16": lambda sae: dense(sae, in_bf16(dense_loss)),
+    "dense compiled bf16": lambda sae: dense(sae, compiled(in_bf16(dense_loss))),
     **({
-        "dense eager tf32": partial(dense, lambda: in_tf32(dense_loss)),
-        "dense compiled tf32": partial(dense, lambda: in_tf32(compiled(dense_loss))),
+        "dense eager tf32": lambda sae: dense(sae, in_tf32(dense_loss)),
+        "dense compiled tf32": lambda sae: dense(sae, in_tf32(compiled(dense_loss))),
     } if DEVICE == "cuda" else {}),
     "fused fp32": fused,
     "fused bf16": lambda sae: in_bf16(fused(sae)),
-    "dense in tiles fp32": in_tiles,
+    "dense in tiles fp32": lambda sae: kernels.use_backend("dense")(fused(sae)),
 }  # fmt: skip
 COSTLY = ("dense eager bf16", "dense in tiles fp32")
 
@@ -104,17 +117,15 @@ BASELINES: dict[tuple[str, bool], Make] = {
 }
 
 
-def make_call(operation: str, make: Make, shape: Shape) -> Call:
+def make_call(make: Make, shape: Shape, is_pass: bool) -> Call:
     made, x = make(shape, torch.float32), tokens(shape)
-    if operation != "forward+backward" and "scaling" not in operation:
-        return partial(made.step, x)
 
     def forward_and_backward() -> None:
         assert made.loss is not None
         made.module.zero_grad()
         made.loss(x).backward()
 
-    return forward_and_backward
+    return forward_and_backward if is_pass else partial(made.step, x)
 
 
 def case(operation: str, shape_name: str, shape: Shape, left_out: tuple[str, ...] = (), x: float | None = None) -> Case:
@@ -122,12 +133,11 @@ def case(operation: str, shape_name: str, shape: Shape, left_out: tuple[str, ...
     providers, clipped = {}, "clipped" in operation
     is_pass = operation not in OPERATIONS or operation == "forward+backward"
     for name, (loss, optimiser) in OPERATIONS["forward+backward" if is_pass else operation].items():
-        dtype, make = loss.rsplit(" ", 1)[1], partial(training, loss, optimiser)
         if name not in left_out:
+            dtype, make = loss.rsplit(" ", 1)[1], partial(training, loss, optimiser)
             gate = partial(check, make, shape, BASELINES[dtype, clipped], BASELINES["fp32", clipped])
-            providers[name] = Provider(
-                partial(make_call, operation, make, shape), gate, dtype, partial(too_large, name, shape)
-            )
+            skip = partial(too_large, name, shape)
+            providers[name] = Provider(partial(make_call, make, shape, is_pass), gate, dtype, skip)
     return Case(operation, shape_name, shape, providers, work=partial(step_work, shape, adam=not is_pass), x=x)
 
 
@@ -162,21 +172,7 @@ OPTIMISER_NAMES = tuple(SHAPES) if DEVICE == "cuda" else (*STEP_NAMES, "gemma-2-
 OPTIMISER_CASES = [case(name, shape, SHAPES[shape]) for name in list(OPERATIONS)[2:] for shape in OPTIMISER_NAMES]
 
 
-@cases_and_providers(STEPS)
-def test_whole_step(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
-    timed(case, provider)
-
-
-@cases_and_providers(PASSES)
-def test_forward_backward(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
-    timed(case, provider)
-
-
-@cases_and_providers(SCALING)
-def test_scaling(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
-    timed(case, provider)
-
-
-@cases_and_providers(OPTIMISER_CASES)
-def test_optimiser(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
-    timed(case, provider)
+test_whole_step = benchmark_of(STEPS)
+test_forward_backward = benchmark_of(PASSES)
+test_scaling = benchmark_of(SCALING)
+test_optimiser = benchmark_of(OPTIMISER_CASES)

@@ -11,7 +11,7 @@ from itertools import repeat
 import pytest
 import torch
 
-from benchmarks.harness import Call, Case, Provider, cases_and_providers
+from benchmarks.harness import Call, Case, Provider, benchmark_of
 from benchmarks.shapes import DEVICE, SHAPES, Shape, tokens
 from benchmarks.steps import fused_step, make_sae
 from fastsae import FusedSAEAdam
@@ -65,6 +65,4 @@ def case(shape_name: str) -> Case:
     return Case("trainer overhead", shape_name, shape, providers, "fp32")
 
 
-@cases_and_providers([case("demo" if DEVICE == "cpu" else "gpt2-small x32")])
-def test_trainer_overhead(timed, case: Case, provider: str) -> None:  # type: ignore[no-untyped-def]
-    timed(case, provider)
+test_trainer_overhead = benchmark_of([case("demo" if DEVICE == "cpu" else "gpt2-small x32")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,40 @@ from benchmarks.result import PEERS, Machine, Result, Row, newest_of_each_machin
 
 EAGER = "dense eager fp32"
 SHAPES = {"gpt2-small-16k": (4096, 768, 16384, 78.0), "small": (64, 512, 4096, 32.0)}
+BENCHMARKS = """
+import os, time
+from benchmarks import floor
+from benchmarks.harness import Case, Provider, benchmark_of
+from benchmarks.shapes import Shape
+
+assert "PYTEST_XDIST_WORKER" not in os.environ
+floor.COPY_BYTES, floor.PRODUCT = 2**20, (64, 64, 64)
+
+def nothing():
+    return lambda: None
+
+def crash():
+    os._exit(9)  # as a driver does
+
+def late():
+    time.monotonic = lambda: float("inf")  # a day later
+    return lambda: None
+
+def no_memory():
+    raise RuntimeError("out of resources: shared memory\\nHint: smaller tiles")
+
+GROUPS = {
+    "demo": {"dense": nothing, "fused": nothing},
+    "broken": {"dense": no_memory, "fused": nothing},
+    "slow": {"dense": late},
+    "crash": {"dense": crash},
+    "last": {"dense": nothing},
+}
+test_tiny = benchmark_of([
+    Case("encode", name, Shape(4, 8, 16, 2), {provider: Provider(make) for provider, make in makes.items()})
+    for name, makes in GROUPS.items()
+])
+"""
 CPU = Machine("AMD EPYC", 2, "3.11.7", "2.13.0+cpu", capability="AVX512", bf16_units=True, copy_gb_per_s=31.25)
 
 
@@ -99,14 +134,12 @@ def make_row() -> Callable[..., Row]:
 
 
 @pytest.fixture
-def bench_file(tmp_path: Path) -> Callable[[str], Path]:
-    """Makes a file of benchmarks, with the options and fixtures of the real ones beside it."""
-
-    def make(code: str) -> Path:
-        path = tmp_path / "bench" / "test_tiny.py"
-        path.parent.mkdir()
-        path.write_text(code)
-        path.with_name("conftest.py").write_text("from benchmarks.conftest import *\n")
-        return path
-
-    return make
+def bench_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of benchmarks, with the options and fixtures of the real ones beside it; it refuses to run in a worker."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)  # those of the worker that runs the test
+    path = tmp_path / "bench" / "test_tiny.py"
+    path.parent.mkdir()
+    path.write_text(BENCHMARKS)
+    path.with_name("conftest.py").write_text("from benchmarks.conftest import *\n")
+    return path

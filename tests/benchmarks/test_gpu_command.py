@@ -7,8 +7,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,34 +16,34 @@ import torch
 from benchmarks import gpu
 from benchmarks.result import ROOT
 
-BENCHMARKS = """
-from benchmarks import floor
-from benchmarks.harness import Case, Provider, cases_and_providers
-from benchmarks.shapes import Shape
 
-floor.COPY_BYTES, floor.PRODUCT = 2**20, (64, 64, 64)
-PROVIDERS = {name: Provider(lambda: lambda: None) for name in ("dense", "fused")}
-
-@cases_and_providers([Case("encode", "good", Shape(4, 8, 16, 2), PROVIDERS)])
-def test_tiny(timed, case, provider):
-    timed(case, provider)
-"""
-
-
-def test_without_a_device_it_says_what_to_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("has_gpu", "absent", "message"),
+    [
+        (False, "", "no CUDA device: on a CPU run `pytest benchmarks/"),
+        (True, "pytest_benchmark", "not installed: pytest-benchmark; run `pip install pytest-benchmark`\n"),
+        (True, "", "no C compiler"),
+    ],
+)
+def test_what_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, has_gpu: bool, absent: str, message: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name == absent else object())
+    monkeypatch.setenv("PATH", "")
     assert gpu.main([str(tmp_path / "results")]) == 2
-    assert capsys.readouterr().err.startswith("no CUDA device: on a CPU run `pytest benchmarks/")
+    assert capsys.readouterr().err.startswith(message)
     assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize("file", gpu.TESTS)
 def test_every_file_that_it_runs_has_the_tests_that_it_chooses(file: str) -> None:
     names = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(), re.MULTILINE)
-    parameters = re.findall(r'"(triton)"', (ROOT / file).read_text())
-    assert any(gpu.TESTS[file] in name for name in (*names, *parameters))
+    parameters = re.findall(r'"(triton|batch)"', (ROOT / file).read_text())
+    for chosen in gpu.TESTS[file]:
+        assert any(chosen.removeprefix("not ") in name for name in (*names, *parameters))
+    *halves, other = gpu.TESTS[file]
+    assert not halves or [other] == [f"not {half}" for half in halves]
 
 
 def test_no_test_of_the_kernels_is_left_out() -> None:
@@ -65,15 +65,6 @@ def test_cublas_may_multiply_in_deterministic_mode(monkeypatch: pytest.MonkeyPat
     assert gpu.environment()["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
-def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name == "pytest_benchmark" else object())
-    assert gpu.missing() == "not installed: pytest-benchmark; run `pip install pytest-benchmark`"
-    monkeypatch.setattr(gpu, "find_spec", lambda name: object())
-    monkeypatch.setenv("PATH", "")
-    assert gpu.missing().startswith("no C compiler")
-
-
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pretends that there is one."""
@@ -90,7 +81,7 @@ def test_tests_that_fail_or_hang_are_named(
     failing, hanging = tmp_path / "test_failing.py", tmp_path / "test_hanging.py"
     failing.write_text("def test_good(): pass\ndef test_bad(): assert 1 == 2, 'races'\n")
     hanging.write_text("import time\ndef test_good(): pass\ndef test_stuck(): time.sleep(600)\n")
-    monkeypatch.setattr(gpu, "TESTS", {str(failing): "", str(hanging): "good or stuck"})
+    monkeypatch.setattr(gpu, "TESTS", {str(failing): ("",), str(hanging): ("good or stuck",)})
     started = time.monotonic()
     subprocess.run([sys.executable, "-m", "pytest", failing], cwd=ROOT, capture_output=True, check=False)
     minutes = (5 + 3 * (time.monotonic() - started)) / 60  # for two such processes, on a machine as busy as this one
@@ -108,16 +99,15 @@ def test_tests_that_fail_or_hang_are_named(
 
 @pytest.mark.usefixtures("device")
 def test_benchmarks_end_with_a_table_or_say_that_no_time_was_left(
-    bench_file: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bench_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny = bench_file(BENCHMARKS)
-    monkeypatch.setattr(gpu, "FOLDER", str(tiny))
-    monkeypatch.setattr(gpu, "BENCHMARKS", ("good",))
-    arguments = [str(tiny.parents[1] / "results"), "--only", "benchmarks", "--commit", "abc1234"]
+    monkeypatch.setattr(gpu, "FOLDER", str(bench_file))
+    monkeypatch.setattr(gpu, "BENCHMARKS", ("demo",))
+    arguments = [str(bench_file.parents[1] / "results"), "--only", "benchmarks", "--commit", "abc1234"]
     assert gpu.main([*arguments, "--minutes", "3"]) == 0
     printed = capsys.readouterr().out
-    assert "benchmarks, good: 2 passed" in printed
+    assert "benchmarks, demo: 2 passed" in printed
     assert "1 of 1 parts went well" in printed
-    assert re.search(r"encode, good +fused +\d", printed)
+    assert re.search(r"encode, demo +fused +\d", printed)
     assert gpu.main([*arguments, "--minutes", "0.05"]) == 1
-    assert "benchmarks, good: not begun, no time left" in capsys.readouterr().out
+    assert "benchmarks, demo: not begun, no time left" in capsys.readouterr().out

@@ -60,6 +60,10 @@ def tiny(providers: dict[str, Provider]) -> Case:
     return Case("encode", "tiny", SHAPE, providers)
 
 
+def calling(call: Any) -> Case:
+    return tiny({"it": Provider(lambda: call)})
+
+
 def step_case(*names: str) -> Case:
     return test_steps.case("forward+backward", "tiny", SHAPE, tuple(set(test_steps.LOSSES) - set(names)))
 
@@ -182,7 +186,7 @@ def test_the_first_call_of_a_round_counts_where_calls_are_long(
     calls: list[int] = []
     monkeypatch.setattr(harness, "LONG_S", long_s)
     monkeypatch.setattr(allocator, "setting_of", lambda number: DEFAULT)
-    row = measured(tiny({"it": Provider(lambda: lambda: calls.append(0))}), 3)["it"].row
+    row = measured(calling(lambda: calls.append(0)), 3)["it"].row
     assert (row.rounds, row.calls, len(calls)) == (3, counted, made if DEVICE == "cpu" else len(calls))
 
 
@@ -229,7 +233,7 @@ def test_calls_count_under_the_tuned_setting_once_their_memory_is_there(
     """The first ones find it, however long they take."""
     left, pages = iter([9.0, 8.0, 7.0, 6.0, 5.0]), iter([0, 10**7, 10**7, 10**7])
     monkeypatch.setattr(allocator, "page_faults", lambda: next(pages))
-    found = Outcome(tiny({"it": Provider(lambda: print)}).row("it"))
+    found = Outcome(calling(print).row("it"))
     harness._time(lambda: next(left), found, 1)
     assert found.rounds == {1: [7.0]}
 
@@ -303,7 +307,7 @@ def test_what_does_not_fit_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def peak_of(call: Any) -> float:
-    peak = measured(tiny({"it": Provider(lambda: call)}), 1)["it"].row.peak_mib
+    peak = measured(calling(call), 1)["it"].row.peak_mib
     if peak is None:
         pytest.skip("this system does not tell the peak of a process")
     return peak
@@ -374,8 +378,7 @@ def test_another_system_has_the_default_alone(monkeypatch: pytest.MonkeyPatch) -
         pass
 
 
-@pytest.mark.parametrize(
-    ("faults", "seconds", "answer"), [(31, 1e-6, False), (32, 1e-3, True), (1000, 1.0, False), (10**6, 5.0, True)]
-)
-def test_page_faults_matter_where_their_share_can_be_seen(faults: int, seconds: float, answer: bool) -> None:
-    assert allocator.matters(faults, seconds) is answer
+def test_page_faults_matter_where_their_share_can_be_seen() -> None:
+    few, enough, small_share, large_share = (31, 1e-6), (32, 1e-3), (1000, 1.0), (10**6, 5.0)
+    answers = [allocator.matters(*call) for call in (few, enough, small_share, large_share)]
+    assert answers == [False, True, False, True]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import peers
-from benchmarks.peers import PEERS, Peer, accelerated, own
+from benchmarks.peers import PEERS, Peer
 from benchmarks.shapes import Shape, parameters, tokens
 from benchmarks.steps import Make, Training, check, results
 
@@ -25,11 +26,11 @@ def peer(request: pytest.FixtureRequest) -> Peer:
 
 
 def checked(peer: Peer, make: Make) -> tuple[float, float]:
-    return check(make, SHAPE, own(peer), own(peer), peer.architecture)
+    return check(make, SHAPE, peer.own, peer.own, peer.architecture)
 
 
 def test_the_check_lets_a_peer_and_its_accelerated_self_through(peer: Peer) -> None:
-    for make in [own(peer), accelerated(peer)] + [accelerated(peer, optimizer=True)] * peer.has_optimizer:
+    for make in [peer.own, peer.accelerated] + [partial(peer.accelerated, optimizer=True)] * peer.has_optimizer:
         error, limit = checked(peer, make)
         assert 0 < error <= limit < 5e-3
 
@@ -38,7 +39,7 @@ def test_the_check_fails_where_the_numbers_are_wrong(peer: Peer) -> None:
     """Of a gradient that is off by a factor, which Adam's step would hide, and of a reconstruction."""
 
     def wrong(shape: Shape, dtype: torch.dtype) -> Training:
-        found = accelerated(peer)(shape, dtype)
+        found = peer.accelerated(shape, dtype)
         if found.loss is None:
             return found._replace(step=lambda x: 1.01 * found.step(x))
         return found._replace(loss=lambda x: 1.01 * found.loss(x))
@@ -48,7 +49,7 @@ def test_the_check_fails_where_the_numbers_are_wrong(peer: Peer) -> None:
 
 
 def test_a_step_takes_the_weights_that_it_is_given(peer: Peer) -> None:
-    found, p = own(peer)(SHAPE, torch.float32), parameters(SHAPE)
+    found, p = peer.own(SHAPE, torch.float32), parameters(SHAPE)
     weights = dict(found.module.named_parameters())
     encoder = weights["W_enc"] if "W_enc" in weights else weights["encoder.weight"].t()
     assert torch.equal(encoder, p["W_enc"])

@@ -1,13 +1,12 @@
-"""A run visits each group in several rounds, minutes apart, and tells at any time what it knows."""
+"""A run measures each group in several rounds, minutes apart, and tells at any time what it knows."""
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 
 from benchmarks import conftest, result
-from benchmarks.conftest import FEWEST_ROUNDS, MOST_EXTRA_ROUNDS, MOST_ROUNDS, ROUNDS_S, Run
+from benchmarks.conftest import FEWEST_ROUNDS, MOST_EXTRA_ROUNDS, MOST_ROUNDS, Run
 from benchmarks.harness import Case, Group, Provider
 from benchmarks.result import ROOT, Machine, ResultFile, commit_of
 from benchmarks.shapes import DEVICE, SMALL, Shape
@@ -30,8 +29,8 @@ CASES = [
 class Bench:
     """A run whose groups take so many seconds a round."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float, **limits: float) -> None:
-        self.now, self.visited, self.saved, self.said = 0.0, [], [], []  # type: ignore[var-annotated]
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: float, last_s: float = math.inf) -> None:
+        self.now, self.measured, self.saved, self.said = 0.0, [], [], []  # type: ignore[var-annotated]
         self.unsteady: dict[str, int] = {}  # in how many rounds after the last a group's times are too far apart
         bench = self
 
@@ -39,31 +38,30 @@ class Bench:
             def measure(self, providers: Any = None) -> None:
                 name, outcome = self.case.shape_name, self.outcomes["it"]
                 bench.now += seconds
-                bench.visited.append(name)
+                bench.measured.append(name)
                 bench.unsteady[name] = bench.unsteady.get(name, 0) - (providers is not None)
                 outcome.rounds = {0: [1.0, 1.0, 100.0] if bench.unsteady[name] > 0 else [1.0, 1.0]}
                 outcome.fill_in(outcome)
 
         monkeypatch.setattr(conftest.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(conftest, "Group", Fake)
-        limits = {"rounds_s": 1000.0, **limits}
-        self.run = Run(**limits, say=self.said.append, save=lambda rows: self.saved.append(len(self.visited)))
-        self.run.to_visit = list(CASES)
+        self.run = Run(1000.0, last_s, self.said.append, lambda rows: self.saved.append(len(self.measured)))
+        self.run.to_measure = list(CASES)
 
     def report(self, case: Case = CASES[0]) -> None:
         self.run.report(SimpleNamespace(_timer=None, pedantic=lambda call, rounds: None), case, "it")
 
 
-def test_each_round_visits_each_group_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_round_measures_each_group_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(monkeypatch, 1.0)
     for case in CASES:
         bench.report(case)
-    rounds = [bench.visited[at : at + len(CASES)] for at in range(0, len(bench.visited), len(CASES))]
+    rounds = [bench.measured[at : at + len(CASES)] for at in range(0, len(bench.measured), len(CASES))]
     assert len(rounds) == MOST_ROUNDS
     assert rounds[0] == ["a", "b", "c", "d"]  # groups share what they are compared with
     assert all(sorted(order) == rounds[0] for order in rounds)
     assert len(set(map(tuple, rounds))) > 2
-    assert len(bench.said) == len(bench.visited)
+    assert len(bench.said) == len(bench.measured)
     assert bench.saved == list(range(1, len(CASES) * MOST_ROUNDS + 1))
     assert [row.shape for row in bench.run.rows] == ["a", "b", "c", "d"]
 
@@ -77,7 +75,7 @@ def test_more_rounds_begin_where_all_of_them_have_time(
     """An odd number would have one setting of the allocator more often."""
     bench = Bench(monkeypatch, share * 1000.0 / len(CASES))
     bench.report()
-    assert len(bench.visited) == rounds * len(CASES)
+    assert len(bench.measured) == rounds * len(CASES)
     assert FEWEST_ROUNDS % 2 == MOST_ROUNDS % 2 == 0
 
 
@@ -89,7 +87,7 @@ def test_nothing_begins_after_the_deadline(monkeypatch: pytest.MonkeyPatch) -> N
         bench.report(case)
     with pytest.raises(pytest.skip.Exception, match="no time left"):
         bench.report(CASES[2])
-    assert (bench.visited, bench.run.late) == (["a", "b"], ["encode, c"])
+    assert (bench.measured, bench.run.late) == (["a", "b"], ["encode, c"])
 
 
 def test_what_is_unsteady_is_measured_again_until_it_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,58 +95,17 @@ def test_what_is_unsteady_is_measured_again_until_it_is_not(monkeypatch: pytest.
     bench = Bench(monkeypatch, 1.0)
     bench.unsteady = {"b": 2, "d": 99}
     bench.report()
-    again = bench.visited[len(CASES) * MOST_ROUNDS :]
+    again = bench.measured[len(CASES) * MOST_ROUNDS :]
     assert (again.count("b"), again.count("d"), len(again)) == (2, MOST_EXTRA_ROUNDS, 2 + MOST_EXTRA_ROUNDS)
     assert bench.said[-1] == "again, because of it: encode, d"
-
-
-BENCHMARKS = """
-import os, time
-from benchmarks import floor
-from benchmarks.harness import Case, Provider, cases_and_providers
-from benchmarks.shapes import Shape
-
-floor.COPY_BYTES, floor.PRODUCT = 2**20, (64, 64, 64)
-
-def nothing():
-    return lambda: None
-
-def crash():
-    os._exit(9)  # as a driver does
-
-def late():
-    time.monotonic = lambda: float("inf")  # a day later
-    return lambda: None
-
-def no_memory():
-    raise RuntimeError("out of resources: shared memory\\nHint: smaller tiles")
-
-GROUPS = {
-    "demo": {"dense": nothing, "fused": nothing},
-    "broken": {"dense": no_memory, "fused": nothing},
-    "slow": {"dense": late},
-    "crash": {"dense": crash},
-    "last": {"dense": nothing},
-}
-CASES = [
-    Case("encode", name, Shape(4, 8, 16, 2), {n: Provider(make) for n, make in makes.items()})
-    for name, makes in GROUPS.items()
-]
-
-@cases_and_providers(CASES)
-def test_tiny(timed, case, provider):
-    assert "PYTEST_XDIST_WORKER" not in os.environ
-    timed(case, provider)
-"""
 
 
 def run(path: Path, *options: str | Path) -> tuple[int, str, list[dict[str, Any]]]:
     """Exit status, what was printed, and the rows of the file; seconds are those of torch's import."""
     folder = path.parent if path.suffix else path
     results = folder.parent / "results"
-    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     command = [sys.executable, "-m", "pytest", path, "-rs", "--results", results, "--commit", "abc1234", *options]
-    done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     files = list(results.glob("*"))
     assert len(files) <= 1, "something beside the result file was left behind"
     rows: list[dict[str, Any]] = json.loads(files[0].read_text())["results"] if files else []
@@ -157,10 +114,9 @@ def run(path: Path, *options: str | Path) -> tuple[int, str, list[dict[str, Any]
 
 
 def test_a_group_that_raises_is_red_and_a_crash_loses_nothing_that_was_measured(
-    bench_file: Callable[[str], Path],
+    bench_file: Path,
 ) -> None:
-    tiny = bench_file(BENCHMARKS)
-    status, _, rows = run(tiny, "-k", "demo or broken or crash or last")
+    status, _, rows = run(bench_file, "-k", "demo or broken or crash or last")
     assert status == 9
     assert [(row["shape"], row["provider"], row["status"]) for row in rows] == [
         ("demo", "dense", "ok"),
@@ -171,21 +127,21 @@ def test_a_group_that_raises_is_red_and_a_crash_loses_nothing_that_was_measured(
     assert rows[0]["median_s"] > 0
     assert "out of resources" in rows[2]["reason"]
     assert "\n" not in rows[2]["reason"]
-    read = result.read(*(tiny.parents[1] / "results").glob("*.json"))
+    read = result.read(*(bench_file.parents[1] / "results").glob("*.json"))
     assert (read.commit, len(read.rows)) == ("abc1234", 4)
 
 
-def test_groups_that_no_time_is_left_for_are_skipped_and_named(bench_file: Callable[[str], Path]) -> None:
-    status, printed, rows = run(bench_file(BENCHMARKS), "-k", "slow or demo or last", "--minutes", "9")
+def test_groups_that_no_time_is_left_for_are_skipped_and_named(bench_file: Path) -> None:
+    status, printed, rows = run(bench_file, "-k", "slow or demo or last", "--minutes", "9")
     assert status == 0
     assert [row["shape"] for row in rows] == ["demo", "demo", "slow"]
     assert "no time left for 1 groups" in printed
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU measures all shapes")
-def test_small_shapes_are_the_default_and_all_are_at_hand(bench_file: Callable[[str], Path]) -> None:
+def test_small_shapes_are_the_default_and_all_are_at_hand(bench_file: Path) -> None:
     """In one process, though the options ask for several, as the tests do: they would measure each other."""
-    folder = bench_file(BENCHMARKS).parent
+    folder = bench_file.parent
     several = ("-n", "2") if import_module("importlib.util").find_spec("xdist") else ()
     assert "2 passed, 5 deselected" in run(folder, *several)[1]
     assert "7 tests collected" in run(folder, "--full", "--collect-only", "-q")[1]
@@ -200,11 +156,6 @@ def test_every_small_shape_exists() -> None:
     assert set(SMALL) <= found
 
 
-def test_all_benchmarks_end_in_half_an_hour() -> None:
-    """The epoch, which takes two minutes, whole runs, which take six, and what is measured again come after the rounds."""
-    assert ROUNDS_S["full"] <= 60 * (30 - 2 - 6 - 2)
-
-
 # ---- the result file
 
 
@@ -215,14 +166,12 @@ def test_groups_that_are_not_measured_again_are_kept(
     ResultFile(tmp_path, "one").write([make_row("encode", "fused", 1.0), make_row("decode", "fused", 1.0)])
     second = ResultFile(tmp_path, "two")
     second.write([make_row("decode", "fused", 2.0)])
-    assert second.path is not None
-    found = [(row.operation, row.commit, row.ms) for row in result.read(second.path).rows]
+    found = [(row.operation, row.commit, row.ms) for row in result.read(second.result.path).rows]
     assert found == [("decode", "two", 2.0), ("encode", "one", 1.0)]
     whole = ResultFile(tmp_path, "whole", is_whole=True)
     whole.write([make_row("decode", "fused", 3.0)])
-    assert whole.path is not None
-    assert [row.operation for row in result.read(whole.path).rows] == ["decode"]
-    second.path.write_text('{"finished": "2')
+    assert [row.operation for row in result.read(whole.result.path).rows] == ["decode"]
+    second.result.path.write_text('{"finished": "2')
     with pytest.raises(result.ReportError, match="not a result file"):
         ResultFile(tmp_path, "three")
 

@@ -41,8 +41,8 @@ def test_items_are_timed_until_there_are_none(monkeypatch: pytest.MonkeyPatch) -
     assert clock.seconds[BUFFER] == 3
 
 
-def took(parts: dict[str, float], n_saes: int = 1) -> Took:
-    return Took(parts, 700.0, 16_384, n_saes, 0.03)
+def took(**parts: float) -> Took:
+    return Took(parts, 700.0, 16_384, 1, 0.03)
 
 
 class Round:
@@ -50,21 +50,19 @@ class Round:
 
     def __init__(self, **found: Took | Exception) -> None:
         self.made: list[str] = []
-        providers = {name.replace("_", "-"): Provider(lambda name=name: lambda: self._run(name)) for name in found}
         self._found = found
-        shape = Shape(4096, 256, 4096, 32)
-        self.runs = Runs(Case(RUNS, "demo x16", shape, providers, "fp32", subject="one SAE"), lambda: None)
+        providers = {name: Provider(lambda name=name: lambda: self._run(name)) for name in found}
+        self.runs = Runs(Case(RUNS, "demo x16", Shape(4096, 256, 4096, 32), providers), lambda: None)
 
     def _run(self, name: str) -> Took:
         self.made.append(name)
-        found = self._found[name]
-        if isinstance(found, Exception):
+        if isinstance(found := self._found[name], Exception):
             raise found
         return found
 
 
 def test_the_second_round_turns_the_order_around() -> None:
-    bench = Round(a=took({HOST: 2.0, SAE: 1.0}), b=took({HOST: 1.0}), c=took({HOST: 1.0}))
+    bench = Round(a=took(host=2.0, SAE=1.0), b=took(host=1.0), c=took(host=1.0))
     bench.runs.measure()
     bench.runs.measure()
     assert bench.made == ["a", "b", "c", "c", "b", "a"]
@@ -73,7 +71,7 @@ def test_the_second_round_turns_the_order_around() -> None:
 
 
 def test_a_run_that_fails_is_red_and_the_others_have_their_time() -> None:
-    bench = Round(a=RuntimeError("no disk"), b=took({HOST: 1.0}))
+    bench = Round(a=RuntimeError("no disk"), b=took(host=1.0))
     bench.runs.measure()
     a, b = (outcome.row for outcome in bench.runs.outcomes.values())
     assert (a.status, a.reason, b.status, b.median_s) == ("red", "RuntimeError: no disk", "ok", 1.0)
@@ -111,13 +109,8 @@ def test_every_part_of_a_run_is_found(tmp_path: Path, runner: str, n_saes: int) 
 
 
 def test_the_table_tells_speed_parts_memory_and_what_a_further_sae_costs(bench: Any, make_row: Any) -> None:
-    about = {
-        "subject": "eight JumpReLU SAEs",
-        "shape": "demo x16",
-        "baseline": SAELENS,
-        "goal": 3.0,
-        "run_tokens": 16_384,
-    }
+    about = {"subject": "eight JumpReLU SAEs", "shape": "demo x16", "baseline": SAELENS, "goal": 3.0}
+    about["run_tokens"] = 16_384
     parts = {"model": 1.0, "SAE": 8.0, "buffer": 0.0, "host": 6.0}
     bench.rows += [
         make_row(RUNS, SAELENS, 45_000, n_saes=8, **about),
