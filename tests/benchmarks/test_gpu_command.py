@@ -92,7 +92,7 @@ def test_tests_that_fail_or_hang_are_named(
     assert "commit abc1234" in printed
     assert f"{failing}: 1 failed, 1 passed" in printed
     assert "test_failing.py::test_bad - AssertionError: races" in printed
-    assert f"{hanging}: 1 passed" in printed
+    assert f"{hanging} good or stuck: 1 passed" in printed
     assert re.search(r"STOPPED in \S*test_hanging.py::test_stuck", printed)
     assert "0 of 2 parts went well" in printed
 
