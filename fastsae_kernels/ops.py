@@ -29,7 +29,8 @@ def _autocast(name: str, factors: tuple[Tensor, ...], biases: tuple[Tensor, ...]
         ValueError: The first, of the given name, has a device without autocast, such as meta.
     """
     device_type = factors[0].device.type
-    if not torch.amp.is_autocast_available(device_type):
+    # torch 2.11 cannot trace the question
+    if not torch.compiler.is_compiling() and not torch.amp.is_autocast_available(device_type):
         raise ValueError(f"{name}: expected a tensor of a CPU or a GPU, got device {device_type}")
     if torch.is_autocast_enabled(device_type) and factors[0].dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
