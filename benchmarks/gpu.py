@@ -58,6 +58,7 @@ TESTS = {
     "tests/kernels/test_graph.py": ("triton",),
     "tests/kernels/test_autocast.py": ("triton",),
     "tests/sae/test_topk.py": ("triton",),
+    "tests/sae/test_token_gradients.py": ("kernels",),
     "tests/train/test_deterministic.py": ("triton",),
     "tests/train/test_host_reads.py": ("gpu",),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gpu_helpers import needs_kernels
 from gradient_problem import KINDS, dense_gradients, dense_of, make, tokens
 
 from fastsae.sae.token_gradients import token_gradients
@@ -52,6 +53,7 @@ def test_no_tokens(kind: str) -> None:
     assert gradients.acts.numel() == gradients.error.numel() == 0
 
 
+@needs_kernels
 @pytest.mark.parametrize("kind", ["step", "batchtopk"])
 def test_the_kernels_of_a_gpu_give_the_same_entries_in_the_same_order(kind: str) -> None:
     sae, term = make(kind)
