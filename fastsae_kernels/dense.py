@@ -5,13 +5,13 @@ pass keeps its pre-activations for the backward. A larger one keeps nothing of a
 instead of 5), so that no `[N, d_sae]` tensor is ever held. It is exact, NaN and Inf included, and does not
 synchronise with the host.
 
-Between its products a tile is gated by `gates`: by PyTorch's ops, or by one kernel in each direction on a GPU.
+Between its products a tile is gated by PyTorch's ops (`gates`), or on a GPU by one kernel in each direction (`gpu.gates`).
 """
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -35,12 +35,15 @@ from fastsae_kernels.types import (
 )
 
 if TYPE_CHECKING:
+    from fastsae_kernels.gpu import gates as by_triton
     from fastsae_kernels.weight_gradients import WeightGradients
+
+    _all_gates: tuple[Gates, Gates] = (by_pytorch, by_triton)  # the type checker holds the modules to the contract
 
 TILE = 2**17  # elements of a tile for each thread of a CPU: four are alive at a time, and stay in its cache
 KEPT_TILE = 2**20  # elements of a tile of a pass that keeps its pre-activations: these take the memory then
 MIN_TILES = 512  # of a large pass: with the copies for products one takes up to 4 % of the dense tensor (d_sae 16384)
-MIN_TILES_GPU = 32  # which larger tiles fill: each passes over the whole reconstruction once
+MIN_TILES_GPU = 32  # fewer and larger ones, which fill a GPU: each reads and writes the whole reconstruction once
 FEATURES = 512  # of a tile where tokens are many
 KEPT_ELEMENTS = 2**24  # of the pre-activations that a pass keeps: 64 MB in fp32
 MIN_CHUNK = 128  # features; with fewer the products lose more than the memory is worth
@@ -67,19 +70,25 @@ def _blocks(total: int, size: int) -> list[slice]:
 
 
 def _gates(x: Tensor) -> Gates:
-    """PyTorch's ops, or the kernels for a GPU, which know no fp64; Triton is optional, so they are imported on first use."""
-    if x.is_cuda and x.dtype != torch.float64 and find_spec("triton") is not None:
+    """PyTorch's ops, or on a GPU the kernels, which know no fp64; Triton is optional, so they are imported on first use."""
+    if x.is_cuda and x.dtype != torch.float64 and _has_kernels(x.device):
         return cast(Gates, import_module("fastsae_kernels.gpu.gates"))
     return by_pytorch
+
+
+@cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether Triton is installed, and Triton and the GPU are new enough."""
+    try:
+        import_module("fastsae_kernels.gpu.config").arch_of(device)
+    except (ImportError, RuntimeError):
+        return False
+    return True
 
 
 def _features(inputs: PassInputs, rows: slice) -> Features:
     scale = None if inputs.feature_scale is None else inputs.feature_scale[rows]
     return Features(inputs.b_enc[rows], inputs.threshold[rows], scale)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def kept_size(n_tokens: int, d_sae: int, spec: AutoencodeSpec, capacity: Capacity) -> KeptSize:
@@ -97,9 +106,10 @@ def forward(
     """
     if spec.k is not None:
         raise ValueError(f"k: expected None on the dense backend, got {spec.k}")
+    inputs = inputs.with_contiguous_vectors()
     x, W_enc, _, _, W_dec, b_dec, _, target, _ = inputs
     gates = _gates(x)
-    wide, W_enc_t = _wide(x.dtype), W_enc.t()
+    wide, W_enc_t = torch.promote_types(x.dtype, torch.float32), W_enc.t()
     sae_out = b_dec.to(wide).repeat(x.shape[0], 1)  # a copy: expand() of one row would be b_dec itself
     penalty = torch.zeros(x.shape[0], dtype=wide, device=x.device)
     l0 = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
@@ -119,6 +129,7 @@ def forward(
             l0[tokens] += gated.l0.long()
             counts[rows] += gated.counts.long()
             penalty[tokens] += gated.penalty
+            del gated  # before the next tile
     squared_error = None
     if target is not None:
         sae_out, squared_error = subtract_target(sae_out, target)
@@ -135,12 +146,13 @@ def backward(
     collected: WeightGradients | None = None,
 ) -> AutoencodeGrads:
     """Every gradient of `forward`, those of the weights in any case."""
+    inputs = inputs.with_contiguous_vectors()
     if spec.penalty == "l0":
         inputs = inputs._replace(feature_scale=None)  # which weighs no count
     x, W_enc, b_enc, threshold, W_dec, _, feature_scale, *_ = inputs
     grad_out, row_scale, grad_penalty = grads
     gates = _gates(x)
-    wide = _wide(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
     W_enc_t = W_enc.t()
     of_weights = needs.weight_dtype or x.dtype
     # in the layout of the weights: autograd would copy another, and a copy that transposes takes a fifth of a product's time
@@ -164,18 +176,18 @@ def backward(
     for rows in tiles_of_features:
         features = _features(inputs, rows)
         for tokens in tiles_of_tokens:
-            of_rows = scaled(grad_out[tokens], None if row_scale is None else row_scale[tokens])
+            grad_of_tokens = scaled(grad_out[tokens], None if row_scale is None else row_scale[tokens])
             if hidden_pre is None:
                 of_tile = gates.hidden_pre(x[tokens], W_enc_t[rows], features, None)
             else:
                 of_tile = hidden_pre[rows, tokens]
             found = gates.gate_tile_backward(
-                of_tile, W_dec[rows], of_rows, grad_penalty[tokens], features, spec, is_kept
+                of_tile, W_dec[rows], grad_of_tokens, grad_penalty[tokens], features, spec, is_kept
             )
             del of_tile  # before the products, whose operands are copied in places
             is_later = tokens.start > 0
             if totals.W_dec is not None:
-                multiply(found.acts, of_rows, totals.W_dec[rows], add=is_later)
+                multiply(found.acts, grad_of_tokens, totals.W_dec[rows], add=is_later)
             if grad_W_enc_t is not None:
                 multiply(found.grad_hidden_pre, x[tokens], grad_W_enc_t[rows], add=is_later)
             if totals.x is not None:
@@ -185,4 +197,5 @@ def backward(
                 totals.threshold[rows] += found.threshold
             if totals.feature_scale is not None and found.scale is not None:
                 totals.feature_scale[rows] += found.scale
+            del found  # before the next tile
     return totals

@@ -2,10 +2,10 @@
 
     hidden_pre = W_enc.T[rows] @ x[tokens].T + b_enc       a tile, [C, T]: C features, T tokens
     acts       = hidden_pre * (hidden_pre > threshold)
-    grad_acts  = W_dec[rows] @ grad_out[tokens].T          the gradient of acts, then that of hidden_pre
+    grad_acts  = W_dec[rows] @ grad_out[tokens].T          from which `gate_backward` tells how the others follow
 
-A tile is gated here by PyTorch's ops, on a GPU by the kernels of `gpu.gates`. Its gates are 0 and 1 that are multiplied with, so
-that NaN and Inf are not lost behind a closed one.
+A tile is gated here by PyTorch's ops, on a GPU by the kernels of `gpu.gates`. Gate and window of a tile are factors of 0 or 1,
+so that NaN and Inf are not lost behind a closed one.
 """
 
 from __future__ import annotations
@@ -95,13 +95,16 @@ class GatedGrads(NamedTuple):
 
 
 class Gates(Protocol):
-    """What `dense` has done to a tile, by this module or by `gpu.gates`; `hidden_pre` is overwritten unless it is kept."""
+    """The steps of `dense` between its products; this module and `gpu.gates` have them.
+
+    `hidden_pre` is overwritten unless it is kept.
+    """
 
     def kept_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of a tile, where products have that of the argument."""
+        """The dtype of the pre-activations, where that of the products is `dtype`."""
 
     def hidden_pre(self, x: Tensor, W_enc_t: Tensor, features: Features, out: Tensor | None) -> Tensor:
-        """A tile, `[C, T]`, of `x [T, d_in]` and `W_enc_t [C, d_in]`, in `out` where that is given."""
+        """A tile `[C, T]` from `x [T, d_in]` and `W_enc_t [C, d_in]`, in `out` where that is given; `gate_tile` may add b_enc."""
 
     def gate_tile(
         self, hidden_pre: Tensor, features: Features, spec: AutoencodeSpec, dtype: torch.dtype, is_kept: bool

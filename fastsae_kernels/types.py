@@ -210,6 +210,12 @@ class PassInputs(NamedTuple):
         """Number of features."""
         return self.W_enc.shape[1]
 
+    def with_contiguous_vectors(self) -> PassInputs:
+        """The same tensors, those of one dimension contiguous: Triton's kernels take them as pointers without a stride."""
+        names = ("b_enc", "threshold", "b_dec", "feature_scale", "rank_scale")
+        vectors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return self._replace(**{name: vector.contiguous() for name, vector in vectors.items()})
+
 
 class Capacity(NamedTuple):
     """Entries for which a pass reserves room. Where there are more the result is the same, and slower."""

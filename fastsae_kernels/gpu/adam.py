@@ -64,7 +64,7 @@ def _row_gradient(entries, extra, extra_flag_ptr, feature, start, count, columns
     """Both pieces of a row, fp32: the sum of weight * vector over a feature's entries, and its extra gradient."""
     g_1, g_2 = feature_sum(entries, start, count, columns_1, columns_2, BLOCK_E)
     if extra is not None:
-        # the flag is read behind the gather: ahead of it a number more would be held in registers
+        # the flag is read after the gather, during which it would take a register
         extra_depth = _extra_depth(entries, extra, extra_flag_ptr)
         extra_1, extra_2 = read_row(extra, feature, columns_1, columns_2, extra_depth)
         g_1 += extra_1

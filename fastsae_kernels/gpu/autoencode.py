@@ -113,7 +113,7 @@ def forward(
     Raises:
         TypeError: x is fp64.
     """
-    inputs = _contiguous_vectors(inputs)
+    inputs = inputs.with_contiguous_vectors()
     x, _, _, threshold, W_dec, b_dec, feature_scale, target, rank_scale = inputs
     acts, overflow, listed, min_active = _list(x, *scoring_encoder(inputs), threshold, spec, capacity)
     if rank_scale is not None:
@@ -125,12 +125,6 @@ def forward(
     # rows that outgrew the capacity are not among the entries, so the caller gets none
     output = AutoencodeOutput(sae_out, penalty, l0, feature_counts, None, min_active, squared_error)
     return output, Kept(acts, overflow=overflow, listed=listed)
-
-
-def _contiguous_vectors(inputs: PassInputs) -> PassInputs:
-    scale = None if inputs.feature_scale is None else inputs.feature_scale.contiguous()
-    b_enc, threshold, b_dec = inputs.b_enc.contiguous(), inputs.threshold.contiguous(), inputs.b_dec.contiguous()
-    return inputs._replace(b_enc=b_enc, threshold=threshold, b_dec=b_dec, feature_scale=scale)
 
 
 @on_device
@@ -153,7 +147,7 @@ def backward(
         needs: Which of the large gradients are asked for; that of x costs one more gather.
         collected: Takes what the gradients of both weight matrices are sums of, unless it holds another pass's already.
     """
-    inputs = _contiguous_vectors(inputs)
+    inputs = inputs.with_contiguous_vectors()
     x, W_enc, b_enc, _, W_dec, b_dec, feature_scale, *_ = inputs
     (acts, _, overflow, _), (grad_out, row_scale, _) = kept, grads
     assert acts is not None

@@ -167,7 +167,6 @@ def _fused_backward_kernel(
             enc_2 += tl.sum(grad_hidden_pre[:, None] * x_2, 0)
         entry, value = next_entry, next_value
 
-    # one reduction: on three of them side by side LLVM's SLP vectoriser, as Triton 3.8 has it, crashes
     b_enc, threshold_total, scale_total = tl.reduce((b_enc_sum, threshold_sum, scale_sum), 0, add_three)
     if plan.length is not None:  # noqa: SIM102 a compile-time branch must stand alone
         if pid < plan.n_slots:

@@ -1,13 +1,13 @@
 """What happens to a tile of the dense backend between its products: one kernel in each direction; formulas in `..gates`.
 
-PyTorch's ops would read and write the tile some twenty times. These read what the products left, in their dtype, and write in its
-place what the next products take.
+PyTorch's ops would read and write the tile some twenty times. A kernel here reads each element that a product left once, in the
+dtype of the products, and writes in its place what the next product takes.
 
-Letters: `C` features of a tile, `T` tokens; both a hundred or more, tokens innermost. Bytes per element of a 16-bit tile:
-forward 4, backward 8, beside those of the products.
+Letters: `C` features of a tile, `T` tokens, which are innermost. Bytes per element of a 16-bit tile, beside those of the
+products: forward 4, backward 8.
 
-Numerics: a tile is rounded to the dtype of the products, as dense PyTorch's is; gated and summed in fp32, in a fixed order:
-deterministic. Only counts are added by atomics.
+Numerics: a tile is rounded to the dtype of the products, as dense PyTorch's is, and gated and summed in fp32. Sums of fp32 have a
+fixed order; atomics add integers alone. So two runs are equal bit by bit.
 """
 
 from __future__ import annotations
@@ -124,22 +124,24 @@ def _gate_tile_backward_kernel(
         acts = hidden_pre * active.to(tl.float32)
         grad_ptrs = grad_ptr + offs_c[:, None] * n_tokens + offs_t[None, :]
         grad_acts = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
-        grad_penalty = tl.load(grad_penalty_ptr + offs_t * stride_penalty, mask=mask_t, other=0.0)[None, :]
+        penalty_ptrs = grad_penalty_ptr + offs_t.to(tl.int64) * stride_penalty
+        grad_penalty = tl.load(penalty_ptrs, mask=mask_t, other=0.0)[None, :]
+        # the gradients behind an open gate and window, which both then are factors of 0 or 1
+        is_open = tl.full((BLOCK_C, BLOCK_T), True, tl.int1)
         grad_hidden_pre, grad_threshold, grad_scale = gate_gradients(
-            acts, active, window, grad_acts, grad_penalty, threshold, scale,
-            inv_bandwidth, tanh_scale, PENALTY, STE_TO_INPUT,
-        )  # fmt: skip
-        # NaN and Inf are not lost behind a closed gate
-        lost = grad_acts * 0.0
-        grad_hidden_pre += lost
+            acts, is_open, is_open, grad_acts, grad_penalty, threshold, scale, inv_bandwidth, tanh_scale, PENALTY, False
+        )
+        grad_hidden_pre = grad_hidden_pre * active.to(tl.float32)
+        grad_threshold = grad_threshold * window.to(tl.float32)
+        if STE_TO_INPUT:
+            grad_hidden_pre -= grad_threshold
         if grad_threshold_ptr is not None:
-            threshold_sum += tl.where(mask, grad_threshold + lost, 0.0)
+            threshold_sum += tl.where(mask, grad_threshold, 0.0)
         b_enc_sum += tl.where(mask, grad_hidden_pre, 0.0)
         scale_sum += tl.where(mask, grad_scale, 0.0)
         dtype = acts_ptr.dtype.element_ty
         tl.store(acts_ptr + offs_c[:, None] * n_tokens + offs_t[None, :], acts.to(dtype), mask=mask)
         tl.store(grad_ptrs, grad_hidden_pre.to(dtype), mask=mask)
-    # one reduction: on three of them side by side LLVM's SLP vectoriser, as Triton 3.8 has it, crashes
     b_enc_total, threshold_total, scale_total = tl.reduce((b_enc_sum, threshold_sum, scale_sum), 1, add_three)
     tl.store(grad_b_enc_ptr + offs_c, b_enc_total, mask=mask_c)
     if grad_threshold_ptr is not None:
@@ -233,7 +235,7 @@ def gate_tile_backward(
         inv_bandwidth=1 / spec.bandwidth if spec.bandwidth > 0 else 0.0,
         tanh_scale=spec.tanh_scale,
         PENALTY=spec.penalty,
-        STE_TO_INPUT=spec.ste_to_input,
+        STE_TO_INPUT=spec.ste_to_input and spec.bandwidth > 0,
         **config,
     )
     return found

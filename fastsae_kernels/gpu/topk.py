@@ -112,9 +112,9 @@ def _prune_rows_kernel(
 
 
 def _block(capacity: int, counts: Tensor) -> LaunchConfig:
-    """Tile and warps of a program that sorts a row."""
+    """The launch parameters of a program that sorts a row; `counts`, int32, tells the device."""
     block = max(16, triton.next_power_of_2(capacity))
-    # with a bound on registers: without one the compiler takes so few that the sort of 512 spills
+    # the table has a bound on registers: without one the compiler takes so few that the sort of 512 spills
     return {"BLOCK_K": block, "num_warps": max(1, min(16, block // 128)), **launch_config("sort_rows", counts)}
 
 

@@ -112,6 +112,15 @@ def test_non_contiguous_and_expanded_inputs() -> None:
         problems.assert_matches(run(problem, capacity), problem)
 
 
+@pytest.mark.parametrize("capacity", [43, 2], ids=["fits", "overflows"])
+def test_a_penalty_of_tanh_may_weigh_features_by_negative_numbers(capacity: int) -> None:
+    """The exponential of twice a product below -44 is more than fp32 holds."""
+    problem = problems.make(9, 24, 43, spec=SPECS["tanh"], with_scale=True)
+    assert problem.feature_scale is not None
+    problem.feature_scale.mul_(-50)
+    problems.assert_matches(run(problem, capacity), problem)
+
+
 @pytest.mark.parametrize("capacity", [64, 2], ids=["fits", "overflows"])
 @pytest.mark.parametrize("spec", [SPECS["tanh, ste to input"], SPECS["batch top-3"]], ids=["tanh", "batch top-3"])
 def test_rows_longer_than_a_program_holds(spec: AutoencodeSpec, capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:

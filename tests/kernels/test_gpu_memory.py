@@ -110,7 +110,7 @@ def test_a_step_takes_less_than_5_percent_of_the_dense_tensor(
     assert 0.01 * DENSE < meter.peak_beside(*returned) < 0.05 * DENSE
 
 
-def test_the_dense_path_takes_less_than_a_fifth_of_the_dense_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_dense_path_takes_less_than_15_percent_of_the_dense_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Early training, forward and backward, beside what they return: a tile of each product, and sums in fp32."""
     from fastsae_kernels import dense
     from fastsae_kernels.gpu import gates
@@ -127,4 +127,4 @@ def test_the_dense_path_takes_less_than_a_fifth_of_the_dense_tensor(monkeypatch:
         grads = dense.backward(inputs, kept, spec, output_grads, needs)
     assert grads.W_enc is not None
     assert grads.W_dec is not None
-    assert 0.1 * DENSE < meter.peak_beside(output.sae_out, grads.W_enc, grads.W_dec) < 0.2 * DENSE
+    assert 0.1 * DENSE < meter.peak_beside(output.sae_out, grads.W_enc, grads.W_dec) < 0.15 * DENSE
