@@ -181,9 +181,10 @@ def _gate_tiles(dtype: torch.dtype) -> None:
         (features, AutoencodeSpec(penalty="l1")),
         (features, AutoencodeSpec(bandwidth=0.05, penalty="tanh", ste_to_input=True)),
     ):
-        of_tile = Features(_empty(2048, dtype=dtype), features, scale)
-        gates.gate_tile(tile, of_tile, spec, dtype, False)
-        gates.gate_tile_backward(tile, W_dec, grad_out, tokens, of_tile, spec, False)
+        for b_enc in (features, features.to(dtype)):  # under autocast biases stay in fp32
+            of_tile = Features(b_enc, features, scale)
+            gates.gate_tile(tile, of_tile, spec, dtype, False)
+            gates.gate_tile_backward(tile, W_dec, grad_out, tokens, of_tile, spec, False)
 
 
 def _backward(dtype: torch.dtype) -> None:
