@@ -70,7 +70,7 @@ def _blocks(total: int, size: int) -> list[slice]:
 
 
 def _gates(x: Tensor) -> Gates:
-    """PyTorch's ops, or on a GPU the kernels, which know no fp64; Triton is optional, so they are imported on first use, as a backend is."""
+    """PyTorch's ops, or on a GPU the kernels, which know no fp64; Triton is optional, so they are imported on first use."""
     if x.is_cuda and x.dtype != torch.float64 and _has_kernels(x.device):
         return cast(Gates, import_module("fastsae_kernels.gpu.gates"))
     return by_pytorch
