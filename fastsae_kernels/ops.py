@@ -134,11 +134,14 @@ def autoencode(
     with _without_autocast(x.device.type):
         output = driver.autoencode(inputs, spec, hint, collector)
     leading = x.shape[:-1]
-    return output._replace(
-        sae_out=output.sae_out.reshape(*leading, W_dec.shape[1]),
-        penalty=output.penalty.reshape(leading),
-        l0=output.l0.reshape(leading),
-        squared_error=None if output.squared_error is None else output.squared_error.reshape(leading),
+    return AutoencodeOutput(  # no `_replace`, which torch 2.8 cannot trace
+        output.sae_out.reshape(*leading, W_dec.shape[1]),
+        output.penalty.reshape(leading),
+        output.l0.reshape(leading),
+        output.feature_counts,
+        output.acts,
+        output.min_active,
+        None if output.squared_error is None else output.squared_error.reshape(leading),
     )
 
 
