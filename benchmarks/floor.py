@@ -26,10 +26,10 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16} 
 class Work:
     """What an operation cannot do without."""
 
-    flops: float  # of its dense products
+    flops: float  # how many its dense products take
     product_dtype: str  # in which they may run without changing the result
     n_bytes: float  # read and written, each once
-    gathered_bytes: float = 0.0  # of rows that the entries read, where no cache holds a row that was read before
+    gathered_bytes: float = 0.0  # what the rows of its entries take, where no cache holds a row that was read before
 
     def floor_s(self, with_gathers: bool = False) -> float:
         """Returns the seconds of the products and of the bytes, one after the other."""

@@ -50,7 +50,7 @@ class Provider:
     make: Callable[[], Call]  # returns the call to be timed
     # returns the error of what that call does against fp64, and how large it may be; None where nothing is computed
     check: Callable[[], tuple[float, float]] | None = None
-    dtype: str = ""  # of its products; empty where it is that of the case
+    dtype: str = ""  # the dtype of its products; empty where the case names it
     skip: Callable[[], str | None] | None = None  # returns why it cannot run here; None or empty where it can
 
 
@@ -62,7 +62,7 @@ class Case:
     shape_name: str
     shape: Shape
     providers: dict[str, Provider]
-    dtype: str = ""  # of all providers, where each dtype has a group of its own
+    dtype: str = ""  # the dtype of all providers; empty where each provider has its own
     work: Callable[[str], Work] | None = None  # returns what the operation cannot do without, given a provider's dtype
     x: float | None = None  # the place in a series
     subject: str = ""  # what is compared, where an operation has several groups at a shape

@@ -27,7 +27,7 @@ class Run:
     name: str
     layer: int
     d_sae: int
-    config_class: str  # of transformers
+    config_class: str  # a class of transformers
     sizes: dict[str, Any]
 
     def model(self) -> Model:

@@ -42,7 +42,7 @@ class Run:
     output: str  # the folder of the SAEs
     architecture: str = "jumprelu"  # or "topk"
     n_saes: int = 1  # that are trained on one stream
-    batch_tokens: int = BATCH_TOKENS  # of a step
+    batch_tokens: int = BATCH_TOKENS  # the tokens of a step
     cache: str = ""  # the folder of stored activations, for the runs that write or read them
 
 

@@ -20,7 +20,7 @@ CHECKED_TOKENS = {"cpu": 128, "cuda": 256}[DEVICE]
 # the fp64 truth of more features, or of more weights, would take longer than all else, or not fit
 CHECKED_FEATURES = {"cpu": 2**16, "cuda": 2**17}[DEVICE]
 CHECKED_WEIGHTS = {"cpu": 2**24, "cuda": 2**27}[DEVICE]
-ROUNDING = 2e-6  # of an fp32 pre-activation, whose size is about 1
+ROUNDING = 2e-6  # by which rounding may shift an fp32 pre-activation of size 1
 SUM_ROUNDING = 2e-6  # a relative error this large comes from adding 4,096 tokens in another order
 # the changes of the parameters may differ by this share: Adam's first step is the gradient's sign, however small that is
 SIGN_ROUNDING = 1e-3
@@ -33,7 +33,7 @@ class Training(NamedTuple):
 
     module: nn.Module
     step: Step  # at inference it returns the reconstruction
-    loss: Forward | None = None  # of a batch; None at inference
+    loss: Forward | None = None  # gives the loss of a batch; None at inference
     target: Any = None  # what `fastsae.accelerate` takes, of a peer
 
 

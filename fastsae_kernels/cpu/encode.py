@@ -106,8 +106,8 @@ def _encode_threshold(
             listed = active | ((hidden_pre - gates).abs() < bandwidth / 2)
             hidden_pre = torch.where(active, hidden_pre, 0)
         entries.append_listed(listed, features, tokens, hidden_pre)
-        # more than the limit's share of the features seen so far; of the first ones a quarter of the limit is allowed, as
-        # features fire unequally often
+        # gives up where the features seen so far have more than their share of the limit, and more than a quarter of it: a
+        # few features say little about the rest
         if max_entries is not None and entries.count > max_entries * max(stop / d_sae, 0.25):
             return None
     del chunks, candidates  # their buffers are as large as what sorting the entries takes
